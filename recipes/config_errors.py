@@ -1,0 +1,159 @@
+"""Configuration errors as one readable line each: file and line, key, what is wrong, value, remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+EXIT_STATUS = 2  # what a command line returns for a bad configuration, as argparse does for a bad option
+
+
+class _Absent:
+    """Marks a problem that has no value to show: the key is missing, or the file is."""
+
+    def __repr__(self) -> str:
+        return "<absent>"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    key: dotted, as one would write it in an override ("grpo.learning_rate"); "" for the file itself.
+    message: what is wrong. remedy: what to write instead.
+    """
+
+    key: str
+    message: str
+    value: Any = ABSENT
+    remedy: str = ""
+
+    def line(self, where: str) -> str:
+        """The problem as one line of text; `where` is a file, with its line number if that is known."""
+        text = ": ".join(part for part in (where, self.key, self.message) if part)
+        if not isinstance(self.value, _Absent):
+            text += f" (value {show(self.value)})"
+        if self.remedy:
+            text += f"; {self.remedy}"
+        return " ".join(text.split())  # a value with line breaks stays on one line
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. str() is one line per problem."""
+
+    def __init__(
+        self, problems: Iterable[Problem], locate: Mapping[str, str] | None = None, file: str = ""
+    ) -> None:
+        self.problems = list(problems)
+        self.lines = [p.line(location(p.key, locate or {}, file)) for p in self.problems]
+        super().__init__("\n".join(self.lines))
+
+
+def location(key: str, locate: Mapping[str, str], file: str) -> str:
+    """Where `key` was written: its own place, else that of the nearest section around it, else the file."""
+    while key:
+        if key in locate:
+            return locate[key]
+        key = key.rpartition(".")[0]
+    return file
+
+
+def show(value: Any, limit: int = 80) -> str:
+    """A value as the YAML would show it, shortened to `limit` characters."""
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, float):
+        text = re.sub(r"e([-+])0", r"e\1", f"{value:g}")
+    else:
+        text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(word: str, section: str, known: Iterable[str]) -> str:
+    """The known dotted key closest to `section.word`, or "" when nothing is near.
+
+    The same name in another section comes first (`learning_rate` at the top level), then a similar name in
+    this section, then a similar name anywhere.
+    """
+    known = sorted(known, key=lambda key: key.count("."))  # the least nested first
+    for key in known:
+        if key.rpartition(".")[2] == word:
+            return key
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    for pool in (siblings, known):
+        leaves = {key.rpartition(".")[2]: key for key in reversed(pool)}
+        found = difflib.get_close_matches(word, leaves, n=1, cutoff=0.7)
+        if found:
+            return leaves[found[0]]
+    return ""
+
+
+def unknown_key(section: str, word: str, value: Any, known: Iterable[str]) -> Problem:
+    """The problem of a key that no section has, with the nearest one that exists."""
+    known = list(known)
+    guess = nearest(word, section, known)
+    siblings = sorted(key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section)
+    if guess:
+        remedy = f"did you mean {guess}?"
+    elif 0 < len(siblings) <= 20:
+        remedy = f"known here: {', '.join(siblings)}"
+    else:
+        remedy = "remove it; docs/configuration.md lists every key"
+    return Problem(join(section, word), "unknown key", value, remedy)
+
+
+def join(*parts: Any) -> str:
+    """Dotted key of the non-empty parts."""
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def one_of(choices: Iterable[Any]) -> str:
+    """'a, b or c'."""
+    words = [str(choice) for choice in choices]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+_PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+
+
+def describe_type(annotation: Any) -> str:
+    """A type annotation in words that a person who writes YAML knows."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
+    if origin is typing.Annotated:
+        return describe_type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe_type(a) for a in arguments if not _is_enum(a)))
+    if origin is typing.Literal:
+        return one_of(_literal(a) for a in arguments)
+    if origin in (list, tuple, set):
+        return f"a list of {_plural(arguments[0])}" if arguments else "a list"
+    if origin is dict or annotation is dict:
+        return "a mapping"
+    if _is_enum(annotation):
+        return one_of(member.value for member in annotation)
+    return "a section of keys" if hasattr(annotation, "model_fields") else "another type"
+
+
+def _plural(annotation: Any) -> str:
+    return {int: "integers", float: "numbers", str: "texts", bool: "true/false"}.get(annotation, "values")
+
+
+def _literal(value: Any) -> str:
+    return show(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Enum)

@@ -1,0 +1,238 @@
+"""The sections of a run's YAML that are ours: every key, its type, default, range and one line about it.
+
+`grpo` is TRL's (grpo_fields.py) and the rest of `task` is the task's own (`recipes.tasks`). The reference
+docs/configuration.md is generated from the descriptions here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, no value is converted, nothing changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=()
+    )
+
+
+class ScratchConfig(Section):
+    """A Llama made from nothing. Its vocabulary is the tokenizer's; the defaults give 0.8 M parameters."""
+
+    hidden_size: Positive = Field(128, description="width of the residual stream; a multiple of `heads`")
+    layers: Positive = Field(3, description="transformer layers")
+    heads: Positive = Field(4, description="attention heads")
+    kv_heads: Positive | None = Field(
+        None, description="key/value heads, a divisor of `heads`; null: as many as heads"
+    )
+    intermediate_size: Positive = Field(512, description="width of the gated MLP")
+    max_positions: Positive = Field(512, description="longest prompt plus completion, in tokens")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
+    tie_embeddings: bool = Field(False, description="share the input embedding with the head")
+
+
+class ModelConfig(Section):
+    """Where the model comes from and in what form."""
+
+    loader: Literal["scratch", "transformers", "unsloth"] = Field(
+        description="scratch: new random weights; transformers: any causal LM; unsloth: by FastLanguageModel"
+    )
+    name: str | None = Field(None, min_length=1, description="hub id or local path; required unless scratch")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub; null: its main branch")
+    tokenizer: str | None = Field(
+        None, description="hub id or path; null: the model's, or for scratch the task's own"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the weights; auto: the checkpoint's, float32 for scratch"
+    )
+    load_in_4bit: bool = Field(
+        False, description="quantise the frozen weights to 4 bits; needs `lora` and a GPU"
+    )
+    load_in_8bit: bool = Field(
+        False, description="quantise the frozen weights to 8 bits; needs `lora` and a GPU"
+    )
+    attn_implementation: str | None = Field(
+        None, description="eager, sdpa, flash_attention_2, …; null: what transformers chooses"
+    )
+    max_seq_length: Positive | None = Field(
+        None,
+        description="longest prompt plus completion, in tokens; unsloth allocates for it; null: 2048 there",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="recompute activations in the backward: less memory, more time; unsloth: its own kind",
+    )
+    fast_inference: bool = Field(False, description="unsloth only: generate with vLLM, sharing its weights")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="unsloth only: the share of the GPU vLLM may take; null: Unsloth's default",
+    )
+    scratch: ScratchConfig | None = Field(None, description="shape of the new model; scratch only")
+
+
+class HeadConfig(Section):
+    """What computes the log-probabilities from the hidden states."""
+
+    impl: Literal["memhead", "trl", "full"] = Field(
+        "memhead",
+        description="memhead: ours, chunked; trl: TRL's own; full: plain full logits, as a baseline",
+    )
+    chunk: Positive | None = Field(
+        None, description="rows of logits held at a time (memhead only); null: chosen from a memory budget"
+    )
+    backend: Literal["torch", "triton"] | None = Field(
+        None, description="memhead's backend; null: triton where it runs, else torch"
+    )
+
+
+class TaskConfig(Section):
+    """The task and its options. In the YAML the options stand beside `name`."""
+
+    name: str = Field(description="the task; one of those in recipes/tasks")
+    options: SerializeAsAny[BaseModel] = Field(
+        description="the task's own options, checked by its Options class"
+    )
+
+
+class LoraSection(Section):
+    """Train low-rank adapters and leave the model frozen; `lora: null` trains every weight."""
+
+    r: Positive = Field(16, description="rank of the adapters")
+    alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="names of the layers to adapt; all-linear: every linear layer but the head",
+    )
+    modules_to_save: list[str] | None = Field(None, description="modules trained in full beside the adapters")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+
+    def peft_config(self) -> LoraConfig:
+        """The same as a peft.LoraConfig for a causal language model."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides: a float is fine
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
+            use_rslora=self.use_rslora,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+
+class TrackingConfig(Section):
+    """What is recorded. The run folder's own files are always written; `report_to` is beside them."""
+
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="a tracker beside the run folder's own files"
+    )
+    logging_every: Positive = Field(1, description="optimizer steps between two lines of metrics.jsonl")
+    completions_sample: int = Field(
+        4, ge=0, description="completions kept with their rewards at each logged step"
+    )
+    print_completions: int = Field(
+        0, ge=0, description="completions shown in the terminal at each logged step"
+    )
+    memory: bool = Field(True, description="measure memory by phase")
+    memory_every: Positive | None = Field(
+        None, description="steps between two metered ones, after the first two; null: 1 on a GPU, 10 on CPU"
+    )
+
+
+class WarmStartConfig(Section):
+    """Supervised training before GRPO, for a model that knows nothing of the task yet."""
+
+    steps: Positive = Field(150, description="at most so many optimizer steps")
+    target_accuracy: float | None = Field(
+        0.45,
+        gt=0,
+        le=1,
+        description="stop at this greedy accuracy, to leave GRPO something; null: run every step",
+    )
+    check_every: Positive = Field(25, description="steps between two looks at the accuracy")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    batch_size: Positive = Field(128, description="examples a step")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+
+
+class EvaluationConfig(Section):
+    """Accuracy on the task's held-out problems, always before and after the training."""
+
+    every: Positive | None = Field(
+        None, description="also every so many optimizer steps; null: before and after only"
+    )
+    size: Positive = Field(512, description="held-out problems")
+    batch_size: Positive = Field(128, description="problems generated at a time")
+
+
+class RunSection(Section):
+    """The run itself: its name, seed, place and what surrounds the training."""
+
+    name: str = Field("", description="name of the run's folder; left out: the configuration file's name")
+    seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data and sampling")
+    output_root: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    save_every: Positive | None = Field(
+        None, description="steps between two checkpoints; null: at the end only"
+    )
+    warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
+    evaluation: EvaluationConfig = Field(
+        default_factory=lambda: EvaluationConfig(), description="accuracy on held-out problems"
+    )
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "head": HeadConfig,
+    "task": TaskConfig,
+    "lora": LoraSection,
+    "tracking": TrackingConfig,
+    "run": RunSection,
+}
+ORDER = (
+    "model",
+    "head",
+    "task",
+    "grpo",
+    "lora",
+    "tracking",
+    "run",
+)  # of the resolved YAML and of the reference
+
+
+def schema_keys() -> list[str]:
+    """Every dotted key of the sections that are ours, without the task's options."""
+    keys = ["task.name", "grpo", "base"]
+    for name, section in SECTIONS.items():
+        keys.append(name)
+        keys += [] if name == "task" else [f"{name}.{key}" for key in _leaves(section)]
+    return keys
+
+
+def _leaves(section: type[BaseModel]) -> list[str]:
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        found.append(name)
+        nested = nested_section(field.annotation)
+        found += [f"{name}.{key}" for key in _leaves(nested)] if nested else []
+    return found
+
+
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """The model class in `X` or `X | None`, if there is one."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
