@@ -1,0 +1,175 @@
+"""The row-wise work on a tile of logits, in plain torch: the reference for the Triton kernels.
+
+Every function works in place on a tile that the product has just written, in as few passes as
+torch allows: the tile is small enough to stay in cache, so a pass costs little.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
+
+
+def fold_tile(
+    logits: Tensor,  # (R, C) raw products, overwritten
+    stats: Tensor,  # (len(Stat), R), updated
+    targets: Tensor,  # (R,) int64
+    start: int,
+    bias: Tensor | None,  # (C,)
+    temperature: Tensor | None,  # (R,)
+    spec: FoldSpec,
+    acc: Tensor | None,  # (R, H) sums so far, rescaled where the reference moves
+    operand: torch.dtype,
+    direction: bool,
+) -> Tensor:
+    """Fold vocabulary columns ``start : start + C`` into the statistics of their rows.
+
+    Returns (R, C), if the ``direction`` is wanted, in the operand dtype: exp(z - reference) times
+    the softcap's slope, zero in the target's column: the left factor of the direction's product.
+    """
+    z, slope = to_logits(logits, bias, temperature, spec)
+    hit, column = _target_column(targets, start, z.shape[1])
+    at_target = z.gather(1, column)  # (R, 1)
+    stats[Stat.TARGET] = torch.where(hit, at_target, stats[Stat.TARGET, :, None]).squeeze(1)
+    if slope is not None:
+        stats[Stat.SLOPE] = torch.where(hit, slope.gather(1, column), stats[Stat.SLOPE, :, None]).squeeze(1)
+    if spec.total:
+        stats[Stat.TOTAL] += z.sum(1)
+    if spec.top1:
+        _fold_maxima(z, stats, targets, start)
+    z.scatter_(1, column, torch.where(hit, LOWEST, at_target))
+    _move_reference(z.amax(1), stats, spec, acc, operand)
+
+    z.sub_(stats[Stat.REFERENCE, :, None])
+    exps = z.exp() if spec.entropy else z.exp_()
+    stats[Stat.OTHERS] += exps.sum(1)
+    if spec.entropy:
+        stats[Stat.WEIGHTED] += torch.linalg.vecdot(exps, z)
+    if spec.squares:
+        stats[Stat.SQUARES] += torch.linalg.vecdot(exps, exps)
+    if not direction:
+        return exps
+    return exps.to(operand) if slope is None else exps.mul_(slope).to(operand)
+
+
+def to_logits(
+    raw: Tensor,  # (R, C), overwritten
+    bias: Tensor | None,  # (C,)
+    temperature: Tensor | None,  # (R,)
+    spec: FoldSpec,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits z and the softcap's slope (None without softcap), both (R, C), from raw products.
+
+    The slope is d softcap(x)/dx = 1 - tanh(x / cap)^2; the scale and the temperature are constant
+    along a row and multiplied in at the very end.
+    """
+    if bias is not None:
+        raw.add_(bias.to(raw.dtype).clamp_min(LOWEST))
+    slope = None
+    if spec.softcap:
+        tanh = raw.mul_(spec.logit_scale / spec.softcap).tanh_()
+        slope = 1 - tanh.square()
+        raw.mul_(spec.softcap)
+    elif spec.logit_scale != 1.0:
+        raw.mul_(spec.logit_scale)
+    if temperature is not None:
+        raw.div_(temperature[:, None])
+    elif spec.temperature != 1.0:
+        raw.div_(spec.temperature)
+    return raw, slope
+
+
+def _target_column(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each row's target lies in this tile, and where (clamped into it), both (R, 1)."""
+    column = (targets - start)[:, None]
+    return (column >= 0) & (column < columns), column.clamp(0, columns - 1)
+
+
+def _fold_maxima(z: Tensor, stats: Tensor, targets: Tensor, start: int) -> None:
+    vocab = torch.arange(start, start + z.shape[1], device=z.device)
+    before = torch.where(vocab < targets[:, None], z, LOWEST).amax(1)
+    after = torch.where(vocab > targets[:, None], z, LOWEST).amax(1)
+    stats[Stat.BEFORE] = torch.maximum(stats[Stat.BEFORE], before)
+    stats[Stat.AFTER] = torch.maximum(stats[Stat.AFTER], after)
+
+
+def _move_reference(
+    maximum: Tensor, stats: Tensor, spec: FoldSpec, acc: Tensor | None, operand: torch.dtype
+) -> None:
+    """Move a row's reference where the tile's maximum (R,) exceeds it by more than the headroom.
+
+    A row's reference depends on its own logits alone, so its bits do not depend on its neighbours.
+    """
+    shift, lazy = headroom(operand)
+    old = stats[Stat.REFERENCE].clone()
+    new = torch.where(maximum - shift > old + lazy, maximum - shift, old)
+    new = torch.where(maximum.isnan(), maximum, new)
+    factor = (old - new).exp()
+    if spec.entropy:
+        stats[Stat.WEIGHTED] = factor * (stats[Stat.WEIGHTED] + (old - new) * stats[Stat.OTHERS])
+    stats[Stat.OTHERS] *= factor
+    if spec.squares:
+        stats[Stat.SQUARES] *= factor.square()
+    stats[Stat.REFERENCE] = new
+    # On a GPU the question would cost a synchronisation, more than the multiplication does.
+    if acc is not None and (acc.device.type != "cpu" or bool((factor != 1).any())):
+        acc.mul_(factor[:, None])
+
+
+def finish_direction(
+    acc: Tensor,  # (R, H) sum_{v != t} exp(z_v - r) softcap'(z_v) W_v
+    stats: Tensor,  # (len(Stat), R)
+    target_rows: Tensor,  # (R, H) W_t
+    out: Tensor,  # (R, H); may be acc itself
+) -> None:
+    """``out = softcap'(z_t) W_t - sum_{v != t} q_v softcap'(z_v) W_v``, see memhead.statistics.
+
+    ``(1 - p_t) * logit_scale / T * out`` is the gradient of the log-probability by the hidden
+    state. It is kept without that factor because so it never underflows, in float16 either.
+    """
+    others = stats[Stat.OTHERS]
+    acc.mul_(torch.where(others > 0, -1 / others, 0.0)[:, None])
+    slope = stats[Stat.SLOPE, :, None]
+    out.copy_(acc.addcmul_(target_rows.to(acc.dtype), slope))
+
+
+def logit_gradient(
+    logits: Tensor,  # (R, C) raw products, overwritten
+    targets: Tensor,  # (R,)
+    start: int,
+    bias: Tensor | None,  # (C,)
+    temperature: Tensor | None,  # (R,)
+    spec: FoldSpec,
+    upstream: Upstream,  # each (R,); the gradients times logit_scale / T
+    operand: torch.dtype,
+) -> Tensor:
+    """Gradient by the raw products (R, C), in the operand dtype.
+
+        d log p_t / d z_v = (1 - p_t) (1[v = t] - q_v),  q_t = 0
+        d entropy / d z_v = -p_v (log p_v + entropy)
+
+    times the softcap's slope.
+    """
+    z, slope = to_logits(logits, bias, temperature, spec)
+    hit, column = _target_column(targets, start, z.shape[1])
+    grad_logprobs, grad_entropy, logprobs, entropy, lse_others = upstream
+    uncertain = one_minus_p(logprobs)
+    grad = None
+    if grad_entropy is not None and entropy is not None:
+        # logsumexp(all) = lse_others - log(1 - p_t); where 1 - p_t underflows, no other has any p.
+        lse = torch.where(uncertain > 0, lse_others - uncertain.log(), -LOWEST)
+        log_p = (z - lse[:, None]).clamp_min_(LOWEST)
+        log_p.scatter_(1, column, torch.where(hit, logprobs[:, None], log_p.gather(1, column)).clamp_min(LOWEST))
+        grad = log_p.exp()
+        grad.mul_(log_p.add_(entropy[:, None])).mul_(-grad_entropy[:, None])
+    q = z.sub_(lse_others[:, None]).exp_()
+    coefficient = (grad_logprobs * uncertain)[:, None]
+    q.scatter_(1, column, torch.where(hit, -1.0, q.gather(1, column)))
+    q.mul_(-coefficient)
+    if grad is not None:
+        q.add_(grad)
+    if slope is not None:
+        q.mul_(slope)
+    return q.to(operand)

@@ -1,0 +1,97 @@
+"""Refuse what cannot be computed, naming the argument, the value and the rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices of a head's tensors.
+
+    Raises:
+        ValueError: hidden (..., H) and weight (V, H) do not agree or are not floating point,
+            targets are not hidden's leading dimensions of integers, bias is not (V,), or the
+            tensors are on different devices.
+    """
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden has dtype {hidden.dtype}; it must be floating point")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"weight has dtype {weight.dtype}; it must be floating point "
+            "(for a quantised head see memhead.integrations.bitsandbytes)"
+        )
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; "
+            "they must be (..., H) and (V, H) with the same H"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows; the vocabulary must hold at least one token")
+    if targets is not None:
+        check_integers("targets", targets)
+        check_rows("targets", targets, hidden)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one per row of weight")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        check_device(name, tensor, hidden)
+
+
+def check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """``tensor`` holds one value per row of hidden (..., H)."""
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(hidden.shape[:-1])}, "
+            f"the leading dimensions of hidden {tuple(hidden.shape)}"
+        )
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must hold integers")
+
+
+def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    if tensor is not None and tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one device")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be greater than 0")
+
+
+def check_chunk(chunk: int | tuple[int, int] | None) -> None:
+    sizes = () if chunk is None else (chunk,) if isinstance(chunk, int) else tuple(chunk)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"chunk={chunk} is too small to hold a row; it must be at least 1")
+
+
+def check_targets_in_vocabulary(targets: Tensor, vocab_size: int) -> None:
+    """Every target is one of 0 .. vocab_size - 1.
+
+    Raises:
+        ValueError: on a CPU. On a GPU, where asking would stop the queue, a failing device-side
+            assertion reports it at the next synchronisation, as ``torch.nn.functional.cross_entropy`` does.
+    """
+    if not targets.numel():
+        return
+    inside = (targets >= 0) & (targets < vocab_size)
+    if targets.device.type != "cpu":
+        torch._assert_async(inside.all())
+    elif not bool(inside.all()):
+        wrong = int(targets[~inside][0])
+        raise ValueError(
+            f"targets contains {wrong}, outside the vocabulary 0..{vocab_size - 1}; "
+            "leave such rows out with mask= (or ignore_index= in linear_cross_entropy)"
+        )
+
+
+def check_temperatures(temperature: Tensor) -> None:
+    """As :func:`check_targets_in_vocabulary`, for per-row temperatures."""
+    positive = temperature > 0
+    if temperature.device.type != "cpu":
+        torch._assert_async(positive.all())
+    elif not bool(positive.all()):
+        wrong = float(temperature[~positive][0])
+        raise ValueError(f"temperature contains {wrong}; every temperature must be greater than 0")

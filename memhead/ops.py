@@ -1,0 +1,256 @@
+"""The sweeps as torch operators, so that autograd and ``torch.compile`` see one opaque step each.
+
+Only tensors and plain numbers cross an operator's border; inside, the loop over tiles is ordinary
+Python, which a compiler neither unrolls nor specialises for a number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memhead.backends import get_backend
+from memhead.checks import check_targets_in_vocabulary, check_temperatures
+from memhead.planning import resolve_chunk
+from memhead.products import operand_dtype, result_dtype
+from memhead.statistics import FoldSpec, Upstream, one_minus_p
+from memhead.sweep import Problem, WeightPart, backward_sweep, forward_sweep
+from memhead.weights import DenseWeight, LowRankWeight, Weight
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def make_problem(
+    hidden: Tensor,
+    weight: Weight,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    spec: FoldSpec,
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> Problem:
+    """Choose tile and backend for ``hidden`` (N, H); ``chunk`` is [], [rows] or [rows, columns]."""
+    wanted = None if not chunk else chunk[0] if len(chunk) == 1 else (chunk[0], chunk[1])
+    operand = operand_dtype(compute, hidden.device)
+    size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize)
+    module = get_backend(backend, hidden.device, result_dtype(operand))
+    return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    update: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    numbers: list[float],
+    outputs: list[bool],
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> Problem:
+    head: Weight = DenseWeight(weight) if update is None else LowRankWeight(DenseWeight(weight), update)
+    spec = FoldSpec(*numbers, *outputs)  # type: ignore[arg-type]
+    return make_problem(hidden, head, targets, bias, row_temperature, spec, chunk, backend, compute)
+
+
+@torch.library.custom_op("memhead::logprobs", mutates_args=())
+def logprobs_op(
+    hidden: Tensor,  # (N, H), or (N, H + r) with an update
+    weight: Tensor,  # (V, H)
+    update: Tensor | None,  # (V, r)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    mask: Tensor | None,  # (N,) bool
+    row_temperature: Tensor | None,  # (N,) float32
+    numbers: list[float],  # logit_scale, softcap, temperature
+    outputs: list[bool],  # which of OUTPUTS
+    direction: bool,
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        selected = (hidden, targets, row_temperature)
+        kept = None if mask is None else mask.nonzero().squeeze(1)
+        if kept is not None:
+            selected = tuple(None if x is None else x.index_select(0, kept) for x in selected)  # type: ignore[assignment]
+        x, t, temperature = selected
+        check_targets_in_vocabulary(t, weight.shape[0])
+        if temperature is not None:
+            check_temperatures(temperature)
+        problem = _problem(x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute)
+        rows, out = forward_sweep(problem, direction=direction)
+        out = hidden.new_empty(0) if out is None else out
+        results = (*rows, out)
+        if kept is None:
+            return results
+        # Rows left out get zeros, at the place they came from.
+        return tuple(  # type: ignore[return-value]
+            y if not y.numel() else y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, kept, y)  # type: ignore[arg-type]
+            for y in results
+        )
+
+
+@logprobs_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    update: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    numbers: list[float],
+    outputs: list[bool],
+    direction: bool,
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows = hidden.shape[0]
+    dtype = result_dtype(operand_dtype(compute, hidden.device))
+    optional = [hidden.new_empty(num_rows if wanted else 0, dtype=dtype) for wanted in outputs]
+    return (
+        hidden.new_empty(num_rows, dtype=dtype),
+        *optional[:3],
+        optional[3].new_empty(optional[3].shape, dtype=torch.bool),
+        hidden.new_empty(num_rows, dtype=dtype),
+        hidden.new_empty(hidden.shape if direction else (0,)),
+    )
+
+
+@torch.library.custom_op("memhead::logprobs_backward", mutates_args=())
+def logprobs_backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    update: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    grad_logprobs: Tensor,  # (N,) times logit_scale / T
+    grad_entropy: Tensor | None,  # likewise
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    lse_others: Tensor,
+    numbers: list[float],
+    wanted: list[bool],  # gradients by hidden, weight, update, bias
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight, update and bias, by recomputing the logits; unwanted ones are empty."""
+    hidden_grad, weight_grad, update_grad, bias_grad = wanted
+    features = weight.shape[1]
+    parts = []
+    if weight_grad:
+        parts.append(WeightPart(slice(0, features), weight.dtype))
+    if update_grad and update is not None:
+        parts.append(WeightPart(slice(features, features + update.shape[1]), update.dtype))
+    nothing = hidden.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        problem = _problem(
+            hidden, weight, update, targets, bias, row_temperature, numbers, [False] * 4, chunk, backend, compute
+        )
+        upstream = Upstream(grad_logprobs, grad_entropy, logprobs, entropy, lse_others)
+        by_hidden, by_parts, by_bias = backward_sweep(
+            problem, upstream, hidden_grad=hidden_grad, weight_parts=tuple(parts), bias_grad=bias_grad
+        )
+    by_weight = by_parts.pop(0) if weight_grad else hidden.new_empty(0)
+    by_update = by_parts.pop(0) if by_parts else hidden.new_empty(0)
+    by_bias = hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype)
+    return nothing if by_hidden is None else by_hidden, by_weight, by_update, by_bias
+
+
+@logprobs_backward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    update: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    lse_others: Tensor,
+    numbers: list[float],
+    wanted: list[bool],
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = hidden.new_empty(0)
+    tensors = (hidden, weight, update, bias)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(x.shape) if want and x is not None else nothing.clone()
+        for x, want in zip(tensors, wanted, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, update, targets, bias, mask, row_temperature, numbers, _, _, chunk, backend, compute = inputs
+    logprobs, entropy, _, _, _, lse_others, direction = output
+    ctx.set_materialize_grads(False)
+    ctx.settings = (numbers, chunk, backend, compute)
+    ctx.save_for_backward(
+        hidden, weight, update, targets, bias, mask, row_temperature, logprobs, entropy, lse_others, direction
+    )
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    hidden, weight, update, targets, bias, mask, row_temperature, logprobs, entropy, lse_others, direction = (
+        ctx.saved_tensors
+    )
+    numbers, chunk, backend, compute = ctx.settings
+    by_hidden, by_weight, by_update, by_bias = (ctx.needs_input_grad[i] for i in (0, 1, 2, 4))
+    logit_scale, _, temperature = numbers
+    factor = logit_scale / (temperature if row_temperature is None else row_temperature)
+
+    def upstream(grad):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return None
+        # where, not a product: a masked row may have met NaN upstream
+        grad = grad * factor
+        return grad if mask is None else torch.where(mask, grad, 0.0)
+
+    grad_logprobs, grad_entropy = upstream(grad_logprobs), upstream(grad_entropy)
+    if entropy.numel() == 0:
+        grad_entropy = None
+    recompute = by_weight or by_update or by_bias or grad_entropy is not None or not direction.numel()
+    grads: tuple = (None, None, None, None)
+    if recompute:
+        zeros = torch.zeros_like(logprobs)
+        safe_targets = targets if mask is None else torch.where(mask, targets, 0)
+        grads = logprobs_backward_op(
+            hidden,
+            weight,
+            update,
+            safe_targets,
+            bias,
+            row_temperature,
+            zeros if grad_logprobs is None else grad_logprobs,
+            grad_entropy,
+            logprobs,
+            entropy if grad_entropy is not None else None,
+            lse_others,
+            numbers,
+            [by_hidden and (grad_entropy is not None or not direction.numel()), by_weight, by_update, by_bias],
+            chunk,
+            backend,
+            compute,
+        )
+        grads = tuple(grad if grad.numel() else None for grad in grads)
+    hidden_grad, weight_grad, update_grad, bias_grad = grads
+    if by_hidden and hidden_grad is None and grad_logprobs is not None:
+        coefficient = grad_logprobs * one_minus_p(logprobs)  # (N,)
+        hidden_grad = (coefficient[:, None] * direction).to(hidden.dtype)
+    return hidden_grad, weight_grad, update_grad, None, bias_grad, *[None] * 8
+
+
+logprobs_op.register_autograd(_backward, setup_context=_setup_context)

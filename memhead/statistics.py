@@ -1,0 +1,142 @@
+"""What is remembered of a row of logits once its tiles are gone, and what follows from it.
+
+Throughout memhead, for a row with target t:
+
+    z_v = softcap(logit_scale * (h . W_v + b_v)) / T        the logits
+    others                                                  the vocabulary without t
+    q_v = exp(z_v) / sum_{u != t} exp(z_u)                  the distribution over the others
+
+The target is kept apart from the others, because everything that matters is then a sum of terms
+of one sign: with ``gap = logsumexp(others) - z_t``,
+
+    log p_t     = -softplus(gap)
+    1 - p_t     = sigmoid(gap)
+    d log p_t   = (1 - p_t) (d z_t - sum_{v != t} q_v d z_v)
+
+keep their relative precision however sure the model is, where ``z_t - logsumexp(all)`` and
+``onehot - p`` cancel to nothing.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Stat(IntEnum):
+    """Rows of the (len(Stat), N) float32 statistics that a sweep over the vocabulary leaves."""
+
+    REFERENCE = 0  # r: the exponentials are taken against it; within LAZY of the others' maximum
+    OTHERS = 1  # sum_{v != t} exp(z_v - r)
+    TARGET = 2  # z_t
+    SLOPE = 3  # softcap'(z_t), 1 without softcap
+    WEIGHTED = 4  # sum_{v != t} exp(z_v - r) (z_v - r), for the entropy
+    SQUARES = 5  # sum_{v != t} exp(z_v - r)^2
+    TOTAL = 6  # sum_v z_v, the target included
+    BEFORE = 7  # max z_v over v < t
+    AFTER = 8  # max z_v over v > t
+
+
+# Stands for minus infinity in the arithmetic, where the real one would give 0 * inf = NaN.
+LOWEST = -1e30
+# Above every forbidden logit (scaled and tempered as it may be), below every real one: the first
+# real logit always replaces it.
+UNSET = -1e25
+
+
+class FoldSpec(NamedTuple):
+    """What turns raw products into logits, and which optional statistics are wanted."""
+
+    logit_scale: float
+    softcap: float  # 0.0: none
+    temperature: float  # used where there is no per-row temperature
+    entropy: bool
+    squares: bool
+    total: bool
+    top1: bool
+
+
+class Rows(NamedTuple):
+    """Per-row results (N,), float32 (float64 for float64 operands)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor  # bool
+    lse_others: Tensor
+
+
+class Upstream(NamedTuple):
+    """What the backward pass starts from, each (N,)."""
+
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
+    logprobs: Tensor
+    entropy: Tensor | None
+    lse_others: Tensor
+
+
+def headroom(operand: torch.dtype) -> tuple[float, float]:
+    """(shift, lazy): the reference is the maximum less ``shift``, renewed when exceeded by ``lazy``.
+
+    The exponentials enter the second product in the operands' dtype. float32 and bfloat16 have the
+    range for a reference that is far from the maximum, so that it almost never has to move;
+    float16 ends at 65504 and loses everything below 6e-8, so its exponentials are pushed up to
+    e^7 = 1097 for the maximum and renewed at e^11 = 59874.
+    """
+    return (7.0, 4.0) if operand == torch.float16 else (0.0, 20.0)
+
+
+def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Statistics (len(Stat), num_rows) of rows of which nothing has been seen."""
+    stats = like.new_zeros((len(Stat), num_rows), dtype=dtype)
+    stats[Stat.REFERENCE] = UNSET
+    stats[Stat.TARGET : Stat.SLOPE] = LOWEST
+    stats[Stat.SLOPE] = 1.0
+    stats[Stat.BEFORE :] = LOWEST
+    return stats
+
+
+def restore_infinity(values: Tensor) -> Tensor:
+    """Give forbidden logits, kept as :data:`LOWEST`, their infinity back."""
+    return torch.where(values < UNSET, float("-inf"), values)
+
+
+def finish(stats: Tensor, vocab_size: int, spec: FoldSpec) -> Rows:
+    """Per-row results from complete statistics (len(Stat), N); unwanted ones have no elements."""
+    nothing = stats.new_empty(0)
+    others, target = stats[Stat.OTHERS], restore_infinity(stats[Stat.TARGET])
+    lse_others = stats[Stat.REFERENCE] + others.log()
+    gap = lse_others - target
+    logprobs = -F.softplus(gap, threshold=1e9)
+    entropy = _entropy(stats, gap, logprobs) if spec.entropy else nothing
+    log_sum_sq_probs = nothing
+    if spec.squares:
+        log_q_sq = torch.where(others > 0, stats[Stat.SQUARES].log() - 2 * others.log(), LOWEST)
+        log_sum_sq_probs = torch.logaddexp(2 * logprobs, 2 * F.logsigmoid(gap) + log_q_sq)
+    mean_logits = restore_infinity(stats[Stat.TOTAL] / vocab_size) if spec.total else nothing
+    is_top1 = nothing.bool()
+    if spec.top1:  # the first of equals is the most likely one, as argmax has it
+        is_top1 = (stats[Stat.TARGET] > stats[Stat.BEFORE]) & (stats[Stat.TARGET] >= stats[Stat.AFTER])
+    # Where no other is possible, a finite stand-in keeps exp(z - lse_others) at zero.
+    lse_others = torch.where(others > 0, lse_others, 0.0)
+    return Rows(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others)
+
+
+def _entropy(stats: Tensor, gap: Tensor, logprobs: Tensor) -> Tensor:
+    """-sum_v p_v log p_v = -p_t log p_t + (1 - p_t) (log(others) + softplus(-gap) - E_q[z - r])."""
+    others = stats[Stat.OTHERS]
+    some = others > 0  # a vocabulary of one, or all the others forbidden: nothing is uncertain
+    safe = torch.where(some, others, 1.0)
+    rest = safe.log() + F.softplus(-gap, threshold=1e9) - stats[Stat.WEIGHTED] / safe
+    return torch.special.entr(logprobs.exp()) + torch.where(some, torch.sigmoid(gap) * rest, 0.0)
+
+
+def one_minus_p(logprobs: Tensor) -> Tensor:
+    """1 - p_t from log p_t, exact for p_t near 1."""
+    return -torch.expm1(logprobs)

@@ -1,0 +1,179 @@
+"""The two passes over the vocabulary: one for values, and one, if it must be, for gradients.
+
+``forward_sweep`` is all there is to a frozen head. ``backward_sweep`` recomputes the logits once
+for what cannot be known before the upstream gradient arrives: the gradients of the weight and the
+bias, and that of the entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memhead.planning import Chunk
+from memhead.products import HALF, add_product, operand_dtype, product, result_dtype
+from memhead.statistics import FoldSpec, Rows, Upstream, finish, new_statistics
+from memhead.weights import Weight
+
+
+class Problem(NamedTuple):
+    """One head over one batch of rows."""
+
+    hidden: Tensor  # (N, H)
+    weight: Weight  # (V, H)
+    targets: Tensor  # (N,) int64; outside 0..V-1 only where another process holds the target
+    bias: Tensor | None  # (V,)
+    temperature: Tensor | None  # (N,)
+    spec: FoldSpec
+    chunk: Chunk
+    backend: ModuleType
+    compute: torch.dtype
+
+    @property
+    def operand(self) -> torch.dtype:
+        """dtype in which hidden and weight enter the products."""
+        return operand_dtype(self.compute, self.hidden.device)
+
+    @property
+    def result(self) -> torch.dtype:
+        """dtype of logits, statistics and accumulators."""
+        return result_dtype(self.operand)
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``range(total)``."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def forward_sweep(
+    problem: Problem, *, direction: bool, merge: Callable[[Tensor, Tensor | None], None] | None = None
+) -> tuple[Rows, Tensor | None]:
+    """Per-row results (N,) and, if wanted, the direction (N, H) of the hidden gradient.
+
+    One product for the values; with ``direction`` a second one, of the exponentials that are there
+    anyway. Working memory: one tile of logits and one block of float32 accumulators.
+
+    ``merge(statistics, accumulator)`` is called on a block of rows that has seen this process's
+    part of the vocabulary (:mod:`memhead.parallel`).
+    """
+    hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
+    (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+    stats = new_statistics(num_rows, hidden, problem.result)
+    tile = stats.new_empty(chunk.rows * chunk.columns)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
+    # Where the output has the accumulator's dtype it is its own accumulator.
+    own = out is not None and out.dtype == stats.dtype
+    shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
+    for rows in blocks(num_rows, chunk.rows):
+        x = hidden[rows].to(problem.operand)  # (R, H)
+        acc = out[rows] if own and out is not None else shared_acc
+        acc = None if acc is None else acc[: len(x)]  # (R, H)
+        for columns in blocks(vocab_size, chunk.columns):
+            w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
+            first = columns.start == 0
+            exps = problem.backend.fold_tile(
+                product(x, w.t(), _view(tile, len(x), len(w))),  # (R, C)
+                stats[:, rows],
+                problem.targets[rows],
+                columns.start,
+                _slice(problem.bias, columns),
+                _slice(problem.temperature, rows),
+                problem.spec,
+                None if first else acc,
+                problem.operand,
+                direction,
+            )
+            if acc is not None:
+                add_product(acc, exps, w, first=first)
+        if merge is not None:
+            merge(stats[:, rows], acc)
+        if acc is not None and out is not None:
+            target_rows = weight.rows(problem.targets[rows], problem.operand)
+            problem.backend.finish_direction(acc, stats[:, rows], target_rows, out[rows])
+    return finish(stats, vocab_size, problem.spec), out
+
+
+class WeightPart(NamedTuple):
+    """Some of the H features of a weight whose gradient is wanted, and its dtype."""
+
+    features: slice
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return self.features.stop - self.features.start
+
+
+def backward_sweep(
+    problem: Problem,
+    upstream: Upstream,
+    *,
+    hidden_grad: bool,
+    weight_parts: tuple[WeightPart, ...] = (),
+    bias_grad: bool = False,
+) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+    """Gradients by hidden (N, H), by parts of the weight (each (V, width)) and by the bias (V,).
+
+    The vocabulary is the outer loop, so that a tile of the weight's gradient is summed over all
+    rows in float32 and rounded once, without a second buffer of the weight's size; the price is a
+    float32 accumulator (N, H) where the hidden gradient is wanted too.
+    """
+    hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    scale, upstream = _scaled(problem, upstream)
+    hidden_acc = hidden.new_zeros(hidden.shape, dtype=problem.result) if hidden_grad else None
+    weight_grads = [hidden.new_zeros((vocab_size, part.width), dtype=part.dtype) for part in weight_parts]
+    accs = [hidden.new_empty((chunk.columns, part.width), dtype=problem.result) for part in weight_parts]
+    bias_out = hidden.new_zeros(vocab_size, dtype=problem.result) if bias_grad else None
+    tile = hidden.new_empty(chunk.rows * chunk.columns, dtype=problem.result)
+    for columns in blocks(vocab_size, chunk.columns):
+        w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
+        for rows in blocks(num_rows, chunk.rows):
+            x = hidden[rows].to(problem.operand)  # (R, H)
+            grad = problem.backend.logit_gradient(
+                product(x, w.t(), _view(tile, len(x), len(w))),  # (R, C)
+                problem.targets[rows],
+                columns.start,
+                _slice(problem.bias, columns),
+                _slice(problem.temperature, rows),
+                problem.spec,
+                Upstream(*(_slice(value, rows) for value in upstream)),
+                problem.operand,
+            )
+            if hidden_acc is not None:
+                add_product(hidden_acc[rows], grad, w, first=False)
+            for part, acc in zip(weight_parts, accs, strict=True):
+                add_product(acc[: len(w)], grad.t(), x[:, part.features], first=rows.start == 0)
+            if bias_out is not None:
+                bias_out[columns] += grad.sum(0, dtype=problem.result)
+        if num_rows:
+            for weight_grad, acc in zip(weight_grads, accs, strict=True):
+                weight_grad[columns] = acc[: len(w)].mul_(scale)
+    hidden_out = None if hidden_acc is None else hidden_acc.mul_(scale).to(hidden.dtype)
+    return hidden_out, weight_grads, None if bias_out is None else bias_out.mul_(scale)
+
+
+def _scaled(problem: Problem, upstream: Upstream) -> tuple[Tensor | float, Upstream]:
+    """Bring the largest upstream gradient to 1, so that float16 products do not flush to zero."""
+    if problem.operand not in HALF:
+        return 1.0, upstream
+    grads = [upstream.grad_logprobs, upstream.grad_entropy]
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()] or [torch.ones(())])
+    scale = largest.amax().clamp_min(torch.finfo(torch.float32).tiny).to(problem.hidden.device)
+    return scale, upstream._replace(
+        grad_logprobs=upstream.grad_logprobs / scale,
+        grad_entropy=None if upstream.grad_entropy is None else upstream.grad_entropy / scale,
+    )
+
+
+def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def _slice(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]

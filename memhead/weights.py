@@ -1,0 +1,61 @@
+"""The head's weight as the sweeps read it: tiles of vocabulary rows, and single rows.
+
+A dense weight is sliced; a low-rank update is laid beside it tile by tile; a quantised weight
+(:mod:`memhead.integrations.bitsandbytes`) is widened tile by tile. No weight-sized copy ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Weight(Protocol):
+    """What the sweeps need of a head weight of shape (V, H)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start:stop as a (stop - start, H) tensor of ``dtype``."""
+        ...
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows at ``indices`` (R,) as an (R, H) tensor of ``dtype``."""
+        ...
+
+
+class DenseWeight:
+    """A plain tensor (V, H); a tile is a view where the dtype already fits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[start:stop].to(dtype)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.weight.index_select(0, indices).to(dtype)
+
+
+class LowRankWeight:
+    """``[W | B]`` (V, H + r), which multiplied by ``[h | s A h]`` gives ``W h + s B A h``: LoRA, unmerged."""
+
+    def __init__(self, base: Weight, update: Tensor) -> None:
+        self.base, self.update = base, DenseWeight(update)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape[0], self.base.shape[1] + self.update.shape[1]
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return torch.cat((self.base.tile(start, stop, dtype), self.update.tile(start, stop, dtype)), 1)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.cat((self.base.rows(indices, dtype), self.update.rows(indices, dtype)), 1)
