@@ -32,7 +32,9 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
         check_integers("targets", targets)
         check_rows("targets", targets, hidden)
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one per row of weight")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one per row of weight"
+        )
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         check_device(name, tensor, hidden)
 
@@ -53,7 +55,9 @@ def check_integers(name: str, tensor: Tensor) -> None:
 
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     if tensor is not None and tensor.device != hidden.device:
-        raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one device")
+        raise ValueError(
+            f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one device"
+        )
 
 
 def check_positive(name: str, value: float) -> None:

@@ -139,7 +139,11 @@ def linear_logprobs(
         bias,
         mask,
         row_temperature,
-        [float(logit_scale), float(softcap or 0.0), 1.0 if row_temperature is not None else float(temperature)],
+        [
+            float(logit_scale),
+            float(softcap or 0.0),
+            1.0 if row_temperature is not None else float(temperature),
+        ],
         wanted,
         direction,
         [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
@@ -160,7 +164,9 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _extend(hidden: Tensor, weight: Tensor, low_rank: LowRankUpdate, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+def _extend(
+    hidden: Tensor, weight: Tensor, low_rank: LowRankUpdate, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``[h | s A h]`` (..., H + r), and B (V, r): the update as ``r`` more features of the head."""
     a, b = low_rank.a, low_rank.b
     if a.shape != (b.shape[1], hidden.shape[-1]) or b.shape[0] != weight.shape[0]:

@@ -34,7 +34,9 @@ def make_problem(
     """Choose tile and backend for ``hidden`` (N, H); ``chunk`` is [], [rows] or [rows, columns]."""
     wanted = None if not chunk else chunk[0] if len(chunk) == 1 else (chunk[0], chunk[1])
     operand = operand_dtype(compute, hidden.device)
-    size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize)
+    size = resolve_chunk(
+        wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize
+    )
     module = get_backend(backend, hidden.device, result_dtype(operand))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
@@ -151,10 +153,19 @@ def logprobs_backward_op(
         parts.append(WeightPart(slice(0, features), weight.dtype))
     if update_grad and update is not None:
         parts.append(WeightPart(slice(features, features + update.shape[1]), update.dtype))
-    nothing = hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
         problem = _problem(
-            hidden, weight, update, targets, bias, row_temperature, numbers, [False] * 4, chunk, backend, compute
+            hidden,
+            weight,
+            update,
+            targets,
+            bias,
+            row_temperature,
+            numbers,
+            [False] * 4,
+            chunk,
+            backend,
+            compute,
         )
         upstream = Upstream(grad_logprobs, grad_entropy, logprobs, entropy, lse_others)
         by_hidden, by_parts, by_bias = backward_sweep(
@@ -163,7 +174,8 @@ def logprobs_backward_op(
     by_weight = by_parts.pop(0) if weight_grad else hidden.new_empty(0)
     by_update = by_parts.pop(0) if by_parts else hidden.new_empty(0)
     by_bias = hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype)
-    return nothing if by_hidden is None else by_hidden, by_weight, by_update, by_bias
+    by_hidden = hidden.new_empty(0) if by_hidden is None else by_hidden
+    return by_hidden, by_weight, by_update, by_bias
 
 
 @logprobs_backward_op.register_fake
@@ -185,16 +197,17 @@ def _(
     backend: str | None,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = hidden.new_empty(0)
     tensors = (hidden, weight, update, bias)
     return tuple(  # type: ignore[return-value]
-        x.new_empty(x.shape) if want and x is not None else nothing.clone()
+        x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0)
         for x, want in zip(tensors, wanted, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, update, targets, bias, mask, row_temperature, numbers, _, _, chunk, backend, compute = inputs
+    hidden, weight, update, targets, bias, mask, row_temperature, numbers, _, _, chunk, backend, compute = (
+        inputs
+    )
     logprobs, entropy, _, _, _, lse_others, direction = output
     ctx.set_materialize_grads(False)
     ctx.settings = (numbers, chunk, backend, compute)
@@ -240,7 +253,12 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
             entropy if grad_entropy is not None else None,
             lse_others,
             numbers,
-            [by_hidden and (grad_entropy is not None or not direction.numel()), by_weight, by_update, by_bias],
+            [
+                by_hidden and (grad_entropy is not None or not direction.numel()),
+                by_weight,
+                by_update,
+                by_bias,
+            ],
             chunk,
             backend,
             compute,

@@ -109,18 +109,17 @@ def restore_infinity(values: Tensor) -> Tensor:
 
 def finish(stats: Tensor, vocab_size: int, spec: FoldSpec) -> Rows:
     """Per-row results from complete statistics (len(Stat), N); unwanted ones have no elements."""
-    nothing = stats.new_empty(0)
     others, target = stats[Stat.OTHERS], restore_infinity(stats[Stat.TARGET])
     lse_others = stats[Stat.REFERENCE] + others.log()
     gap = lse_others - target
     logprobs = -F.softplus(gap, threshold=1e9)
-    entropy = _entropy(stats, gap, logprobs) if spec.entropy else nothing
-    log_sum_sq_probs = nothing
+    entropy = _entropy(stats, gap, logprobs) if spec.entropy else stats.new_empty(0)
+    log_sum_sq_probs = stats.new_empty(0)
     if spec.squares:
         log_q_sq = torch.where(others > 0, stats[Stat.SQUARES].log() - 2 * others.log(), LOWEST)
         log_sum_sq_probs = torch.logaddexp(2 * logprobs, 2 * F.logsigmoid(gap) + log_q_sq)
-    mean_logits = restore_infinity(stats[Stat.TOTAL] / vocab_size) if spec.total else nothing
-    is_top1 = nothing.bool()
+    mean_logits = restore_infinity(stats[Stat.TOTAL] / vocab_size) if spec.total else stats.new_empty(0)
+    is_top1 = stats.new_empty(0, dtype=torch.bool)
     if spec.top1:  # the first of equals is the most likely one, as argmax has it
         is_top1 = (stats[Stat.TARGET] > stats[Stat.BEFORE]) & (stats[Stat.TARGET] >= stats[Stat.AFTER])
     # Where no other is possible, a finite stand-in keeps exp(z - lse_others) at zero.

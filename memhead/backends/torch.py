@@ -161,7 +161,9 @@ def logit_gradient(
         # logsumexp(all) = lse_others - log(1 - p_t); where 1 - p_t underflows, no other has any p.
         lse = torch.where(uncertain > 0, lse_others - uncertain.log(), -LOWEST)
         log_p = (z - lse[:, None]).clamp_min_(LOWEST)
-        log_p.scatter_(1, column, torch.where(hit, logprobs[:, None], log_p.gather(1, column)).clamp_min(LOWEST))
+        log_p.scatter_(
+            1, column, torch.where(hit, logprobs[:, None], log_p.gather(1, column)).clamp_min(LOWEST)
+        )
         grad = log_p.exp()
         grad.mul_(log_p.add_(entropy[:, None])).mul_(-grad_entropy[:, None])
     q = z.sub_(lse_others[:, None]).exp_()
