@@ -38,6 +38,7 @@ def make_problem(
         wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize
     )
     module = get_backend(backend, hidden.device, result_dtype(operand))
+    size = size._replace(columns=min(size.columns, module.MAX_COLUMNS))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
 
+MAX_COLUMNS = 1 << 62
+
 
 def fold_tile(
     logits: Tensor,  # (R, C) raw products, overwritten
@@ -62,16 +64,18 @@ def to_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits z and the softcap's slope (None without softcap), both (R, C), from raw products.
 
-    The slope is d softcap(x)/dx = 1 - tanh(x / cap)^2; the scale and the temperature are constant
-    along a row and multiplied in at the very end.
+    The slope is d softcap(x)/dx = 1 - tanh(x / cap)^2, as 4 u / (1 + u)^2 with u = exp(-2 |x / cap|),
+    which does not cancel where the cap saturates. The scale and the temperature are constant along
+    a row and multiplied in at the very end.
     """
     if bias is not None:
         raw.add_(bias.to(raw.dtype).clamp_min(LOWEST))
     slope = None
     if spec.softcap:
-        tanh = raw.mul_(spec.logit_scale / spec.softcap).tanh_()
-        slope = 1 - tanh.square()
-        raw.mul_(spec.softcap)
+        x = raw.mul_(spec.logit_scale / spec.softcap)
+        decay = x.abs().mul_(-2).exp_()
+        slope = 4 * decay / (1 + decay).square_()
+        x.tanh_().mul_(spec.softcap)
     elif spec.logit_scale != 1.0:
         raw.mul_(spec.logit_scale)
     if temperature is not None:

@@ -1,0 +1,194 @@
+"""Cases for test_triton.py; on a GPU: ``python -m pytest tests/memhead/triton_cases.py``."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from memhead import linear_logprobs
+from memhead.backends import torch as torch_backend
+from memhead.backends import triton as triton_backend
+from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# One unit in the last place: the interpreter truncates to half precision where a GPU rounds. In
+# float32, exp(z) of |z| <= 80 magnifies the last place of z to 80 of its own.
+ULP = {torch.float32: 80 * 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def _tile(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # A strided tile, as the last one of a vocabulary is, with neighbours that must survive.
+    return (torch.randn(rows, columns, generator=generator) * 4).to(DEVICE)
+
+
+def _spec(**kwargs: float) -> FoldSpec:
+    plain = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0}
+    wanted = {"entropy": False, "squares": False, "total": False, "top1": False}
+    return FoldSpec(**{**plain, **wanted, **kwargs})  # type: ignore[arg-type]
+
+
+SPECS = [
+    _spec(),
+    _spec(entropy=True, temperature=0.7),
+    _spec(entropy=True, squares=True, total=True, top1=True, softcap=5.0, logit_scale=0.5),
+]
+
+
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (5, 1000), (7, 2048)])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("extras", [False, True])
+def test_fold_tile_is_its_twin(
+    operand: torch.dtype, rows: int, columns: int, spec: FoldSpec, extras: bool
+) -> None:
+    targets = torch.arange(rows, device=DEVICE) * 31 % (2 * columns)  # in the first tile or in the second
+    bias = temperature = None
+    if extras:
+        bias = torch.linspace(-3, 3, columns, device=DEVICE)
+        bias[columns // 2] = float("-inf")
+        temperature = torch.linspace(0.5, 2, rows, device=DEVICE)
+    stats, accs, exps = [], [], []
+    for backend in (torch_backend, triton_backend):
+        s = new_statistics(rows, torch.empty(0, device=DEVICE), torch.float32)
+        acc = torch.ones(rows, 19, device=DEVICE)
+        for start, jump in ((0, 0.0), (columns, 30.0), (2 * columns, 0.0)):  # the jump moves the reference
+            logits = _tile(rows, columns, start) + jump
+            exps.append(
+                backend.fold_tile(
+                    logits, s, targets, start, bias, temperature, spec, acc if start else None, operand, True
+                ).float()
+            )
+        stats.append(s)
+        accs.append(acc)
+    torch.testing.assert_close(stats[1], stats[0], rtol=1e-5, atol=1e-6 * columns + 1e-5)
+    torch.testing.assert_close(accs[1], accs[0], rtol=1e-5, atol=0)
+    for ours, twin in zip(exps[3:], exps[:3], strict=True):
+        torch.testing.assert_close(ours, twin, rtol=ULP[operand], atol=1e-6)
+    assert bool((stats[0][Stat.OTHERS] > 0).all()) or columns == 1
+
+
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (5, 1000)])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logit_gradient_is_its_twin(
+    operand: torch.dtype, rows: int, columns: int, spec: FoldSpec, with_entropy: bool
+) -> None:
+    logprobs = -torch.logspace(-9, 1, rows, device=DEVICE)
+    upstream = Upstream(
+        grad_logprobs=torch.linspace(-1, 1, rows, device=DEVICE),
+        grad_entropy=torch.linspace(1, 2, rows, device=DEVICE) if with_entropy else None,
+        logprobs=logprobs,
+        entropy=torch.linspace(0.1, 3, rows, device=DEVICE) if with_entropy else None,
+        lse_others=torch.linspace(6, 9, rows, device=DEVICE),
+    )
+    targets = torch.arange(rows, device=DEVICE) * 31 % (2 * columns)
+    results = [
+        backend.logit_gradient(
+            _tile(rows, columns, 1), targets, columns, None, None, spec, upstream, operand
+        ).float()
+        for backend in (torch_backend, triton_backend)
+    ]
+    torch.testing.assert_close(results[1], results[0], rtol=ULP[operand], atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_size", [1, 33, 1500])
+def test_finish_direction_is_its_twin(dtype: torch.dtype, hidden_size: int) -> None:
+    stats = new_statistics(4, torch.empty(0, device=DEVICE), torch.float32)
+    stats[Stat.OTHERS] = torch.tensor([0.0, 1.0, 5.0, 1e5], device=DEVICE)  # 0: nothing else is possible
+    stats[Stat.SLOPE] = torch.tensor([1.0, 0.5, 1.0, 0.1], device=DEVICE)
+    rows = _tile(4, hidden_size, 2).to(dtype)
+    results = []
+    for backend in (torch_backend, triton_backend):
+        out = torch.full((4, hidden_size), torch.nan, device=DEVICE, dtype=dtype)
+        backend.finish_direction(_tile(4, hidden_size, 3), stats, rows, out)
+        results.append(out)
+    torch.testing.assert_close(results[1], results[0], rtol=ULP[dtype], atol=1e-7)
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Plain full logits: (log-probabilities, entropies), each (N,)."""
+    logits = hidden @ weight.t()
+    if bias is not None:  # the plain entropy has a NaN gradient at -inf, and the same value at -1e9
+        logits = logits + bias.clamp_min(-1e9)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = (logits / temperature[:, None]).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), (33, 1003), (0, 11)])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_whole_op_against_float64(
+    num_rows: int, vocab: int, softcap: float | None, trainable: bool, entropy_gradient: bool
+) -> None:
+    generator = torch.Generator().manual_seed(num_rows + vocab)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    hidden, weight, bias = draw(num_rows, 24), draw(vocab, 24), draw(vocab)
+    if vocab > 5 and softcap is None:
+        bias[3] = float("-inf")
+    targets = (torch.arange(num_rows, device=DEVICE) * 7) % max(1, min(vocab, 3))
+    temperature = torch.linspace(0.5, 1.5, num_rows, device=DEVICE)
+    mask = torch.arange(num_rows, device=DEVICE) % 5 != 4
+    grads = draw(num_rows), draw(num_rows) * entropy_gradient
+    gradients = []
+    values = []
+    for exact in (False, True):
+        leaves = [x.double() if exact else x for x in (hidden, weight, bias)]
+        leaves = [x.detach().clone().requires_grad_(i == 0 or trainable) for i, x in enumerate(leaves)]
+        if exact:
+            logprobs, entropy = _reference(*leaves[:2], targets, leaves[2], temperature.double(), softcap)
+            logprobs, entropy = torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
+        else:
+            out = linear_logprobs(
+                *leaves[:2], targets, bias=leaves[2], mask=mask, temperature=temperature, softcap=softcap,
+                entropy=True, chunk=(5, 300), backend="triton",
+            )  # fmt: skip
+            logprobs, entropy = out.logprobs, out.entropy
+        values.append((logprobs, entropy))
+        loss = (logprobs * grads[0]).sum()
+        if entropy_gradient:
+            loss = loss + (entropy * grads[1]).sum()
+        loss.backward()
+        gradients.append([x.grad for x in leaves if x.requires_grad])
+    for ours, exact in zip(*values, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    for ours, exact in zip(*gradients, strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm() + 1e-9
+
+
+def test_gradient_wanted_or_not_gives_the_same_bits() -> None:
+    hidden, weight = _tile(9, 16, 4) / 4, _tile(500, 16, 5) / 4
+    targets = torch.arange(9, device=DEVICE)
+    kwargs = {"chunk": (4, 130), "backend": "triton"}
+    with_gradient = linear_logprobs(hidden.clone().requires_grad_(), weight, targets, **kwargs).logprobs
+    without = linear_logprobs(hidden, weight, targets, **kwargs).logprobs
+    assert torch.equal(with_gradient, without)
+
+
+@pytest.mark.parametrize(("bad", "where"), itertools.product([float("nan"), float("inf")], [0, 8]))
+def test_a_bad_row_spoils_itself_alone(bad: float, where: int) -> None:
+    hidden, weight = _tile(9, 16, 4), _tile(500, 16, 5)
+    targets = torch.arange(9, device=DEVICE)
+    hidden[where, 3] = bad
+    logprobs = linear_logprobs(hidden, weight, targets, chunk=(4, 130), backend="triton").logprobs
+    plain = (hidden @ weight.t()).log_softmax(-1)[torch.arange(9), targets]
+    assert torch.equal(logprobs.isnan(), plain.isnan())
