@@ -148,7 +148,8 @@ class TrackingConfig(Section):
     )
     memory: bool = Field(True, description="measure memory by phase")
     memory_every: Positive | None = Field(
-        None, description="steps between two metered ones, after the first two; null: 1 on a GPU, 10 on CPU"
+        None,
+        description="steps between two metered ones after the first two; null: every step on a GPU, every 25th on CPU",
     )
 
 
