@@ -174,7 +174,7 @@ def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], 
     from recipes.tasks import get_task, task_names
 
     name = data.get("name")
-    if name not in task_names():
+    if not isinstance(name, str) or name not in task_names():
         message = "is missing" if name is None else "unknown task"
         value = {} if name is None else {"value": name}
         return [Problem("task.name", message, remedy=f"use {one_of(sorted(task_names()))}", **value)], None

@@ -231,8 +231,8 @@ def _check_batches(values: Mapping[str, Any], table: Mapping[str, Any]) -> Itera
         return
     message = f"a generation batch of {batch} cannot be cut into groups of {group}"
     message += f" ({made_of})" if total is None else f" (generation_batch_size {total})"
-    groups = one_of(divisors_near(batch, group))
-    remedy = f"set num_generations to {groups}" if groups else ""
+    groups = divisors_near(batch, group)
+    remedy = f"set num_generations to {one_of(groups)}" if groups else ""
     if total is None:
         sizes = one_of(multiples_near(device, group // math.gcd(group, steps * world)))
         remedy += f"{', or ' if remedy else 'set '}per_device_train_batch_size to {sizes}"

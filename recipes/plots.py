@@ -14,7 +14,7 @@ from recipes.phases import PHASES
 
 Records = list[dict[str, Any]]
 _COLOURS = ("#1f5fa8", "#d1682a", "#3a8a4d", "#8a4f9e", "#b03a48", "#777777")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
