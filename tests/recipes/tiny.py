@@ -18,8 +18,8 @@ def length_reward(completions, **kwargs):
     return [0.01 * len(text) for text in completions]
 
 
-def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, **overrides):
-    """A trainer that runs on CPU in seconds once memhead is in TRL's slot."""
+def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=None, **overrides):
+    """A trainer that runs on CPU in seconds once memhead is in TRL's slot; `overrides` are GRPOConfig's."""
     set_seed(seed)
     tokenizer = character_tokenizer("0123456789+-*=>")
     config = LlamaConfig(
@@ -56,4 +56,5 @@ def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, **overrides):
         args=GRPOConfig(**{**settings, **overrides}),
         train_dataset=Dataset.from_dict({"prompt": [f"{i:02d}>" for i in range(64)]}),
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
