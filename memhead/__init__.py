@@ -1,6 +1,8 @@
 """memhead: the language-model head without its logits. Imports torch only."""
 
+from memhead.chunked import chunked_linear
+from memhead.cross_entropy import linear_cross_entropy
 from memhead.logprobs import LinearLogprobs, LowRankUpdate, linear_logprobs
 
-__all__ = ["LinearLogprobs", "LowRankUpdate", "linear_logprobs"]
+__all__ = ["LinearLogprobs", "LowRankUpdate", "chunked_linear", "linear_cross_entropy", "linear_logprobs"]
 __version__ = "0.1.0"

@@ -48,6 +48,19 @@ def check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:
         )
 
 
+def check_row_arg(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """``tensor`` (..., *) has hidden's leading dimensions and device."""
+    lead = hidden.shape[:-1]
+    if not isinstance(tensor, Tensor) or tensor.shape[: len(lead)] != lead:
+        got = (
+            f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
+        )
+        raise ValueError(
+            f"{name} has {got}; it must be a tensor that begins with the leading dimensions {tuple(lead)} of hidden"
+        )
+    check_device(name, tensor, hidden)
+
+
 def check_integers(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; it must hold integers")

@@ -80,6 +80,8 @@ def logprobs_op(
     with torch.autocast(hidden.device.type, enabled=False):
         selected = (hidden, targets, row_temperature)
         kept = None if mask is None else mask.nonzero().squeeze(1)
+        if kept is not None and len(kept) == len(hidden):
+            kept = None  # the mask leaves nothing out
         if kept is not None:
             selected = tuple(None if x is None else x.index_select(0, kept) for x in selected)  # type: ignore[assignment]
         x, t, temperature = selected
@@ -94,8 +96,8 @@ def logprobs_op(
             return results
         # Rows left out get zeros, at the place they came from.
         return tuple(  # type: ignore[return-value]
-            y if not y.numel() else y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, kept, y)  # type: ignore[arg-type]
-            for y in results
+            y.new_zeros((len(hidden), *y.shape[1:])).index_copy_(0, kept, y) if want else y
+            for y, want in zip(results, (True, *outputs, True, direction), strict=True)
         )
 
 
