@@ -149,7 +149,7 @@ class TrackingConfig(Section):
     memory: bool = Field(True, description="measure memory by phase")
     memory_every: Positive | None = Field(
         None,
-        description="steps between two metered ones after the first two; null: every step on a GPU, every 25th on CPU",
+        description="steps between two metered ones after the first two; null: every step on a GPU, every 10th on CPU",
     )
 
 

@@ -132,8 +132,8 @@ class CudaMeter:
 
 
 def make_meter(device: torch.device, every: int | None) -> Meter:
-    """The meter for the device. `every`: steps between two that count tensors on CPU; None: 25."""
-    return CudaMeter(device) if device.type == "cuda" else CpuMeter(every or 25)
+    """The meter for the device. `every`: steps between two that count tensors on CPU; None: 10."""
+    return CudaMeter(device) if device.type == "cuda" else CpuMeter(every or 10)
 
 
 def persistent_tensors(model: torch.nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
