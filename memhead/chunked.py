@@ -162,7 +162,7 @@ def _scale(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if grad.dim() == 0:
         return (grad.to(wide) * factor).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
-    for part in blocks(len(grad), 4096):
+    for part in blocks(len(grad), 512):
         f = factor[part].reshape(-1, *[1] * (grad.dim() - 1)) if factor.dim() else factor
         out[part] = grad[part].to(wide) * f
     return out

@@ -112,8 +112,9 @@ def _of_counted_rows(
 ) -> Tensor:
     """The transform's sum over the rows that count, or each row's value, 0 where it does not count."""
     kept = counted.reshape(-1).nonzero().squeeze(1)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
-    labels = targets.reshape(-1).index_select(0, kept).long()
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    if len(kept) < len(rows):
+        rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
     checks.check_targets_in_vocabulary(labels, weight.shape[0])
     each = reduction == "none"
     loss = chunked_linear(

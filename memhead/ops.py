@@ -270,7 +270,8 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
     hidden_grad, weight_grad, update_grad, bias_grad = grads
     if by_hidden and hidden_grad is None and grad_logprobs is not None:
         coefficient = grad_logprobs * one_minus_p(logprobs)  # (N,)
-        hidden_grad = (coefficient[:, None] * direction).to(hidden.dtype)
+        # Written at once in hidden's dtype: no float32 copy of (N, H) where that is a half.
+        hidden_grad = torch.mul(direction, coefficient[:, None], out=torch.empty_like(direction))
     return hidden_grad, weight_grad, update_grad, None, bias_grad, *[None] * 8
 
 
