@@ -38,7 +38,8 @@ def make_problem(
         wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize
     )
     module = get_backend(backend, hidden.device, result_dtype(operand))
-    size = size._replace(columns=min(size.columns, module.MAX_COLUMNS))
+    limit = module.max_columns(operand, hidden.shape[1], hidden.device)
+    size = size._replace(columns=min(size.columns, limit))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memhead.planning import Chunk
-from memhead.products import HALF, add_product, operand_dtype, product, result_dtype
+from memhead.products import HALF, add_product, operand_dtype, result_dtype
 from memhead.statistics import FoldSpec, Rows, Upstream, finish, new_statistics
 from memhead.weights import Weight
 
@@ -43,6 +43,11 @@ class Problem(NamedTuple):
         """dtype of logits, statistics and accumulators."""
         return result_dtype(self.operand)
 
+    def new_buffer(self) -> Tensor:
+        """Memory for one tile, flat."""
+        dtype = self.backend.tile_dtype(self.operand, self.hidden.shape[1], self.hidden.device)
+        return self.hidden.new_empty(self.chunk.rows * self.chunk.columns, dtype=dtype)
+
 
 def blocks(total: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``range(total)``."""
@@ -64,7 +69,7 @@ def forward_sweep(
     hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     stats = new_statistics(num_rows, hidden, problem.result)
-    tile = stats.new_empty(chunk.rows * chunk.columns)
+    buffer = problem.new_buffer()
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
@@ -76,8 +81,10 @@ def forward_sweep(
         for columns in blocks(vocab_size, chunk.columns):
             w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
             first = columns.start == 0
-            exps = problem.backend.fold_tile(
-                product(x, w.t(), _view(tile, len(x), len(w))),  # (R, C)
+            exps = problem.backend.fold_product(  # (R, C)
+                x,
+                w,
+                buffer,
                 stats[:, rows],
                 problem.targets[rows],
                 columns.start,
@@ -130,13 +137,15 @@ def backward_sweep(
     weight_grads = [hidden.new_zeros((vocab_size, part.width), dtype=part.dtype) for part in weight_parts]
     accs = [hidden.new_empty((chunk.columns, part.width), dtype=problem.result) for part in weight_parts]
     bias_out = hidden.new_zeros(vocab_size, dtype=problem.result) if bias_grad else None
-    tile = hidden.new_empty(chunk.rows * chunk.columns, dtype=problem.result)
+    buffer = problem.new_buffer()
     for columns in blocks(vocab_size, chunk.columns):
         w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
         for rows in blocks(num_rows, chunk.rows):
             x = hidden[rows].to(problem.operand)  # (R, H)
-            grad = problem.backend.logit_gradient(
-                product(x, w.t(), _view(tile, len(x), len(w))),  # (R, C)
+            grad = problem.backend.gradient_product(  # (R, C)
+                x,
+                w,
+                buffer,
                 problem.targets[rows],
                 columns.start,
                 _slice(problem.bias, columns),
@@ -169,10 +178,6 @@ def _scaled(problem: Problem, upstream: Upstream) -> tuple[Tensor | float, Upstr
         grad_logprobs=upstream.grad_logprobs / scale,
         grad_entropy=None if upstream.grad_entropy is None else upstream.grad_entropy / scale,
     )
-
-
-def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    return buffer[: rows * columns].view(rows, columns)
 
 
 def _slice(tensor: Tensor | None, part: slice) -> Tensor | None:

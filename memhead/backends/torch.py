@@ -6,12 +6,13 @@ torch allows: the tile is small enough to stay in cache, so a pass costs little.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from memhead.products import product, result_dtype
 from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
-
-MAX_COLUMNS = 1 << 62
 
 
 def fold_tile(
@@ -54,6 +55,36 @@ def fold_tile(
     if not direction:
         return exps
     return exps.to(operand) if slope is None else exps.mul_(slope).to(operand)
+
+
+def fold_product(
+    x: Tensor,  # (R, H)
+    w: Tensor,  # (C, H)
+    buffer: Tensor,  # (>= R * C,) of tile_dtype
+    *fold: Any,
+) -> Tensor:
+    """:func:`fold_tile` of the raw products ``x @ w.T``; ``fold`` are its further arguments."""
+    return fold_tile(raw_product(x, w, buffer), *fold)
+
+
+def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
+    """:func:`logit_gradient` of the raw products ``x @ w.T``; ``rest`` are its further arguments."""
+    return logit_gradient(raw_product(x, w, buffer), *rest)
+
+
+def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
+    """dtype of the buffer that holds a tile."""
+    return result_dtype(operand)
+
+
+def max_columns(operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+    """The widest tile that the functions of this file take."""
+    return 1 << 62
+
+
+def raw_product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+    """``x @ w.T`` (R, C) in float32, in the buffer's memory."""
+    return product(x, w.t(), buffer[: len(x) * len(w)].view(len(x), len(w)))
 
 
 def to_logits(

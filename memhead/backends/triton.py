@@ -7,42 +7,34 @@ logits it came from: the matrix products read it from there, and no second buffe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memhead.statistics import LOWEST as _LOWEST
-from memhead.statistics import FoldSpec, Stat, Upstream, headroom
+from memhead.backends import hopper
+from memhead.backends.triton_math import (
+    AFTER,
+    BEFORE,
+    LOWEST,
+    OTHERS,
+    REFERENCE,
+    SLOPE,
+    SQUARES,
+    TARGET,
+    TOTAL,
+    WEIGHTED,
+    one_minus_exp,
+    to_logits,
+)
+from memhead.backends.torch import raw_product
+from memhead.products import result_dtype
+from memhead.statistics import FoldSpec, Upstream, headroom
 
 # The widest tile whose rows fit the registers of one program.
 MAX_COLUMNS = 16384
-
-LOWEST = tl.constexpr(_LOWEST)
-REFERENCE = tl.constexpr(int(Stat.REFERENCE))
-OTHERS = tl.constexpr(int(Stat.OTHERS))
-TARGET = tl.constexpr(int(Stat.TARGET))
-SLOPE = tl.constexpr(int(Stat.SLOPE))
-WEIGHTED = tl.constexpr(int(Stat.WEIGHTED))
-SQUARES = tl.constexpr(int(Stat.SQUARES))
-TOTAL = tl.constexpr(int(Stat.TOTAL))
-BEFORE = tl.constexpr(int(Stat.BEFORE))
-AFTER = tl.constexpr(int(Stat.AFTER))
-
-
-@triton.jit
-def _to_logits(raw, bias, scale, inverse_temperature, softcap: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Logits and the softcap's slope (1 without softcap) of raw products; see torch.to_logits."""
-    x = raw
-    if HAS_BIAS:
-        x += tl.maximum(bias, LOWEST)
-    x *= scale
-    slope = tl.full(x.shape, 1.0, tl.float32)
-    if softcap != 0.0:
-        decay = tl.exp(-2 * tl.abs(x / softcap))
-        slope = 4 * decay / ((1 + decay) * (1 + decay))
-        x = tl.where(x < 0, -softcap, softcap) * ((1 - decay) / (1 + decay))
-    return x * inverse_temperature, slope
 
 
 @triton.jit
@@ -85,7 +77,7 @@ def _fold_kernel(
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_TEMPERATURE:
         inverse_temperature = 1.0 / tl.load(temperature_ptr + row)
-    z, slope = _to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
+    z, slope = to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
     stats = stats_ptr + row
 
     target = tl.load(targets_ptr + row) - start
@@ -184,6 +176,30 @@ def fold_tile(
     return exps
 
 
+def fold_product(x: Tensor, w: Tensor, buffer: Tensor, *fold: Any) -> Tensor:
+    """See :func:`memhead.backends.torch.fold_product`; one kernel where memhead.backends.hopper runs."""
+    if hopper.available(x.dtype, x.shape[1], x.device):
+        return hopper.fold_product(x, w, buffer, *fold)
+    return fold_tile(raw_product(x, w, buffer), *fold)
+
+
+def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
+    """See :func:`memhead.backends.torch.gradient_product`."""
+    if hopper.available(x.dtype, x.shape[1], x.device):
+        return hopper.gradient_product(x, w, buffer, *rest)
+    return logit_gradient(raw_product(x, w, buffer), *rest)
+
+
+def max_columns(operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+    """The widest tile: one whose rows fit the registers of a program, where a program works on a row."""
+    return hopper.MAX_COLUMNS if hopper.available(operand, hidden_size, device) else MAX_COLUMNS
+
+
+def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
+    """dtype of the buffer that holds a tile: half precision where the logits are never written."""
+    return operand if hopper.available(operand, hidden_size, device) else result_dtype(operand)
+
+
 @triton.jit
 def _finish_kernel(
     acc_ptr,  # (R, H)
@@ -267,12 +283,12 @@ def _gradient_kernel(
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_TEMPERATURE:
         inverse_temperature = 1.0 / tl.load(temperature_ptr + row)
-    z, slope = _to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
+    z, slope = to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
 
     is_target = column == tl.load(targets_ptr + row) - start
     logp = tl.load(logprobs_ptr + row)
     lse_others = tl.load(lse_others_ptr + row)
-    uncertain = _one_minus_exp(logp)
+    uncertain = one_minus_exp(logp)
     q = tl.where(is_target, -1.0, tl.exp(z - lse_others))
     grad = -(tl.load(grad_logprobs_ptr + row) * uncertain) * q
     if HAS_ENTROPY:
@@ -283,13 +299,6 @@ def _gradient_kernel(
     # The results overlay logits that another warp may not have read yet.
     tl.debug_barrier()
     tl.store(grad_ptr + row * grad_stride + column, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0, by its series where the difference would cancel."""
-    series = -x * (1 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.001388889)))))
-    return tl.where(x > -0.25, series, 1 - tl.exp(x))
 
 
 def logit_gradient(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memhead import linear_logprobs
+from memhead.backends import hopper
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
 from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
@@ -130,6 +131,14 @@ def _reference(
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
+@pytest.fixture(params=["tiles", "one kernel"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels on tiles of products, and those of memhead.backends.hopper, which a CPU never gets."""
+    if request.param == "one kernel" and DEVICE == "cpu":
+        monkeypatch.setattr(hopper, "available", lambda *_: True)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), (33, 1003), (0, 11)])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("trainable", [False, True])
@@ -175,6 +184,7 @@ def test_whole_op_against_float64(
         assert (ours - exact).norm() <= 1e-5 * exact.norm() + 1e-9
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradient_wanted_or_not_gives_the_same_bits() -> None:
     hidden, weight = _tile(9, 16, 4) / 4, _tile(500, 16, 5) / 4
     targets = torch.arange(9, device=DEVICE)
@@ -184,6 +194,45 @@ def test_gradient_wanted_or_not_gives_the_same_bits() -> None:
     assert torch.equal(with_gradient, without)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("level", [-200.0, -40.0, 0.0, 40.0, 200.0])
+@pytest.mark.parametrize("jump", [-60.0, 0.0, 60.0])
+def test_logits_of_any_level(level: float, jump: float) -> None:
+    """The reference starts from a guess and follows the maximum from tile to tile, up and down."""
+    hidden, weight = _tile(6, 16, 4) / 8, _tile(900, 16, 5) / 8
+    bias = torch.where(torch.arange(900, device=DEVICE) < 400, level, level + jump)
+    bias[:300:7] = float("-inf")
+    targets = torch.tensor([3, 1, 399, 400, 899, 500], device=DEVICE)
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias.clamp_min(-1e9))]
+    ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    out = linear_logprobs(*ours[:2], targets, bias=ours[2], entropy=True, chunk=(4, 300), backend="triton")
+    logp = (exact[0] @ exact[1].t() + exact[2]).log_softmax(-1)
+    expected = logp.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(out.logprobs.double(), expected, rtol=1e-5, atol=1e-5 * (1 + abs(level)))
+    torch.testing.assert_close(out.entropy.double(), -(logp.exp() * logp).sum(-1), rtol=1e-4, atol=1e-3)
+    out.logprobs.sum().backward()
+    expected.sum().backward()
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.grad - y.grad).norm() <= 1e-4 * y.grad.norm()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_all_optional_outputs() -> None:
+    hidden, weight = _tile(140, 16, 4) / 4, _tile(700, 16, 5) / 4
+    targets = (hidden @ weight.t()).argmax(1)
+    targets[::2] = 5
+    out = linear_logprobs(
+        hidden, weight, targets, entropy=True, chunk=(130, 300), backend="triton",
+        extra_outputs=("log_sum_sq_probs", "mean_logits", "is_top1"),
+    )  # fmt: skip
+    logits = hidden.double() @ weight.double().t()
+    logp = logits.log_softmax(-1)
+    torch.testing.assert_close(out.log_sum_sq_probs.double(), (2 * logp).logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.mean_logits.double(), logits.mean(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(out.is_top1, logits.argmax(1) == targets)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("bad", "where"), itertools.product([float("nan"), float("inf")], [0, 8]))
 def test_a_bad_row_spoils_itself_alone(bad: float, where: int) -> None:
     hidden, weight = _tile(9, 16, 4), _tile(500, 16, 5)
