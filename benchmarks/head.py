@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         contestants = [c for c in contestants if c.name.startswith(tuple(options.only))]
     shapes = options.shape or list(SHAPES[device.type])
     # What is a folder here may lie elsewhere for the next reader.
-    given = [a for a in (sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.head", *("FOLDER" if "/" in a else a for a in given)])
     rows = []
     for shape in shapes:

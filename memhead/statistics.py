@@ -112,7 +112,8 @@ def finish(stats: Tensor, vocab_size: int, spec: FoldSpec) -> Rows:
     others, target = stats[Stat.OTHERS], restore_infinity(stats[Stat.TARGET])
     lse_others = stats[Stat.REFERENCE] + others.log()
     gap = lse_others - target
-    logprobs = -F.softplus(gap, threshold=1e9)
+    # softplus would do, but on a CPU its last bits depend on where in the batch a row stands.
+    logprobs = F.logsigmoid(-gap)
     entropy = _entropy(stats, gap, logprobs) if spec.entropy else stats.new_empty(0)
     log_sum_sq_probs = stats.new_empty(0)
     if spec.squares:
@@ -132,7 +133,7 @@ def _entropy(stats: Tensor, gap: Tensor, logprobs: Tensor) -> Tensor:
     others = stats[Stat.OTHERS]
     some = others > 0  # a vocabulary of one, or all the others forbidden: nothing is uncertain
     safe = torch.where(some, others, 1.0)
-    rest = safe.log() + F.softplus(-gap, threshold=1e9) - stats[Stat.WEIGHTED] / safe
+    rest = safe.log() - F.logsigmoid(gap) - stats[Stat.WEIGHTED] / safe
     return torch.special.entr(logprobs.exp()) + torch.where(some, torch.sigmoid(gap) * rest, 0.0)
 
 

@@ -1,0 +1,1 @@
+"""Where other libraries call memhead: each module is imported only by who uses that library."""

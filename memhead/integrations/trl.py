@@ -1,7 +1,8 @@
 """memhead inside TRL's trainers (TRL >= 1.15).
 
 TRL computes every log-probability through ``trl.trainer.utils._ChunkedLogProbFunction.apply(...)``,
-looked up at each call, in every trainer with a fused head. :func:`install` puts memhead there:
+looked up at each call, in every trainer with a fused head. :func:`install` puts memhead there.
+LoRA on ``lm_head``, which TRL refuses, then works too (:mod:`memhead.integrations.trl_lora`):
 
     from memhead.integrations import trl as memhead_trl
     handle = memhead_trl.install()
@@ -12,7 +13,7 @@ looked up at each call, in every trainer with a fused head. :func:`install` puts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,39 +21,15 @@ import torch
 from torch import Tensor
 
 from memhead.checks import check_chunk
-from memhead.logprobs import LinearLogprobs, compute_dtype, linear_logprobs
+from memhead.integrations.handle import Handle
+from memhead.integrations.trl_lora import allow_lora_head, current_head
+from memhead.logprobs import LinearLogprobs, LowRankUpdate, compute_dtype, linear_logprobs
 from memhead.ops import OUTPUTS
+from memhead.products import result_dtype
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")
 
 PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Handle:
-    """An installed head: how often it was called, and the way back.
-
-    Attributes:
-        calls: calls so far; one that stays where it was while a step was trained means a bypass.
-        rows: tokens scored so far.
-    """
-
-    def __init__(self, impl: str, restore: Callable[[], None]) -> None:
-        self.impl = impl
-        self.calls = 0
-        self.rows = 0
-        self._restore: Callable[[], None] | None = restore
-
-    def uninstall(self) -> None:
-        """Put back what was there before; a second call does nothing."""
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.uninstall()
 
 
 def install(
@@ -82,9 +59,12 @@ def install(
             f"trl {trl.__version__} has no fused head to replace; memhead needs trl>=1.15: pip install -U trl"
         )
     original = utils._ChunkedLogProbFunction
+    refuse_lora_again = allow_lora_head() if impl != "trl" else None
 
     def restore() -> None:
         utils._ChunkedLogProbFunction = original
+        if refuse_lora_again is not None:
+            refuse_lora_again()
 
     handle = Handle(impl, restore)
 
@@ -94,8 +74,7 @@ def install(
     apply = {"memhead": memhead_apply, "full": _full_apply, "trl": getattr(original, "apply", None)}[impl]
 
     def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> PerToken:
-        handle.calls += 1
-        handle.rows += hidden.shape[0]
+        handle.count(hidden.shape[0])
         if apply is None:
             raise RuntimeError(
                 "head.impl=trl: this TRL computes its head with Triton, which is not installed: pip install triton"
@@ -132,6 +111,7 @@ def _memhead_apply(
         logit_scale=logit_scale,
         entropy="entropy" in outputs,
         extra_outputs=[name for name in OUTPUTS[1:] if name in outputs],
+        low_rank=_update_of_head(),
         chunk=chunk,
         backend=backend,
     )
@@ -155,9 +135,11 @@ def _full_apply(
     _refuse(further, unknown)
     dtype = compute_dtype(hidden, weight)
     bias = None if bias is None else bias.to(dtype)
-    logits = (
-        torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias).float() * logit_scale
-    )  # (N, V)
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)  # (N, V)
+    if (update := _update_of_head()) is not None:
+        dropped = torch.nn.functional.dropout(hidden, update.dropout).to(dtype)
+        logits = logits + (dropped @ update.a.to(dtype).t()) @ update.b.to(dtype).t() * update.scaling
+    logits = logits.to(result_dtype(dtype)) * logit_scale
     if final_logit_softcapping is not None:
         logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
     logits = logits / temperature
@@ -171,6 +153,16 @@ def _full_apply(
         logits.argmax(-1) == targets if "is_top1" in outputs else None,
     )
     return tuple(result)  # type: ignore[return-value]
+
+
+def _update_of_head() -> LowRankUpdate | None:
+    """The LoRA update of the head that TRL is scoring with, if it carries one."""
+    head = current_head()
+    if head is None or not hasattr(head, "base_layer"):
+        return None
+    from memhead.integrations.peft import low_rank_update
+
+    return low_rank_update(head)
 
 
 def _refuse(further: tuple[Any, ...], unknown: dict[str, Any]) -> None:
