@@ -112,11 +112,13 @@ def linear_logprobs(
         raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
     if softcap is not None:
         checks.check_positive("softcap", softcap)
+    compute = compute_dtype(hidden, weight)
     row_temperature = None
     if isinstance(temperature, Tensor):
         checks.check_rows("temperature", temperature, hidden)
         checks.check_device("temperature", temperature, hidden)
-        row_temperature = temperature.detach().reshape(-1).float()
+        wide = torch.float64 if compute == torch.float64 else torch.float32
+        row_temperature = temperature.detach().reshape(-1).to(wide)
     else:
         checks.check_positive("temperature", temperature)
     if mask is not None:
@@ -124,7 +126,6 @@ def linear_logprobs(
         checks.check_device("mask", mask, hidden)
         mask = mask.reshape(-1).bool()
 
-    compute = compute_dtype(hidden, weight)
     direction = torch.is_grad_enabled() and hidden.requires_grad
     update = None
     if low_rank is not None:

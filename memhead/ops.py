@@ -6,6 +6,8 @@ Python, which a compiler neither unrolls nor specialises for a number of rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,27 +81,35 @@ def logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows."""
     with torch.autocast(hidden.device.type, enabled=False):
-        selected = (hidden, targets, row_temperature)
-        kept = None if mask is None else mask.nonzero().squeeze(1)
-        if kept is not None and len(kept) == len(hidden):
-            kept = None  # the mask leaves nothing out
-        if kept is not None:
-            selected = tuple(None if x is None else x.index_select(0, kept) for x in selected)  # type: ignore[assignment]
-        x, t, temperature = selected
+        kept = _kept_rows(mask)
+        x, t, temperature = _select(kept, hidden, targets, row_temperature)
         check_targets_in_vocabulary(t, weight.shape[0])
         if temperature is not None:
             check_temperatures(temperature)
         problem = _problem(x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute)
         rows, out = forward_sweep(problem, direction=direction)
         out = hidden.new_empty(0) if out is None else out
-        results = (*rows, out)
-        if kept is None:
-            return results
-        # Rows left out get zeros, at the place they came from.
-        return tuple(  # type: ignore[return-value]
-            y.new_zeros((len(hidden), *y.shape[1:])).index_copy_(0, kept, y) if want else y
-            for y, want in zip(results, (True, *outputs, True, direction), strict=True)
-        )
+        wanted = (True, *outputs, True, direction)
+        results = (_put_back(kept, y, len(hidden)) if want else y for y, want in zip((*rows, out), wanted))
+        return tuple(results)  # type: ignore[return-value]
+
+
+def _kept_rows(mask: Tensor | None) -> Tensor | None:
+    """Indices of the rows that the mask keeps, or None where it keeps all."""
+    if mask is None:
+        return None
+    kept = mask.nonzero().squeeze(1)
+    return None if len(kept) == len(mask) else kept
+
+
+def _select(kept: Tensor | None, *tensors: Tensor | None) -> Any:
+    """The kept rows of each tensor."""
+    return [x if x is None or kept is None else x.index_select(0, kept) for x in tensors]
+
+
+def _put_back(kept: Tensor | None, rows: Tensor, num_rows: int) -> Tensor:
+    """Kept rows at the place they came from, zeros elsewhere."""
+    return rows if kept is None else rows.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, kept, rows)
 
 
 @logprobs_op.register_fake
@@ -137,6 +147,7 @@ def logprobs_backward_op(
     update: Tensor | None,
     targets: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     row_temperature: Tensor | None,
     grad_logprobs: Tensor,  # (N,) times logit_scale / T
     grad_entropy: Tensor | None,  # likewise
@@ -158,27 +169,23 @@ def logprobs_backward_op(
     if update_grad and update is not None:
         parts.append(WeightPart(slice(features, features + update.shape[1]), update.dtype))
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _problem(
-            hidden,
-            weight,
-            update,
-            targets,
-            bias,
-            row_temperature,
-            numbers,
-            [False] * 4,
-            chunk,
-            backend,
-            compute,
+        kept = _kept_rows(mask)
+        x, t, temperature, *values = _select(
+            kept, hidden, targets, row_temperature, grad_logprobs, grad_entropy, logprobs, entropy, lse_others
         )
-        upstream = Upstream(grad_logprobs, grad_entropy, logprobs, entropy, lse_others)
+        nothing = [False] * len(OUTPUTS)
+        problem = _problem(x, weight, update, t, bias, temperature, numbers, nothing, chunk, backend, compute)
         by_hidden, by_parts, by_bias = backward_sweep(
-            problem, upstream, hidden_grad=hidden_grad, weight_parts=tuple(parts), bias_grad=bias_grad
+            problem,
+            Upstream(*values),
+            hidden_grad=hidden_grad,
+            weight_parts=tuple(parts),
+            bias_grad=bias_grad,
         )
     by_weight = by_parts.pop(0) if weight_grad else hidden.new_empty(0)
     by_update = by_parts.pop(0) if by_parts else hidden.new_empty(0)
     by_bias = hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype)
-    by_hidden = hidden.new_empty(0) if by_hidden is None else by_hidden
+    by_hidden = hidden.new_empty(0) if by_hidden is None else _put_back(kept, by_hidden, len(hidden))
     return by_hidden, by_weight, by_update, by_bias
 
 
@@ -189,6 +196,7 @@ def _(
     update: Tensor | None,
     targets: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     row_temperature: Tensor | None,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
@@ -208,7 +216,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, update, targets, bias, mask, row_temperature, numbers, _, _, chunk, backend, compute = (
         inputs
     )
@@ -220,7 +228,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     )
 
 
-def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
+def _backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     hidden, weight, update, targets, bias, mask, row_temperature, logprobs, entropy, lse_others, direction = (
         ctx.saved_tensors
     )
@@ -229,7 +239,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
     logit_scale, _, temperature = numbers
     factor = logit_scale / (temperature if row_temperature is None else row_temperature)
 
-    def upstream(grad):  # type: ignore[no-untyped-def]
+    def upstream(grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
         # where, not a product: a masked row may have met NaN upstream
@@ -240,16 +250,16 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
     if entropy.numel() == 0:
         grad_entropy = None
     recompute = by_weight or by_update or by_bias or grad_entropy is not None or not direction.numel()
-    grads: tuple = (None, None, None, None)
+    grads: tuple[Tensor | None, ...] = (None, None, None, None)
     if recompute:
         zeros = torch.zeros_like(logprobs)
-        safe_targets = targets if mask is None else torch.where(mask, targets, 0)
         grads = logprobs_backward_op(
             hidden,
             weight,
             update,
-            safe_targets,
+            targets,
             bias,
+            mask,
             row_temperature,
             zeros if grad_logprobs is None else grad_logprobs,
             grad_entropy,

@@ -276,7 +276,7 @@ def test_a_captured_tensor_that_would_lose_its_gradient_is_refused():
     hidden, weight, _, targets, _ = inputs(torch.float32)
     temperature = torch.tensor(2.0, requires_grad=True)
     for captured in (temperature, temperature.exp()):
-        with pytest.raises(ValueError, match="captures a tensor of shape .* row_args"):
+        with pytest.raises(ValueError, match=r"captures a tensor of shape .* row_args"):
             chunked_linear(hidden, weight, lambda z, t, c=captured: cross_entropy(z / c, t), targets)
     chunked_linear(hidden, weight, lambda z, t: cross_entropy(z / temperature.detach(), t), targets)
     with torch.no_grad():
