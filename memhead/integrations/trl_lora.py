@@ -63,11 +63,11 @@ def _trainer_modules() -> Iterator[ModuleType]:
 
 def _lift(module: ModuleType) -> Iterator[Callable[[], None]]:
     original_add = module.add_fused_lm_head
-    module.add_fused_lm_head = _announcing(original_add)
+    setattr(module, "add_fused_lm_head", _announcing(original_add))
     yield lambda: setattr(module, "add_fused_lm_head", original_add)
     original_layer = getattr(module, "BaseTunerLayer", None)
     if original_layer is not None:  # absent where PEFT is not installed
-        module.BaseTunerLayer = _layers_to_refuse(original_layer)  # type: ignore[attr-defined]
+        setattr(module, "BaseTunerLayer", _layers_to_refuse(original_layer))
         yield lambda: setattr(module, "BaseTunerLayer", original_layer)
 
 
@@ -86,7 +86,7 @@ def _announcing(add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
     """TRL's patch of a model's forward, which then says whose weight it hands to the slot."""
 
     @functools.wraps(add_fused_lm_head)
-    def add(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def add(model: Any, *args: Any, **kwargs: Any) -> None:
         add_fused_lm_head(model, *args, **kwargs)
         if kwargs.get("cast_lm_head_to_fp32") and hasattr(model.get_output_embeddings(), "base_layer"):
             raise ValueError(

@@ -94,6 +94,20 @@ class RecordingTrainer(GRPOTrainer):
         return loss
 
 
+class PlainTrainer(RecordingTrainer):
+    """Log-probabilities and entropies from the model's own logits, past TRL's fused head and ours."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
+        logp = (logits / self.temperature).log_softmax(-1)
+        scored = attention_mask[:, -logits_to_keep:].bool()
+        chosen = logp.gather(2, input_ids[:, -logits_to_keep:, None]).squeeze(2)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return chosen.where(scored, 0.0), entropy.where(scored, 0.0), None
+
+
 def make_trainer(
     path, folder, *, lora=None, trainer=RecordingTrainer, model=None, **overrides
 ) -> GRPOTrainer:

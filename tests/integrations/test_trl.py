@@ -7,6 +7,7 @@ import torch
 import trl
 import trl.trainer.utils
 from grpo_runs import (
+    PlainTrainer,
     RecordingTrainer,
     assert_same_trajectory,
     configurations,
@@ -136,22 +137,13 @@ def test_what_is_not_requested_is_none(outputs):
             torch.testing.assert_close(ours, plain)
 
 
-class BypassingTrainer(RecordingTrainer):
-    """What a later release might do: take the logits from the model after all."""
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *_, **__):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
-        logp = logits.log_softmax(-1)
-        tokens = input_ids[:, -logits_to_keep:, None]
-        return logp.gather(2, tokens).squeeze(2), -(logp.exp() * logp).sum(-1), None
-
-
 def test_a_bypass_is_noticed(checkpoints, tmp_path):
+    """What a later release might do: take the logits from the model after all."""
     with memhead_trl.install() as handle:
         trainer = make_trainer(checkpoints["llama"], tmp_path, max_steps=1)
         trainer.train()
         handle.expect_calls("training step 1")
-        trainer = make_trainer(checkpoints["llama"], tmp_path, max_steps=1, trainer=BypassingTrainer)
+        trainer = make_trainer(checkpoints["llama"], tmp_path, max_steps=1, trainer=PlainTrainer)
         trainer.train()
         with pytest.raises(RuntimeError, match="training step 2 never reached memhead"):
             handle.expect_calls("training step 2")
