@@ -1,0 +1,119 @@
+"""The operators under torch.compile: one graph, the same numbers, no recompilation for another N."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memhead import linear_logprobs
+from memhead.ops import logprobs_backward_op, logprobs_op
+from tests.memhead.reference import make_head
+
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def operator_arguments(head, *, direction, masked=False, update=False, half=False):
+    weight = head.weight.bfloat16() if half else head.weight
+    b = torch.randn(weight.shape[0], 3, dtype=weight.dtype) if update else None
+    hidden = torch.cat((head.hidden, head.hidden[:, :3]), 1) if update else head.hidden
+    return (
+        hidden.bfloat16() if half else hidden,
+        weight,
+        b,
+        head.targets,
+        head.bias,
+        head.mask if masked else None,
+        head.temperature,
+        [0.5, 5.0, 1.0],
+        [True, True, False, True],
+        direction,
+        [7, 13],
+        "torch",
+        weight.dtype,
+    )
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("variant", [{}, {"masked": True}, {"update": True}, {"half": True}])
+def test_opcheck_forward(variant, trainable):
+    arguments = operator_arguments(make_head(20, 31), direction=True, **variant)
+    arguments[0].requires_grad_()
+    for tensor in (arguments[1], arguments[4], *([arguments[2]] if arguments[2] is not None else [])):
+        tensor.requires_grad_(trainable)
+    torch.library.opcheck(logprobs_op, arguments, test_utils=TESTS)
+
+
+@pytest.mark.parametrize(
+    "wanted", [[True, True, True, True], [True, False, False, False], [False, True, False, True]]
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck_backward(wanted, masked):
+    head = make_head(20, 31)
+    forward = operator_arguments(head, direction=False, masked=masked, update=True)
+    logprobs, entropy, *_, lse_others, _ = logprobs_op(*forward)
+    arguments = (
+        *forward[:7],
+        head.grad_logprobs,
+        head.grad_entropy,
+        logprobs,
+        entropy,
+        lse_others,
+        [0.5, 5.0, 1.0],
+        wanted,
+        [7, 13],
+        "torch",
+        torch.float32,
+    )
+    torch.library.opcheck(logprobs_backward_op, arguments, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_fullgraph_gives_the_same_numbers_for_any_number_of_rows(trainable, masked):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    weight = make_head(1, 101).weight.requires_grad_(trainable)
+
+    def loss(hidden, targets, mask):
+        # The model around the head is what gets compiled with it.
+        result = linear_logprobs(
+            torch.tanh(hidden), weight, targets, entropy=True, mask=mask if masked else None, temperature=0.7
+        )
+        return (result.logprobs.exp() - 0.1 * result.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    for rows in (64, 65, 100, 7):
+        head = make_head(rows, 101, seed=rows)
+        hidden = head.hidden.requires_grad_()
+        leaves = (hidden, weight) if trainable else (hidden,)
+        values = [function(hidden, head.targets, head.mask) for function in (loss, compiled, counted)]
+        eager, ours, _ = (torch.autograd.grad(value, leaves) for value in values)
+        assert torch.equal(values[0], values[1])
+        for a, b in zip(eager, ours, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == 1, "recompiled for another number of rows"
+
+
+def test_compiled_without_being_told_that_sizes_change():
+    """torch.compile first takes N for a constant, learns at the second N, and is done."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    weight = make_head(1, 101).weight
+    compiled = torch.compile(
+        lambda h, t: linear_logprobs(h, weight, t).logprobs.sum(), fullgraph=True, backend=count
+    )
+    for rows in (64, 65, 100, 7, 333):
+        head = make_head(rows, 101)
+        compiled(head.hidden.requires_grad_(), head.targets).backward()
+    assert len(graphs) == 2
