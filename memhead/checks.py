@@ -62,11 +62,13 @@ def check_row_arg(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 
 def check_integers(name: str, tensor: Tensor) -> None:
+    """``tensor`` holds token numbers."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; it must hold integers")
 
 
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    """``tensor``, if there is one, is where hidden is."""
     if tensor is not None and tensor.device != hidden.device:
         raise ValueError(
             f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one device"
@@ -74,12 +76,18 @@ def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
+    """``value`` is greater than 0, and a number."""
     if not value > 0:
         raise ValueError(f"{name}={value} must be greater than 0")
 
 
 def check_chunk(chunk: int | tuple[int, int] | None) -> None:
-    sizes = () if chunk is None else (chunk,) if isinstance(chunk, int) else tuple(chunk)
+    """A chunk is rows, or (rows, columns), and holds at least one of each."""
+    if chunk is None:
+        return
+    sizes = (chunk,) if isinstance(chunk, int) else chunk
+    if not isinstance(sizes, tuple) or len(sizes) > 2 or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(f"chunk={chunk} must be a number of rows or (rows, vocabulary columns)")
     if any(size < 1 for size in sizes):
         raise ValueError(f"chunk={chunk} is too small to hold a row; it must be at least 1")
 

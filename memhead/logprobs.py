@@ -131,7 +131,7 @@ def linear_logprobs(
     if low_rank is not None:
         hidden, update = _extend(hidden, weight, low_rank, compute)
         direction = torch.is_grad_enabled() and hidden.requires_grad
-    wanted = [name == "entropy" and entropy or name in extra_outputs for name in OUTPUTS]
+    wanted = [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
     *results, _, _ = logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -16,7 +16,9 @@ class Weight(Protocol):
     """What the sweeps need of a head weight of shape (V, H)."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(V, H)."""
+        ...
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start:stop as a (stop - start, H) tensor of ``dtype``."""
@@ -35,12 +37,15 @@ class DenseWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(V, H)."""
         return self.weight.shape[0], self.weight.shape[1]
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Weight`; a view where the dtype already fits."""
         return self.weight[start:stop].to(dtype)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`Weight`."""
         return self.weight.index_select(0, indices).to(dtype)
 
 
@@ -52,10 +57,13 @@ class LowRankWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(V, H + r)."""
         return self.base.shape[0], self.base.shape[1] + self.update.shape[1]
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Weight`."""
         return torch.cat((self.base.tile(start, stop, dtype), self.update.tile(start, stop, dtype)), 1)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`Weight`."""
         return torch.cat((self.base.rows(indices, dtype), self.update.rows(indices, dtype)), 1)

@@ -1,0 +1,82 @@
+"""What cannot be computed is refused in one line that names argument, value and rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memhead import LowRankUpdate, linear_cross_entropy, linear_logprobs
+from tests.memhead.reference import make_head
+
+CASES = [
+    ({"hidden": torch.zeros(4, 23)}, r"hidden has shape \(4, 23\) and weight \(11, 24\)"),
+    ({"hidden": torch.tensor(1.0)}, r"hidden has shape \(\)"),
+    (
+        {"hidden": torch.zeros(4, 24, dtype=torch.long)},
+        "hidden has dtype torch.int64; it must be floating point",
+    ),
+    ({"weight": torch.zeros(11)}, r"weight \(11,\)"),
+    ({"weight": torch.zeros(0, 24)}, "weight has no rows"),
+    ({"weight": torch.zeros(11, 24, dtype=torch.uint8)}, "weight has dtype torch.uint8.*quantised"),
+    ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\); it must be \(4,\)"),
+    ({"targets": torch.zeros(4)}, "targets has dtype torch.float32; it must hold integers"),
+    ({"targets": torch.zeros(4, dtype=torch.bool)}, "targets has dtype torch.bool"),
+    ({"targets": torch.tensor([0, 11, 0, 0])}, r"targets contains 11, outside the vocabulary 0\.\.10"),
+    ({"targets": torch.tensor([0, 0, -100, 0])}, "targets contains -100.*mask="),
+    ({"bias": torch.zeros(10)}, r"bias has shape \(10,\); it must be \(11,\)"),
+    ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask has shape \(5,\)"),
+    ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+    ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "temperature contains 0.0"),
+    ({"temperature": torch.ones(3)}, r"temperature has shape \(3,\)"),
+    ({"softcap": -30.0}, "softcap=-30.0"),
+    ({"chunk": 0}, "chunk=0 is too small to hold a row"),
+    ({"chunk": (4, 0)}, r"chunk=\(4, 0\)"),
+    ({"chunk": (4, 4, 4)}, r"chunk=\(4, 4, 4\)"),
+    ({"chunk": 2.5}, r"chunk=2\.5"),
+    ({"extra_outputs": ("perplexity",)}, r"extra_outputs contains \['perplexity'\]; known are"),
+    ({"backend": "cuda"}, "backend='cuda' is not one of torch, triton"),
+    (
+        {"low_rank": LowRankUpdate(torch.zeros(2, 24), torch.zeros(11, 3))},
+        r"low_rank has a \(2, 24\) and b \(11, 3\)",
+    ),
+    *(
+        ({name: value.to("meta")}, f"{name} is on meta and hidden on cpu")
+        for name, value in {
+            "weight": torch.zeros(11, 24),
+            "targets": torch.zeros(4, dtype=torch.long),
+            "bias": torch.zeros(11),
+            "mask": torch.ones(4, dtype=torch.bool),
+            "temperature": torch.ones(4),
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CASES, ids=[message for _, message in CASES])
+def test_refused(change, message):
+    head = make_head(4, 11)
+    arguments = {"hidden": head.hidden, "weight": head.weight, "targets": head.targets} | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(**arguments)
+
+
+def test_ignored_targets_are_for_cross_entropy():
+    head = make_head(4, 11)
+    targets = torch.where(torch.arange(4) == 2, -100, head.targets)
+    assert linear_cross_entropy(head.hidden, head.weight, targets).isfinite()
+
+
+def test_a_masked_row_may_hold_anything():
+    head = make_head(4, 11)
+    mask = torch.tensor([True, False, True, True])
+    targets = torch.where(mask, head.targets, 10**9)
+    temperature = torch.where(mask, 1.0, 0.0)
+    hidden = head.hidden.requires_grad_()
+    weight = head.weight.requires_grad_()
+    result = linear_logprobs(hidden, weight, targets, mask=mask, temperature=temperature, entropy=True)
+    (result.logprobs.sum() + result.entropy.sum()).backward()
+    assert result.logprobs.isfinite().all()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
