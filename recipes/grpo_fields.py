@@ -82,7 +82,6 @@ def import_grpo_config(loader: str) -> type:
     Unsloth rewrites TRL's trainers, and only those imported after it, so where it will load the model
     it comes first. A missing Unsloth is not this function's to report: recipes.models names the remedy.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use to the hub otherwise
     if loader == "unsloth":
         try:
             import unsloth  # noqa: F401

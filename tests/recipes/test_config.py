@@ -356,6 +356,11 @@ def test_command_line_prints_the_resolved_configuration(good):
     assert yaml.safe_load(result.stdout)["run"]["seed"] == 3
 
 
+def test_telemetry_is_off_for_whoever_imports_the_recipes():
+    code = "import recipes.config, huggingface_hub.constants as c; raise SystemExit(not c.HF_HUB_DISABLE_TELEMETRY)"
+    assert run_module("-c", code).returncode == 0
+
+
 def test_train_grpo_exits_with_2_before_anything_is_loaded(good):
     result = run_module("train_grpo.py", "--config", str(good), "grpo.learning_rte=2e-5")
     assert result.returncode == 2
