@@ -61,13 +61,13 @@ def _trainer_modules() -> Iterator[ModuleType]:
             yield module
 
 
-def _lift(module: ModuleType) -> Iterator[Callable[[], None]]:
+def _lift(module: Any) -> Iterator[Callable[[], None]]:
     original_add = module.add_fused_lm_head
-    setattr(module, "add_fused_lm_head", _announcing(original_add))
+    module.add_fused_lm_head = _announcing(original_add)
     yield lambda: setattr(module, "add_fused_lm_head", original_add)
     original_layer = getattr(module, "BaseTunerLayer", None)
     if original_layer is not None:  # absent where PEFT is not installed
-        setattr(module, "BaseTunerLayer", _layers_to_refuse(original_layer))
+        module.BaseTunerLayer = _layers_to_refuse(original_layer)
         yield lambda: setattr(module, "BaseTunerLayer", original_layer)
 
 

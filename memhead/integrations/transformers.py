@@ -1,0 +1,241 @@
+"""memhead inside a transformers model: a call with ``labels`` computes its loss from hidden states.
+
+    from memhead.integrations import transformers as memhead_transformers
+    handle = memhead_transformers.patch(model)
+    model(input_ids=ids, labels=ids).loss.backward()   # no logits; a bare loop and Trainer alike
+    model.generate(...)                                 # untouched: a call without labels is the model's own
+    memhead_transformers.unpatch(model)
+
+TRL's trainers bring their own patch of ``forward``; for those see :mod:`memhead.integrations.trl`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memhead.integrations.handle import Handle
+from memhead.logprobs import LowRankUpdate, linear_logprobs
+
+PATCH = "_memhead_patch"
+# What the causal language model's forward takes for itself and its backbone does not know.
+OF_THE_HEAD = (
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "return_dict",
+    "ignore_index",
+)
+
+
+class HeadOptions(NamedTuple):
+    """What a model does to its logits after the product."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def head_options(config: Any) -> HeadOptions:
+    """Softcap and scale of the logits, as the architectures of transformers name them in their configs."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        value = getattr(text, name, None)
+        if value is not None:
+            scale = float(value)
+            break
+    else:
+        divisor = getattr(text, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
+        if divisor is not None:
+            scale = float(divisor) if text.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return HeadOptions(getattr(text, "final_logit_softcapping", None), scale)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    chunk: int | tuple[int, int] | None = None,
+    backend: str | None = None,
+    check: bool = True,
+) -> Handle:
+    """Give ``model`` a forward that, called with labels, returns its loss and ``logits=None``.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one; patched in place.
+        chunk: see :func:`memhead.linear_logprobs`.
+        backend: see :func:`memhead.linear_logprobs`.
+        check: compare one small loss with the model's own before anything is trained, so that an
+            architecture that treats its logits in a way unknown here is refused, not mistrained.
+
+    Raises:
+        ValueError: patched already; no output embedding; another loss than next-token cross
+            entropy; or the check failed.
+    """
+    base = _base(model)
+    if hasattr(base, PATCH):
+        raise ValueError(f"{type(base).__name__} is patched already; call unpatch(model) first")
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"{type(base).__name__} has no output embedding to compute a loss with")
+    if base.loss_type not in (None, "ForCausalLM"):
+        raise ValueError(
+            f"{type(base).__name__} has loss_type={base.loss_type!r}; memhead computes 'ForCausalLM'"
+        )
+    options = head_options(base.config)
+    had_own = "forward" in vars(base)
+    original = base.forward
+    signature = inspect.signature(type(base).forward)
+    handle = Handle("memhead", lambda: unpatch(model))
+
+    @functools.wraps(type(base).forward)  # generate() and Trainer read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        given.pop("self")
+        given |= given.pop("kwargs", {})
+        if given.get("labels") is None and given.get("shift_labels") is None:
+            return original(*args, **kwargs)
+        output, rows = _forward_with_loss(self, given, options, chunk, backend)
+        handle.count(rows)
+        return output
+
+    setattr(base, PATCH, original if had_own else None)
+    base.forward = types.MethodType(forward, base)
+    if check:
+        try:
+            _check(base, original)
+        except ValueError:
+            unpatch(model)
+            raise
+        handle.calls = handle.rows = 0
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give the model its own forward back; nothing happens to one that is not patched."""
+    base = _base(model)
+    if not hasattr(base, PATCH):
+        return
+    original = getattr(base, PATCH)
+    delattr(base, PATCH)
+    if original is None:
+        del base.forward
+    else:
+        base.forward = original
+
+
+def _base(model: Any) -> Any:
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
+
+
+def _forward_with_loss(
+    model: Any,
+    given: dict[str, Any],
+    options: HeadOptions,
+    chunk: int | tuple[int, int] | None,
+    backend: str | None,
+) -> tuple[Any, int]:
+    """(output with the loss, number of tokens scored); ``given`` are the forward's arguments by name."""
+    own = {name: given.pop(name, None) for name in OF_THE_HEAD}
+    text = model.config.get_text_config()
+    if given.get("output_router_logits", getattr(text, "output_router_logits", False)):
+        raise ValueError(
+            "output_router_logits=True adds a load-balancing loss that memhead's patch does not compute; "
+            "set it to False in the model's config"
+        )
+    keep = own["logits_to_keep"]
+    if isinstance(keep, Tensor) or keep:
+        raise ValueError(f"logits_to_keep={keep} with labels: leave it out, the loss needs every position")
+    hidden, outputs = _backbone(model, given)
+    ignore_index = -100 if own["ignore_index"] is None else own["ignore_index"]
+    targets = own["shift_labels"]
+    if targets is None:
+        # The last position predicts nothing; keeping it, masked, spares a copy of the others.
+        targets = nn.functional.pad(own["labels"], (0, 1), value=ignore_index)[..., 1:]
+    targets = targets.to(hidden.device)
+    counted = targets != ignore_index
+    weight, bias, update = _head(model)
+    logprobs = linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        mask=counted,
+        softcap=options.softcap,
+        logit_scale=options.logit_scale,
+        low_rank=update,
+        chunk=chunk,
+        backend=backend,
+    ).logprobs
+    items = own["num_items_in_batch"]
+    items = (
+        counted.sum() if items is None else items.to(hidden.device) if isinstance(items, Tensor) else items
+    )
+    output = CausalLMOutputWithPast(
+        loss=-logprobs.sum() / items,
+        logits=None,
+        past_key_values=getattr(outputs, "past_key_values", None),
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
+    )
+    return (output.to_tuple() if own["return_dict"] is False else output), targets.numel()
+
+
+def _backbone(model: Any, given: dict[str, Any]) -> tuple[Tensor, Any]:
+    outputs = model.base_model(**given, return_dict=True)
+    return outputs.last_hidden_state, outputs
+
+
+def _head(model: Any) -> tuple[Tensor, Tensor | None, LowRankUpdate | None]:
+    """Weight (V, H), bias (V,) and LoRA update of the output embedding, as they are at this moment."""
+    head = model.get_output_embeddings()
+    update = None
+    if hasattr(head, "base_layer"):
+        from memhead.integrations.peft import is_supported, low_rank_update
+
+        if not is_supported(head):
+            raise ValueError(
+                f"the language-model head carries {type(head).__module__}.{type(head).__name__}; of adapters "
+                "memhead computes plain LoRA: leave the head out of the adapter's target_modules"
+            )
+        update = low_rank_update(head)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "full_tensor"):  # a DTensor: sharded by FSDP2
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    return weight, bias, update
+
+
+def _check(model: Any, original: Any) -> None:
+    """Compare the loss of eight tokens with the model's own.
+
+    Raises:
+        ValueError: they differ by more than half precision explains.
+    """
+    device = model.get_input_embeddings().weight.device
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    tokens = (torch.arange(1, 9, device=device) * 7919 % vocab_size)[None]  # (1, 8)
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
+    try:
+        with torch.no_grad():
+            ours = float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            plain = float(original(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    finally:
+        model.train(training)
+    dtype = model.get_output_embeddings().weight.dtype
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    if not abs(ours - plain) <= tolerance * max(1.0, abs(plain)):
+        raise ValueError(
+            f"{type(model).__name__} computes a loss of {plain:.6f} where its hidden states and head give "
+            f"{ours:.6f}: it treats its logits in a way that memhead does not know"
+        )

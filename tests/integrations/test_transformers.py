@@ -1,0 +1,255 @@
+"""A patched transformers model, held against itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from grpo_runs import TOKENIZER, configurations
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from memhead.integrations import trl as memhead_trl
+from memhead.integrations.transformers import patch, unpatch
+
+
+def load(path, dtype=torch.float64):
+    set_seed(3)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def batch(rows=3, length=9):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 18, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    labels[2, 6:] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def losses_and_gradients(model, inputs):
+    output = model(**inputs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return output, torch.autograd.grad(output.loss, trained, allow_unused=True)
+
+
+def assert_patch_changes_nothing(model, inputs):
+    plain, plain_grads = losses_and_gradients(model, inputs)
+    handle = patch(model, chunk=(5, 4))
+    ours, grads = losses_and_gradients(model, inputs)
+    unpatch(model)
+    assert plain.logits is not None
+    assert ours.logits is None
+    assert handle.calls == 1
+    # The model rounds its logits to float32 before its loss; ours stay in float64.
+    torch.testing.assert_close(ours.loss.double(), plain.loss.double(), rtol=1e-6, atol=1e-6)
+    for a, b in zip(grads, plain_grads, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", configurations())
+def test_loss_and_gradients_of_every_architecture(checkpoints, name):
+    assert_patch_changes_nothing(load(checkpoints[name]), batch())
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"num_items_in_batch": 50},
+        {"num_items_in_batch": torch.tensor(50)},
+        {"shift_labels": batch()["labels"].roll(-1, 1)},
+        {"output_hidden_states": True},
+        {"position_ids": torch.arange(9)[None]},
+    ],
+    ids=lambda further: next(iter(further)),
+)
+def test_arguments_of_forward(checkpoints, further):
+    assert_patch_changes_nothing(load(checkpoints["llama"]), batch() | further)
+
+
+def test_inputs_by_position_and_as_embeddings(checkpoints):
+    model, inputs = load(checkpoints["llama"]), batch()
+    plain = model(**inputs).loss
+    patch(model)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embedded = model.get_input_embeddings()(ids)
+    for loss in (
+        model(ids, mask, labels=inputs["labels"]).loss,
+        model(inputs_embeds=embedded, labels=inputs["labels"]).loss,
+        model(ids, labels=inputs["labels"], return_dict=False)[0],
+    ):
+        torch.testing.assert_close(loss.double(), plain.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_generation_is_untouched(checkpoints):
+    model = load(checkpoints["llama"])
+    ids = batch()["input_ids"]
+    before = model.generate(ids, max_new_tokens=6, do_sample=False)
+    logits = model(ids).logits
+    handle = patch(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), before)
+    assert torch.equal(model(ids).logits, logits)
+    assert handle.calls == 0
+
+
+def test_unpatch_restores(checkpoints):
+    model = load(checkpoints["llama"])
+    with patch(model):
+        assert "forward" in vars(model)
+        with pytest.raises(ValueError, match="patched already"):
+            patch(model)
+    assert "forward" not in vars(model)
+    unpatch(model)
+    assert model(**batch()).logits is not None
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"]], ids=["head", "attention"])
+def test_lora(checkpoints, targets):
+    lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    assert_patch_changes_nothing(get_peft_model(load(checkpoints["llama"]), lora), batch())
+
+
+def test_no_label_counts(checkpoints):
+    """As in transformers: NaN without a number of items, 0 with one."""
+    model, inputs = load(checkpoints["llama"]), batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    patch(model)
+    assert model(**inputs).loss.isnan()
+    loss = model(**inputs, num_items_in_batch=4).loss
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_is_nearer_to_the_truth(checkpoints, dtype):
+    exact = load(checkpoints["llama"], dtype).double()(**batch()).loss.item()
+    model = load(checkpoints["llama"], dtype)
+    plain = model(**batch()).loss.item()
+    patch(model)
+    assert abs(model(**batch()).loss.item() - exact) <= 2 * abs(plain - exact) + 1e-3
+
+
+class TestRefusals:
+    def test_router_loss(self):
+        config = MixtralConfig(
+            vocab_size=19, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="output_router_logits=True"):
+            patch(AutoModelForCausalLM.from_config(config))
+
+    def test_logits_to_keep(self, checkpoints):
+        model = load(checkpoints["llama"])
+        patch(model)
+        with pytest.raises(ValueError, match="logits_to_keep=2"):
+            model(**batch(), logits_to_keep=2)
+
+    def test_a_head_that_does_something_unknown(self, checkpoints):
+        model = load(checkpoints["llama"])
+        model.lm_head.register_forward_hook(lambda *args: 2 * args[-1])
+        with pytest.raises(ValueError, match="treats its logits in a way that memhead does not know"):
+            patch(model)
+        assert "forward" not in vars(model)
+
+    def test_other_losses(self, checkpoints):
+        model = load(checkpoints["llama"])
+        model.loss_type = "ForMaskedLM"
+        with pytest.raises(ValueError, match="loss_type='ForMaskedLM'"):
+            patch(model)
+
+
+TEXTS = ["12+34=46", "7*8=56", "9-5=4", "3+3+3=9", "81-9=72", "6*7=42", "1+1=2", "99-1=98"]
+
+
+def examples():
+    rows = [TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id] for text in TEXTS]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def collate(features):
+    length = max(len(f["input_ids"]) for f in features)
+
+    def padded(key, fill):
+        return torch.tensor([f[key] + [fill] * (length - len(f[key])) for f in features])
+
+    ids = padded("input_ids", 0)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": padded("labels", -100)}
+
+
+SETTINGS = {
+    "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+    "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True,
+    "logging_steps": 1, "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+def run(trainer):
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def trainer_run(path, folder, patched):
+    """Five steps of transformers' Trainer, which hands the number of items of the whole accumulation."""
+    model = load(path)
+    handle = patch(model) if patched else None
+    arguments = TrainingArguments(str(folder), **SETTINGS, eval_strategy="no")
+    trainer = Trainer(
+        model, arguments, data_collator=collate, train_dataset=examples(), eval_dataset=examples()
+    )
+    result = run(trainer)
+    evaluated = trainer.evaluate()["eval_loss"]
+    assert handle is None or handle.calls >= 10
+    return *result, evaluated
+
+
+def test_trainer(checkpoints, tmp_path):
+    plain, ours = (trainer_run(checkpoints["llama"], tmp_path, patched) for patched in (False, True))
+    assert ours[0] == pytest.approx(plain[0], rel=1e-5)
+    assert ours[2] == pytest.approx(plain[2], rel=1e-5)
+    for a, b in zip(ours[1], plain[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_sft_trainer(checkpoints, tmp_path):
+    """TRL's SFTTrainer has the slot of its GRPO trainer; a patched model in it does no harm."""
+    results = []
+    for impl in ("full", "memhead"):
+        model = load(checkpoints["llama"])
+        if impl == "memhead":
+            patch(model)
+        with memhead_trl.install(impl) as handle:
+            trainer = SFTTrainer(
+                model,
+                args=SFTConfig(str(tmp_path), **SETTINGS, gradient_checkpointing=False),
+                train_dataset=Dataset.from_dict({"text": TEXTS}),
+                processing_class=TOKENIZER,
+            )
+            results.append(run(trainer))
+        assert handle.calls >= 10
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    for a, b in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_bare_loop(checkpoints):
+    results = []
+    for patched in (False, True):
+        model = load(checkpoints["gemma2-softcap"])
+        if patched:
+            patch(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for _ in range(10):
+            loss = model(**batch()).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        results.append(losses)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[1][-1] < results[1][0]
