@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memhead import checks
 from memhead.logprobs import compute_dtype
-from memhead.planning import DEFAULT_TILE, plan_rows
+from memhead.planning import default_tile, plan_rows
 from memhead.products import add_product, operand_dtype, product, result_dtype
 from memhead.sweep import blocks
 
@@ -237,7 +237,7 @@ def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, T
     if weight.dtype == dtype:
         yield slice(0, len(weight)), weight
         return
-    for columns in blocks(len(weight), DEFAULT_TILE["cpu"][1]):
+    for columns in blocks(len(weight), default_tile("cpu", 4).columns):
         yield columns, weight[columns].to(dtype)
 
 
@@ -316,7 +316,7 @@ def _fold_gradient(
         else:
             most = largest.amax()
             x = (x * (largest / most)).to(x.dtype)
-            for columns in blocks(len(weight), DEFAULT_TILE["cuda"][1]):  # no weight-sized temporary
+            for columns in blocks(len(weight), default_tile("cuda", 4).columns):  # no weight-sized temporary
                 part = x.new_empty((columns.stop - columns.start, x.shape[1]), dtype=by_logits.dtype)
                 weight_grad[columns].addcmul_(product(grad[:, columns].t(), x, part), most)
     if acc is None:

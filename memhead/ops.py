@@ -36,12 +36,11 @@ def make_problem(
     """Choose tile and backend for ``hidden`` (N, H); ``chunk`` is [], [rows] or [rows, columns]."""
     wanted = None if not chunk else chunk[0] if len(chunk) == 1 else (chunk[0], chunk[1])
     operand = operand_dtype(compute, hidden.device)
-    size = resolve_chunk(
-        wanted, hidden.shape[0], weight.shape[0], hidden.shape[1], hidden.device, operand.itemsize
-    )
     module = get_backend(backend, hidden.device, result_dtype(operand))
-    limit = module.max_columns(operand, hidden.shape[1], hidden.device)
-    size = size._replace(columns=min(size.columns, limit))
+    features = operand, hidden.shape[1], hidden.device
+    itemsize = module.tile_dtype(*features).itemsize
+    size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.device, itemsize)
+    size = size._replace(columns=min(size.columns, module.max_columns(*features)))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
 

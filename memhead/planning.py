@@ -12,10 +12,10 @@ import torch
 
 MIB = 1 << 20
 
-# A CPU tile should stay in the last-level cache between the product that writes it and the one
-# that reads it; a GPU tile must fill every multiprocessor for several waves.
-# benchmarks/results/ holds the measurements that these defaults come from.
-DEFAULT_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
+# (rows, bytes) of a tile. On a CPU it should stay in the last-level cache between the product that
+# writes it and the one that reads it; on a GPU it must fill every multiprocessor for several waves,
+# and cost few launches. benchmarks/results/ holds the measurements that these come from.
+DEFAULT_TILE = {"cpu": (2048, 8 * MIB), "cuda": (4096, 128 * MIB)}
 
 
 class Chunk(NamedTuple):
@@ -24,15 +24,32 @@ class Chunk(NamedTuple):
     rows: int
     columns: int
 
-    def workspace_bytes(self, hidden_size: int, itemsize: int, accumulator_itemsize: int = 4) -> int:
+    def workspace_bytes(self, hidden_size: int, tile_itemsize: int, operand_itemsize: int) -> int:
         """Bytes held while one tile is worked on, beside inputs and outputs.
 
-        ``itemsize`` is that of the operands of the matrix products (2 for bf16): the tile in
-        float32, its exponentials in the operands' dtype, and the float32 accumulator of the
-        gradient direction (rows, hidden_size).
+        The tile, the float32 accumulator (rows, hidden_size) of the gradient's direction, and the
+        weight rows of a block's targets (rows, hidden_size) in the operands' dtype.
         """
-        tile = self.rows * self.columns * (accumulator_itemsize + itemsize)
-        return tile + self.rows * hidden_size * accumulator_itemsize
+        accumulators = self.rows * hidden_size * (4 + operand_itemsize)
+        return self.rows * self.columns * tile_itemsize + accumulators
+
+    def taller(self, num_rows: int) -> Chunk:
+        """A tile of the same size with up to four times the rows.
+
+        A weight gradient is a sum over rows: the fewer blocks of rows, the less often it is read
+        and written.
+        """
+        rows = min(num_rows, 4 * self.rows)
+        return self if rows <= self.rows else Chunk(rows, max(1, self.rows * self.columns // rows))
+
+
+def default_tile(device_type: str, tile_itemsize: int) -> Chunk:
+    """The tile for ``device_type``, where a logit takes ``tile_itemsize`` bytes.
+
+    Its columns do not depend on the number of rows, so that neither do the bits of a row.
+    """
+    rows, size = DEFAULT_TILE["cpu" if device_type == "cpu" else "cuda"]
+    return Chunk(rows, size // (rows * tile_itemsize))
 
 
 def plan_chunk(
@@ -41,28 +58,30 @@ def plan_chunk(
     hidden_size: int,
     *,
     device_type: str = "cpu",
-    itemsize: int = 4,
+    tile_itemsize: int = 4,
+    operand_itemsize: int = 4,
     budget_bytes: int | None = None,
 ) -> Chunk:
     """Choose the tile for ``num_rows`` tokens of a (vocab_size, hidden_size) head.
 
     Args:
         device_type: ``torch.device.type``; anything but "cpu" is planned like "cuda".
-        itemsize: bytes of one element of the matrix products' operands.
-        budget_bytes: upper bound for :meth:`Chunk.workspace_bytes`; ``None`` keeps the default
-            tile of the device, which is under 128 MiB on a CPU and under 512 MiB on a GPU for
-            every model we know.
+        tile_itemsize: bytes of a logit in the tile: 4, or 2 where a kernel never writes logits
+            (:func:`memhead.backends.triton.tile_dtype`).
+        operand_itemsize: bytes of one element of the matrix products' operands.
+        budget_bytes: upper bound for :meth:`Chunk.workspace_bytes`; ``None`` keeps the device's
+            default tile, which is under 128 MiB on a CPU and under 256 MiB on a GPU for every
+            model we know.
 
     Raises:
         ValueError: the budget cannot hold a tile of one row by one column.
     """
-    rows, columns = DEFAULT_TILE["cpu" if device_type == "cpu" else "cuda"]
+    rows, columns = default_tile(device_type, tile_itemsize)
     chunk = Chunk(max(1, min(rows, num_rows)), max(1, min(columns, vocab_size)))
     if budget_bytes is None:
         return chunk
-    while chunk.workspace_bytes(hidden_size, itemsize) > budget_bytes:
+    while (needed := chunk.workspace_bytes(hidden_size, tile_itemsize, operand_itemsize)) > budget_bytes:
         if chunk.rows == 1 and chunk.columns == 1:
-            needed = chunk.workspace_bytes(hidden_size, itemsize)
             raise ValueError(
                 f"budget_bytes={budget_bytes} is too small to hold one row of hidden size "
                 f"{hidden_size}: at least {needed} bytes are needed"
@@ -89,13 +108,13 @@ def resolve_chunk(
     chunk: int | tuple[int, int] | None,
     num_rows: int,
     vocab_size: int,
-    hidden_size: int,
     device: torch.device,
-    itemsize: int,
+    tile_itemsize: int,
 ) -> Chunk:
-    """The tile that a public function's ``chunk`` argument asks for; ``None`` plans one."""
-    planned = plan_chunk(num_rows, vocab_size, hidden_size, device_type=device.type, itemsize=itemsize)
-    if chunk is None:
-        return planned
-    rows, columns = (chunk, planned.columns) if isinstance(chunk, int) else chunk
+    """The tile that a public function's ``chunk`` argument asks for; ``None`` takes the default."""
+    rows, columns = default_tile(device.type, tile_itemsize)
+    if isinstance(chunk, int):
+        rows = chunk
+    elif chunk is not None:
+        rows, columns = chunk
     return Chunk(max(1, min(rows, num_rows)), max(1, min(columns, vocab_size)))

@@ -24,8 +24,8 @@ def operand_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out[...] = a @ b`` with ``out`` of :func:`result_dtype`; a (M, K), b (K, N), out (M, N)."""
-    if a.dtype in HALF:
+    """``out[...] = a @ b``, rounded to the dtype of ``out`` once; a (M, K), b (K, N), out (M, N)."""
+    if a.dtype != out.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload]
     return torch.mm(a, b, out=out)
 
@@ -34,6 +34,6 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
     """``acc += a @ b``, or ``acc = a @ b`` where ``first``; acc (M, N) of :func:`result_dtype`."""
     if first:
         return product(a, b, acc)
-    if a.dtype in HALF:
+    if a.dtype != acc.dtype:
         return torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)  # type: ignore[call-overload]
     return torch.addmm(acc, a, b, out=acc)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memhead.planning import Chunk
-from memhead.products import HALF, add_product, operand_dtype, result_dtype
+from memhead.products import add_product, operand_dtype, result_dtype
 from memhead.statistics import FoldSpec, Rows, Upstream, finish, new_statistics
 from memhead.weights import Weight
 
@@ -130,12 +130,20 @@ def backward_sweep(
     rows in float32 and rounded once, without a second buffer of the weight's size; the price is a
     float32 accumulator (N, H) where the hidden gradient is wanted too.
     """
-    hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
+    hidden, weight = problem.hidden, problem.weight
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    chunk = problem.chunk.taller(num_rows)
     scale, upstream = _scaled(problem, upstream)
     hidden_acc = hidden.new_zeros(hidden.shape, dtype=problem.result) if hidden_grad else None
     weight_grads = [hidden.new_zeros((vocab_size, part.width), dtype=part.dtype) for part in weight_parts]
-    accs = [hidden.new_empty((chunk.columns, part.width), dtype=problem.result) for part in weight_parts]
+    # A sum over one block of rows is a single product, which rounds once by itself.
+    single = num_rows <= chunk.rows and problem.operand != torch.float16
+    accs = [
+        None
+        if single and part.dtype == problem.operand
+        else hidden.new_empty((chunk.columns, part.width), dtype=problem.result)
+        for part in weight_parts
+    ]
     bias_out = hidden.new_zeros(vocab_size, dtype=problem.result) if bias_grad else None
     buffer = problem.new_buffer()
     for columns in blocks(vocab_size, chunk.columns):
@@ -156,12 +164,13 @@ def backward_sweep(
             )
             if hidden_acc is not None:
                 add_product(hidden_acc[rows], grad, w, first=False)
-            for part, acc in zip(weight_parts, accs, strict=True):
-                add_product(acc[: len(w)], grad.t(), x[:, part.features], first=rows.start == 0)
+            for part, acc, weight_grad in zip(weight_parts, accs, weight_grads, strict=True):
+                total = weight_grad[columns] if acc is None else acc[: len(w)]
+                add_product(total, grad.t(), x[:, part.features], first=rows.start == 0)
             if bias_out is not None:
                 bias_out[columns] += grad.sum(0, dtype=problem.result)
-        if num_rows:
-            for weight_grad, acc in zip(weight_grads, accs, strict=True):
+        for weight_grad, acc in zip(weight_grads, accs, strict=True):
+            if acc is not None and num_rows:
                 weight_grad[columns] = acc[: len(w)].mul_(scale)
     hidden_out = None if hidden_acc is None else hidden_acc.mul_(scale).to(hidden.dtype)
     return hidden_out, weight_grads, None if bias_out is None else bias_out.mul_(scale)
@@ -169,7 +178,7 @@ def backward_sweep(
 
 def _scaled(problem: Problem, upstream: Upstream) -> tuple[Tensor | float, Upstream]:
     """Bring the largest upstream gradient to 1, so that float16 products do not flush to zero."""
-    if problem.operand not in HALF:
+    if problem.operand != torch.float16:
         return 1.0, upstream
     grads = [upstream.grad_logprobs, upstream.grad_entropy]
     largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()] or [torch.ones(())])

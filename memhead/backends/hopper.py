@@ -41,8 +41,8 @@ from memhead.statistics import FoldSpec, Stat, Upstream, headroom
 # The tile of one program: 128 x 256 logits in the registers of eight warps, three stages of
 # operands in shared memory. benchmarks/results/gpu_log.md has the alternatives and their times.
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_K, STAGES, WARPS, GROUP = 128, 256, 64, 3, 8, 8
-# Statistics of a tile's blocks are merged in the registers of one program for 16 rows.
-MERGE_ROWS, MAX_COLUMNS = 16, 1 << 16
+# The statistics of a row's blocks are merged in the registers of one warp.
+MAX_COLUMNS = 1 << 16
 
 
 def available(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
@@ -98,7 +98,7 @@ def _block_logits(
     return to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "stats_stride", "start"])
 def _fold_kernel(
     x_desc,  # (R, H)
     w_desc,  # (C, H)
@@ -193,95 +193,80 @@ def _fold_kernel(
             tl.store(place, exps.to(exps_ptr.dtype.element_ty), mask=real[:, None] & inside)
 
 
-@triton.jit
+# A row must give the same bits whatever rows are beside it, so no number or address that depends on
+# them may choose another variant of the kernel, with its sums in another order.
+@triton.jit(
+    do_not_specialize=["num_rows", "stats_stride", "acc_stride"],
+    do_not_specialize_on_alignment=["partial_ptr", "stats_ptr"],
+)
 def _merge_kernel(
-    partial_ptr,  # (len(Stat), column blocks, R); REFERENCE becomes the factor of each block's exponentials
+    partial_ptr,  # (len(Stat), column blocks, R)
     stats_ptr,  # (len(Stat), R), updated
-    moved_ptr,  # (R,) factor of what was accumulated before this launch
-    num_rows,
-    num_column_blocks,
-    stats_stride,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_SQUARES: tl.constexpr,
-    WANT_TOTAL: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,  # at least num_column_blocks
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = tl.arange(0, BLOCKS)
-    real = row < num_rows
-    mask = (block < num_column_blocks)[:, None] & real[None, :]
-    stats = stats_ptr + row
-    partial = partial_ptr + block[:, None] * num_rows + row[None, :]
-    partial_stride = num_column_blocks * num_rows
-
-    sums = tl.load(partial + OTHERS * partial_stride, mask=mask, other=0.0)
-    references = tl.load(partial + REFERENCE * partial_stride, mask=mask, other=0.0)
-    old = tl.load(stats + REFERENCE * stats_stride, mask=real, other=0.0)
-    used = tl.max(tl.where((sums > 0) | (sums != sums), references, LOWEST), 0)
-    reference = tl.maximum(used, old)
-    factor = tl.exp(tl.where(sums == 0, 0.0, references - reference[None, :]))
-    moved = tl.exp(old - reference)
-    tl.store(partial + REFERENCE * partial_stride, factor, mask=mask)
-    tl.store(moved_ptr + row, moved, mask=real)
-
-    others = tl.load(stats + OTHERS * stats_stride, mask=real, other=0.0)
-    # Where every other token is impossible so far, nothing is known of the row.
-    tl.store(stats + REFERENCE * stats_stride, tl.where(used <= UNSET, old, reference), mask=real)
-    tl.store(stats + OTHERS * stats_stride, others * moved + tl.sum(sums * factor, 0), mask=real)
-    if WANT_ENTROPY:
-        weighted = tl.load(partial + WEIGHTED * partial_stride, mask=mask, other=0.0)
-        weighted = factor * (weighted + tl.where(sums == 0, 0.0, references - reference[None, :]) * sums)
-        before = tl.load(stats + WEIGHTED * stats_stride, mask=real, other=0.0) + (old - reference) * others
-        tl.store(stats + WEIGHTED * stats_stride, moved * before + tl.sum(weighted, 0), mask=real)
-    if WANT_SQUARES:
-        squares = tl.load(partial + SQUARES * partial_stride, mask=mask, other=0.0) * factor * factor
-        before = tl.load(stats + SQUARES * stats_stride, mask=real, other=0.0)
-        tl.store(stats + SQUARES * stats_stride, before * moved * moved + tl.sum(squares, 0), mask=real)
-    if WANT_TOTAL:
-        total = tl.sum(tl.load(partial + TOTAL * partial_stride, mask=mask, other=0.0), 0)
-        before = tl.load(stats + TOTAL * stats_stride, mask=real, other=0.0)
-        tl.store(stats + TOTAL * stats_stride, before + total, mask=real)
-    if WANT_TOP1:
-        for_before = tl.max(tl.load(partial + BEFORE * partial_stride, mask=mask, other=LOWEST), 0)
-        for_after = tl.max(tl.load(partial + AFTER * partial_stride, mask=mask, other=LOWEST), 0)
-        known_before = tl.load(stats + BEFORE * stats_stride, mask=real, other=LOWEST)
-        known_after = tl.load(stats + AFTER * stats_stride, mask=real, other=LOWEST)
-        tl.store(stats + BEFORE * stats_stride, tl.maximum(for_before, known_before), mask=real)
-        tl.store(stats + AFTER * stats_stride, tl.maximum(for_after, known_after), mask=real)
-
-
-@triton.jit
-def _correct_kernel(
     exps_ptr,  # (R, C)
-    factor_ptr,  # (column blocks, R)
-    moved_ptr,  # (R,)
     acc_ptr,  # (R, H)
     num_rows,
     num_columns,
     num_column_blocks,
     hidden_size,
+    stats_stride,
     exps_stride,
     acc_stride,
     HAS_ACC: tl.constexpr,
+    WANT_EXPS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_SQUARES: tl.constexpr,
+    WANT_TOTAL: tl.constexpr,
+    WANT_TOP1: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # at least num_column_blocks
 ):
-    """Bring the exponentials of a row to its new reference; almost always there is nothing to do."""
+    """Settle on one reference for a row, and bring to it what was computed against another."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
-    factors = tl.load(factor_ptr + block * num_rows + row, mask=block < num_column_blocks, other=1.0)
-    # NaN is no factor of 1 either.
-    if tl.sum((factors == 1.0).to(tl.int32), 0) < BLOCKS:
-        for i in range(num_column_blocks):
-            column = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            place = exps_ptr + row * exps_stride + column
-            exps = tl.load(place, mask=column < num_columns, other=0.0).to(tl.float32)
-            exps *= tl.load(factor_ptr + i * num_rows + row)
-            tl.store(place, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
+    mask = block < num_column_blocks
+    stats = stats_ptr + row
+    partial = partial_ptr + block.to(tl.int64) * num_rows + row
+    partial_stride = num_column_blocks * num_rows
+
+    sums = tl.load(partial + OTHERS * partial_stride, mask=mask, other=0.0)
+    references = tl.load(partial + REFERENCE * partial_stride, mask=mask, other=0.0)
+    counts = (sums > 0) | (sums != sums)
+    old = tl.load(stats + REFERENCE * stats_stride)
+    reference = tl.maximum(tl.max(tl.where(counts, references, LOWEST), 0), old)
+    distance = tl.where(counts, references - reference, 0.0)
+    factor = tl.exp(distance)
+    moved = tl.exp(old - reference)
+
+    others = tl.load(stats + OTHERS * stats_stride)
+    tl.store(stats + REFERENCE * stats_stride, reference)
+    tl.store(stats + OTHERS * stats_stride, others * moved + tl.sum(sums * factor, 0))
+    if WANT_ENTROPY:
+        weighted = tl.load(partial + WEIGHTED * partial_stride, mask=mask, other=0.0) + distance * sums
+        before = tl.load(stats + WEIGHTED * stats_stride) + (old - reference) * others
+        tl.store(stats + WEIGHTED * stats_stride, moved * before + tl.sum(factor * weighted, 0))
+    if WANT_SQUARES:
+        squares = tl.load(partial + SQUARES * partial_stride, mask=mask, other=0.0) * factor * factor
+        before = tl.load(stats + SQUARES * stats_stride) * moved * moved
+        tl.store(stats + SQUARES * stats_stride, before + tl.sum(squares, 0))
+    if WANT_TOTAL:
+        total = tl.sum(tl.load(partial + TOTAL * partial_stride, mask=mask, other=0.0), 0)
+        tl.store(stats + TOTAL * stats_stride, tl.load(stats + TOTAL * stats_stride) + total)
+    if WANT_TOP1:
+        before = tl.max(tl.load(partial + BEFORE * partial_stride, mask=mask, other=LOWEST), 0)
+        after = tl.max(tl.load(partial + AFTER * partial_stride, mask=mask, other=LOWEST), 0)
+        tl.store(stats + BEFORE * stats_stride, tl.maximum(before, tl.load(stats + BEFORE * stats_stride)))
+        tl.store(stats + AFTER * stats_stride, tl.maximum(after, tl.load(stats + AFTER * stats_stride)))
+
+    if WANT_EXPS:
+        # NaN is no factor of 1 either.
+        if tl.sum((factor == 1.0).to(tl.int32), 0) < BLOCKS:
+            for i in range(num_column_blocks):
+                column = i * BLOCK_N + tl.arange(0, BLOCK_N)
+                place = exps_ptr + row * exps_stride + column
+                exps = tl.load(place, mask=column < num_columns, other=0.0).to(tl.float32)
+                exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
+                tl.store(place, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
     if HAS_ACC:
-        moved = tl.load(moved_ptr + row)
         if moved != 1.0:
             for first in range(0, hidden_size, BLOCK_N):
                 feature = first + tl.arange(0, BLOCK_N)
@@ -308,7 +293,6 @@ def fold_product(
     exps = buffer[: num_rows * num_columns].view(num_rows, num_columns)
     column_blocks = triton.cdiv(num_columns, BLOCK_COLUMNS)
     partial = stats.new_empty(len(Stat), column_blocks, num_rows)
-    moved = stats.new_empty(num_rows)
     shift, lazy = headroom(operand)
     _fold_kernel[_grid(num_rows, num_columns, x.device)](
         _descriptor(x, BLOCK_ROWS),
@@ -339,39 +323,28 @@ def fold_product(
         WANT_TOP1=spec.top1,
         **_BLOCKS,
     )
-    blocks = triton.next_power_of_2(column_blocks)
-    _merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+    _merge_kernel[(num_rows,)](
         partial,
         stats,
-        moved,
+        exps,
+        acc,
         num_rows,
+        num_columns,
         column_blocks,
+        hidden_size,
         stats.stride(0),
+        exps.stride(0),
+        0 if acc is None else acc.stride(0),
+        HAS_ACC=acc is not None,
+        WANT_EXPS=direction,
         WANT_ENTROPY=spec.entropy,
         WANT_SQUARES=spec.squares,
         WANT_TOTAL=spec.total,
         WANT_TOP1=spec.top1,
-        ROWS=MERGE_ROWS,
-        BLOCKS=blocks,
-        num_warps=4,
+        BLOCK_N=BLOCK_COLUMNS,
+        BLOCKS=triton.next_power_of_2(column_blocks),
+        num_warps=1,
     )
-    if direction:
-        _correct_kernel[(num_rows,)](
-            exps,
-            partial[Stat.REFERENCE],
-            moved,
-            acc,
-            num_rows,
-            num_columns,
-            column_blocks,
-            hidden_size,
-            exps.stride(0),
-            0 if acc is None else acc.stride(0),
-            HAS_ACC=acc is not None,
-            BLOCK_N=BLOCK_COLUMNS,
-            BLOCKS=blocks,
-            num_warps=1,
-        )
     return exps
 
 
