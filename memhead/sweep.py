@@ -43,10 +43,10 @@ class Problem(NamedTuple):
         """dtype of logits, statistics and accumulators."""
         return result_dtype(self.operand)
 
-    def new_buffer(self) -> Tensor:
-        """Memory for one tile, flat."""
+    def new_buffer(self, chunk: Chunk) -> Tensor:
+        """Memory for one tile of this size, flat."""
         dtype = self.backend.tile_dtype(self.operand, self.hidden.shape[1], self.hidden.device)
-        return self.hidden.new_empty(self.chunk.rows * self.chunk.columns, dtype=dtype)
+        return self.hidden.new_empty(chunk.rows * chunk.columns, dtype=dtype)
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
@@ -69,7 +69,7 @@ def forward_sweep(
     hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     stats = new_statistics(num_rows, hidden, problem.result)
-    buffer = problem.new_buffer()
+    buffer = problem.new_buffer(chunk)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
@@ -145,7 +145,7 @@ def backward_sweep(
         for part in weight_parts
     ]
     bias_out = hidden.new_zeros(vocab_size, dtype=problem.result) if bias_grad else None
-    buffer = problem.new_buffer()
+    buffer = problem.new_buffer(chunk)
     for columns in blocks(vocab_size, chunk.columns):
         w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
         for rows in blocks(num_rows, chunk.rows):
