@@ -3,6 +3,15 @@
 from memhead.chunked import chunked_linear
 from memhead.cross_entropy import linear_cross_entropy
 from memhead.logprobs import LinearLogprobs, LowRankUpdate, linear_logprobs
+from memhead.support import supported_logprobs, truncation_support
 
-__all__ = ["LinearLogprobs", "LowRankUpdate", "chunked_linear", "linear_cross_entropy", "linear_logprobs"]
+__all__ = [
+    "LinearLogprobs",
+    "LowRankUpdate",
+    "chunked_linear",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "supported_logprobs",
+    "truncation_support",
+]
 __version__ = "0.1.0"

@@ -81,6 +81,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be greater than 0")
 
 
+def check_at_least_one(name: str, value: int) -> None:
+    """``value`` counts something of which there is one."""
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
 def check_chunk(chunk: int | tuple[int, int] | None) -> None:
     """A chunk is rows, or (rows, columns), and holds at least one of each."""
     if chunk is None:

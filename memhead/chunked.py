@@ -190,7 +190,7 @@ def _sweep(
     for rows in blocks(len(hidden), settings.rows):
         x = hidden[rows].to(operand)  # (R, H)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = _logits(x, weight, bias, buffer[: len(x)])  # (R, V)
+            logits = fill_logits(x, weight, bias, buffer[: len(x)])  # (R, V)
         inside = _leaves(others, rows, settings.num_row_args)
         by_logits, *by_others = _through_transform(
             settings,
@@ -222,7 +222,7 @@ def _leaves(others: list[Tensor | None], rows: slice, num_row_args: int) -> list
     return [x[rows].detach() if i < num_row_args else x for i, x in enumerate(others)]  # type: ignore[index, misc]
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def fill_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """``x @ weight.T + bias`` into ``out`` (R, V)."""
     for columns, w in _weight_tiles(weight, x.dtype):
         if w is weight:

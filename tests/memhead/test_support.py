@@ -1,0 +1,199 @@
+"""Log-probabilities renormalised over the support of a truncating sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from memhead import linear_logprobs, supported_logprobs, truncation_support
+from tests.memhead.reference import double, full_logits, make_head, relative_error
+
+FILTERS = [
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"top_k": 20, "top_p": 0.7},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.2},
+]
+WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+OPTIONS = {"temperature": 0.8, "softcap": 9.0, "logit_scale": 1.3}
+
+
+def warped(logits, filters, temperature=1.0):
+    """What transformers' generate makes of the logits: -inf outside the support."""
+    scores = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1.0 else logits
+    for name, value in filters.items():
+        scores = WARPERS[name](value)(None, scores)
+    return scores
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_support_is_that_of_generate(filters, chunk):
+    head = make_head(40, 211)
+    support = truncation_support(head.hidden, head.weight, bias=head.bias, chunk=chunk, **OPTIONS, **filters)
+    without = OPTIONS | {"temperature": 1.0}
+    scores = warped(
+        full_logits(head.hidden, head.weight, head.bias, **without), filters, OPTIONS["temperature"]
+    )
+    for ids, row in zip(support, scores, strict=True):
+        assert set(ids[ids >= 0].tolist()) == set(row.isfinite().nonzero().flatten().tolist())
+
+
+def test_tokens_as_likely_as_the_kth_are_kept():
+    weight = torch.tensor([[3.0], [2.0], [2.0], [2.0], [1.0]])
+    support = truncation_support(torch.ones(1, 1), weight, top_k=2)
+    assert sorted(support.flatten().tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, OPTIONS, {"temperature": True, "mask": True, "bias": True}],
+    ids=["plain", "numbers", "tensors"],
+)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_values_and_gradients(options, entropy, chunk):
+    head = make_head(30, 97)
+    options = {k: getattr(head, k) if v is True else v for k, v in options.items()}
+    scoring = {k: v for k, v in options.items() if k != "mask"}
+    support = truncation_support(head.hidden, head.weight, top_p=0.8, **scoring)
+    targets = support[:, 0].clone()
+    targets[3:9] = support[3:9, 1].clamp_min(0)
+    results = []
+    for wide in (False, True):
+        leaves = [
+            (double(x) if wide else x.clone()).requires_grad_() for x in (head.hidden, head.weight, head.bias)
+        ]
+        tensors = options | ({"bias": leaves[2]} if "bias" in options else {})
+        if wide:
+            mask = tensors.pop("mask", torch.ones(30, dtype=torch.bool))
+            logits = full_logits(
+                leaves[0],
+                leaves[1],
+                **{k: double(v) if k == "temperature" else v for k, v in tensors.items()},
+            )
+            inside = torch.zeros(30, 98, dtype=torch.bool).scatter_(1, support % 98, True)[:, :97]
+            logp = logits.masked_fill(~inside, float("-inf")).log_softmax(1)
+            logprobs = torch.where(mask, logp.gather(1, targets[:, None]).squeeze(1), 0.0)
+            safe = logp.masked_fill(~inside, 0.0)
+            entropies = torch.where(mask, -(safe.exp() * safe * inside).sum(1), 0.0)
+        else:
+            logprobs, entropies, *_ = supported_logprobs(
+                leaves[0], leaves[1], targets, support, entropy=True, chunk=chunk, **tensors
+            )
+        counted = logprobs.isfinite()
+        loss = (logprobs * head.grad_logprobs)[counted].sum() + entropy * (
+            entropies * head.grad_entropy
+        ).sum()
+        used = leaves if "bias" in options else leaves[:2]
+        results.append((logprobs, entropies, *torch.autograd.grad(loss, used)))
+    torch.testing.assert_close(results[0][0].double(), results[1][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[0][1].double(), results[1][1], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(results[0][2:], results[1][2:], strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_the_ratio_is_unbiased(filters):
+    """Its expectation under the sampler is 1; that of the ratio over the whole vocabulary is not."""
+    old, new = make_head(20, 97), make_head(20, 97, seed=1)
+    new_hidden = old.hidden + 0.2 * new.hidden  # the policy after some steps
+    support = truncation_support(old.hidden, old.weight, **filters)
+    expectation, naive = torch.zeros(20), torch.zeros(20)
+    for column in support.t():
+        inside, token = column >= 0, column.clamp_min(0)
+        log_old = supported_logprobs(old.hidden, old.weight, token, support).logprobs
+        log_new = supported_logprobs(new_hidden, old.weight, token, support).logprobs
+        expectation += torch.where(inside, log_old.exp() * (log_new - log_old).exp(), 0.0)
+        whole = [linear_logprobs(h, old.weight, token).logprobs for h in (new_hidden, old.hidden)]
+        naive += torch.where(inside, log_old.exp() * (whole[0] - whole[1]).exp(), 0.0)
+    torch.testing.assert_close(expectation, torch.ones(20))
+    assert (naive - 1).abs().max() > 0.05
+
+
+def test_sampled_ratio_averages_to_one():
+    """The same by drawing: 200,000 tokens from transformers' own truncation."""
+    old, new = make_head(1, 53), make_head(1, 53, seed=1)
+    hidden = old.hidden + 0.3 * new.hidden
+    probabilities = warped(full_logits(old.hidden, old.weight), {"top_k": 8}).softmax(-1)
+    drawn = torch.multinomial(
+        probabilities, 200_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )[0]
+    support = truncation_support(old.hidden, old.weight, top_k=8)
+    by_token = [
+        supported_logprobs(h.expand(53, -1), old.weight, torch.arange(53), support.expand(53, -1)).logprobs
+        for h in (hidden, old.hidden)
+    ]
+    ratio = (by_token[0] - by_token[1]).exp()[drawn]
+    assert abs(ratio.mean().item() - 1) < 4 * ratio.std().item() / 200_000**0.5
+
+
+def test_a_target_outside_the_support():
+    head = make_head(4, 31)
+    support = truncation_support(head.hidden, head.weight, top_k=3)
+    outside = torch.tensor([next(v for v in range(31) if v not in row) for row in support.tolist()])
+    hidden = head.hidden.requires_grad_()
+    result = supported_logprobs(hidden, head.weight, outside, support, entropy=True)
+    assert (result.logprobs == float("-inf")).all()
+    gradient = torch.autograd.grad(result.logprobs, hidden, torch.ones(4), retain_graph=True)[0]
+    assert not gradient.any()
+    widened = truncation_support(head.hidden, head.weight, top_k=3, include=outside)
+    assert supported_logprobs(hidden, head.weight, outside, widened).logprobs.isfinite().all()
+
+
+def test_a_support_of_one():
+    head = make_head(4, 31)
+    support = truncation_support(head.hidden, head.weight, top_k=1)
+    hidden = head.hidden.requires_grad_()
+    result = supported_logprobs(hidden, head.weight, support[:, 0], support, entropy=True)
+    assert not result.logprobs.any()
+    assert not result.entropy.any()
+    assert not torch.autograd.grad(result.logprobs.sum() + result.entropy.sum(), hidden)[0].any()
+
+
+def test_forbidden_tokens_and_leading_dimensions_and_no_rows():
+    head = make_head(6, 31)
+    bias = torch.where(torch.arange(31) % 2 == 0, 0.0, float("-inf"))
+    support = truncation_support(head.hidden.view(2, 3, -1), head.weight, top_k=20, bias=bias)
+    assert support.shape == (2, 3, 16)
+    assert (support % 2 == 0).all()
+    result = supported_logprobs(head.hidden.view(2, 3, -1), head.weight, support[..., 0], support, bias=bias)
+    assert result.logprobs.shape == (2, 3)
+    empty = truncation_support(head.hidden[:0], head.weight, top_k=3)
+    assert supported_logprobs(head.hidden[:0], head.weight, head.targets[:0], empty).logprobs.shape == (0,)
+
+
+def test_half_precision():
+    head = make_head(50, 211, dtype=torch.bfloat16)
+    support = truncation_support(head.hidden, head.weight, top_p=0.9)
+    targets = support[:, 0]
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
+    logprobs = supported_logprobs(hidden, weight, targets, support).logprobs
+    wide = [double(x).requires_grad_() for x in (hidden, weight)]
+    expected = supported_logprobs(*wide, targets, support).logprobs
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    upstream = head.grad_logprobs
+    ours = torch.autograd.grad(logprobs, (hidden, weight), upstream)
+    theirs = torch.autograd.grad(expected, wide, upstream.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert relative_error(a, b) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "none of top_k, top_p and min_p is given"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"top_k": 9, "max_size": 4}, "max_size=4 is too small.*top_k=9"),
+        ({"top_k": 9, "temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_refuses(change, message):
+    head = make_head(4, 31)
+    with pytest.raises(ValueError, match=message):
+        truncation_support(head.hidden, head.weight, **change)
