@@ -37,6 +37,7 @@ from torch import Tensor
 
 from memhead import checks
 from memhead.ops import OUTPUTS, logprobs_op
+from memhead.products import result_dtype
 
 
 class LinearLogprobs(NamedTuple):
@@ -107,20 +108,11 @@ def linear_logprobs(
     """
     checks.check_head(hidden, weight, targets, bias)
     checks.check_chunk(chunk)
-    unknown = set(extra_outputs) - set(OUTPUTS)
-    if unknown:
-        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
+    wanted = wanted_outputs(entropy, extra_outputs)
     if softcap is not None:
         checks.check_positive("softcap", softcap)
     compute = compute_dtype(hidden, weight)
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        checks.check_rows("temperature", temperature, hidden)
-        checks.check_device("temperature", temperature, hidden)
-        wide = torch.float64 if compute == torch.float64 else torch.float32
-        row_temperature = temperature.detach().reshape(-1).to(wide)
-    else:
-        checks.check_positive("temperature", temperature)
+    row_temperature, number = split_temperature(temperature, hidden, result_dtype(compute))
     if mask is not None:
         checks.check_rows("mask", mask, hidden)
         checks.check_device("mask", mask, hidden)
@@ -131,7 +123,6 @@ def linear_logprobs(
     if low_rank is not None:
         hidden, update = _extend(hidden, weight, low_rank, compute)
         direction = torch.is_grad_enabled() and hidden.requires_grad
-    wanted = [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
     *results, _, _ = logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -140,11 +131,7 @@ def linear_logprobs(
         bias,
         mask,
         row_temperature,
-        [
-            float(logit_scale),
-            float(softcap or 0.0),
-            1.0 if row_temperature is not None else float(temperature),
-        ],
+        [float(logit_scale), float(softcap or 0.0), number],
         wanted,
         direction,
         [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
@@ -156,6 +143,26 @@ def linear_logprobs(
         x.reshape(shape) if want else None for x, want in zip(results, [True, *wanted], strict=True)
     )
     return LinearLogprobs(logprobs, entropies, *(None if x is None else x.detach() for x in metrics))
+
+
+def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:
+    """Which of :data:`memhead.ops.OUTPUTS` are asked for."""
+    unknown = set(extra_outputs) - set(OUTPUTS)
+    if unknown:
+        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
+    return [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
+
+
+def split_temperature(
+    temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """The temperature as (N,) in ``dtype``, or None, and as a number, 1 beside a tensor."""
+    if not isinstance(temperature, Tensor):
+        checks.check_positive("temperature", temperature)
+        return None, float(temperature)
+    checks.check_rows("temperature", temperature, hidden)
+    checks.check_device("temperature", temperature, hidden)
+    return temperature.detach().reshape(-1).to(dtype), 1.0
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

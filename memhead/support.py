@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memhead import checks
 from memhead.chunked import fill_logits
-from memhead.logprobs import LinearLogprobs, compute_dtype
+from memhead.logprobs import LinearLogprobs, compute_dtype, split_temperature
 from memhead.planning import plan_rows
 from memhead.products import operand_dtype, result_dtype
 from memhead.statistics import LOWEST
@@ -77,7 +77,7 @@ def truncation_support(
     planned = plan_rows(num_rows, vocab_size, device_type=hidden.device.type, itemsize=result.itemsize)
     size = planned if chunk is None else max(1, min(chunk, num_rows))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    divisor = _per_row(temperature, hidden)
+    per_row, number = split_temperature(temperature, hidden, result)
     found = flat.new_full((num_rows, min(max_size, vocab_size)), -1, dtype=torch.long)
     overflow = flat.new_zeros((), dtype=torch.bool)
     buffer = flat.new_empty((size, vocab_size), dtype=result)
@@ -85,7 +85,7 @@ def truncation_support(
         x = flat[rows].to(operand)
         with torch.autocast(hidden.device.type, enabled=False):
             z = fill_logits(x, weight, bias, buffer[: len(x)])  # (R, V)
-        z = _to_logits(z, divisor if isinstance(divisor, float) else divisor[rows], softcap, logit_scale)
+        z = _to_logits(z, number if per_row is None else per_row[rows], softcap, logit_scale)
         best, ids = z.topk(min(max_size + 1, vocab_size))  # one more than there is room for
         keep = _keep(best, z.logsumexp(1), top_k, top_p, min_p)
         overflow |= keep[:, max_size:].any()
@@ -151,19 +151,20 @@ def supported_logprobs(
         )
     checks.check_chunk(chunk)
     flat, ids, labels = hidden.reshape(-1, hidden.shape[-1]), support.flatten(0, -2), targets.reshape(-1)
-    divisor = _per_row(temperature, hidden)
+    compute = compute_dtype(hidden, weight)
+    per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
     kept = None
     if mask is not None:
         checks.check_rows("mask", mask, hidden)
         kept = mask.reshape(-1).nonzero().squeeze(1)
         flat, ids, labels = (x.index_select(0, kept) for x in (flat, ids, labels))
-        divisor = divisor if isinstance(divisor, float) else divisor.index_select(0, kept)
+        per_row = None if per_row is None else per_row.index_select(0, kept)
     checks.check_targets_in_vocabulary(ids.clamp_min(0), weight.shape[0])
     planned = plan_rows(
         len(flat), max(1, ids.shape[1] * weight.shape[1]), device_type=hidden.device.type, itemsize=4
     )
-    raw = _SupportLogits.apply(flat, weight, bias, ids, compute_dtype(hidden, weight), chunk or planned)
-    z = _to_logits(raw, divisor, softcap, logit_scale).clamp_min(LOWEST)
+    raw = _SupportLogits.apply(flat, weight, bias, ids, compute, chunk or planned)
+    z = _to_logits(raw, number if per_row is None else per_row, softcap, logit_scale).clamp_min(LOWEST)
     results = [_renormalised(z.masked_fill(ids < 0, LOWEST), ids == labels[:, None])]
     if entropy:
         results.append(_entropy(z.masked_fill(ids < 0, LOWEST)))
@@ -248,16 +249,6 @@ def _to_logits(raw: Tensor, divisor: float | Tensor, softcap: float | None, logi
         checks.check_positive("softcap", softcap)
         z = softcap * torch.tanh(z / softcap)
     return z / (divisor[:, None] if isinstance(divisor, Tensor) else divisor)
-
-
-def _per_row(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
-    """The temperature as a number, or as (N,)."""
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return float(temperature)
-    checks.check_rows("temperature", temperature, hidden)
-    checks.check_device("temperature", temperature, hidden)
-    return temperature.detach().reshape(-1)
 
 
 def _check_filters(top_k: int | None, top_p: float | None, min_p: float | None) -> None:

@@ -1,0 +1,103 @@
+"""The vocabulary split over real processes equals the unsplit head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from memhead import linear_logprobs
+from memhead.parallel import vocab_parallel_logprobs
+from tests.memhead.reference import Head, make_head, relative_error
+
+OPTIONS = {
+    "plain": {},
+    "everything": {
+        "bias": True,
+        "mask": True,
+        "temperature": True,
+        "softcap": 5.0,
+        "logit_scale": 0.5,
+        "entropy": True,
+    },
+    "metrics": {
+        "entropy": True,
+        "temperature": 0.7,
+        "extra_outputs": ("log_sum_sq_probs", "mean_logits", "is_top1"),
+    },
+    "forbidden": {"bias": True, "entropy": True},
+}
+SPLITS = {2: [(40, 63), (1, 102)], 3: [(40, 13, 50), (101, 1, 1)]}
+VOCAB = 103
+
+
+def evaluate(
+    function, head: Head, options: dict, *, trainable: bool, entropy_gradient: bool, **further
+) -> dict:
+    leaves = {
+        "hidden": head.hidden.clone().requires_grad_(),
+        "weight": head.weight.clone().requires_grad_(trainable),
+    }
+    options = {k: getattr(head, k) if v is True and k != "entropy" else v for k, v in options.items()}
+    if "bias" in options:
+        leaves["bias"] = options["bias"] = options["bias"].clone().requires_grad_(trainable)
+    result = function(leaves["hidden"], leaves["weight"], head.targets, chunk=(16, 9), **options, **further)
+    loss = (result.logprobs * head.grad_logprobs)[result.logprobs.isfinite()].sum()
+    if entropy_gradient:
+        loss = loss + (result.entropy * head.grad_entropy).sum()
+    loss.backward()
+    values = {name: value.detach() for name, value in result._asdict().items() if value is not None}
+    return values | {f"gradient by {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+
+
+def head_of(name: str, dtype: torch.dtype) -> Head:
+    head = make_head(50, VOCAB, dtype=dtype)
+    if name == "forbidden":  # a whole process's part among them, and some targets
+        bias = head.bias.clone()
+        bias[38:60] = float("-inf")
+        head = head._replace(bias=bias)
+    return head
+
+
+def work(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for split in SPLITS[world]:
+        start = sum(split[:rank])
+        mine = slice(start, start + split[rank])
+        for name in OPTIONS:
+            for trainable in (False, True):
+                for dtype in (torch.float32, torch.bfloat16):
+                    compare(name, mine, trainable, dtype)
+    head = make_head(4, 11)
+    with pytest.raises(ValueError, match=f"targets contains {11 * world}, outside the vocabulary"):
+        vocab_parallel_logprobs(head.hidden, head.weight, torch.full((4,), 11 * world))
+    dist.destroy_process_group()
+
+
+def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype) -> None:
+    head = head_of(name, dtype)
+    options = OPTIONS[name]
+    how = {"trainable": trainable, "entropy_gradient": bool(options.get("entropy")) and trainable}
+    whole = evaluate(linear_logprobs, head, options, **how)
+    part = evaluate(
+        vocab_parallel_logprobs, head._replace(weight=head.weight[mine], bias=head.bias[mine]), options, **how
+    )
+    assert part.keys() == whole.keys()
+    for key, value in part.items():
+        expected = whole[key][mine] if key in ("gradient by weight", "gradient by bias") else whole[key]
+        assert value.dtype == expected.dtype, key
+        if key == "is_top1":
+            assert torch.equal(value, expected), key
+            continue
+        finite = expected.isfinite()
+        assert torch.equal(value[~finite], expected[~finite]), key
+        bound = 1e-5 if value.dtype == torch.float32 else 3 * torch.finfo(value.dtype).eps
+        error = relative_error(value[finite], expected[finite])
+        assert error < bound, (key, name, mine, trainable, dtype, error)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_equals_the_unsplit_head(world, tmp_path):
+    mp.spawn(work, args=(world, str(tmp_path / "store")), nprocs=world)
