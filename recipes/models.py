@@ -1,0 +1,135 @@
+"""Where a run's model and tokenizer come from: one loader for each value of `model.loader`.
+
+scratch        a small Llama with random weights and a tokenizer of single characters; nothing is downloaded
+transformers   `AutoModelForCausalLM.from_pretrained`, a local folder or a hub name
+unsloth        to come: a loader here, and an import before TRL's in `train_grpo.py`
+"""
+
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from recipes.config_schema import ModelConfig, ScratchConfig
+from recipes.tasks import Task
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each of `characters`, and `<pad>`, `<eos>`, `<unk>` as ids 0, 1, 2.
+
+    It pads on the left, as generation needs. Raises ValueError if a character comes twice.
+    """
+    if len(set(characters)) != len(characters):
+        raise ValueError(f"characters: {characters!r} holds a character twice; give each once")
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = Fuse()  # characters are put together again without blanks
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama of that shape for the tokenizer's vocabulary, float32; the same seed gives the same weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load(config: ModelConfig, task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The run's model and tokenizer, by `model.loader`.
+
+    Raises ValueError if the loader does not fit the task or is not there yet.
+    """
+    if config.loader == "scratch":
+        return _from_scratch(config, task, seed)
+    if config.loader == "transformers":
+        return _from_pretrained(config)
+    raise ValueError(
+        f"model.loader: {config.loader!r} is not built yet; use transformers, which loads the same checkpoints"
+    )
+
+
+def _from_scratch(
+    config: ModelConfig, task: Task, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new model; its tokenizer is the named one, or one token for each of the task's characters."""
+    if config.tokenizer is not None:
+        tokenizer = _pretrained_tokenizer(config.tokenizer, None)
+    elif hasattr(task, "CHARACTERS"):
+        tokenizer = character_tokenizer(task.CHARACTERS)
+    else:
+        raise ValueError(
+            "model.tokenizer: null, but this task has no characters of its own; name a tokenizer to use"
+        )
+    model = scratch_llama(config.scratch or ScratchConfig(), tokenizer, seed)
+    return model.to(_dtype(config) or torch.float32), tokenizer
+
+
+def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint from a local folder or the hub. Code that comes with a checkpoint is never run."""
+    if config.name is None:
+        raise ValueError("model.name: is missing; set it to a hub id or a local path")
+    options: dict[str, Any] = {"dtype": _dtype(config) or "auto", "revision": config.revision}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit or config.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=config.load_in_4bit,
+            load_in_8bit=config.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=_dtype(config) or torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
+    return model, _pretrained_tokenizer(config.tokenizer or config.name, config.revision)
+
+
+def _pretrained_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A saved tokenizer that pads on the left; without a padding token of its own the end token serves."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, padding_side="left", trust_remote_code=False
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _dtype(config: ModelConfig) -> torch.dtype | None:
+    """The dtype asked for, None for auto."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -1,0 +1,64 @@
+"""The tasks. Each is one module of this folder; `task.name` in the YAML is the module's name.
+
+A task module has
+
+    Options                        pydantic model, extra="forbid": the keys beside `task.name` in the YAML
+    train_dataset(options, seed)   datasets.Dataset with a "prompt" (text, or chat messages) and answer columns
+    eval_dataset(options, seed)    the same for problems that training never sees
+    rewards                        {name: function(completions, **columns) -> list of float}, TRL's signature
+    is_correct(completion, row)    the verdict that accuracy counts; `row` is a row of the dataset
+
+and, if a model can be made from nothing for it,
+
+    CHARACTERS                                   every character of a prompt or a completion
+    warm_start_examples(options, seed, count)    pairs (prompt, right completion)
+
+Chat tasks get completions as lists of messages in their rewards, as TRL passes them, and `is_correct` gets text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HELPERS = {"arithmetic"}  # modules here that tasks use and that are no tasks
+
+
+class Task(Protocol):
+    """What `train_grpo.py` asks of a task's module."""
+
+    Options: type[BaseModel]
+    rewards: dict[str, Callable[..., list[float]]]
+
+    def train_dataset(self, options: Any, seed: int) -> Dataset: ...  # noqa: D102
+
+    def eval_dataset(self, options: Any, seed: int) -> Dataset: ...  # noqa: D102
+
+    def is_correct(self, completion: str, row: dict[str, Any]) -> bool: ...  # noqa: D102
+
+
+class ScratchTask(Task, Protocol):
+    """A task for which a model can be made from nothing."""
+
+    CHARACTERS: str
+
+    def warm_start_examples(self, options: Any, seed: int, count: int) -> list[tuple[str, str]]: ...  # noqa: D102
+
+
+def task_names() -> list[str]:
+    """The names that `task.name` may have."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HELPERS)
+
+
+def get_task(name: str) -> Task:
+    """The task's module. Raises ValueError for a name that is none."""
+    if name not in task_names():
+        raise ValueError(f"task.name: {name!r} is no task; use one of {', '.join(task_names())}")
+    return cast(Task, importlib.import_module(f"{__name__}.{name}"))

@@ -1,0 +1,219 @@
+"""Train a model by GRPO with memhead as its language-model head.
+
+    python train_grpo.py --config configs/quickstart.yaml [section.key=value …] [--resume]
+
+One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
+its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C ends the
+run after the step in hand; `--resume` goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
+    "1"  # before TRL and transformers are imported: they phone home otherwise
+)
+
+from recipes.config import EXIT_STATUS, ConfigError, RunConfig, load_config
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
+    return train(config, resume=options.resume, command=_command(options))
+
+
+def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
+    """The run, top to bottom. Returns the exit status."""
+    from memhead.integrations import (
+        trl as memhead_trl,
+    )  # the heavy imports wait until the configuration is right
+    from recipes import models
+    from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
+    from recipes.report import write_report
+    from recipes.tasks import get_task
+    from recipes.tracking import RunFolder, print_summary, track
+
+    try:
+        folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
+        checkpoint = _last_checkpoint(folder) if resume else None
+        task = get_task(config.task.name)
+        model, tokenizer = models.load(config.model, task, config.run.seed)
+        evaluate = _evaluator(config, task, model, tokenizer)
+        if config.run.warm_start is not None and checkpoint is None:
+            _warm_start(config, config.run.warm_start, task, model, tokenizer, evaluate, folder)
+        _check_head(config, task, model, tokenizer, folder)
+
+        with (
+            memhead_trl.install(
+                config.head.impl, chunk=config.head.chunk, backend=config.head.backend
+            ) as handle,
+            Interruption() as interruption,
+        ):
+            trainer = _trainer(config, task, model, tokenizer, folder)
+            trainer.add_callback(BypassGuard(handle))
+            trainer.add_callback(interruption)
+            tracker = track(trainer, folder, config.tracking)
+            if config.run.evaluation.every is not None:
+                trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
+            try:
+                if checkpoint is None:
+                    tracker.evaluated(0, evaluate())
+                trainer.train(resume_from_checkpoint=checkpoint)
+                if not interruption.asked:
+                    tracker.evaluated(trainer.state.global_step, evaluate())
+            except KeyboardInterrupt:
+                interruption.asked = True
+            finally:
+                tracker.close()
+                folder.write_json(
+                    "head.json", {"impl": config.head.impl, "calls": handle.calls, "rows": handle.rows}
+                )
+    except KeyboardInterrupt:
+        print("\nStopped before training began; run the same command again.", file=sys.stderr)
+        return 130
+    except (RunError, HeadBypassed, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    _save(trainer, tokenizer, folder.path / "interrupted" if interruption.asked else folder.final)
+    if trainer.state.log_history:
+        write_report(folder)
+    print_summary(tracker.summary(), folder)
+    if interruption.asked:
+        print(f"Stopped at step {trainer.state.global_step}. To go on: {command} --resume")
+        return 130
+    return 0
+
+
+def _evaluator(config: RunConfig, task: Any, model: Any, tokenizer: Any) -> Any:
+    """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl."""
+    from recipes.evaluation import evaluate
+
+    rows = list(task.eval_dataset(config.task.options, config.run.seed))[: config.run.evaluation.size]
+    completion_length = config.grpo.get("max_completion_length", 256)
+
+    def run() -> dict[str, Any]:
+        started = time.perf_counter()
+        result = evaluate(
+            model,
+            tokenizer,
+            rows,
+            task.is_correct,
+            max_new_tokens=completion_length,
+            batch_size=config.run.evaluation.batch_size,
+        )
+        seconds = time.perf_counter() - started
+        return {"accuracy": result.accuracy, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
+
+    return run
+
+
+def _warm_start(
+    config: RunConfig, settings: Any, task: Any, model: Any, tokenizer: Any, evaluate: Any, folder: Any
+) -> None:
+    """Supervised training until the model knows the task well enough for GRPO to find something to reward."""
+    from recipes.warmstart import warm_start
+
+    if not hasattr(task, "warm_start_examples"):
+        raise RunError(
+            f"run.warm_start: task {config.task.name} has no examples for it; set run.warm_start: null"
+        )
+    count = settings.steps * settings.batch_size
+    examples = task.warm_start_examples(config.task.options, config.run.seed, count)
+    started = time.perf_counter()
+
+    def report(step: int, loss: float, accuracy: float) -> None:
+        if step % settings.check_every == 0:
+            seconds = time.perf_counter() - started
+            print(
+                f"warm start  step {step}  loss {loss:.3f}  accuracy {accuracy:.3f}  {seconds:.0f} s",
+                flush=True,
+            )
+
+    result = warm_start(
+        model, tokenizer, examples, settings, probe=lambda: evaluate()["accuracy"], on_step=report
+    )
+    folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
+
+
+def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:
+    """The head against full logits in float64 on real rows, kept as head_check.json."""
+    from recipes.headcheck import check_head
+
+    prompts = list(task.eval_dataset(config.task.options, config.run.seed).select(range(4))["prompt"])
+    found = check_head(
+        model,
+        tokenizer,
+        prompts,
+        temperature=config.grpo.get("temperature", 1.0),
+        chunk=config.head.chunk,
+        backend=config.head.backend,
+    )
+    path = folder.write_json("head_check.json", found)
+    if not found["passed"]:
+        raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
+
+
+def _trainer(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> Any:
+    """TRL's own GRPOTrainer."""
+    import trl
+
+    return trl.GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=config.grpo_config(folder.path / "checkpoints"),
+        train_dataset=task.train_dataset(config.task.options, config.run.seed),
+        reward_funcs=list(task.rewards.values()),
+        peft_config=config.lora.peft_config() if config.lora is not None else None,
+    )
+
+
+def _last_checkpoint(folder: Any) -> str:
+    """The latest checkpoint of the run. Raises RunError if it has none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    place = folder.path / "checkpoints"
+    found = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if found is None:
+        raise RunError(f"{place} holds no checkpoint to resume from; leave --resume out to begin again")
+    return found
+
+
+def _save(trainer: Any, tokenizer: Any, place: Path) -> None:
+    """The model as safetensors with its tokenizer."""
+    trainer.save_model(str(place))
+    tokenizer.save_pretrained(str(place))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line that began this run, without --resume."""
+    return " ".join(["python train_grpo.py --config", options.config, *options.overrides])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
