@@ -1,0 +1,280 @@
+"""The head on a GPU, beside every peer: time, memory and errors in one process.
+
+    python -m benchmarks.head_gpu --output DIR            # all of it, under 8 minutes on an H100
+    python -m benchmarks.head_gpu --output DIR --toy      # the same code at toy shapes, on a CPU too
+
+Every round runs every contestant once, timed with CUDA events behind a queue that is already full, so
+that a slow launch does not count as a slow kernel; medians. Memory is the allocator's peak above
+the inputs and above the results. Errors are against float64 on 2048 rows, with the memory that
+outputs will be put in filled with NaN beforehand. benchmarks/README.md says how peers are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants import PASSES, PRODUCTS, Contestant, Head, bare_products
+from benchmarks.gpu_contestants import contestants
+from benchmarks.measure import machine, synchronize, versions
+
+MIB = 2**20
+FLOOR = "bare products"
+ERROR_ROWS = 2048
+
+
+class Shape(NamedTuple):
+    """A model's head."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    softcap: float | None = None
+
+
+SHAPES = [
+    Shape("Llama-3.1-8B", 4096, 128256),
+    Shape("Llama-3.2-1B", 2048, 128256),
+    Shape("Qwen2.5-0.5B", 896, 151936),
+    Shape("Gemma-2-9B", 3584, 256000, 30.0),
+]
+ROWS = (8192, 2048, 32768)
+TOY = [Shape("toy", 64, 1000), Shape("toy, softcap", 32, 777, 30.0)]
+
+
+def make_head(shape: Shape, rows: int, peaked: bool, device: torch.device) -> Head:
+    """Random weights, logits of unit variance; ``peaked``: as a trained model's.
+
+    Then each hidden state has a component along its target's weight row and one along that of a
+    rival, whose distance differs from token to token, as some tokens are certain and others are
+    not: a mean p of the target of about 0.7 and a mean entropy of about 0.5.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=torch.float32)
+
+    weight = (draw(shape.vocab_size, shape.hidden_size) / shape.hidden_size**0.5).to(torch.bfloat16)
+    targets = torch.randint(shape.vocab_size, (rows,), generator=generator, device=device)
+    hidden = draw(rows, shape.hidden_size)
+    if peaked:
+        rivals = torch.randint(shape.vocab_size, (rows,), generator=generator, device=device)
+        lead = 1.8 + 2.5 * draw(rows, 1)
+        hidden = hidden + 20 * weight[targets].float() + (20 - lead) * weight[rivals].float()
+    return Head(hidden.to(torch.bfloat16), weight, targets, draw(rows))
+
+
+class Exact(NamedTuple):
+    """float64 results of full logits."""
+
+    logprobs: Tensor  # (N,)
+    by_hidden: Tensor  # (N, H)
+    mean_p: float
+    mean_entropy: float
+
+
+def exact(head: Head, softcap: float | None, block: int = 256) -> Exact:
+    """Plain full logits in float64, a block of rows at a time."""
+    weight = head.weight.double()
+    logprobs, gradients, entropies = [], [], []
+    for start in range(0, len(head.hidden), block):
+        rows = slice(start, start + block)
+        z = head.hidden[rows].double() @ weight.t()
+        slope = torch.ones((), device=z.device, dtype=z.dtype)
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+            slope = 1 - (z / softcap).square()
+        logp = z.log_softmax(-1)
+        target = head.targets[rows, None]
+        logprobs.append(logp.gather(1, target).squeeze(1))
+        p = logp.exp()
+        entropies.append(-(p * logp).sum(1))
+        d = -p
+        d.scatter_add_(1, target, torch.ones_like(target, dtype=d.dtype))
+        gradients.append((d * slope) @ weight * head.grad[rows, None].double())
+    lp = torch.cat(logprobs)
+    return Exact(lp, torch.cat(gradients), lp.exp().mean().item(), torch.cat(entropies).mean().item())
+
+
+def errors(contestant: Contestant, head: Head, truth: Exact) -> dict[str, float]:
+    """Largest and mean error of the log-probabilities, relative error of the hidden gradient."""
+    if contestant.logprobs is None or contestant.notes.get("kind") == "loss":
+        return {}
+    _poison(head.hidden.device)
+    hidden = head.hidden.detach().clone().requires_grad_()
+    try:
+        logprobs = contestant.logprobs(hidden, head.weight, head.targets)
+        logprobs.backward(head.grad.to(logprobs.dtype))
+    except Exception as error:  # a peer that fails is a cell of the table
+        print(f"    {contestant.name}: {type(error).__name__}: {error}"[:300], flush=True)
+        return {}
+    assert hidden.grad is not None
+    distance = (logprobs.double() - truth.logprobs).abs()
+    gradient = (hidden.grad.double() - truth.by_hidden).norm() / truth.by_hidden.norm()
+    return {
+        "logprob_max": distance.max().item(),
+        "logprob_mean": distance.mean().item(),
+        "gradient": gradient.item(),
+    }
+
+
+def _poison(device: torch.device) -> None:
+    """Fill free memory with NaN, so that an output nobody writes shows."""
+    if device.type == "cuda":
+        torch.full((2**28,), torch.nan, device=device)
+
+
+class Clock:
+    """Times functions on a device, interleaved."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            function()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000_000)  # about 10 ms in which the launches are queued
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def measure(head: Head, which: str, field: list[Contestant], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and MiB of every contestant that can do the pass, and of the bare products."""
+    device = head.hidden.device
+    clock = Clock(device)
+    running: dict[str, Callable[[], object]] = {}
+    found: dict[str, dict[str, float]] = {}
+    floor = bare_products(which, head, preallocated=device.type != "cuda")
+    runs = [(c.name, c.run(which, head)) for c in field if not c.absent]
+    for name, function in [(FLOOR, floor), *runs]:
+        if function is None:
+            continue
+        try:
+            function()  # compiles what is to be compiled
+            found[name] = {"peak_mib": _peak(function, device)}
+            running[name] = function
+        except torch.OutOfMemoryError:
+            found[name] = {"out_of_memory": 1.0}
+        except Exception as error:  # a peer that fails is a cell of the table
+            print(f"    {name}: {type(error).__name__}: {error}"[:300], flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for counted in range(rounds + 1):
+        for name, function in running.items():
+            try:
+                milliseconds = clock.once(function)
+            except torch.OutOfMemoryError:
+                found[name] = {"out_of_memory": 1.0}
+                continue
+            if counted:
+                times[name].append(milliseconds)
+    for name, values in times.items():
+        if values and "out_of_memory" not in found[name]:
+            found[name]["ms"] = statistics.median(values)
+    for name, entry in found.items():
+        if "ms" in entry and name != FLOOR:
+            entry["ratio"] = entry["ms"] / found[FLOOR]["ms"]
+    return found
+
+
+def _peak(function: Callable[[], object], device: torch.device) -> float:
+    """MiB at the peak above what was there before, less what stays as the results."""
+    if device.type != "cuda":
+        return 0.0
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = function()
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    kept = torch.cuda.memory_allocated(device) - before
+    del results
+    return (peak - before - kept) / MIB
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All rows that fit the time limit, the most telling ones first; stored after each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.monotonic()
+    shapes, rows = (TOY, (100,)) if options.toy else (SHAPES, ROWS)
+    results: dict[str, Any] = {
+        "machine": machine(device),
+        "versions": versions("torch", "triton", "trl", "liger_kernel", "unsloth_zoo", "cut_cross_entropy"),
+        "command": "python -m benchmarks.head_gpu --output DIR",
+        "date": date.today().isoformat(),
+        "rows": [],
+        "errors": [],
+    }
+    plan = [(shape, n, True) for n in rows for shape in shapes]
+    plan.insert(1, (shapes[0], rows[0], False))
+    fields = {shape: contestants(shape.softcap, compiled=shape is SHAPES[0]) for shape in shapes}
+    results["absent"] = {c.name: c.absent for c in fields[shapes[0]] if c.absent}
+    for shape in shapes:
+        for peaked in (False, True):
+            head = make_head(shape, min(ERROR_ROWS, 200 if options.toy else ERROR_ROWS), peaked, device)
+            truth = exact(head, shape.softcap)
+            row = {"shape": shape.name, "peaked": peaked, "mean_p": truth.mean_p, "entropy": truth.mean_entropy}
+            row["contestants"] = {c.name: errors(c, head, truth) for c in fields[shape] if not c.absent}
+            results["errors"].append(row)
+            print(shape.name, "peaked" if peaked else "flat", f"p {truth.mean_p:.3f} H {truth.mean_entropy:.3f}")
+            del head, truth
+    for shape, n, peaked in plan:
+        head = make_head(shape, n, peaked, device)
+        for which in PASSES:
+            if which == "cross entropy, frozen" or (n != rows[0] and which == "frozen, entropy"):
+                continue
+            if time.monotonic() - start > options.limit:
+                results["stopped"] = f"at the limit of {options.limit} s, before {shape.name} N={n} {which}"
+                return results
+            field = [c for c in fields[shape] if n == rows[0] or not c.name.startswith("torch.compile")]
+            cells = measure(head, which, field, 3 if n > rows[0] else 7)
+            row = {"shape": shape._asdict(), "num_rows": n, "peaked": peaked, "pass": which}
+            results["rows"].append(row | {"products": PRODUCTS[which], "contestants": cells})
+            ours, floor = cells.get("memhead", {}), cells[FLOOR]
+            print(
+                f"{time.monotonic() - start:5.0f} s  {shape.name} N={n} {which}: floor {floor.get('ms', 0):.2f} ms, "
+                f"ours {ours.get('ratio', 0):.3f}x {ours.get('peak_mib', 0):.0f} MiB",
+                flush=True,
+            )
+            _store(results, options.output, device)
+        del head
+    return results
+
+
+def _store(results: dict[str, Any], folder: Path, device: torch.device) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device).split()[1].lower() if device.type == "cuda" else "toy"
+    (folder / f"head_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--limit", type=float, default=440, help="seconds after which no further row is begun")
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    results = run(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _store(results, options.output, device)
+
+
+if __name__ == "__main__":
+    main()
