@@ -159,6 +159,8 @@ def _warm_start(
         model, tokenizer, examples, settings, probe=lambda: evaluate()["accuracy"], on_step=report
     )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
+    model.save_pretrained(folder.path / "warm_start")  # where the comparison with more supervision begins
+    tokenizer.save_pretrained(folder.path / "warm_start")
 
 
 def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:
