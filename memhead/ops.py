@@ -16,7 +16,7 @@ from memhead.checks import check_targets_in_vocabulary, check_temperatures
 from memhead.planning import resolve_chunk
 from memhead.products import operand_dtype, result_dtype
 from memhead.statistics import FoldSpec, Upstream, one_minus_p
-from memhead.sweep import Problem, WeightPart, backward_sweep, forward_sweep
+from memhead.sweep import LEAST_ROWS, Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight, LowRankWeight, Weight
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -85,11 +85,17 @@ def logprobs_op(
         check_targets_in_vocabulary(t, weight.shape[0])
         if temperature is not None:
             check_temperatures(temperature)
+        num_rows = len(x)
+        if x.device.type == "cpu" and 0 < num_rows < LEAST_ROWS and not chunk:
+            x, t, temperature = _select(torch.arange(LEAST_ROWS).clamp_max(num_rows - 1), x, t, temperature)
         problem = _problem(x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute)
         rows, out = forward_sweep(problem, direction=direction)
         out = hidden.new_empty(0) if out is None else out
         wanted = (True, *outputs, True, direction)
-        results = (_put_back(kept, y, len(hidden)) if want else y for y, want in zip((*rows, out), wanted))
+        results = [
+            _put_back(kept, y[:num_rows], len(hidden)) if want else y
+            for y, want in zip((*rows, out), wanted, strict=True)
+        ]
         return tuple(results)  # type: ignore[return-value]
 
 

@@ -55,6 +55,21 @@ def blocks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+# A CPU's matrix product runs another kernel for very few rows, one that adds up in another order
+# (MKL: fewer than 4 rows a thread). From here on a row's bits do not depend on how many there are.
+LEAST_ROWS = 32
+
+
+def row_blocks(total: int, size: int) -> Iterator[slice]:
+    """Like :func:`blocks`, but a last block of very few rows takes some of the one before it."""
+    last = total % size
+    if total < size or not 0 < last < LEAST_ROWS or size < 2 * LEAST_ROWS:
+        yield from blocks(total, size)
+        return
+    yield from blocks(total - last - LEAST_ROWS, size)
+    yield slice(total - last - LEAST_ROWS, total)
+
+
 def forward_sweep(
     problem: Problem, *, direction: bool, merge: Callable[[Tensor, Tensor | None], None] | None = None
 ) -> tuple[Rows, Tensor | None]:
@@ -74,7 +89,7 @@ def forward_sweep(
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
     shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
-    for rows in blocks(num_rows, chunk.rows):
+    for rows in row_blocks(num_rows, chunk.rows):
         x = hidden[rows].to(problem.operand)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)

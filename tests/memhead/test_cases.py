@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memhead import linear_logprobs
+from memhead.sweep import row_blocks
 from tests.memhead.reference import double, full_logits, full_logprobs, make_head, relative_error
 
 INFINITY = float("inf")
@@ -243,6 +244,41 @@ def test_a_row_does_not_depend_on_its_neighbours_values():
     hidden = head.hidden * 30
     hidden[17] = head.hidden[17]
     assert linear_logprobs(hidden, head.weight, head.targets).logprobs[17] == alone[17]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_how_many_there_are(dtype, threads):
+    """Old log-probabilities may have been computed in other batches than the new ones."""
+    head = make_head(2100, 1003, dtype=dtype)
+    torch.set_num_threads(threads)
+    try:
+        everything = linear_logprobs(head.hidden, head.weight, head.targets, entropy=True)
+        for rows in (
+            slice(0, 1),
+            slice(5, 7),
+            slice(2050, 2053),
+            slice(0, 31),
+            slice(1, 2050),
+            slice(40, 1000),
+        ):
+            part = linear_logprobs(head.hidden[rows], head.weight, head.targets[rows], entropy=True)
+            assert torch.equal(part.logprobs, everything.logprobs[rows])
+            assert torch.equal(part.entropy, everything.entropy[rows])
+        masked = linear_logprobs(head.hidden, head.weight, head.targets, mask=head.mask)
+        assert torch.equal(masked.logprobs[head.mask], everything.logprobs[head.mask])
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_row_blocks_cover_every_row_once():
+    for total in (0, 1, 31, 100, 2047, 2048, 2049, 4096, 4100, 6145):
+        for size in (1, 5, 64, 100, 2048):
+            parts = list(row_blocks(total, size))
+            assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
+            assert all(part.stop - part.start <= size for part in parts)
+            if size >= 64 and total > size:
+                assert all(part.stop - part.start >= 32 for part in parts)
 
 
 def test_nan_and_infinity_in_hidden_give_the_plain_result():
