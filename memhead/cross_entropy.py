@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def linear_cross_entropy(
     return loss / counted.sum() if reduction == "mean" else loss
 
 
-class _Regularised(NamedTuple):
+@dataclass(frozen=True)
+class _Regularised:
     """A transform: cross entropy with label smoothing and z-loss."""
 
     softcap: float | None

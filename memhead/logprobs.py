@@ -139,10 +139,11 @@ def linear_logprobs(
         compute,
     )
     shape = hidden.shape[:-1]
-    logprobs, entropies, *metrics = (
-        x.reshape(shape) if want else None for x, want in zip(results, [True, *wanted], strict=True)
+    logprobs, *others = results
+    entropies, *metrics = (x.reshape(shape) if want else None for x, want in zip(others, wanted, strict=True))
+    return LinearLogprobs(
+        logprobs.reshape(shape), entropies, *(None if x is None else x.detach() for x in metrics)
     )
-    return LinearLogprobs(logprobs, entropies, *(None if x is None else x.detach() for x in metrics))
 
 
 def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:

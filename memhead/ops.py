@@ -136,10 +136,13 @@ def _(
     num_rows = hidden.shape[0]
     dtype = result_dtype(operand_dtype(compute, hidden.device))
     optional = [hidden.new_empty(num_rows if wanted else 0, dtype=dtype) for wanted in outputs]
+    entropy, log_sum_sq_probs, mean_logits, is_top1 = optional
     return (
         hidden.new_empty(num_rows, dtype=dtype),
-        *optional[:3],
-        optional[3].new_empty(optional[3].shape, dtype=torch.bool),
+        entropy,
+        log_sum_sq_probs,
+        mean_logits,
+        is_top1.new_empty(is_top1.shape, dtype=torch.bool),
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(hidden.shape if direction else (0,)),
     )
@@ -258,7 +261,7 @@ def _backward(
     grads: tuple[Tensor | None, ...] = (None, None, None, None)
     if recompute:
         zeros = torch.zeros_like(logprobs)
-        grads = logprobs_backward_op(
+        computed = logprobs_backward_op(
             hidden,
             weight,
             update,
@@ -282,7 +285,7 @@ def _backward(
             backend,
             compute,
         )
-        grads = tuple(grad if grad.numel() else None for grad in grads)
+        grads = tuple(grad if grad.numel() else None for grad in computed)
     hidden_grad, weight_grad, update_grad, bias_grad = grads
     if by_hidden and hidden_grad is None and grad_logprobs is not None:
         coefficient = grad_logprobs * one_minus_p(logprobs)  # (N,)

@@ -96,12 +96,14 @@ def vocab_parallel_logprobs(
         compute,
         torch.is_grad_enabled() and hidden.requires_grad,
     )
-    results = _VocabParallel.apply(settings, x, weight, bias, labels - start, row_temperature)
-    if kept is not None:
-        results = [
-            y.new_zeros(targets.numel()).index_copy(0, kept, y) if y is not None else None for y in results
-        ]
-    return LinearLogprobs(*(None if y is None else y.view(targets.shape) for y in results))
+
+    def shaped(y: Tensor) -> Tensor:
+        """One value per row of hidden, 0 where the mask leaves it out."""
+        y = y if kept is None else y.new_zeros(targets.numel()).index_copy(0, kept, y)
+        return y.view(targets.shape)
+
+    logprobs, *others = _VocabParallel.apply(settings, x, weight, bias, labels - start, row_temperature)
+    return LinearLogprobs(shaped(logprobs), *(None if y is None else shaped(y) for y in others))
 
 
 class _Settings(NamedTuple):
@@ -159,12 +161,14 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, targets, temperature, rows.logprobs, entropy, rows.lse_others, direction
         )
-        mean = rows.mean_logits * (
-            len(weight) / settings.vocab_size
-        )  # the sum over all, divided by our own part
-        metrics = [rows.log_sum_sq_probs, mean, rows.is_top1]
-        wanted = (settings.spec.squares, settings.spec.total, settings.spec.top1)
-        metrics = [y if want else None for y, want in zip(metrics, wanted, strict=True)]
+        # Our process divided the sum over the whole vocabulary by its own share.
+        mean_logits = rows.mean_logits * (len(weight) / settings.vocab_size)
+        spec = settings.spec
+        metrics = [
+            rows.log_sum_sq_probs if spec.squares else None,
+            mean_logits if spec.total else None,
+            rows.is_top1 if spec.top1 else None,
+        ]
         ctx.mark_non_differentiable(*(y for y in metrics if y is not None))
         return rows.logprobs, entropy, *metrics
 

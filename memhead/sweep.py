@@ -128,6 +128,7 @@ class WeightPart(NamedTuple):
 
     @property
     def width(self) -> int:
+        """How many features."""
         return self.features.stop - self.features.start
 
 
@@ -174,7 +175,7 @@ def backward_sweep(
                 _slice(problem.bias, columns),
                 _slice(problem.temperature, rows),
                 problem.spec,
-                Upstream(*(_slice(value, rows) for value in upstream)),
+                Upstream(*(_slice(value, rows) for value in upstream)),  # type: ignore[arg-type]
                 problem.operand,
             )
             if hidden_acc is not None:
