@@ -9,7 +9,7 @@ from torch import nn
 from memhead.logprobs import LowRankUpdate
 
 
-def is_supported(layer: nn.Module) -> bool:
+def is_supported(layer: object) -> bool:
     """Whether ``layer`` is a LoRA layer around a linear head whose every adapter is plain LoRA."""
     return isinstance(layer, LoraLinear) and not any(unsupported(layer, name) for name in layer.lora_A)
 

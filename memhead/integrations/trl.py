@@ -101,20 +101,23 @@ def _memhead_apply(
     **unknown: Any,
 ) -> PerToken:
     _refuse(further, unknown)
-    result = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=final_logit_softcapping,
-        logit_scale=logit_scale,
-        entropy="entropy" in outputs,
-        extra_outputs=[name for name in OUTPUTS[1:] if name in outputs],
-        low_rank=_update_of_head(),
-        chunk=chunk,
-        backend=backend,
-    )
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": final_logit_softcapping,
+        "logit_scale": logit_scale,
+        "entropy": "entropy" in outputs,
+        "extra_outputs": [name for name in OUTPUTS[1:] if name in outputs],
+        "chunk": chunk,
+        "backend": backend,
+    }
+    head = current_head()
+    if weight.is_floating_point() or head is None:
+        result = linear_logprobs(hidden, weight, targets, low_rank=_update_of_head(), **options)
+    else:
+        from memhead.integrations.bitsandbytes import quantized_logprobs, quantized_weight
+
+        result = quantized_logprobs(hidden, quantized_weight(head), targets, **options)
     return tuple(result)  # type: ignore[return-value]
 
 

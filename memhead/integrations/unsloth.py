@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -159,7 +160,12 @@ def _score(
         slot = memhead_trl._full_apply
         flat = (hidden_states.flatten(0, -2), lm_head, lm_head_bias, index.flatten())
         return slot(*flat, temperature, 0, logit_softcapping or None, scale, ())[0].view(index.shape)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    # A float32 head is asked for inside a half-precision autocast; otherwise autocast decides, as for any head.
+    with (
+        torch.autocast(hidden_states.device.type, enabled=False)
+        if extra.get("fp32_lm_head")
+        else nullcontext()
+    ):
         return linear_logprobs(
             hidden_states.to(lm_head),  # dtype, and device where the model is split
             lm_head,
