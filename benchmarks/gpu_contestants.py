@@ -110,13 +110,14 @@ def _trl(softcap: float | None) -> list[Contestant]:
 
 def _unsloth(softcap: float | None) -> list[Contestant]:
     """unsloth_zoo's module itself, without the package's set-up, which wants all of Unsloth installed."""
-    spec = find_spec("unsloth_zoo")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ImportError("unsloth_zoo is not installed")
-    root = next(iter(spec.submodule_search_locations))
-    for name, path in (("unsloth_zoo", root), ("unsloth_zoo.fused_losses", f"{root}/fused_losses")):
-        package = sys.modules.setdefault(name, ModuleType(name))
-        package.__path__ = [path]
+    if "unsloth_zoo" not in sys.modules:
+        spec = find_spec("unsloth_zoo")
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError("unsloth_zoo is not installed")
+        root = next(iter(spec.submodule_search_locations))
+        for name, path in (("unsloth_zoo", root), ("unsloth_zoo.fused_losses", f"{root}/fused_losses")):
+            package = sys.modules[name] = ModuleType(name)
+            package.__path__ = [path]
     fused = importlib.import_module("unsloth_zoo.fused_losses.fused_linear").fused_linear_logprobs
     cap = softcap or 0.0
 

@@ -33,7 +33,6 @@ from memhead.backends.triton_math import (
     UNSET,
     WEIGHTED,
     one_minus_exp,
-    to_logits,
 )
 from memhead.products import HALF
 from memhead.statistics import FoldSpec, Stat, Upstream, headroom
@@ -78,10 +77,8 @@ def _place(block, num_row_blocks, num_column_blocks, GROUP: tl.constexpr):
 def _block_logits(
     raw,
     bias_ptr,
-    temperature_ptr,
-    row,
+    row_inverse_temperature,
     column,
-    num_rows,
     num_columns,
     logit_scale,
     inverse_temperature,
@@ -89,13 +86,38 @@ def _block_logits(
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
 ):
-    """Logits and the softcap's slope of a block of raw products; row (M,), column (N,)."""
-    bias = 0.0
+    """Logits (M, N) of a block of raw products; column (N,), row_inverse_temperature (M,)."""
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=column < num_columns, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + column, mask=column < num_columns, other=0.0).to(tl.float32)
+        raw += tl.maximum(bias, LOWEST)[None, :]
+    if softcap != 0.0:
+        # tanh, as (1 - u) / (1 + u) with u = exp(-2 |x|)
+        decay = tl.exp2(tl.abs(raw) * (-2 * LOG2_E * logit_scale / softcap))
+        raw = tl.where(raw < 0, -softcap, softcap) * tl.fdiv(1 - decay, 1 + decay)
+        if HAS_TEMPERATURE:
+            raw *= row_inverse_temperature[:, None]
+        else:
+            raw *= inverse_temperature
+    elif HAS_TEMPERATURE:
+        raw *= (logit_scale * row_inverse_temperature)[:, None]
+    else:
+        raw *= logit_scale * inverse_temperature
+    return raw
+
+
+@triton.jit
+def _slope(
+    z, row_inverse_temperature, inverse_temperature, softcap: tl.constexpr, HAS_TEMPERATURE: tl.constexpr
+):
+    """The softcap's slope 1 - tanh^2 at logits z (M, N), from z itself: a second block of it would spill.
+
+    Zero where z stands for minus infinity.
+    """
     if HAS_TEMPERATURE:
-        inverse_temperature = 1.0 / tl.load(temperature_ptr + row, mask=row < num_rows, other=1.0)[:, None]
-    return to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
+        tanh = z / (softcap * row_inverse_temperature)[:, None]
+    else:
+        tanh = z * (1 / (softcap * inverse_temperature))
+    return tl.maximum((1 - tanh) * (1 + tanh), 0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "stats_stride", "start"])
@@ -139,8 +161,11 @@ def _fold_kernel(
         row = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
         column = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
         real = row < num_rows
-        z, slope = _block_logits(
-            raw, bias_ptr, temperature_ptr, row, column, num_rows, num_columns, logit_scale,
+        row_inverse_temperature = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if HAS_TEMPERATURE:
+            row_inverse_temperature = 1.0 / tl.load(temperature_ptr + row, mask=real, other=1.0)
+        z = _block_logits(
+            raw, bias_ptr, row_inverse_temperature, column, num_columns, logit_scale,
             inverse_temperature, softcap, HAS_BIAS, HAS_TEMPERATURE,
         )  # fmt: skip
         stats = stats_ptr + row
@@ -153,11 +178,13 @@ def _fold_kernel(
             target < tl.minimum((block_column + 1) * BLOCK_N, num_columns)
         )
         if tl.max(here.to(tl.int32), 0) > 0:
-            tl.store(stats + TARGET * stats_stride, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here & real)
+            at_target = tl.sum(tl.where(is_target, z, 0.0), 1)
+            tl.store(stats + TARGET * stats_stride, at_target, mask=here & real)
             if softcap != 0.0:
-                tl.store(
-                    stats + SLOPE * stats_stride, tl.sum(tl.where(is_target, slope, 0.0), 1), mask=here & real
+                slope = _slope(
+                    at_target[:, None], row_inverse_temperature, inverse_temperature, softcap, HAS_TEMPERATURE
                 )
+                tl.store(stats + SLOPE * stats_stride, tl.sum(slope, 1), mask=here & real)
         inside = (column < num_columns)[None, :]
         if WANT_TOTAL:
             tl.store(partial + TOTAL * partial_stride, tl.sum(tl.where(inside, z, 0.0), 1), mask=real)
@@ -177,18 +204,16 @@ def _fold_kernel(
         far = (wanted > reference + lazy) | (unset & (wanted < reference - lazy) & (maximum > UNSET))
         reference = tl.where(far, wanted, reference)
         tl.store(partial + REFERENCE * partial_stride, reference, mask=real)
+        exps = tl.exp2((z - reference[:, None]) * LOG2_E)
         if WANT_ENTROPY:
-            z -= reference[:, None]
-            exps = tl.exp2(z * LOG2_E)
-            tl.store(partial + WEIGHTED * partial_stride, tl.sum(exps * z, 1), mask=real)
-        else:
-            exps = tl.exp2(z * LOG2_E - (reference * LOG2_E)[:, None])
+            weighted = tl.sum(exps * (z - reference[:, None]), 1)
+            tl.store(partial + WEIGHTED * partial_stride, weighted, mask=real)
         tl.store(partial + OTHERS * partial_stride, tl.sum(exps, 1), mask=real)
         if WANT_SQUARES:
             tl.store(partial + SQUARES * partial_stride, tl.sum(exps * exps, 1), mask=real)
         if WANT_EXPS:
             if softcap != 0.0:
-                exps *= slope
+                exps *= _slope(z, row_inverse_temperature, inverse_temperature, softcap, HAS_TEMPERATURE)
             place = exps_ptr + row[:, None].to(tl.int64) * exps_stride + column[None, :]
             tl.store(place, exps.to(exps_ptr.dtype.element_ty), mask=real[:, None] & inside)
 
@@ -385,8 +410,11 @@ def _gradient_kernel(
         row = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
         column = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
         real = row < num_rows
-        z, slope = _block_logits(
-            raw, bias_ptr, temperature_ptr, row, column, num_rows, num_columns, logit_scale,
+        row_inverse_temperature = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if HAS_TEMPERATURE:
+            row_inverse_temperature = 1.0 / tl.load(temperature_ptr + row, mask=real, other=1.0)
+        z = _block_logits(
+            raw, bias_ptr, row_inverse_temperature, column, num_columns, logit_scale,
             inverse_temperature, softcap, HAS_BIAS, HAS_TEMPERATURE,
         )  # fmt: skip
         target = (tl.load(targets_ptr + row, mask=real, other=-1) - start).to(tl.int32)
@@ -404,7 +432,7 @@ def _gradient_kernel(
             grad_entropy = tl.load(grad_entropy_ptr + row, mask=real, other=0.0)
             grad -= grad_entropy[:, None] * tl.exp(log_p) * (log_p + entropy[:, None])
         if softcap != 0.0:
-            grad *= slope
+            grad *= _slope(z, row_inverse_temperature, inverse_temperature, softcap, HAS_TEMPERATURE)
         place = grad_ptr + row[:, None].to(tl.int64) * grad_stride + column[None, :]
         tl.store(
             place, grad.to(grad_ptr.dtype.element_ty), mask=real[:, None] & (column < num_columns)[None, :]
