@@ -13,6 +13,8 @@ down, and :func:`_merge_kernel` settles on one and corrects the rare row where t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -39,22 +41,27 @@ from memhead.statistics import FoldSpec, Stat, Upstream, headroom
 
 # The tile of one program: 128 x 256 logits in the registers of eight warps, three stages of
 # operands in shared memory. benchmarks/results/gpu_log.md has the alternatives and their times.
-BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_K, STAGES, WARPS, GROUP = 128, 256, 64, 3, 8, 8
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_K, STAGES, WARPS, GROUP = 128, 256, 64, 3, 8, 16
 # The statistics of a row's blocks are merged in the registers of one warp.
 MAX_COLUMNS = 1 << 16
 
 
 def available(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
     """Whether the kernels of this file run: half-precision rows of a multiple of 16 bytes, on such a GPU."""
-    if device.type != "cuda" or operand not in HALF or hidden_size % 8:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return operand in HALF and hidden_size % 8 == 0 and _multiprocessors(device) > 0
 
 
 @triton.jit
 def _block_product(
-    x_desc, w_desc, block_row, block_column, hidden_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    block_row,
+    block_column,
+    hidden_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """(BLOCK_M, BLOCK_N) float32 of x @ w.T."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(tl.cdiv(hidden_size, BLOCK_K)):
@@ -282,8 +289,8 @@ def _merge_kernel(
         tl.store(stats + BEFORE * stats_stride, tl.maximum(before, tl.load(stats + BEFORE * stats_stride)))
         tl.store(stats + AFTER * stats_stride, tl.maximum(after, tl.load(stats + AFTER * stats_stride)))
 
-    if WANT_EXPS:
-        # NaN is no factor of 1 either.
+    # Two ifs: one is decided when the kernel is compiled, the other for each row. NaN is no factor of 1 either.
+    if WANT_EXPS:  # noqa: SIM102
         if tl.sum((factor == 1.0).to(tl.int32), 0) < BLOCKS:
             for i in range(num_column_blocks):
                 column = i * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -291,7 +298,7 @@ def _merge_kernel(
                 exps = tl.load(place, mask=column < num_columns, other=0.0).to(tl.float32)
                 exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
                 tl.store(place, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
-    if HAS_ACC:
+    if HAS_ACC:  # noqa: SIM102
         if moved != 1.0:
             for first in range(0, hidden_size, BLOCK_N):
                 feature = first + tl.arange(0, BLOCK_N)
@@ -495,8 +502,15 @@ _BLOCKS = {
 def _grid(num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
     """One program an SM, or one a block where there are fewer."""
     blocks = triton.cdiv(num_rows, BLOCK_ROWS) * triton.cdiv(num_columns, BLOCK_COLUMNS)
-    on_gpu = device.type == "cuda"
-    return (min(blocks, torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4),)
+    return (min(blocks, _multiprocessors(device) or 1),)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU that these kernels are for; 0 of any other device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptor(matrix: Tensor, block: int) -> TensorDescriptor:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memhead.backends import hopper
+from memhead.backends.torch import raw_product
 from memhead.backends.triton_math import (
     AFTER,
     BEFORE,
@@ -29,7 +30,6 @@ from memhead.backends.triton_math import (
     one_minus_exp,
     to_logits,
 )
-from memhead.backends.torch import raw_product
 from memhead.products import result_dtype
 from memhead.statistics import FoldSpec, Upstream, headroom
 
