@@ -126,7 +126,7 @@ def memhead_contestant() -> Contestant:
         assert result.entropy is not None
         return result.logprobs, result.entropy
 
-    return Contestant("memhead", logprobs, with_entropy, getattr(memhead, "linear_cross_entropy", None))
+    return Contestant("memhead", logprobs, with_entropy, memhead.linear_cross_entropy)
 
 
 def full_contestant() -> Contestant:

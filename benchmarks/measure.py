@@ -14,7 +14,9 @@ import torch
 Function = Callable[[], Any]
 
 
-def interleaved_seconds(functions: Mapping[str, Function], rounds: int, device: torch.device) -> dict[str, float]:
+def interleaved_seconds(
+    functions: Mapping[str, Function], rounds: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds of each function; every round runs each once, so that a slow minute slows all alike.
 
     The first round warms up and is not counted.
@@ -44,7 +46,9 @@ def peak_bytes(function: Function, device: torch.device) -> int:
         function()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = function()
     del result
     events = profile.profiler.kineto_results.events()
