@@ -76,7 +76,9 @@ def full_logprobs(
     """Log-probabilities and entropies (N,) from full logits; zero where the mask is false."""
     logp = full_logits(hidden, weight, **options).log_softmax(-1)
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
-    entropy = -torch.where(logp == float("-inf"), 0.0, logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)
+    entropy = -torch.where(
+        logp == float("-inf"), 0.0, logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)
+    ).sum(-1)
     if mask is None:
         return chosen, entropy
     return torch.where(mask, chosen, 0.0), torch.where(mask, entropy, 0.0)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memhead import chunked_linear
+from memhead.chunked import _fold_gradient
 from tests.memhead.reference import make_head, relative_error
 
 TEACHER = make_head(1, 53, 12, seed=9).weight  # (V, H'), frozen
@@ -301,3 +302,27 @@ def test_refuses(change, message):
     row_arg = change.pop("row_arg", targets)
     with pytest.raises(ValueError, match=message):
         chunked_linear(hidden, weight, transform, row_arg, **change)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1e-7])
+def test_float16_products_of_a_gpu_do_not_flush_small_gradients(monkeypatch, upstream):
+    """The scaling around float16 operands, with a GPU's wide-result product stood in for."""
+
+    def product(a, b, out):
+        return out.copy_(a.float() @ b.float())
+
+    def add_product(acc, a, b, *, first):
+        return product(a, b, acc) if first else acc.add_(a.float() @ b.float())
+
+    monkeypatch.setattr("memhead.chunked.product", product)
+    monkeypatch.setattr("memhead.chunked.add_product", add_product)
+    head = make_head(9, 53, 12, torch.float16)
+    by_logits = torch.randn(9, 53) * upstream * torch.logspace(0, -3, 9)[:, None]
+    weight_grad, bias_grad = torch.zeros(53, 12), torch.zeros(53)
+    by_hidden = _fold_gradient(
+        by_logits, head.hidden, head.weight, weight_grad, bias_grad, torch.empty(9, 12)
+    )
+    for row, expected in zip(by_hidden, by_logits @ head.weight.float(), strict=True):
+        assert relative_error(row, expected) < 2e-3
+    assert relative_error(weight_grad, by_logits.t() @ head.hidden.float()) < 2e-3
+    assert relative_error(bias_grad, by_logits.sum(0)) < 1e-5
