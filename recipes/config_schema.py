@@ -165,6 +165,11 @@ class WarmStartConfig(Section):
     )
     check_every: Positive = Field(25, description="steps between two looks at the accuracy")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    matrix_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of Muon for the layers' matrices; null: AdamW for them too",
+    )
     batch_size: Positive = Field(128, description="examples a step")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
 

@@ -1,12 +1,15 @@
 """Countdown-lite: reach a target with three numbers, each used exactly once, and `+ - *`.
 
-    prompt      357>26=          the numbers 3, 5, 7 and the target 26
-    completion  3*7+5            right: 26, and 3, 5, 7 once each
+    prompt      3 12 7>43=       the numbers 3, 12, 7 and the target 43
+    completion  12*3+7           right: 43, and 3, 12, 7 once each
 
-There are 1,345 such problems: numbers 1-9 in any order, targets 0-99 that can be reached without brackets (an answer
+There are 2,912 such problems: numbers 1-12 in any order, targets 0-99 that can be reached without brackets (an answer
 may use them all the same). The run's seed holds some of them out: no problem of the evaluation, in whatever order its
-numbers come, is ever trained on. Warm start and GRPO share the others: with 400 problems of its own the warm
-start learns them by heart and stays at 0.23 on new ones. Needs no network.
+numbers come, is ever trained on. Warm start and GRPO share the others.
+
+Why 12 and not 9: numbers 1-9 make only 1,345 problems. A small model learns the 833 left by 512 held-out ones by heart
+and stays below 0.47 on new ones however long it is taught, so there is nothing in them for GRPO to find.
+Needs no network.
 """
 
 import random
@@ -21,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from recipes.tasks.arithmetic import Expression, ExpressionError, expressions, parse
 
-CHARACTERS = "0123456789+-*()>="  # everything a prompt or a completion is made of
+CHARACTERS = "0123456789+-*()>= "  # everything a prompt or a completion is made of
 
 
 class Options(BaseModel):
@@ -29,7 +32,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    eval_problems: int = Field(512, ge=1, le=1200, description="problems held out for the greedy accuracy")
+    max_number: int = Field(12, ge=4, le=20, description="the numbers are drawn from 1 to this one")
+    eval_problems: int = Field(512, ge=1, description="problems held out for the greedy accuracy")
     train_size: int | None = Field(
         None,
         ge=1,
@@ -45,11 +49,11 @@ class Problem:
     target: int
 
 
-@lru_cache(maxsize=1)
-def solutions() -> dict[Problem, list[str]]:
+@lru_cache(maxsize=4)
+def solutions(max_number: int = 12) -> dict[Problem, list[str]]:
     """Every problem there is with every expression that solves it."""
     found: dict[Problem, list[str]] = {}
-    for numbers in combinations_with_replacement(range(1, 10), 3):
+    for numbers in combinations_with_replacement(range(1, max_number + 1), 3):
         for target, texts in expressions(numbers).items():
             if 0 <= target <= 99:
                 found[Problem(numbers, target)] = texts
@@ -57,15 +61,22 @@ def solutions() -> dict[Problem, list[str]]:
 
 
 def split(options: Options, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """All problems as (train, held out), nothing in common; the same seed gives the same sets."""
-    problems = sorted(solutions(), key=lambda problem: (problem.numbers, problem.target))
+    """All problems as (train, held out), nothing in common; the same seed gives the same sets.
+
+    Raises ValueError if nothing is left to train on.
+    """
+    problems = sorted(solutions(options.max_number), key=lambda problem: (problem.numbers, problem.target))
+    if options.eval_problems >= len(problems):
+        raise ValueError(
+            f"task.eval_problems: {options.eval_problems} of {len(problems)} problems leave none to train on; lower it"
+        )
     random.Random(f"countdown split {seed}").shuffle(problems)
     return problems[options.eval_problems :], problems[: options.eval_problems]
 
 
 def prompt_text(numbers: Sequence[int], target: int) -> str:
-    """`357>26=`. The target always has two digits, so that every prompt has seven characters and none is padded."""
-    return f"{''.join(map(str, numbers))}>{target:02d}="
+    """`3 12 7>43=`. The target always has two digits."""
+    return f"{' '.join(map(str, numbers))}>{target:02d}="
 
 
 def _rows(problems: list[tuple[tuple[int, ...], int]]) -> Dataset:
@@ -103,7 +114,7 @@ def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[s
     """
     train, _ = split(options, seed)
     rng = random.Random(f"countdown warm start {seed}")
-    known = solutions()
+    known = solutions(options.max_number)
     pairs = []
     for problem in rng.choices(train, k=count):
         pairs.append(

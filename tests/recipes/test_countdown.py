@@ -11,8 +11,9 @@ def problems_of(dataset):
     return {Problem(tuple(sorted(row["numbers"])), row["target"]) for row in dataset}
 
 
-def test_there_are_1345_problems_and_every_solution_solves():
-    assert len(solutions()) == 1345
+def test_there_are_2912_problems_and_every_solution_solves():
+    assert len(solutions()) == 2912
+    assert len(solutions(9)) == 1345
     for problem, texts in solutions().items():
         row = {"numbers": list(problem.numbers), "target": problem.target}
         assert texts
@@ -25,7 +26,7 @@ def test_nothing_held_out_is_trained_on_in_any_order(seed):
     held_out = problems_of(countdown.eval_dataset(options, seed))
     train = problems_of(countdown.train_dataset(options, seed))
     shown = {
-        Problem(tuple(sorted(map(int, prompt[:3]))), int(prompt[4:6]))
+        Problem(tuple(sorted(map(int, prompt.split(">")[0].split()))), int(prompt.split(">")[1][:2]))
         for prompt, _ in countdown.warm_start_examples(options, seed, 20_000)
     }
     assert len(held_out) == 512
@@ -76,7 +77,7 @@ def test_a_number_given_twice_must_be_used_twice():
 
 def test_warm_start_shows_several_solutions_of_a_problem():
     shown = {}
-    for prompt, answer in countdown.warm_start_examples(Options(), 0, 20_000):
+    for prompt, answer in countdown.warm_start_examples(Options(), 0, 60_000):
         shown.setdefault(prompt, set()).add(answer)
     assert sum(len(answers) > 1 for answers in shown.values()) > len(shown) / 2
 
@@ -94,3 +95,8 @@ def test_registry():
     assert get_task("countdown") is countdown
     with pytest.raises(ValueError, match="countdown"):
         get_task("countdwn")
+
+
+def test_holding_everything_out_is_an_error():
+    with pytest.raises(ValueError, match="eval_problems: 5000"):
+        countdown.train_dataset(Options(eval_problems=5000), 0)
