@@ -1,0 +1,205 @@
+"""GSM8K: grade-school word problems whose answer is one number.
+
+    prompt      the format asked for, and the question: as chat messages, or as plain text
+    completion  <reasoning> … </reasoning> <answer> 18 </answer>, a tag a line
+    right       the one number in the answer tag equals the number after `####` in the data
+
+The rewards return shares of 1; their weights stand in the YAML under `task.rewards`. The defaults are those of
+Unsloth's Llama3.1_(8B)-GRPO notebook, but reasoning of several lines counts as well-formed here.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, load_dataset
+from pydantic import Field
+
+from recipes.answers import lenient_answer, numbers, strict_answer, text_of
+from recipes.rewards import RewardOptions
+
+SYSTEM_PROMPT = """\
+Write your reply in exactly this form:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+WEIGHTS = {
+    "tag_count": 0.5,  # 4 × 0.125, less 0.001 for each character after the last tag
+    "soft_format": 0.5,
+    "strict_format": 0.5,
+    "integer": 0.5,
+    "correctness": 2.0,
+}
+
+
+class Options(RewardOptions):
+    """The keys beside `task.name` in the YAML."""
+
+    dataset: str = Field(
+        "openai/gsm8k",
+        min_length=1,
+        description="hub id; or a folder with train.jsonl and test.jsonl, or one .jsonl file",
+    )
+    prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
+    system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the question")
+    train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
+    held_out: int = Field(
+        512, ge=1, description="problems kept for evaluation where the dataset is one file, with no test set"
+    )
+
+
+def train_dataset(options: Options, seed: int) -> Dataset:
+    """The train problems, shuffled by the seed."""
+    rows = _read(options, seed, "train")
+    random.Random(f"gsm8k train {seed}").shuffle(rows)
+    return _dataset(rows[: options.train_size], options)
+
+
+def eval_dataset(options: Options, seed: int) -> Dataset:
+    """The test problems in their own order, so that the first n are the same in every run."""
+    return _dataset(_read(options, seed, "test"), options)
+
+
+def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[Any, str]]:
+    """`count` pairs of prompt and right completion, the data's own solution as the reasoning; passes in drawn order."""
+    rows = _read(options, seed, "train")[: options.train_size]
+    rng = random.Random(f"gsm8k warm start {seed}")
+    order: list[dict[str, str]] = []
+    while len(order) < count:
+        order += rng.sample(rows, len(rows))
+    return [(_prompt(row["question"], options), solution_text(row["answer"])) for row in order[:count]]
+
+
+def solution_text(answer: str) -> str:
+    """A solution of the data in the form that is asked for, without its `<<…>>` calculator notes."""
+    reasoning, _, number = answer.partition("####")
+    reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{number.strip()}\n</answer>\n"
+
+
+def _read(options: Options, seed: int, split: str) -> list[dict[str, str]]:
+    """The rows of "train" or "test". Raises FileNotFoundError or ValueError, with what to do about it."""
+    place = Path(options.dataset).expanduser()
+    if place.is_dir():
+        file = place / f"{split}.jsonl"
+        if not file.is_file():
+            raise FileNotFoundError(f"task.dataset: {place} holds no {file.name}; put it there")
+        return _load("json", str(file))
+    if place.is_file():
+        rows = _load("json", str(place))
+        random.Random(f"gsm8k split {seed}").shuffle(rows)
+        if len(rows) <= options.held_out:
+            raise ValueError(
+                f"task.held_out: {options.held_out} of {len(rows)} problems leaves none to train on; lower it"
+            )
+        return rows[options.held_out :] if split == "train" else rows[: options.held_out]
+    if place.suffix == ".jsonl" or options.dataset.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"task.dataset: no file or folder {options.dataset!r}; correct the path")
+    try:
+        return list(load_dataset(options.dataset, "main", split=split))
+    except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
+        raise ValueError(
+            f"task.dataset: {options.dataset!r} cannot be loaded from the hub ({type(error).__name__}: {error}); "
+            "check the network and the id, or give a folder with train.jsonl and test.jsonl"
+        ) from error
+
+
+def _load(kind: str, file: str) -> list[dict[str, str]]:
+    rows = list(load_dataset(kind, data_files=file, split="train"))
+    for column in ("question", "answer"):
+        if rows and column not in rows[0]:
+            raise ValueError(
+                f"task.dataset: {file} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
+            )
+    return rows
+
+
+def _dataset(rows: list[dict[str, str]], options: Options) -> Dataset:
+    """Prompts with the column `answer`: the number after `####`, as the data writes it."""
+    return Dataset.from_dict(
+        {
+            "prompt": [_prompt(row["question"], options) for row in rows],
+            "answer": [row["answer"].rpartition("####")[2].strip() for row in rows],
+        }
+    )
+
+
+def _prompt(question: str, options: Options) -> Any:
+    if options.prompt == "plain":
+        return f"{options.system_prompt}\n{question.strip()}\n"
+    said = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+    return [*said, {"role": "user", "content": question}]
+
+
+def _gold(answer: str) -> Fraction:
+    """The data's answer as a number. Raises ValueError if it is none."""
+    found = numbers(answer)
+    if len(found) != 1:
+        raise ValueError(f"answer: {answer!r} is not one number; correct the data")
+    return found[0]
+
+
+def is_correct(completion: str, row: dict[str, Any]) -> bool:
+    """Whether the answer tag holds the right number, and only that."""
+    return strict_answer(completion) == _gold(row["answer"])
+
+
+def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
+    """Whether the number that a reader would take for the answer is right, whatever the form."""
+    return lenient_answer(completion) == _gold(row["answer"])
+
+
+def correctness(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 for the right number in the answer tag."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(is_correct(text_of(completion), {"answer": gold})) for completion, gold in pairs]
+
+
+def integer(completions: list[Any], **_: Any) -> list[float]:
+    """1 for a whole number in the answer tag."""
+    found = (strict_answer(text_of(completion)) for completion in completions)
+    return [float(number is not None and number.denominator == 1) for number in found]
+
+
+_INSIDE = r"(?:(?!</?(?:reasoning|answer)>).)*"  # no tag again inside a part
+_STRICT = re.compile(rf"<reasoning>\n{_INSIDE}\n</reasoning>\n<answer>\n{_INSIDE}\n</answer>\n?", re.DOTALL)
+_SOFT = re.compile(rf"\s*<reasoning>{_INSIDE}</reasoning>\s*<answer>{_INSIDE}</answer>", re.DOTALL)
+
+
+def strict_format(completions: list[Any], **_: Any) -> list[float]:
+    """1 if the completion is the form asked for to the letter: each tag on a line of its own, nothing after."""
+    return [float(_STRICT.fullmatch(text_of(completion)) is not None) for completion in completions]
+
+
+def soft_format(completions: list[Any], **_: Any) -> list[float]:
+    """1 if it begins with both parts, each with its tags, whatever the line breaks and whatever follows."""
+    return [float(_SOFT.match(text_of(completion)) is not None) for completion in completions]
+
+
+def tag_count(completions: list[Any], **_: Any) -> list[float]:
+    """A quarter for each tag that stands there once, on its line; less 0.002 per character after the last."""
+    return [_tags(text_of(completion)) for completion in completions]
+
+
+def _tags(text: str) -> float:
+    lines = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+    _, closed, after = text.rpartition("</answer>")
+    trailing = len(after.removeprefix("\n")) if closed else 0
+    return 0.25 * sum(text.count(line) == 1 for line in lines) - 0.002 * trailing
+
+
+rewards = {
+    "tag_count": tag_count,
+    "soft_format": soft_format,
+    "strict_format": strict_format,
+    "integer": integer,
+    "correctness": correctness,
+}
