@@ -40,7 +40,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (5, 1000), (7, 2048)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (7, 1500)])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("extras", [False, True])
 def test_fold_tile_is_its_twin(
@@ -136,10 +136,16 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The kernels on tiles of products, and those of memhead.backends.hopper, which a CPU never gets."""
     if request.param == "one kernel" and DEVICE == "cpu":
         monkeypatch.setattr(hopper, "available", lambda *_: True)
+        # Blocks that the interpreter is through with sooner, and of which these cases fill several.
+        monkeypatch.setattr(hopper, "BLOCK_ROWS", 16)
+        monkeypatch.setattr(hopper, "BLOCK_COLUMNS", 64)
+        monkeypatch.setattr(hopper, "BLOCK_K", 16)
+        small = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16}
+        monkeypatch.setattr(hopper, "_BLOCKS", {**hopper._BLOCKS, **small})
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), (33, 1003), (0, 11)])
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), (19, 403), (0, 11)])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -169,7 +175,7 @@ def test_whole_op_against_float64(
         else:
             out = linear_logprobs(
                 *leaves[:2], targets, bias=leaves[2], mask=mask, temperature=temperature, softcap=softcap,
-                entropy=True, chunk=(5, 300), backend="triton",
+                entropy=True, chunk=(5, 150), backend="triton",
             )  # fmt: skip
             logprobs, entropy = out.logprobs, out.entropy
         values.append((logprobs, entropy))
@@ -195,8 +201,8 @@ def test_gradient_wanted_or_not_gives_the_same_bits() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("level", [-200.0, -40.0, 0.0, 40.0, 200.0])
-@pytest.mark.parametrize("jump", [-60.0, 0.0, 60.0])
+@pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
+@pytest.mark.parametrize("jump", [-60.0, 60.0])
 def test_logits_of_any_level(level: float, jump: float) -> None:
     """The reference starts from a guess and follows the maximum from tile to tile, up and down."""
     hidden, weight = _tile(6, 16, 4) / 8, _tile(900, 16, 5) / 8
@@ -218,11 +224,11 @@ def test_logits_of_any_level(level: float, jump: float) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_all_optional_outputs() -> None:
-    hidden, weight = _tile(140, 16, 4) / 4, _tile(700, 16, 5) / 4
+    hidden, weight = _tile(40, 16, 4) / 4, _tile(300, 16, 5) / 4
     targets = (hidden @ weight.t()).argmax(1)
     targets[::2] = 5
     out = linear_logprobs(
-        hidden, weight, targets, entropy=True, chunk=(130, 300), backend="triton",
+        hidden, weight, targets, entropy=True, chunk=(33, 130), backend="triton",
         extra_outputs=("log_sum_sq_probs", "mean_logits", "is_top1"),
     )  # fmt: skip
     logits = hidden.double() @ weight.double().t()
