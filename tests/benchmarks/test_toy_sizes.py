@@ -50,7 +50,9 @@ def test_peak_bytes_sees_what_lives_at_a_time():
 
 def test_head(tmp_path, capsys):
     command = ["--device", "cpu", "--shape", "16x101", "--rows", "20", "--rounds", "1", "--dtype", "float32"]
-    command += ["--output", str(tmp_path / "head"), "--trl", str(tmp_path / "nowhere")]
+    command += ["--output", str(tmp_path / "head")]
+    for peer in ("trl", "unsloth", "liger"):  # importing unsloth would change TRL for the tests that follow
+        command += [f"--{peer}", str(tmp_path / "nowhere")]
     head.main([*command, "--pass", "frozen"])
     results = head.main([*command, "--pass", "trainable", "--pass", "frozen"])
     assert [row["pass"] for row in results["rows"]] == ["frozen", "trainable"]
