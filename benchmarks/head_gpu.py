@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.contestants import PASSES, PRODUCTS, Contestant, Head, bare_products
 from benchmarks.gpu_contestants import contestants
+from benchmarks.gpu_tables import write
 from benchmarks.measure import machine, synchronize, versions
 
 MIB = 2**20
@@ -178,8 +180,10 @@ def measure(head: Head, which: str, field: list[Contestant], rounds: int) -> dic
         if device.type == "cuda":
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in running}
+    # Another order every round: what runs before decides how warm and how fast the card is.
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, function in running.items():
+        for name, function in order.sample(list(running.items()), len(running)):
             try:
                 milliseconds = clock.once(function)
             except torch.OutOfMemoryError:
@@ -270,7 +274,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _store(results: dict[str, Any], folder: Path, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device).split()[1].lower() if device.type == "cuda" else "toy"
-    (folder / f"head_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = folder / f"head_{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    write(path)
 
 
 def main() -> None:
