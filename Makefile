@@ -11,13 +11,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
 .PHONY: train test lint format clean
 
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
 
-test: lint
+test: lint $(TESTABLE)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -36,6 +37,11 @@ $(INSTALLED): requirements.lock
 	    "name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+# Unsloth is for its tests alone: the real package, without what it needs on a GPU.
+$(TESTABLE): $(INSTALLED) requirements-unsloth.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-unsloth.lock
 	touch $@
 
 clean:
