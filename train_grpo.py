@@ -1,6 +1,8 @@
 """Train a model by GRPO with memhead as its language-model head.
 
     python train_grpo.py --config configs/quickstart.yaml [section.key=value …] [--resume]
+    python train_grpo.py --config … --plan [--device "24 GiB"]     what it will need, without training
+    python train_grpo.py --config … --evaluate runs/quickstart/final
 
 One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
 its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C ends the
@@ -35,6 +37,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+    parser.add_argument("--plan", action="store_true", help="print what memory the run needs; train nothing")
+    parser.add_argument("--device", metavar="SIZE", help="with --plan: the memory to fit, such as '24 GiB'")
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )
@@ -44,6 +49,14 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
+    if options.plan:
+        from recipes import plan
+
+        return plan.show(config, options.device)
+    if options.evaluate is not None:
+        from recipes import checkpoint
+
+        return checkpoint.show(config, options.evaluate)
     return train(config, resume=options.resume, command=_command(options))
 
 
@@ -55,6 +68,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes import models
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
+    from recipes.rewards import prepare
     from recipes.tasks import get_task
     from recipes.tracking import RunFolder, print_summary, track
 
@@ -62,6 +76,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
         checkpoint = _last_checkpoint(folder) if resume else None
         task = get_task(config.task.name)
+        rewards = prepare(
+            config, task
+        )  # before anything slow: a reward that breaks the contract ends it here
         model, tokenizer = models.load(config.model, task, config.run.seed)
         evaluate = _evaluator(config, task, model, tokenizer)
         if config.run.warm_start is not None and checkpoint is None:
@@ -74,7 +91,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             ) as handle,
             Interruption() as interruption,
         ):
-            trainer = _trainer(config, task, model, tokenizer, folder)
+            trainer = _trainer(config, task, rewards, model, tokenizer, folder)
             trainer.add_callback(BypassGuard(handle))
             trainer.add_callback(interruption)
             tracker = track(trainer, folder, config.tracking)
@@ -112,6 +129,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
 
 def _evaluator(config: RunConfig, task: Any, model: Any, tokenizer: Any) -> Any:
     """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl."""
+    from recipes.accuracy import figures
     from recipes.evaluation import evaluate
 
     rows = list(task.eval_dataset(config.task.options, config.run.seed))[: config.run.evaluation.size]
@@ -128,7 +146,8 @@ def _evaluator(config: RunConfig, task: Any, model: Any, tokenizer: Any) -> Any:
             batch_size=config.run.evaluation.batch_size,
         )
         seconds = time.perf_counter() - started
-        return {"accuracy": result.accuracy, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
+        measured = figures(task, result.completions, rows)
+        return {**measured, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
 
     return run
 
@@ -181,16 +200,20 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
 
 
-def _trainer(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> Any:
-    """TRL's own GRPOTrainer."""
+def _trainer(config: RunConfig, task: Any, rewards: Any, model: Any, tokenizer: Any, folder: Any) -> Any:
+    """TRL's own GRPOTrainer. rewards: the functions and their weights."""
     import trl
+
+    functions, weights = rewards
+    arguments = config.grpo_config(folder.path / "checkpoints")
+    arguments.reward_weights = weights
 
     return trl.GRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        args=config.grpo_config(folder.path / "checkpoints"),
+        args=arguments,
         train_dataset=task.train_dataset(config.task.options, config.run.seed),
-        reward_funcs=list(task.rewards.values()),
+        reward_funcs=functions,
         peft_config=config.lora.peft_config() if config.lora is not None else None,
     )
 

@@ -182,6 +182,9 @@ class EvaluationConfig(Section):
     )
     size: Positive = Field(512, description="held-out problems")
     batch_size: Positive = Field(128, description="problems generated at a time")
+    samples: int = Field(
+        0, ge=0, description="completions sampled for pass@k and maj@k by --evaluate; 0: greedy only"
+    )
 
 
 class RunSection(Section):

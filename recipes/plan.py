@@ -9,6 +9,7 @@ Reads config files only: no weights, no network. The formulas are in recipes/mem
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from memhead.planning import Chunk
 from recipes import memory_model as memory
-from recipes.config import RunConfig
+from recipes.config import EXIT_STATUS, RunConfig
 from recipes.memory_model import DTYPE_BYTES, Precision
 from recipes.shapes import ModelShape, shape_of
 
@@ -139,6 +140,16 @@ def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
     parts, phases, chunk = measure(setting)
     longest = None if device_bytes is None else longest_completion(setting, usable(device_bytes))
     return Plan(config.run.name, setting, parts, phases, chunk, device_bytes, longest, notes)
+
+
+def show(config: RunConfig, device: str | None) -> int:
+    """The command line's `--plan --device`: prints the plan; the exit status is 2 for a mistake, else 0."""
+    try:
+        plan(config, None if device is None else parse_size(device)).print()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
+    return 0
 
 
 def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:

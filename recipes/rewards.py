@@ -1,8 +1,9 @@
 """A run's reward functions: which, with what weight, and what happens when one fails.
 
+    functions, weights = prepare(config, task)                        all of what follows
     chosen = choose(config.task.options, task.rewards, config.grpo)   names and weights, from one place
-    check(chosen.functions, rows, completions, limit)                 the contract, before training
-    guarded = guard(chosen.functions, limit, share)                   what the trainer gets
+    check(chosen.functions, rows, completions, seconds)               the contract, before training
+    guarded = guard(chosen.functions, config.task.options)            what the trainer gets
 
 The weights stand in the YAML under `task.rewards` (name: weight), for a task whose Options are `RewardOptions`.
 A name with a dot is a function of the user's own: `my_rewards.brevity` is `brevity` in my_rewards.py. A task
@@ -21,11 +22,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from recipes.limits import TimeLimitReached, time_limit
+
+if TYPE_CHECKING:
+    from recipes.config import RunConfig
 
 Reward = Callable[..., list[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
@@ -179,6 +183,32 @@ def _judge(values: Any, wanted: int) -> list[float | None] | str:
 def _show(value: Any, limit: int = 300) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+PROBES = (
+    "",
+    "I do not know.",
+    "12",
+    "<reasoning>\n1 + 1\n</reasoning>\n<answer>\n2\n</answer>\n",
+    "\\boxed{3}",
+    "(" * 50,
+)
+
+
+def prepare(config: RunConfig, task: Any) -> tuple[list[Any], list[float] | None]:
+    """The run's rewards for the trainer, guarded, and their weights; the contract is checked on a few problems.
+
+    Raises RewardError for a mistake in the choice, or a function that breaks the contract.
+    """
+    options = config.task.options
+    chosen = choose(options, task.rewards, config.grpo, getattr(task, "WEIGHTS", None))
+    data = task.train_dataset(options, config.run.seed)
+    rows = [data[index % len(data)] for index in range(len(PROBES))]
+    chat = not isinstance(rows[0]["prompt"], str)
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]
+    limits = options if isinstance(options, RewardOptions) else RewardOptions()
+    check(chosen.functions, rows, completions, limits.reward_seconds)
+    return guard(chosen.functions, options), chosen.weights
 
 
 class Guarded:

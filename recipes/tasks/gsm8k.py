@@ -157,6 +157,11 @@ def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
     return lenient_answer(completion) == _gold(row["answer"])
 
 
+def answer_of(completion: str) -> Fraction | None:
+    """The answer that maj@k counts votes for."""
+    return strict_answer(completion)
+
+
 def correctness(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """1 for the right number in the answer tag."""
     pairs = zip(completions, answer, strict=True)

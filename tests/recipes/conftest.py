@@ -1,5 +1,7 @@
 """What several tests of the recipes share."""
 
+import sys
+
 import pytest
 
 
@@ -10,3 +12,9 @@ def memhead_in_trl():
 
     with memhead_trl.install() as handle:
         yield handle
+
+
+@pytest.fixture
+def without_unsloth(monkeypatch):
+    """Reads configs as a machine without Unsloth does: importing it would replace TRL for the rest of the suite."""
+    monkeypatch.setitem(sys.modules, "unsloth", None)

@@ -338,7 +338,7 @@ def test_reference_is_current():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_configs_of_the_repo_resolve(path, tmp_path):
+def test_configs_of_the_repo_resolve(path, tmp_path, without_unsloth):
     config = load_config(path)
     assert load_config(write(tmp_path, path.name, config.to_yaml())) == config
 

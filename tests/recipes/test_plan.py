@@ -16,6 +16,7 @@ from recipes.memory_model import Precision
 from recipes.plan import GIB, measure, parse_size, plan, usable
 from recipes.shapes import ModelShape, UnknownShape
 
+pytestmark = pytest.mark.usefixtures("without_unsloth")
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 103, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3}
 MODELS = {

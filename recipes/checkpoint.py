@@ -1,0 +1,92 @@
+"""A trained checkpoint: loaded with its adapter where it has one, and evaluated alone.
+
+python train_grpo.py --config configs/quickstart.yaml --evaluate runs/quickstart/final
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.accuracy import figures, sampled_figures
+from recipes.config import RunConfig
+from recipes.evaluation import complete_greedily, encode
+
+
+def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
+
+    Raises FileNotFoundError if the folder is no checkpoint.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = (place / "adapter_config.json").is_file()
+    if not adapter and not (place / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{place} holds neither config.json nor adapter_config.json; give a checkpoint or a run's final folder"
+        )
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    model = kind.from_pretrained(place, dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+@torch.no_grad()
+def complete_sampled(
+    model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int, k: int, temperature: float
+) -> list[list[str]]:
+    """k sampled completions for each prompt."""
+    from transformers import GenerationConfig
+
+    encoded = encode(tokenizer, prompts).to(model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        num_return_sequences=k,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    tokens = model.generate(**encoded, generation_config=config)
+    texts = tokenizer.batch_decode(tokens[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [texts[start : start + k] for start in range(0, len(texts), k)]
+
+
+def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
+    """Accuracy of a checkpoint on the config's held-out problems; with run.evaluation.samples pass@k and maj@k."""
+    from recipes.tasks import get_task
+
+    task, settings = get_task(config.task.name), config.run.evaluation
+    model, tokenizer = load_checkpoint(place)
+    model.eval()
+    rows: list[dict[str, Any]] = list(task.eval_dataset(config.task.options, config.run.seed))[
+        : settings.size
+    ]
+    length = config.grpo.get("max_completion_length", 256)
+    torch.manual_seed(config.run.seed)
+    greedy: list[str] = []
+    sampled: list[list[str]] = []
+    for start in range(0, len(rows), settings.batch_size):
+        prompts = [row["prompt"] for row in rows[start : start + settings.batch_size]]
+        greedy += complete_greedily(model, tokenizer, prompts, length)
+        if settings.samples:
+            temperature = config.grpo.get("temperature", 1.0)
+            sampled += complete_sampled(model, tokenizer, prompts, length, settings.samples, temperature)
+    found: dict[str, Any] = {"checkpoint": str(place), "problems": len(rows), **figures(task, greedy, rows)}
+    return {**found, **sampled_figures(task, sampled, rows)} if sampled else found
+
+
+def show(config: RunConfig, place: str) -> int:
+    """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
+    try:
+        print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
