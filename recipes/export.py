@@ -1,0 +1,184 @@
+"""What a run leaves for use elsewhere: merged weights that are proven, a model card, GGUF.
+
+    python -m recipes.export runs/llama3.2_1b_gsm8k --merge            final/ (an adapter) -> merged/
+    python -m recipes.export runs/llama3.2_1b_gsm8k --merge --gguf     and merged.gguf, by llama.cpp's converter
+
+`--merge` checks two things and says the figures: the merged weights differ from the base, and the merged model's
+logits are those of base and adapter. A model that fails either is not left in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.runfolder import RunFolder
+
+LOGITS_TOLERANCE = {
+    "float32": 1e-4,
+    "bfloat16": 0.1,
+    "float16": 0.02,
+}  # of the largest logit, by the weights' dtype
+_CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py")
+
+
+class ExportError(RuntimeError):
+    """The export cannot be made, or is wrong; the message says why and what to do."""
+
+
+def merge(run: Path) -> dict[str, Any]:
+    """Merge `run/final` into `run/merged`. Returns the proof's figures.
+
+    Raises ExportError: no adapter there, weights equal to the base, or logits that differ.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    final, place = run / "final", run / "merged"
+    if not (final / "adapter_config.json").is_file():
+        raise ExportError(f"{final} holds no adapter to merge; a run without lora has its whole model there")
+    if place.exists():
+        raise ExportError(f"{place} exists; remove it to merge again")
+    model = AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto").eval()
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        raise ExportError(
+            "the base is quantised; put an unquantised base into adapter_config.json and merge that"
+        )
+    tokens = torch.arange(32)[None] % model.config.vocab_size
+    wanted = _logits(model, tokens)
+    with model.disable_adapter():
+        base = _logits(model, tokens)
+    before = {name: weight.clone() for name, weight in _adapted(model)}
+    merged = model.merge_and_unload(safe_merge=True)
+    after = dict(merged.named_parameters())
+    changed = sum(not torch.equal(weight, after[name]) for name, weight in before.items())
+    dtype = str(merged.dtype).removeprefix("torch.")
+    merged.save_pretrained(place)
+    AutoTokenizer.from_pretrained(final).save_pretrained(place)
+    proof = {
+        "adapted_weights": len(before),
+        "changed_weights": changed,
+        "logits_error": _relative(
+            _logits(_reload(place), tokens), wanted
+        ),  # as it will be loaded, from the disk
+        "adapter_effect": _relative(base, wanted),
+        "allowed": LOGITS_TOLERANCE[dtype],
+    }
+    if fault := _fault(proof):
+        shutil.rmtree(place)
+        raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
+    return proof
+
+
+def _fault(proof: dict[str, Any]) -> str:
+    """What is wrong with a merge, "" if nothing is."""
+    if not proof["changed_weights"]:
+        return (
+            "the merged weights equal the base: the adapter has not learnt, or half precision rounds it away"
+        )
+    if proof["logits_error"] > proof["allowed"]:
+        return "the merged model's logits are not those of base and adapter"
+    return ""
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens.to(model.device)).logits.float().cpu()
+
+
+def _reload(place: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def _adapted(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """The base weights that carry an adapter, by the names that they have after merging."""
+    found = []
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            found.append((f"{name}.weight", module.base_layer.weight.detach()))
+    return found
+
+
+def gguf(run: Path, outtype: str = "f16") -> Path:
+    """Convert the merged, or the whole final, model by llama.cpp's converter. Raises ExportError without one."""
+    source = run / "merged" if (run / "merged").is_dir() else run / "final"
+    if (source / "adapter_config.json").is_file():
+        raise ExportError(f"{source} is an adapter; add --merge")
+    converter = next((path for name in _CONVERTERS if (path := shutil.which(name))), None)
+    if converter is None:
+        raise ExportError(
+            f"--gguf needs llama.cpp's {_CONVERTERS[0]} on the PATH: clone llama.cpp, install its "
+            "requirements.txt, and add its folder to PATH"
+        )
+    target = run / f"{source.name}.gguf"
+    call = [sys.executable, converter, str(source), "--outfile", str(target), "--outtype", outtype]
+    if subprocess.run(call, check=False).returncode or not target.is_file():
+        raise ExportError(f"{converter} failed on {source}; its own message is above")
+    return target
+
+
+def model_card(run: Path) -> str:
+    """A model card with the run's figures; what was not measured is left out."""
+    folder = RunFolder(run)
+    summary, environment = folder.read_json("summary.json") or {}, folder.read_json("environment.json") or {}
+    rows = [
+        (name, summary.get(key))
+        for name, key in (
+            ("optimizer steps", "steps"),
+            ("accuracy before", "accuracy_before"),
+            ("accuracy after", "accuracy_after"),
+            ("reward, first steps", "reward_first"),
+            ("reward, last steps", "reward_last"),
+            ("seconds", "seconds_total"),
+        )
+    ]
+    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in rows if value is not None)
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    return (
+        f"---\ntags: [grpo, trl, memhead]\n---\n# {run.name}\n\n"
+        "Trained by GRPO with TRL; the log-probabilities were computed by memhead.\n\n"
+        f"| figure | value |\n|---|---|\n{table}\nVersions: {versions}.\n\n## Configuration\n\n```yaml\n{config}```\n"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run from the command line. Exit status: 0 done, 1 not possible."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base, and prove it")
+    parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
+    options = parser.parse_args(arguments)
+    try:
+        if not (options.run / "final").is_dir():
+            raise ExportError(f"{options.run} holds no folder final; give the folder of a finished run")
+        if options.merge:
+            print(json.dumps(merge(options.run), indent=2))
+        places = [place for name in ("final", "merged") if (place := options.run / name).is_dir()]
+        for place in places:
+            (place / "README.md").write_text(model_card(options.run), encoding="utf-8")
+        if options.gguf:
+            print(gguf(options.run))
+    except (ExportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
