@@ -196,6 +196,11 @@ class RunSection(Section):
     save_every: Positive | None = Field(
         None, description="steps between two checkpoints; null: at the end only"
     )
+    matrix_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Muon for the layers' matrices in GRPO, at this peak rate; null: grpo.optim for every weight",
+    )
     warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
     evaluation: EvaluationConfig = Field(
         default_factory=lambda: EvaluationConfig(), description="accuracy on held-out problems"
