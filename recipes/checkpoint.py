@@ -30,10 +30,22 @@ def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any
         raise FileNotFoundError(
             f"{place} holds neither config.json nor adapter_config.json; give a checkpoint or a run's final folder"
         )
+    if adapter:
+        require_base(place)
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     model = kind.from_pretrained(place, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def require_base(place: Path) -> None:
+    """Raises FileNotFoundError if the adapter in `place` does not say what it belongs to."""
+    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
+        raise FileNotFoundError(
+            f"{place / 'adapter_config.json'}: base_model_name_or_path is empty, as it is after training an adapter "
+            "on a model made from nothing; save that model and write its folder there, or train without lora"
+        )
 
 
 @torch.no_grad()

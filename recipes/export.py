@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from recipes.checkpoint import require_base
 from recipes.runfolder import RunFolder
 
 LOGITS_TOLERANCE = {
@@ -44,6 +45,7 @@ def merge(run: Path) -> dict[str, Any]:
     final, place = run / "final", run / "merged"
     if not (final / "adapter_config.json").is_file():
         raise ExportError(f"{final} holds no adapter to merge; a run without lora has its whole model there")
+    require_base(final)
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
     model = AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto").eval()

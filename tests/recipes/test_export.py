@@ -70,3 +70,11 @@ def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "add --merge" in capsys.readouterr().err
     assert main([str(run), "--merge", "--gguf"]) == 1
     assert "convert_hf_to_gguf.py on the PATH" in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    place = run / "final" / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "base_model_name_or_path": None}))
+    assert main([str(run), "--merge"]) == 1
+    assert "base_model_name_or_path is empty" in capsys.readouterr().err
