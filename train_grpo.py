@@ -215,22 +215,6 @@ def _trainer(config: RunConfig, task: Any, rewards: Any, model: Any, tokenizer: 
         train_dataset=task.train_dataset(config.task.options, config.run.seed),
         reward_funcs=functions,
         peft_config=config.lora.peft_config() if config.lora is not None else None,
-        optimizers=(_optimizer(config, arguments, model), None),
-    )
-
-
-def _optimizer(config: RunConfig, arguments: Any, model: Any) -> Any:
-    """Muon for the matrices and AdamW for the rest, if the run asks for it; None: TRL makes its own."""
-    if config.run.matrix_learning_rate is None:
-        return None
-    from recipes.muon import muon_adamw
-
-    return muon_adamw(
-        model,
-        matrix_learning_rate=config.run.matrix_learning_rate,
-        learning_rate=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.weight_decay,
     )
 
 

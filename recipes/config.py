@@ -288,11 +288,6 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
     if lora is not None and isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules:
         remedy = "remove 'lm_head' from it: TRL does not train an adapter there"
         problems.append(Problem("lora.target_modules", "adapts the head", lora.target_modules, remedy))
-    if run.matrix_learning_rate is not None and lora is not None:
-        remedy = "remove it: Muon is for matrices trained in full"
-        problems.append(
-            Problem("run.matrix_learning_rate", "set together with lora", run.matrix_learning_rate, remedy)
-        )
     if run.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
         problems.append(
             Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")

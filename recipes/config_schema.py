@@ -165,11 +165,6 @@ class WarmStartConfig(Section):
     )
     check_every: Positive = Field(25, description="steps between two looks at the accuracy")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    matrix_learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="peak learning rate of Muon for the layers' matrices; null: AdamW for them too",
-    )
     batch_size: Positive = Field(128, description="examples a step")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
 
@@ -195,11 +190,6 @@ class RunSection(Section):
     output_root: str = Field("runs", min_length=1, description="folder that holds the run folders")
     save_every: Positive | None = Field(
         None, description="steps between two checkpoints; null: at the end only"
-    )
-    matrix_learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="Muon for the layers' matrices in GRPO, at this peak rate; null: grpo.optim for every weight",
     )
     warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
     evaluation: EvaluationConfig = Field(

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config_schema import WarmStartConfig
-from recipes.muon import muon_adamw
 
 IGNORED = -100  # the label that transformers leaves out of its loss
 
@@ -47,13 +46,14 @@ def warm_start(
     accuracy)` is called after each step. Raises ValueError if there are fewer examples than one batch.
     """
     batches = _batches(tokenizer, examples, settings.batch_size)
-    optimizer = _optimizer(model, settings)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+    )
     accuracy, loss, step = math.nan, math.nan, 0
     model.train()
     for step in range(1, settings.steps + 1):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * _rate(step, settings.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _rate(step, settings.steps)
         loss = _train_step(model, optimizer, next(batches))
         if step % settings.check_every == 0 or step == settings.steps:
             accuracy = probe()
@@ -63,30 +63,13 @@ def warm_start(
     return WarmStartResult(steps=step, examples=step * settings.batch_size, accuracy=accuracy, loss=loss)
 
 
-def _optimizer(model: PreTrainedModel, settings: WarmStartConfig) -> torch.optim.Optimizer:
-    """AdamW, or with `matrix_learning_rate` Muon for the matrices inside the layers."""
-    if settings.matrix_learning_rate is None:
-        return torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-        )
-    return muon_adamw(
-        model,
-        matrix_learning_rate=settings.matrix_learning_rate,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-
-
 def _rate(step: int, steps: int) -> float:
     """The learning rate at a step, in proportion to its peak."""
     return min(1.0, step / 20) * max(0.05, 1.0 - step / steps)
 
 
 def _train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
-    """One step on one batch; the batch's loss before it."""
+    """One step of AdamW on one batch; the batch's loss before it."""
     loss = model(**batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

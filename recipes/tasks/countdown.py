@@ -1,14 +1,13 @@
 """Countdown-lite: reach a target with three numbers, each used exactly once, and `+ - *`.
 
-    prompt      3 12 7>43=       the numbers 3, 12, 7 and the target 43
-    completion  12*3+7           right: 43, and 3, 12, 7 once each
+    prompt      357>26=          the numbers 3, 5, 7 and the target 26
+    completion  3*7+5            right: 26, and 3, 5, 7 once each
 
-There are 2,912 such problems: numbers 1-12 in any order, targets 0-99 that can be reached without brackets (an answer
-may use them all the same). The run's seed holds some of them out: no problem of the evaluation, in whatever order its
-numbers come, is ever trained on. Warm start and GRPO share the others.
-
-Why 12 and not 9: numbers 1-9 make only 1,345 problems. A small model learns the 833 left by 512 held-out ones by heart
-and stays below 0.47 on new ones however long it is taught, so there is nothing in them for GRPO to find.
+There are 1,345 such problems (numbers 1-9, targets 0-99 that can be reached without brackets; an answer may use them
+all the same), which make 6,396 prompts, one for every order of the numbers. The run's seed holds 512 prompts out. No
+held-out prompt is ever trained on, but nearly every one's problem is, in another order of its numbers: accuracy here says
+how well a policy was learnt, not how it would do on other problems. Holding out whole problems was
+tried: a small model learns the 833 left by heart and stays below 0.47 on the others, whatever it is taught.
 Needs no network.
 """
 
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from recipes.tasks.arithmetic import Expression, ExpressionError, expressions, parse
 
-CHARACTERS = "0123456789+-*()>= "  # everything a prompt or a completion is made of
+CHARACTERS = "0123456789+-*()>="  # everything a prompt or a completion is made of
 
 
 class Options(BaseModel):
@@ -32,8 +31,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    max_number: int = Field(12, ge=4, le=20, description="the numbers are drawn from 1 to this one")
-    eval_problems: int = Field(512, ge=1, description="problems held out for the greedy accuracy")
+    eval_problems: int = Field(512, ge=1, le=1200, description="problems held out for the greedy accuracy")
     train_size: int | None = Field(
         None,
         ge=1,
@@ -49,77 +47,70 @@ class Problem:
     target: int
 
 
-@lru_cache(maxsize=4)
-def solutions(max_number: int = 12) -> dict[Problem, list[str]]:
+@lru_cache(maxsize=1)
+def solutions() -> dict[Problem, list[str]]:
     """Every problem there is with every expression that solves it."""
     found: dict[Problem, list[str]] = {}
-    for numbers in combinations_with_replacement(range(1, max_number + 1), 3):
+    for numbers in combinations_with_replacement(range(1, 10), 3):
         for target, texts in expressions(numbers).items():
             if 0 <= target <= 99:
                 found[Problem(numbers, target)] = texts
     return found
 
 
-def split(options: Options, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """All problems as (train, held out), nothing in common; the same seed gives the same sets.
+Prompt = tuple[tuple[int, ...], int]  # the numbers in the order in which they are shown, and the target
 
-    Raises ValueError if nothing is left to train on.
-    """
-    problems = sorted(solutions(options.max_number), key=lambda problem: (problem.numbers, problem.target))
-    if options.eval_problems >= len(problems):
-        raise ValueError(
-            f"task.eval_problems: {options.eval_problems} of {len(problems)} problems leave none to train on; lower it"
-        )
-    random.Random(f"countdown split {seed}").shuffle(problems)
-    return problems[options.eval_problems :], problems[: options.eval_problems]
+
+def split(options: Options, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """All prompts as (train, held out), nothing in common; the same seed gives the same sets."""
+    problems = sorted(solutions(), key=lambda problem: (problem.numbers, problem.target))
+    prompts = [
+        (order, problem.target)
+        for problem in problems
+        for order in sorted(set(permutations(problem.numbers)))
+    ]
+    random.Random(f"countdown split {seed}").shuffle(prompts)
+    return prompts[options.eval_problems :], prompts[: options.eval_problems]
 
 
 def prompt_text(numbers: Sequence[int], target: int) -> str:
-    """`3 12 7>43=`. The target always has two digits."""
-    return f"{' '.join(map(str, numbers))}>{target:02d}="
+    """`357>26=`. The target always has two digits, so that every prompt has seven characters and none is padded."""
+    return f"{''.join(map(str, numbers))}>{target:02d}="
 
 
-def _rows(problems: list[tuple[tuple[int, ...], int]]) -> Dataset:
+def _rows(prompts: list[Prompt]) -> Dataset:
     """Prompts with the columns that the rewards need: `numbers` (list of int) and `target` (int)."""
     return Dataset.from_dict(
         {
-            "prompt": [prompt_text(numbers, target) for numbers, target in problems],
-            "numbers": [list(numbers) for numbers, _ in problems],
-            "target": [target for _, target in problems],
+            "prompt": [prompt_text(numbers, target) for numbers, target in prompts],
+            "numbers": [list(numbers) for numbers, _ in prompts],
+            "target": [target for _, target in prompts],
         }
     )
 
 
 def train_dataset(options: Options, seed: int) -> Dataset:
-    """GRPO's prompts: the train problems with their numbers in every order, shuffled."""
-    train, _ = split(options, seed)
-    prompts = [
-        (order, problem.target) for problem in train for order in sorted(set(permutations(problem.numbers)))
-    ]
-    random.Random(f"countdown train {seed}").shuffle(prompts)
-    return _rows(prompts[: options.train_size])
+    """GRPO's prompts, shuffled."""
+    return _rows(split(options, seed)[0][: options.train_size])
 
 
 def eval_dataset(options: Options, seed: int) -> Dataset:
-    """The held-out problems, each once, with its numbers in a drawn order."""
-    rng = random.Random(f"countdown eval {seed}")
-    _, held_out = split(options, seed)
-    return _rows([(tuple(rng.sample(problem.numbers, 3)), problem.target) for problem in held_out])
+    """The held-out prompts."""
+    return _rows(split(options, seed)[1])
 
 
 def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[str, str]]:
-    """`count` pairs of prompt and right completion: a train problem, an order, one of its solutions, each by chance.
+    """`count` pairs of prompt and right completion: a train prompt and one of its solutions, each by chance.
 
     Drawing among all the solutions keeps the policy's entropy up: GRPO learns from what it samples.
     """
-    train, _ = split(options, seed)
     rng = random.Random(f"countdown warm start {seed}")
-    known = solutions(options.max_number)
+    known = solutions()
     pairs = []
-    for problem in rng.choices(train, k=count):
-        pairs.append(
-            (prompt_text(rng.sample(problem.numbers, 3), problem.target), rng.choice(known[problem]))
-        )
+    for numbers, target in rng.choices(split(options, seed)[0], k=count):
+        ascending = sorted(numbers)
+        problem = Problem((ascending[0], ascending[1], ascending[2]), target)
+        pairs.append((prompt_text(numbers, target), rng.choice(known[problem])))
     return pairs
 
 

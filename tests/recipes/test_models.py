@@ -13,7 +13,7 @@ SCRATCH = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=16, la
 
 def test_one_token_for_each_character_and_back():
     tokenizer = models.character_tokenizer(countdown.CHARACTERS)
-    text = "3 12 7>43=3*12+7"
+    text = "357>26=3*7+5"
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
