@@ -5,10 +5,9 @@
 
 There are 1,345 such problems (numbers 1-9, targets 0-99 that can be reached without brackets; an answer may use them
 all the same), which make 6,396 prompts, one for every order of the numbers. The run's seed holds 512 prompts out. No
-held-out prompt is ever trained on, but nearly every one's problem is, in another order of its numbers: accuracy here says
-how well a policy was learnt, not how it would do on other problems. Holding out whole problems was
-tried: a small model learns the 833 left by heart and stays below 0.47 on the others, whatever it is taught.
-Needs no network.
+held-out prompt is ever trained on, but nearly every one's problem is, in another order of its numbers: the accuracy
+says how well a policy was learnt, not how it would do on other problems. Holding out whole problems was tried: a small
+model learns the 833 left by heart and stays below 0.47 on the others, whatever it is taught. Needs no network.
 """
 
 import random
