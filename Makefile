@@ -1,4 +1,4 @@
-# make train    install, then train the quickstart (about four minutes on two cores)
+# make train    install, then train the quickstart (three minutes on two cores, after the install)
 # make test     install, then lint, types and the whole test suite
 # make lint     ruff and the type checker; make format: let ruff rewrite what it can
 # make clean    remove the environment and the caches; runs/ stays
