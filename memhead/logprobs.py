@@ -118,11 +118,10 @@ def linear_logprobs(
         checks.check_device("mask", mask, hidden)
         mask = mask.reshape(-1).bool()
 
-    direction = torch.is_grad_enabled() and hidden.requires_grad
     update = None
     if low_rank is not None:
         hidden, update = _extend(hidden, weight, low_rank, compute)
-        direction = torch.is_grad_enabled() and hidden.requires_grad
+    direction = torch.is_grad_enabled() and hidden.requires_grad
     *results, _, _ = logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
