@@ -28,6 +28,7 @@ from benchmarks.contestants import (
     full_contestant,
     liger_contestant,
     memhead_contestant,
+    onednn_products,
     torch_contestant,
     trl_contestant,
     unsloth_contestant,
@@ -43,6 +44,7 @@ SHAPES = {
 # The most that ours may take, in multiples of the bare products.
 TARGETS = {"frozen": 1.12, "frozen, entropy": 1.25, "no gradient": 1.12, "trainable": 1.15}
 FLOOR = "bare products"
+MM = "the products by torch.mm"
 OURS = "memhead"
 MIB = 2**20
 
@@ -61,13 +63,18 @@ def measure_row(head: Head, which: str, contestants: list[Contestant], rounds: i
     """Seconds, multiples of the floor and peak MiB of every contestant in one pass."""
     device = head.hidden.device
     functions = {f"{FLOOR}/{kind}": bare_products(which, head, kind == "out") for kind in ("out", "fresh")}
+    onednn = device.type == "cpu" and head.hidden.dtype == torch.float32
+    if onednn and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        functions[f"{FLOOR}/oneDNN"] = onednn_products(which, head)
     for contestant in contestants:
         function = None if contestant.absent else contestant.run(which, head)
         if function is not None:
             functions[contestant.name] = function
     peaks = {name: peak_bytes(f, device) / MIB for name, f in functions.items() if not name.startswith(FLOOR)}
     seconds = interleaved_seconds(functions, rounds, device)
-    floor = min(seconds.pop(f"{FLOOR}/{kind}") for kind in ("out", "fresh"))
+    floors = {name: seconds.pop(name) for name in functions if name.startswith(FLOOR)}
+    floor, seconds[MM] = min(floors.values()), min(floors[f"{FLOOR}/{kind}"] for kind in ("out", "fresh"))
+    peaks[MM] = 0.0
     return {
         "pass": which,
         "products": PRODUCTS[which],
@@ -88,9 +95,11 @@ def verdict(row: dict[str, Any]) -> list[str]:
     if target is not None and ours["ratio"] > target:
         misses.append(f"{ours['ratio']:.2f}x of the products, target {target}x")
     for name, other in row["contestants"].items():
-        if name != OURS and other["seconds"] < ours["seconds"]:
+        if name in (OURS, MM):
+            continue
+        if other["seconds"] < ours["seconds"]:
             misses.append(f"slower than {name}")
-        if name != OURS and other["peak_mib"] < ours["peak_mib"]:
+        if other["peak_mib"] < ours["peak_mib"]:
             misses.append(f"larger peak than {name}")
     return misses
 
@@ -100,7 +109,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["# The head alone", "", "Written by `python -m benchmarks.head`; see benchmarks/README.md.", ""]
     for key in sorted({(r["shape"], r["dtype"]) for r in results["rows"]}):
         rows = [r for r in results["rows"] if (r["shape"], r["dtype"]) == key]
-        names = sorted({n for r in rows for n in r["contestants"]}, key=lambda n: (n != OURS, n))
+        names = sorted({n for r in rows for n in r["contestants"]}, key=lambda n: (n != OURS, n != MM, n))
         first = rows[0]
         lines += [
             f"## H x V = {key[0]}, N = {first['num_rows']}, {key[1]}",
@@ -122,7 +131,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _cell(entry: dict[str, float] | None) -> str:
-    return "–" if entry is None else f"{entry['ratio']:.2f}x ({entry['peak_mib']:.0f})"
+    if entry is None:
+        return "–"
+    return f"{entry['ratio']:.2f}x" + (f" ({entry['peak_mib']:.0f})" if entry["peak_mib"] else "")
 
 
 def _listed(found: dict[str, str]) -> str:

@@ -3,9 +3,15 @@
 A GPU's matrix units accumulate in float32 anyway: asking for that result instead of a rounded one
 costs nothing but the wider store. A CPU has no such product in torch, so there the operands, one
 tile at a time, are widened first.
+
+On a CPU with AVX-512 a float32 product goes to oneDNN, which torch carries beside MKL: MKL chooses
+narrower kernels on processors that are not Intel's (benchmarks/results/head_cpu.md has both).
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,7 +33,11 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out[...] = a @ b``, rounded to the dtype of ``out`` once; a (M, K), b (K, N), out (M, N)."""
     if a.dtype != out.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload]
-    return torch.mm(a, b, out=out)
+    if not _suits_onednn(a):
+        return torch.mm(a, b, out=out)
+    for rows, columns in _onednn_parts(out):
+        out[rows, columns].copy_(_onednn_product(a[rows], b[:, columns]))
+    return out
 
 
 def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
@@ -36,4 +46,39 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
         return product(a, b, acc)
     if a.dtype != acc.dtype:
         return torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)  # type: ignore[call-overload]
-    return torch.addmm(acc, a, b, out=acc)
+    if not _suits_onednn(a):
+        return torch.addmm(acc, a, b, out=acc)
+    for rows, columns in _onednn_parts(acc):
+        acc[rows, columns].add_(_onednn_product(a[rows], b[:, columns]))
+    return acc
+
+
+# oneDNN's product gives new memory: at most so many bytes at a time, which stay in cache until they are used.
+ONEDNN_BYTES = 8 << 20
+
+
+def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in new memory. torch has no public function for it; this is the one its compiler calls."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+def _onednn_parts(out: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of ``out`` (M, N) in blocks of at most :data:`ONEDNN_BYTES`, cut along the longer side."""
+    rows, columns = out.shape
+    everything = slice(None)
+    if rows < columns:
+        step = max(1, ONEDNN_BYTES // (rows * out.itemsize))
+        return ((everything, slice(i, i + step)) for i in range(0, columns, step))
+    step = max(1, ONEDNN_BYTES // (columns * out.itemsize))
+    return ((slice(i, i + step), everything) for i in range(0, rows, step))
+
+
+def _suits_onednn(a: Tensor) -> bool:
+    return a.numel() > 0 and _has_onednn(a.device.type, a.dtype)
+
+
+@functools.cache
+def _has_onednn(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes such a product, and has kernels here that MKL may not choose."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return device_type == "cpu" and dtype == torch.float32 and wide and torch.backends.mkldnn.is_available()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memhead import chunked_linear, linear_cross_entropy, linear_logprobs
+from memhead import chunked_linear, linear_cross_entropy, linear_logprobs, products
 from tests.memhead.allocations import allocations
 from tests.memhead.reference import full_logprobs, make_head
 
@@ -17,6 +17,12 @@ OPTIONS = {
     "mask": {"mask": True},
     "bias, softcap, scale": {"bias": True, "softcap": 5.0, "logit_scale": 0.5},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """oneDNN's own block of a product scaled down as the chunks are here."""
+    monkeypatch.setattr(products, "ONEDNN_BYTES", 10 * VOCAB * 4)
 
 
 def step(head, loss_of, *, frozen: bool, backward: bool = True):

@@ -146,6 +146,9 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             a, b = args[-2:]
             self.operations += a.shape[0] * a.shape[1] * b.shape[1]
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            a, b = args[:2]
+            self.operations += a.shape[0] * a.shape[1] * b.shape[0]
         return func(*args, **(kwargs or {}))
 
     @property
