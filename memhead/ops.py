@@ -40,7 +40,7 @@ def make_problem(
     features = operand, hidden.shape[1], hidden.device
     itemsize = module.tile_dtype(*features).itemsize
     size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.device, itemsize)
-    size = size._replace(columns=min(size.columns, module.max_columns(*features)))
+    size = size._replace(columns=module.tile_columns(size.columns, *features))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
 

@@ -15,7 +15,7 @@ MIB = 1 << 20
 # (rows, bytes) of a tile. On a CPU it should stay in the last-level cache between the product that
 # writes it and the one that reads it; on a GPU it must fill every multiprocessor for several waves,
 # and cost few launches. benchmarks/results/ holds the measurements that these come from.
-DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 128 * MIB)}
+DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 160 * MIB)}
 
 
 class Chunk(NamedTuple):

@@ -77,9 +77,9 @@ def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> 
     return result_dtype(operand)
 
 
-def max_columns(operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
-    """The widest tile that the functions of this file take."""
-    return 1 << 62
+def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+    """How many of the ``wanted`` columns a tile should have for the functions of this file: all of them."""
+    return wanted
 
 
 def raw_product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memhead.backends import hopper
+from memhead.backends import hopper_fold, hopper_gradient, hopper_tile
 from memhead.backends.torch import raw_product
 from memhead.backends.triton_math import (
     AFTER,
@@ -177,27 +177,29 @@ def fold_tile(
 
 
 def fold_product(x: Tensor, w: Tensor, buffer: Tensor, *fold: Any) -> Tensor:
-    """See :func:`memhead.backends.torch.fold_product`; one kernel where memhead.backends.hopper runs."""
-    if hopper.available(x.dtype, x.shape[1], x.device):
-        return hopper.fold_product(x, w, buffer, *fold)
+    """See :func:`memhead.backends.torch.fold_product`; one kernel where memhead.backends.hopper_fold runs."""
+    if hopper_tile.available(x.dtype, x.shape[1], x.device):
+        return hopper_fold.fold_product(x, w, buffer, *fold)
     return fold_tile(raw_product(x, w, buffer), *fold)
 
 
 def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
     """See :func:`memhead.backends.torch.gradient_product`."""
-    if hopper.available(x.dtype, x.shape[1], x.device):
-        return hopper.gradient_product(x, w, buffer, *rest)
+    if hopper_tile.available(x.dtype, x.shape[1], x.device):
+        return hopper_gradient.gradient_product(x, w, buffer, *rest)
     return logit_gradient(raw_product(x, w, buffer), *rest)
 
 
-def max_columns(operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
-    """The widest tile: one whose rows fit the registers of a program, where a program works on a row."""
-    return hopper.MAX_COLUMNS if hopper.available(operand, hidden_size, device) else MAX_COLUMNS
+def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+    """At most ``wanted``: as many as fit the registers of a program, where a program works on a row."""
+    if hopper_tile.available(operand, hidden_size, device):
+        return hopper_tile.tile_columns(wanted, device)
+    return min(wanted, MAX_COLUMNS)
 
 
 def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
     """dtype of the buffer that holds a tile: half precision where the logits are never written."""
-    return operand if hopper.available(operand, hidden_size, device) else result_dtype(operand)
+    return operand if hopper_tile.available(operand, hidden_size, device) else result_dtype(operand)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from memhead.statistics import Stat
 LOWEST = tl.constexpr(_LOWEST)
 UNSET = tl.constexpr(_UNSET)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 REFERENCE = tl.constexpr(int(Stat.REFERENCE))
 OTHERS = tl.constexpr(int(Stat.OTHERS))
 TARGET = tl.constexpr(int(Stat.TARGET))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memhead import linear_logprobs
-from memhead.backends import hopper
+from memhead.backends import hopper_tile
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
 from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
@@ -133,15 +133,15 @@ def _reference(
 
 @pytest.fixture(params=["tiles", "one kernel"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels on tiles of products, and those of memhead.backends.hopper, which a CPU never gets."""
+    """The kernels on tiles of products, and those of memhead.backends.hopper_*, which a CPU never gets."""
     if request.param == "one kernel" and DEVICE == "cpu":
-        monkeypatch.setattr(hopper, "available", lambda *_: True)
+        monkeypatch.setattr(hopper_tile, "available", lambda *_: True)
         # Blocks that the interpreter is through with sooner, and of which these cases fill several.
-        monkeypatch.setattr(hopper, "BLOCK_ROWS", 16)
-        monkeypatch.setattr(hopper, "BLOCK_COLUMNS", 64)
-        monkeypatch.setattr(hopper, "BLOCK_K", 16)
+        monkeypatch.setattr(hopper_tile, "BLOCK_ROWS", 16)
+        monkeypatch.setattr(hopper_tile, "BLOCK_COLUMNS", 64)
+        monkeypatch.setattr(hopper_tile, "BLOCK_K", 16)
         small = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16}
-        monkeypatch.setattr(hopper, "_BLOCKS", {**hopper._BLOCKS, **small})
+        monkeypatch.setattr(hopper_tile, "BLOCKS", {**hopper_tile.BLOCKS, **small})
 
 
 @pytest.mark.usefixtures("kernels")

@@ -1,0 +1,148 @@
+"""What the kernels of ``hopper_fold.py`` and ``hopper_gradient.py`` share: a product, and what it means.
+
+For GPUs with a tensor memory accelerator. On Hopper (and Blackwell's data-centre chips) Triton's own
+product runs within a few per cent of the vendor's library, so the logits need not exist in memory
+at all, not even as a tile: the row-wise work is done on the product's registers, and what is
+written is what the next product reads, in the operands' dtype.
+
+The mainloop is the plain persistent one: a program an SM, blocks in groups that share their operands
+in L2. While a program works on a block's registers its matrix unit rests, so each instruction for
+each logit counts: five of them take 3 per cent of the product's time at H = 4096. Therefore
+
+- what is the same for a whole row (scale, temperature, the logarithm's base) is one factor, and
+  what it multiplies is called *capped* below: the raw product, or its tanh where there is a softcap;
+- what concerns few blocks (the target's column, the end of the vocabulary) stands in a branch;
+- what must be loaded is asked for before the product, which hides the wait.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from memhead.backends.triton_math import LOG2_E, LOWEST
+from memhead.products import HALF
+
+# The block of one program: 128 x 256 logits in the registers of eight warps, three stages of
+# operands in shared memory. benchmarks/results/gpu_log.md has the alternatives and their times.
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_K = 128, 256, 64
+BLOCKS = {
+    "BLOCK_M": BLOCK_ROWS,
+    "BLOCK_N": BLOCK_COLUMNS,
+    "BLOCK_K": BLOCK_K,
+    "GROUP": 16,
+    "num_stages": 3,
+    "num_warps": 8,
+}
+# The statistics of a row's blocks are merged in the registers of one warp.
+MAX_COLUMNS = 1 << 17
+
+
+def available(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
+    """Whether the kernels run: half-precision rows of a multiple of 16 bytes, on such a GPU."""
+    return operand in HALF and hidden_size % 8 == 0 and multiprocessors(device) > 0
+
+
+def tile_columns(wanted: int, device: torch.device) -> int:
+    """At most ``wanted`` columns, and one block of them for each SM or a multiple of that.
+
+    A launch then has as many blocks as fill all SMs to the end, whatever its rows.
+    """
+    wave = max(1, multiprocessors(device)) * BLOCK_COLUMNS
+    wanted = min(wanted, MAX_COLUMNS)
+    return wanted // wave * wave or wanted
+
+
+@triton.jit
+def place(block, num_row_blocks, num_column_blocks, GROUP: tl.constexpr):
+    """Row block and column block of the ``block``-th one, in groups of GROUP rows for reuse in L2."""
+    in_group = GROUP * num_column_blocks
+    first = block // in_group * GROUP
+    size = min(num_row_blocks - first, GROUP)
+    return first + block % in_group % size, block % in_group // size
+
+
+@triton.jit
+def capped_product(
+    x_desc,  # (R, H)
+    w_desc,  # (C, H)
+    bias_ptr,  # (C,)
+    block_row,
+    block_column,
+    num_columns,
+    hidden_size,
+    logit_scale,
+    softcap: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(M, N) float32: ``x @ w.T``, plus the bias, with the sign of the scale; its tanh under a softcap."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(tl.cdiv(hidden_size, BLOCK_K)):
+        x = x_desc.load([block_row * BLOCK_M, k * BLOCK_K])
+        w = w_desc.load([block_column * BLOCK_N, k * BLOCK_K])
+        acc = tl.dot(x, w.T, acc)
+    if HAS_BIAS:
+        column = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
+        bias = tl.load(bias_ptr + column, mask=column < num_columns, other=0.0).to(tl.float32)
+        acc += tl.maximum(bias, LOWEST)[None, :]
+    if softcap != 0.0:
+        # tanh, exact to a part in 10^7 of the cap: 1 - 2 / (1 + exp(2 x))
+        acc = 1 - tl.fdiv(2.0, 1 + tl.exp2(acc * (2 * LOG2_E / softcap * logit_scale)))
+    elif logit_scale < 0:
+        acc = -acc
+    return acc
+
+
+@triton.jit
+def row_factor(
+    temperature_ptr,  # (R,)
+    row,
+    real,
+    logit_scale,
+    inverse_temperature,
+    softcap: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(M,) positive: what a capped value is multiplied by to give its logit in units of log 2."""
+    factor = tl.abs(logit_scale) * LOG2_E
+    if softcap != 0.0:
+        factor = softcap * LOG2_E
+    if HAS_TEMPERATURE:
+        return factor / tl.load(temperature_ptr + row, mask=real, other=1.0)
+    return tl.full((BLOCK_M,), 1.0, tl.float32) * (factor * inverse_temperature)
+
+
+@triton.jit
+def cap_slope(capped):
+    """The softcap's slope 1 - tanh^2; 0 where the value stands for minus infinity."""
+    return tl.maximum((1 - capped) * (1 + capped), 0.0)
+
+
+def grid(num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
+    """One program an SM, or one a block where there are fewer."""
+    blocks = triton.cdiv(num_rows, BLOCK_ROWS) * triton.cdiv(num_columns, BLOCK_COLUMNS)
+    return (min(blocks, multiprocessors(device) or 1),)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU that these kernels are for; 0 of any other device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptor(matrix: Tensor, block: int) -> TensorDescriptor:
+    """The copy engine wants rows that start at multiples of 16 bytes."""
+    if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % 16 or matrix.data_ptr() % 16:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor.from_tensor(matrix, [block, BLOCK_K])
