@@ -39,6 +39,7 @@ class Stat(IntEnum):
     TOTAL = 6  # sum_v z_v, the target included
     BEFORE = 7  # max z_v over v < t
     AFTER = 8  # max z_v over v > t
+    GUESS = 9  # where a kernel begins that needs a reference before it has seen the row
 
 
 # Stands for minus infinity in the arithmetic, where the real one would give 0 * inf = NaN.
@@ -81,15 +82,17 @@ class Upstream(NamedTuple):
     lse_others: Tensor
 
 
-def headroom(operand: torch.dtype) -> tuple[float, float]:
-    """(shift, lazy): the reference is the maximum less ``shift``, renewed when exceeded by ``lazy``.
+def headroom(operand: torch.dtype) -> tuple[float, float, float]:
+    """(shift, lazy, depth) of a reference: the maximum less ``shift``, renewed when exceeded by ``lazy``.
+
+    A guessed one is also renewed where all logits are lower by more than ``depth``.
 
     The exponentials enter the second product in the operands' dtype. float32 and bfloat16 have the
     range for a reference that is far from the maximum, so that it almost never has to move;
     float16 ends at 65504 and loses everything below 6e-8, so its exponentials are pushed up to
     e^7 = 1097 for the maximum and renewed at e^11 = 59874.
     """
-    return (7.0, 4.0) if operand == torch.float16 else (0.0, 20.0)
+    return (7.0, 4.0, 4.0) if operand == torch.float16 else (0.0, 20.0, 50.0)
 
 
 def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +101,7 @@ def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     stats[Stat.REFERENCE] = UNSET
     stats[Stat.TARGET : Stat.SLOPE] = LOWEST
     stats[Stat.SLOPE] = 1.0
-    stats[Stat.BEFORE :] = LOWEST
+    stats[Stat.BEFORE : Stat.GUESS] = LOWEST
     return stats
 
 

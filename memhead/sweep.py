@@ -93,6 +93,16 @@ def forward_sweep(
         x = hidden[rows].to(problem.operand)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)
+        problem.backend.guess_reference(
+            x,
+            weight,
+            stats[:, rows],
+            problem.targets[rows],
+            problem.bias,
+            _slice(problem.temperature, rows),
+            problem.spec,
+            problem.operand,
+        )
         for columns in blocks(vocab_size, chunk.columns):
             w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
             first = columns.start == 0

@@ -1,9 +1,10 @@
 """A product folded into the statistics of its rows in one kernel; see ``hopper_tile.py`` for the idea.
 
 All exponentials of a row in one launch must have one reference, but nobody knows the row's maximum
-beforehand. So each block of columns takes the reference that the row had before the launch,
-unless its own maximum is far from it (statistics.headroom); the blocks' references are written
-down, and :func:`_merge_kernel` settles on one and corrects the rare row where they differ.
+beforehand. So each block of columns takes the reference that the row had before the launch, at
+first a guess (``hopper_guess.py``), unless its own maximum is far from it (statistics.headroom);
+the blocks' references are written down, and :func:`_merge_kernel` settles on one and corrects the
+rare row where they differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from memhead.backends.hopper_tile import cap_slope, capped_product, place, row_f
 from memhead.backends.triton_math import (
     AFTER,
     BEFORE,
+    GUESS,
     LN_2,
     LOG2_E,
     LOWEST,
@@ -53,6 +55,7 @@ def _fold_kernel(
     inverse_temperature,
     shift,
     lazy,
+    depth,
     softcap: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -82,9 +85,9 @@ def _fold_kernel(
         here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
         masked = (tl.max(here.to(tl.int32), 0) > 0) | (end < BLOCK_N)
         reference = tl.load(stats + REFERENCE * stats_stride, mask=real, other=0.0)
-        # A row of which nothing is known starts from zero, around which most logits lie.
         unset = reference <= UNSET
-        reference = tl.where(unset, 0.0, reference)
+        guess = tl.load(stats + GUESS * stats_stride, mask=real, other=0.0)
+        reference = tl.where(unset, guess, reference)
         factor = row_factor(
             temperature_ptr, row, real, logit_scale, inverse_temperature, softcap, HAS_TEMPERATURE, BLOCK_M
         )
@@ -115,7 +118,7 @@ def _fold_kernel(
 
         maximum = tl.max(capped, 1) * (factor * LN_2)
         wanted = maximum - shift
-        far = (wanted > reference + lazy) | (unset & (wanted < reference - lazy) & (maximum > UNSET))
+        far = (wanted > reference + lazy) | (unset & (wanted < reference - depth) & (maximum > UNSET))
         reference = tl.where(far, wanted, reference)
         tl.store(partial + REFERENCE * partial_stride, reference, mask=real)
         distance = capped * factor[:, None] - (reference * LOG2_E)[:, None]  # in units of log 2
@@ -233,7 +236,7 @@ def fold_product(
     exps = buffer[: num_rows * num_columns].view(num_rows, num_columns)
     column_blocks = triton.cdiv(num_columns, hopper_tile.BLOCK_COLUMNS)
     partial = stats.new_empty(len(Stat), num_rows, column_blocks)
-    shift, lazy = headroom(operand)
+    shift, lazy, depth = headroom(operand)
     _fold_kernel[hopper_tile.grid(num_rows, num_columns, x.device)](
         hopper_tile.descriptor(x, hopper_tile.BLOCK_ROWS),
         hopper_tile.descriptor(w, hopper_tile.BLOCK_COLUMNS),
@@ -253,6 +256,7 @@ def fold_product(
         1 / spec.temperature,
         shift,
         lazy,
+        depth,
         softcap=spec.softcap,
         HAS_BIAS=bias is not None,
         HAS_TEMPERATURE=temperature is not None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memhead.products import product, result_dtype
 from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
+from memhead.weights import Weight
 
 
 def fold_tile(
@@ -55,6 +56,19 @@ def fold_tile(
     if not direction:
         return exps
     return exps.to(operand) if slope is None else exps.mul_(slope).to(operand)
+
+
+def guess_reference(
+    x: Tensor,  # (R, H)
+    weight: Weight,  # (V, H)
+    stats: Tensor,  # (len(Stat), R), GUESS updated
+    targets: Tensor,  # (R,)
+    bias: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (R,)
+    spec: FoldSpec,
+    operand: torch.dtype,
+) -> None:
+    """Nothing: :func:`fold_tile` sees a tile's maximum before it takes its exponentials."""
 
 
 def fold_product(
@@ -137,7 +151,7 @@ def _move_reference(
 
     A row's reference depends on its own logits alone, so its bits do not depend on its neighbours.
     """
-    shift, lazy = headroom(operand)
+    shift, lazy, _ = headroom(operand)
     old = stats[Stat.REFERENCE].clone()
     new = torch.where(maximum - shift > old + lazy, maximum - shift, old)
     new = torch.where(maximum.isnan(), maximum, new)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memhead.backends import hopper_fold, hopper_gradient, hopper_tile
+from memhead.backends import hopper_fold, hopper_gradient, hopper_guess, hopper_tile
 from memhead.backends.torch import raw_product
 from memhead.backends.triton_math import (
     AFTER,
@@ -32,6 +32,7 @@ from memhead.backends.triton_math import (
 )
 from memhead.products import result_dtype
 from memhead.statistics import FoldSpec, Upstream, headroom
+from memhead.weights import Weight
 
 # The widest tile whose rows fit the registers of one program.
 MAX_COLUMNS = 16384
@@ -140,7 +141,7 @@ def fold_tile(
     """See :func:`memhead.backends.torch.fold_tile`; C is at most :data:`MAX_COLUMNS`."""
     rows, columns = logits.shape
     exps = _overlay(logits, operand)
-    shift, lazy = headroom(operand)
+    shift, lazy, _ = headroom(operand)
     block = triton.next_power_of_2(columns)
     _fold_kernel[(rows,)](
         logits,
@@ -174,6 +175,12 @@ def fold_tile(
         num_warps=_num_warps(block),
     )
     return exps
+
+
+def guess_reference(x: Tensor, weight: Weight, *rest: Any) -> None:
+    """See :func:`memhead.backends.torch.guess_reference`; something where memhead.backends.hopper_fold runs."""
+    if hopper_tile.available(x.dtype, x.shape[1], x.device):
+        hopper_guess.guess_reference(x, weight, *rest)
 
 
 def fold_product(x: Tensor, w: Tensor, buffer: Tensor, *fold: Any) -> Tensor:
