@@ -39,7 +39,6 @@ class Stat(IntEnum):
     TOTAL = 6  # sum_v z_v, the target included
     BEFORE = 7  # max z_v over v < t
     AFTER = 8  # max z_v over v > t
-    GUESS = 9  # where a kernel begins that needs a reference before it has seen the row
 
 
 # Stands for minus infinity in the arithmetic, where the real one would give 0 * inf = NaN.
@@ -85,7 +84,7 @@ class Upstream(NamedTuple):
 def headroom(operand: torch.dtype) -> tuple[float, float, float]:
     """(shift, lazy, depth) of a reference: the maximum less ``shift``, renewed when exceeded by ``lazy``.
 
-    A guessed one is also renewed where all logits are lower by more than ``depth``.
+    One that is only a guess is also renewed where all logits are lower by more than ``depth``.
 
     The exponentials enter the second product in the operands' dtype. float32 and bfloat16 have the
     range for a reference that is far from the maximum, so that it almost never has to move;
@@ -101,7 +100,7 @@ def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     stats[Stat.REFERENCE] = UNSET
     stats[Stat.TARGET : Stat.SLOPE] = LOWEST
     stats[Stat.SLOPE] = 1.0
-    stats[Stat.BEFORE : Stat.GUESS] = LOWEST
+    stats[Stat.BEFORE :] = LOWEST
     return stats
 
 

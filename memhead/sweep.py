@@ -93,7 +93,7 @@ def forward_sweep(
         x = hidden[rows].to(problem.operand)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)
-        problem.backend.guess_reference(
+        problem.backend.fold_targets(
             x,
             weight,
             stats[:, rows],

@@ -2,7 +2,7 @@
 
 All exponentials of a row in one launch must have one reference, but nobody knows the row's maximum
 beforehand. So each block of columns takes the reference that the row had before the launch, at
-first a guess (``hopper_guess.py``), unless its own maximum is far from it (statistics.headroom);
+first its target's logit (``hopper_target.py``), unless its own maximum is far from it (statistics.headroom);
 the blocks' references are written down, and :func:`_merge_kernel` settles on one and corrects the
 rare row where they differ.
 """
@@ -19,13 +19,11 @@ from memhead.backends.hopper_tile import cap_slope, capped_product, place, row_f
 from memhead.backends.triton_math import (
     AFTER,
     BEFORE,
-    GUESS,
     LN_2,
     LOG2_E,
     LOWEST,
     OTHERS,
     REFERENCE,
-    SLOPE,
     SQUARES,
     TARGET,
     TOTAL,
@@ -83,10 +81,11 @@ def _fold_kernel(
         target = (tl.load(targets_ptr + row, mask=real, other=-1) - start).to(tl.int32)
         target -= block_column * BLOCK_N
         here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
-        masked = (tl.max(here.to(tl.int32), 0) > 0) | (end < BLOCK_N)
         reference = tl.load(stats + REFERENCE * stats_stride, mask=real, other=0.0)
         unset = reference <= UNSET
-        guess = tl.load(stats + GUESS * stats_stride, mask=real, other=0.0)
+        guess = tl.load(stats + TARGET * stats_stride, mask=real, other=0.0) - shift
+        # Not that of a forbidden token, nor of a row with infinities or NaN.
+        guess = tl.where((guess > UNSET) & (guess < -UNSET), guess, 0.0)
         reference = tl.where(unset, guess, reference)
         factor = row_factor(
             temperature_ptr, row, real, logit_scale, inverse_temperature, softcap, HAS_TEMPERATURE, BLOCK_M
@@ -106,15 +105,10 @@ def _fold_kernel(
             after = tl.max(tl.where(inside & (column > target[:, None]), capped, lowest), 1)
             tl.store(partial + BEFORE * partial_stride, before * (factor * LN_2), mask=real)
             tl.store(partial + AFTER * partial_stride, after * (factor * LN_2), mask=real)
-        if masked:
-            is_target = lane[None, :] == target[:, None]
-            at_target = tl.sum(tl.where(is_target, capped, 0.0), 1)
-            tl.store(stats + TARGET * stats_stride, at_target * (factor * LN_2), mask=here)
-            if softcap != 0.0:
-                tl.store(stats + SLOPE * stats_stride, cap_slope(at_target), mask=here)
-            lowest = (1 / factor * LOWEST)[:, None]
-            capped = tl.where(is_target, lowest, capped)
-            capped = tl.where((lane < end)[None, :], capped, lowest)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            capped = tl.where(lane[None, :] == target[:, None], (1 / factor * LOWEST)[:, None], capped)
+        if end < BLOCK_N:
+            capped = tl.where((lane < end)[None, :], capped, (1 / factor * LOWEST)[:, None])
 
         maximum = tl.max(capped, 1) * (factor * LN_2)
         wanted = maximum - shift

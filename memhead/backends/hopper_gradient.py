@@ -53,7 +53,6 @@ def _gradient_kernel(
         target = (tl.load(targets_ptr + row, mask=real, other=-1) - start).to(tl.int32)
         target -= block_column * BLOCK_N
         here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
-        has_target = tl.max(here.to(tl.int32), 0) > 0
         logp = tl.load(logprobs_ptr + row, mask=real, other=-1.0)
         lse_others = tl.load(lse_others_ptr + row, mask=real, other=0.0)
         uncertain = one_minus_exp(logp)
@@ -81,7 +80,7 @@ def _gradient_kernel(
             grad *= cap_slope(capped)
         to = grad_ptr + row[:, None].to(tl.int64) * grad_stride + (block_column * BLOCK_N + lane)[None, :]
         tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=real[:, None] & (lane < end)[None, :])
-        if has_target:
+        if tl.max(here.to(tl.int32), 0) > 0:
             if softcap != 0.0:
                 is_target = lane[None, :] == target[:, None]
                 at_target *= cap_slope(tl.sum(tl.where(is_target, capped, 0.0), 1))

@@ -58,17 +58,17 @@ def fold_tile(
     return exps.to(operand) if slope is None else exps.mul_(slope).to(operand)
 
 
-def guess_reference(
+def fold_targets(
     x: Tensor,  # (R, H)
     weight: Weight,  # (V, H)
-    stats: Tensor,  # (len(Stat), R), GUESS updated
-    targets: Tensor,  # (R,)
+    stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated
+    targets: Tensor,  # (R,); outside 0..V-1 where another process holds the target
     bias: Tensor | None,  # (V,)
     temperature: Tensor | None,  # (R,)
     spec: FoldSpec,
     operand: torch.dtype,
 ) -> None:
-    """Nothing: :func:`fold_tile` sees a tile's maximum before it takes its exponentials."""
+    """The targets' logits, before the first tile, for a :func:`fold_product` that leaves them out; here it does not."""
 
 
 def fold_product(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memhead.backends import hopper_fold, hopper_gradient, hopper_guess, hopper_tile
+from memhead.backends import hopper_fold, hopper_gradient, hopper_target, hopper_tile
 from memhead.backends.torch import raw_product
 from memhead.backends.triton_math import (
     AFTER,
@@ -32,7 +32,6 @@ from memhead.backends.triton_math import (
 )
 from memhead.products import result_dtype
 from memhead.statistics import FoldSpec, Upstream, headroom
-from memhead.weights import Weight
 
 # The widest tile whose rows fit the registers of one program.
 MAX_COLUMNS = 16384
@@ -177,10 +176,10 @@ def fold_tile(
     return exps
 
 
-def guess_reference(x: Tensor, weight: Weight, *rest: Any) -> None:
-    """See :func:`memhead.backends.torch.guess_reference`; something where memhead.backends.hopper_fold runs."""
+def fold_targets(x: Tensor, *rest: Any) -> None:
+    """See :func:`memhead.backends.torch.fold_targets`; done where memhead.backends.hopper_fold runs."""
     if hopper_tile.available(x.dtype, x.shape[1], x.device):
-        hopper_guess.guess_reference(x, weight, *rest)
+        hopper_target.fold_targets(x, *rest)
 
 
 def fold_product(x: Tensor, w: Tensor, buffer: Tensor, *fold: Any) -> Tensor:

@@ -22,7 +22,6 @@ SQUARES = tl.constexpr(int(Stat.SQUARES))
 TOTAL = tl.constexpr(int(Stat.TOTAL))
 BEFORE = tl.constexpr(int(Stat.BEFORE))
 AFTER = tl.constexpr(int(Stat.AFTER))
-GUESS = tl.constexpr(int(Stat.GUESS))
 
 
 @triton.jit
