@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memhead.backends import hopper_tile
-from memhead.backends.hopper_tile import cap_slope, capped_product, place, row_factor
+from memhead.backends.hopper_tile import cap_slope, capped_product, load_temperature, place, row_factor
 from memhead.backends.triton_math import (
     AFTER,
     BEFORE,
@@ -78,22 +78,16 @@ def _fold_kernel(
         stats = stats_ptr + row
         partial = partial_ptr + row.to(tl.int64) * num_column_blocks + block_column
         partial_stride = num_rows * num_column_blocks
-        target = (tl.load(targets_ptr + row, mask=real, other=-1) - start).to(tl.int32)
-        target -= block_column * BLOCK_N
-        here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
+        target = tl.load(targets_ptr + row, mask=real, other=-1)
         reference = tl.load(stats + REFERENCE * stats_stride, mask=real, other=0.0)
-        unset = reference <= UNSET
-        guess = tl.load(stats + TARGET * stats_stride, mask=real, other=0.0) - shift
-        # Not that of a forbidden token, nor of a row with infinities or NaN.
-        guess = tl.where((guess > UNSET) & (guess < -UNSET), guess, 0.0)
-        reference = tl.where(unset, guess, reference)
-        factor = row_factor(
-            temperature_ptr, row, real, logit_scale, inverse_temperature, softcap, HAS_TEMPERATURE, BLOCK_M
-        )
+        guess = tl.load(stats + TARGET * stats_stride, mask=real, other=0.0)
+        temperature = load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE, BLOCK_M)
         capped = capped_product(
             x_desc, w_desc, bias_ptr, block_row, block_column, num_columns, hidden_size,
             logit_scale, softcap, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        factor = row_factor(temperature, logit_scale, inverse_temperature, softcap)
+        target = (target - start).to(tl.int32) - block_column * BLOCK_N
 
         if WANT_TOTAL:
             total = tl.sum(tl.where((lane < end)[None, :], capped, 0.0), 1) * (factor * LN_2)
@@ -105,12 +99,16 @@ def _fold_kernel(
             after = tl.max(tl.where(inside & (column > target[:, None]), capped, lowest), 1)
             tl.store(partial + BEFORE * partial_stride, before * (factor * LN_2), mask=real)
             tl.store(partial + AFTER * partial_stride, after * (factor * LN_2), mask=real)
-        if tl.max(here.to(tl.int32), 0) > 0:
+        if tl.max(((target >= 0) & (target < BLOCK_N)).to(tl.int32), 0) > 0:
             capped = tl.where(lane[None, :] == target[:, None], (1 / factor * LOWEST)[:, None], capped)
         if end < BLOCK_N:
             capped = tl.where((lane < end)[None, :], capped, (1 / factor * LOWEST)[:, None])
 
         maximum = tl.max(capped, 1) * (factor * LN_2)
+        unset = reference <= UNSET
+        # Not the logit of a forbidden token, nor of a row with infinities or NaN.
+        guess = tl.where((guess > UNSET) & (guess < -UNSET), guess - shift, 0.0)
+        reference = tl.where(unset, guess, reference)
         wanted = maximum - shift
         far = (wanted > reference + lazy) | (unset & (wanted < reference - depth) & (maximum > UNSET))
         reference = tl.where(far, wanted, reference)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memhead.backends import hopper_tile
-from memhead.backends.hopper_tile import cap_slope, capped_product, place, row_factor
+from memhead.backends.hopper_tile import cap_slope, capped_product, load_temperature, place, row_factor
 from memhead.backends.triton_math import LN_2, LOG2_E, LOWEST, one_minus_exp
 from memhead.statistics import FoldSpec, Upstream
 
@@ -50,27 +50,28 @@ def _gradient_kernel(
         real = row < num_rows
         lane = tl.arange(0, BLOCK_N)
         end = num_columns - block_column * BLOCK_N  # lanes from here on are no columns
-        target = (tl.load(targets_ptr + row, mask=real, other=-1) - start).to(tl.int32)
-        target -= block_column * BLOCK_N
-        here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
+        target = tl.load(targets_ptr + row, mask=real, other=-1)
         logp = tl.load(logprobs_ptr + row, mask=real, other=-1.0)
         lse_others = tl.load(lse_others_ptr + row, mask=real, other=0.0)
-        uncertain = one_minus_exp(logp)
-        coefficient = tl.load(grad_logprobs_ptr + row, mask=real, other=0.0) * uncertain
-        at_target = coefficient
+        grad_logprobs = tl.load(grad_logprobs_ptr + row, mask=real, other=0.0)
         if HAS_ENTROPY:
-            lse = tl.where(uncertain > 0, lse_others - tl.log(uncertain), -LOWEST)
             entropy = tl.load(entropy_ptr + row, mask=real, other=0.0)
             grad_entropy = tl.load(grad_entropy_ptr + row, mask=real, other=0.0)
-            log_p = tl.maximum(logp, LOWEST)
-            at_target -= grad_entropy * tl.exp(log_p) * (log_p + entropy)
-        factor = row_factor(
-            temperature_ptr, row, real, logit_scale, inverse_temperature, softcap, HAS_TEMPERATURE, BLOCK_M
-        )
+        temperature = load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE, BLOCK_M)
         capped = capped_product(
             x_desc, w_desc, bias_ptr, block_row, block_column, num_columns, hidden_size,
             logit_scale, softcap, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        factor = row_factor(temperature, logit_scale, inverse_temperature, softcap)
+        target = (target - start).to(tl.int32) - block_column * BLOCK_N
+        here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
+        uncertain = one_minus_exp(logp)
+        coefficient = grad_logprobs * uncertain
+        at_target = coefficient
+        if HAS_ENTROPY:
+            lse = tl.where(uncertain > 0, lse_others - tl.log(uncertain), -LOWEST)
+            log_p = tl.maximum(logp, LOWEST)
+            at_target -= grad_entropy * tl.exp(log_p) * (log_p + entropy)
 
         grad = tl.exp2(capped * factor[:, None] - (lse_others * LOG2_E)[:, None]) * -coefficient[:, None]
         if HAS_ENTROPY:

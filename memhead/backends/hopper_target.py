@@ -1,8 +1,13 @@
-"""The targets' logits, each a product of two vectors, before the first tile.
+"""The targets' logits, before the first tile.
 
 The fused kernel of ``hopper_fold.py`` need then only leave the target's column out. And it has a
 reference for a row's exponentials before it has seen the row: of a trained model the target's
 logit is rarely far from the largest, and where it is, the row is brought to another one.
+
+They are the diagonal of the product of a block of hidden states with the weight rows of their
+targets, a thousandth of the whole product. A matrix unit's sums are short by some of the last
+bits; taken by the same unit in the same order, a target's logit is as short as its rivals', where
+an exact one would be off from them: for Llama's head the mean error would be seven times larger.
 """
 
 from __future__ import annotations
@@ -12,12 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memhead.backends.hopper_tile import BLOCK_K
 from memhead.backends.triton_math import SLOPE, TARGET, to_logits
 from memhead.statistics import FoldSpec
 from memhead.weights import Weight
 
+BLOCK_ROWS = 64
 
-@triton.jit(do_not_specialize=["stats_stride"])
+
+@triton.jit(do_not_specialize=["num_rows", "stats_stride"])
 def _target_kernel(
     x_ptr,  # (R, H), row stride x_stride
     target_rows_ptr,  # (R, H) W_t, row stride target_stride
@@ -26,6 +34,7 @@ def _target_kernel(
     bias_ptr,
     temperature_ptr,
     vocab_size,
+    num_rows,
     hidden_size,
     x_stride,
     target_stride,
@@ -35,24 +44,28 @@ def _target_kernel(
     softcap: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    products = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, hidden_size, BLOCK):
-        feature = first + tl.arange(0, BLOCK)
-        inside = feature < hidden_size
-        x = tl.load(x_ptr + row * x_stride + feature, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(target_rows_ptr + row * target_stride + feature, mask=inside, other=0.0).to(tl.float32)
-        products += x * w
-    target = tl.load(targets_ptr + row)
+    lane = tl.arange(0, BLOCK_M)
+    row = (tl.program_id(0) * BLOCK_M + lane).to(tl.int64)
+    real = row < num_rows
+    product = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for first in range(0, hidden_size, BLOCK_K):
+        feature = (first + tl.arange(0, BLOCK_K))[None, :]
+        inside = real[:, None] & (feature < hidden_size)
+        x = tl.load(x_ptr + row[:, None] * x_stride + feature, mask=inside, other=0.0)
+        w = tl.load(target_rows_ptr + row[:, None] * target_stride + feature, mask=inside, other=0.0)
+        product = tl.dot(x, w.T, product)
+    raw = tl.sum(tl.where(lane[:, None] == lane[None, :], product, 0.0), 1)
+    target = tl.load(targets_ptr + row, mask=real, other=-1)
     here = (target >= 0) & (target < vocab_size)
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
     if HAS_TEMPERATURE:
-        inverse_temperature = 1.0 / tl.load(temperature_ptr + row)
-    z, slope = to_logits(tl.sum(products, 0), bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
+        inverse_temperature = 1.0 / tl.load(temperature_ptr + row, mask=real, other=1.0)
+    z, slope = to_logits(raw, bias, logit_scale, inverse_temperature, softcap, HAS_BIAS)
     tl.store(stats_ptr + TARGET * stats_stride + row, z, mask=here)
     if softcap != 0.0:
         tl.store(stats_ptr + SLOPE * stats_stride + row, slope, mask=here)
@@ -70,7 +83,7 @@ def fold_targets(
 ) -> None:
     """See :func:`memhead.backends.torch.fold_targets`."""
     target_rows = weight.rows(targets, operand)
-    _target_kernel[(len(x),)](
+    _target_kernel[(triton.cdiv(len(x), BLOCK_ROWS),)](
         x,
         target_rows,
         stats,
@@ -78,6 +91,7 @@ def fold_targets(
         bias,
         temperature,
         weight.shape[0],
+        len(x),
         x.shape[1],
         x.stride(0),
         target_rows.stride(0),
@@ -87,6 +101,8 @@ def fold_targets(
         softcap=spec.softcap,
         HAS_BIAS=bias is not None,
         HAS_TEMPERATURE=temperature is not None,
-        BLOCK=512,
+        BLOCK_M=BLOCK_ROWS,
+        BLOCK_K=BLOCK_K,
         num_warps=4,
+        num_stages=4,
     )

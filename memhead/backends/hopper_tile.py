@@ -12,7 +12,7 @@ each logit counts: five of them take 3 per cent of the product's time at H = 409
 - what is the same for a whole row (scale, temperature, the logarithm's base) is one factor, and
   what it multiplies is called *capped* below: the raw product, or its tanh where there is a softcap;
 - what concerns few blocks (the target's column, the end of the vocabulary) stands in a branch;
-- what must be loaded is asked for before the product, which hides the wait.
+- what must be loaded is asked for before the product, and touched only after it, which hides the wait.
 """
 
 from __future__ import annotations
@@ -102,23 +102,20 @@ def capped_product(
 
 
 @triton.jit
-def row_factor(
-    temperature_ptr,  # (R,)
-    row,
-    real,
-    logit_scale,
-    inverse_temperature,
-    softcap: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(M,): the temperatures of rows that have their own, else ones."""
+    if HAS_TEMPERATURE:
+        return tl.load(temperature_ptr + row, mask=real, other=1.0)
+    return tl.full((BLOCK_M,), 1.0, tl.float32)
+
+
+@triton.jit
+def row_factor(temperature, logit_scale, inverse_temperature, softcap: tl.constexpr):
     """(M,) positive: what a capped value is multiplied by to give its logit in units of log 2."""
     factor = tl.abs(logit_scale) * LOG2_E
     if softcap != 0.0:
         factor = softcap * LOG2_E
-    if HAS_TEMPERATURE:
-        return factor / tl.load(temperature_ptr + row, mask=real, other=1.0)
-    return tl.full((BLOCK_M,), 1.0, tl.float32) * (factor * inverse_temperature)
+    return factor * inverse_temperature / temperature
 
 
 @triton.jit
