@@ -99,8 +99,8 @@ def _fold_kernel(
             after = tl.max(tl.where(inside & (column > target[:, None]), capped, lowest), 1)
             tl.store(partial + BEFORE * partial_stride, before * (factor * LN_2), mask=real)
             tl.store(partial + AFTER * partial_stride, after * (factor * LN_2), mask=real)
-        if tl.max(((target >= 0) & (target < BLOCK_N)).to(tl.int32), 0) > 0:
-            capped = tl.where(lane[None, :] == target[:, None], (1 / factor * LOWEST)[:, None], capped)
+        # In all blocks: asking whether one holds a target takes longer, for all warps must answer.
+        capped = tl.where(lane[None, :] == target[:, None], (1 / factor * LOWEST)[:, None], capped)
         if end < BLOCK_N:
             capped = tl.where((lane < end)[None, :], capped, (1 / factor * LOWEST)[:, None])
 

@@ -64,30 +64,20 @@ def _gradient_kernel(
         )  # fmt: skip
         factor = row_factor(temperature, logit_scale, inverse_temperature, softcap)
         target = (target - start).to(tl.int32) - block_column * BLOCK_N
-        here = (target >= 0) & (target < tl.minimum(BLOCK_N, end)) & real
         uncertain = one_minus_exp(logp)
         coefficient = grad_logprobs * uncertain
-        at_target = coefficient
+        is_target = lane[None, :] == target[:, None]
+        q = tl.exp2(capped * factor[:, None] - (lse_others * LOG2_E)[:, None])
+        grad = tl.where(is_target, -1.0, q) * -coefficient[:, None]
         if HAS_ENTROPY:
             lse = tl.where(uncertain > 0, lse_others - tl.log(uncertain), -LOWEST)
-            log_p = tl.maximum(logp, LOWEST)
-            at_target -= grad_entropy * tl.exp(log_p) * (log_p + entropy)
-
-        grad = tl.exp2(capped * factor[:, None] - (lse_others * LOG2_E)[:, None]) * -coefficient[:, None]
-        if HAS_ENTROPY:
-            log_p = tl.maximum(capped * (factor * LN_2)[:, None] - lse[:, None], LOWEST)
+            log_p = capped * (factor * LN_2)[:, None] - lse[:, None]
+            log_p = tl.maximum(tl.where(is_target, logp[:, None], log_p), LOWEST)
             grad -= grad_entropy[:, None] * tl.exp2(log_p * LOG2_E) * (log_p + entropy[:, None])
         if softcap != 0.0:
             grad *= cap_slope(capped)
         to = grad_ptr + row[:, None].to(tl.int64) * grad_stride + (block_column * BLOCK_N + lane)[None, :]
         tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=real[:, None] & (lane < end)[None, :])
-        if tl.max(here.to(tl.int32), 0) > 0:
-            if softcap != 0.0:
-                is_target = lane[None, :] == target[:, None]
-                at_target *= cap_slope(tl.sum(tl.where(is_target, capped, 0.0), 1))
-            tl.debug_barrier()  # written after what the block wrote there
-            to_target = grad_ptr + row.to(tl.int64) * grad_stride + block_column * BLOCK_N + target
-            tl.store(to_target, at_target.to(grad_ptr.dtype.element_ty), mask=here)
 
 
 def gradient_product(

@@ -11,7 +11,7 @@ each logit counts: five of them take 3 per cent of the product's time at H = 409
 
 - what is the same for a whole row (scale, temperature, the logarithm's base) is one factor, and
   what it multiplies is called *capped* below: the raw product, or its tanh where there is a softcap;
-- what concerns few blocks (the target's column, the end of the vocabulary) stands in a branch;
+- what concerns few blocks (the end of the vocabulary) stands in a branch;
 - what must be loaded is asked for before the product, and touched only after it, which hides the wait.
 """
 
