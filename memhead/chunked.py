@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from memhead import checks
-from memhead.logprobs import compute_dtype
+from memhead.arguments import compute_dtype
 from memhead.planning import default_tile, plan_rows
 from memhead.products import add_product, operand_dtype, product, result_dtype
 from memhead.sweep import blocks

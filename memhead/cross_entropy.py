@@ -11,6 +11,7 @@ from torch import Tensor
 from memhead import checks
 from memhead.chunked import REDUCTIONS, chunked_linear
 from memhead.logprobs import linear_logprobs
+from memhead.rows import kept_rows, put_back, select
 
 
 def linear_cross_entropy(
@@ -112,13 +113,11 @@ def _of_counted_rows(
     chunk: int | None,
 ) -> Tensor:
     """The transform's sum over the rows that count, or each row's value, 0 where it does not count."""
-    kept = counted.reshape(-1).nonzero().squeeze(1)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    if len(kept) < len(rows):
-        rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
+    kept = kept_rows(counted.reshape(-1))
+    rows, labels = select(kept, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long())
     checks.check_targets_in_vocabulary(labels, weight.shape[0])
     each = reduction == "none"
     loss = chunked_linear(
         rows, weight, transform, labels, bias=bias, reduction="none" if each else "sum", chunk=chunk
     )
-    return loss.new_zeros(targets.numel()).index_copy(0, kept, loss).view(targets.shape) if each else loss
+    return put_back(kept, loss, targets.numel()).view(targets.shape) if each else loss
