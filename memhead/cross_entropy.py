@@ -11,6 +11,7 @@ from torch import Tensor
 from memhead import checks
 from memhead.chunked import REDUCTIONS, chunked_linear
 from memhead.logprobs import linear_logprobs
+from memhead.loss_op import block_rows, summed_logprobs
 from memhead.rows import kept_rows, put_back, select
 
 
@@ -44,6 +45,8 @@ def linear_cross_entropy(
         softcap: c > 0 of ``c * tanh(x / c)``, after the scale.
         logit_scale: factor on the logits.
         chunk: see :func:`memhead.linear_logprobs`; with label smoothing or z-loss only its rows count.
+            The mean or sum of a trainable float32 head on a CPU holds its rows over the whole
+            vocabulary (three products); given columns too, it keeps to that tile (four).
         backend: see :func:`memhead.linear_logprobs`; label smoothing and z-loss run in torch.
 
     Returns:
@@ -67,6 +70,18 @@ def linear_cross_entropy(
         rows = None if chunk is None else chunk if isinstance(chunk, int) else chunk[0]
         transform = _Regularised(softcap, logit_scale, label_smoothing, z_loss)
         loss = _of_counted_rows(hidden, weight, targets, counted, transform, bias, reduction, rows)
+    elif reduction != "none" and (rows := block_rows(hidden, weight, chunk)) is not None:
+        loss = -summed_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias,
+            counted,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            rows=rows,
+            backend=backend,
+        )
     else:
         loss = -linear_logprobs(
             hidden,
