@@ -50,7 +50,8 @@ def linear_cross_entropy(
         backend: see :func:`memhead.linear_logprobs`; label smoothing and z-loss run in torch.
 
     Returns:
-        A scalar, or (...) with "none"; float32 (float64 for float64 inputs).
+        A scalar, or (...) with "none"; float32 (float64 for float64 inputs). ``torch.compile`` takes it
+        into its graph, but for label smoothing and z-loss (:func:`memhead.chunked_linear`).
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.
@@ -117,6 +118,7 @@ class _Regularised:
         return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
 
 
+@torch.compiler.disable(reason="label smoothing and z-loss run through memhead.chunked_linear")
 def _of_counted_rows(
     hidden: Tensor,
     weight: Tensor,
