@@ -88,7 +88,14 @@ def chunked_linear(
         checks.check_row_arg(f"row_args[{i}]", arg, hidden)
     compute = compute_dtype(hidden, weight)
     logit_bytes = result_dtype(operand_dtype(compute, hidden.device)).itemsize
-    planned = plan_rows(num_rows, weight.shape[0], device_type=hidden.device.type, itemsize=logit_bytes)
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    planned = plan_rows(
+        num_rows,
+        weight.shape[0],
+        device_type=hidden.device.type,
+        itemsize=logit_bytes,
+        trained_features=weight.shape[1] if trained else 0,
+    )
     device = hidden.device.type
     settings = Settings(
         transform,
@@ -216,6 +223,7 @@ def _sweep(
             by_hidden = _fold_gradient(by_logits, x, weight, grads[1], grads[2], acc)
         if grads[0] is not None and by_hidden is not None:
             grads[0][rows] = by_hidden
+        del by_logits  # before the next chunk has one of its own
     return losses, grads
 
 

@@ -17,6 +17,13 @@ MIB = 1 << 20
 # and cost few launches. benchmarks/results/ holds the measurements that these come from.
 DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 160 * MIB)}
 
+# Bytes of a chunk of whole rows of logits. With its gradient and what the transform's graph keeps,
+# up to COPIES of it exist at a time (4 for cross entropy). On 2 CPU cores, cross entropy by
+# chunked_linear, H = 1024 and V = 32768, took 3.0 products' time frozen and 4.1 trained with 128 rows
+# (16 MiB), 2.5 and 3.6 with 224 (28 MiB), 2.4 and 3.5 with 512, which exceed 128 MiB in all. With
+# V = 128256 a trained head took 4.7 with 57 rows (28 MiB) and 3.6 with 256.
+WHOLE_ROWS = {"cpu": 28 * MIB, "cuda": 128 * MIB}
+COPIES = 5
 
 # (rows, bytes) of a block of rows whose exponentials are kept over the whole vocabulary
 # (memhead.sweep.HeadGradients). Every block reads and writes the weight's gradient once, so few rows
@@ -101,14 +108,20 @@ def plan_chunk(
     return chunk
 
 
-def plan_rows(num_rows: int, vocab_size: int, *, device_type: str = "cpu", itemsize: int = 4) -> int:
+def plan_rows(
+    num_rows: int, vocab_size: int, *, device_type: str = "cpu", itemsize: int = 4, trained_features: int = 0
+) -> int:
     """Rows per chunk when a transform needs whole rows of logits (:func:`memhead.chunked_linear`).
 
     Such a chunk holds rows x vocab_size logits, their gradient and whatever the transform's own
-    graph keeps: 16 MiB of logits on a CPU (they are read again soon), 128 MiB on a GPU.
+    graph keeps: at most :data:`COPIES` in all. The fewer rows, the more often the weight
+    is read. Where its gradient (vocab_size, trained_features) is wanted, that is read and written
+    for every chunk as well; but then the backward pass holds it twice, so a chunk may take as much
+    without being any part of the peak.
     """
-    budget = 16 * MIB if device_type == "cpu" else 128 * MIB
-    return max(1, min(num_rows, budget // (vocab_size * itemsize)))
+    budget = WHOLE_ROWS["cpu" if device_type == "cpu" else "cuda"]
+    rows = max(budget // (vocab_size * itemsize), trained_features // COPIES)
+    return max(1, min(num_rows, rows))
 
 
 def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
