@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from memhead import linear_cross_entropy, linear_logprobs
 from memhead.loss_op import summed_logprobs_op
 from tests.memhead.allocations import allocations
+from tests.memhead.products import count_products
 from tests.memhead.reference import double, full_logits, make_head, relative_error
 
 INFINITY = float("inf")
@@ -49,14 +49,6 @@ def assert_equals_float64(head, targets, tolerance=1e-5, chunk=None, **options):
     assert relative_error(ours[0], exact[0]) < tolerance
     for grad, expected in zip(ours[1], exact[1], strict=True):
         assert relative_error(grad, expected) < max(tolerance, 1.5 * torch.finfo(grad.dtype).eps)
-
-
-def count_products(function, rows, vocab, features):
-    """Operations of matrix products inside ``function``, in units of one product of the head."""
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
-        function()
-    flops = sum(event.flops for event in prof.events() if event.name in ("aten::mm", "aten::addmm"))
-    return flops / (2 * rows * vocab * features)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +221,15 @@ def test_a_second_derivative_is_refused(trained):
     loss = linear_cross_entropy(head.hidden, head.weight, head.targets)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_nan_in_hidden_gives_the_plain_result():
+    head = make_head(10, 31)
+    head.hidden[3, 2] = float("nan")
+    loss, (by_hidden, by_weight) = loss_and_gradients(linear_cross_entropy, head, head.targets, chunk=4)
+    assert loss.isnan()
+    assert by_weight.isnan().all()
+    assert torch.equal(by_hidden.isnan().any(1), torch.arange(10) == 3)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
