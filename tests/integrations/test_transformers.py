@@ -56,6 +56,23 @@ def test_loss_and_gradients_of_every_architecture(checkpoints, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("hyperclovax", {"logits_scaling": 0.4}),
+        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+        (
+            "falcon_h1",
+            {"lm_head_multiplier": 0.3, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8}
+            | {"mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4},
+        ),
+    ],
+)
+def test_other_names_of_scale_and_softcap(name, settings):
+    config = AutoConfig.for_model(name, **SMALL | {"num_key_value_heads": 1} | settings)
+    assert_patch_changes_nothing(AutoModelForCausalLM.from_config(config, dtype=torch.float64), batch())
+
+
+@pytest.mark.parametrize(
     "further",
     [
         {"num_items_in_batch": 50},
