@@ -52,7 +52,7 @@ def summed_logprobs(
     backend: str | None,
 ) -> Tensor:
     """Sum of the log-probabilities of the rows that the mask keeps, where :func:`block_rows` gives ``rows``."""
-    return summed_logprobs_op(
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1).long(),
@@ -64,7 +64,10 @@ def summed_logprobs(
         [rows],
         backend,
         compute_dtype(hidden, weight),
-    )[0]
+    )
+    if torch.compiler.is_compiling():
+        return summed_logprobs_op(*arguments)[0]
+    return _InPlace.apply(*arguments)
 
 
 @torch.library.custom_op("memhead::summed_logprobs", mutates_args=())
@@ -139,24 +142,59 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(ctx.needs_input_grad)
+    mask, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+    upstream = _upstream(upstream, mask)
+    by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
+    grads = by_hidden, by_weight * upstream, None, (by_bias * upstream).to(by_bias.dtype)
+    return _wanted(ctx, *grads)
+
+
+summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """The operator without a compiler: its backward pass scales the weight's gradient where it lies.
+
+    So there never is a second tensor of that size. The first backward pass hands the gradient out;
+    another one, through a retained graph, computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        total, *collected = summed_logprobs_op(*arguments)
+        ctx.settings, ctx.handed_out = arguments[5:], False
+        ctx.save_for_backward(*arguments[:5], *collected)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+        if ctx.handed_out:
+            *_, by_weight, by_bias = summed_logprobs_op(*inputs, *ctx.settings)
+        ctx.handed_out = True
+        upstream = _upstream(upstream, inputs[4])
+        by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
+        # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
+        return _wanted(ctx, by_hidden, by_weight.data.mul_(upstream), None, by_bias.data.mul_(upstream))
+
+
+def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
+    """The scalar upstream gradient; that of a mean over no rows is NaN, and has no row to go to."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_cross_entropy can be differentiated once; create_graph=True would need a second time"
         )
-    grads: list[Tensor | None] = [None] * 11
-    if upstream is None:
-        return tuple(grads)
-    mask, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
-    # A mean over no rows has an upstream gradient of NaN, and no row to give it to.
-    upstream = torch.where(mask.any(), upstream, 0.0)
-    if ctx.needs_input_grad[0]:
-        scale = coefficient * upstream  # (N,)
-        grads[0] = torch.mul(direction, scale[:, None], out=torch.empty_like(direction))
-    if ctx.needs_input_grad[1]:
-        grads[1] = by_weight * upstream
-    if ctx.needs_input_grad[3]:
-        grads[3] = (by_bias * upstream).to(by_bias.dtype)
-    return tuple(grads)
+    return torch.where(mask.any(), upstream, 0.0)
 
 
-summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+def _by_hidden(direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor:
+    """(N, H), written at once in hidden's dtype."""
+    return torch.mul(direction, (coefficient * upstream)[:, None], out=torch.empty_like(direction))
+
+
+def _wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One for each of the operator's arguments, None where nobody wants it."""
+    padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
+    return tuple(grad if need else None for grad, need in zip(padded, ctx.needs_input_grad, strict=True))
