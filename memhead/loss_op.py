@@ -35,7 +35,7 @@ def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | No
     trainable = torch.is_grad_enabled() and weight.requires_grad
     if not trainable or weight.dtype != result or operand == torch.float16 or isinstance(chunk, tuple):
         return None
-    planned = plan_kept_rows(*weight.shape, device_type=hidden.device.type, itemsize=result.itemsize)
+    planned = plan_kept_rows(weight.shape[0], device_type=hidden.device.type, itemsize=result.itemsize)
     return planned if planned is None or chunk is None else chunk
 
 

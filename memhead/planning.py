@@ -25,11 +25,12 @@ DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 160 * MIB)}
 WHOLE_ROWS = {"cpu": 28 * MIB, "cuda": 128 * MIB}
 COPIES = 5
 
-# (rows, bytes, most rows) of a block of rows whose exponentials are kept over the whole vocabulary
+# (rows, bytes) of a block of rows whose exponentials are kept over the whole vocabulary
 # (memhead.sweep.HeadGradients). Every block reads and writes the weight's gradient once, so few rows
-# are slow: on 2 CPU cores, H = 1024, V = 32768, 256 rows took 1.16 times the three products, 512 rows
-# 1.07, 768 rows 1.04, 896 rows 1.03. Not measured on a GPU yet, so not done there.
-KEPT_BLOCK = {"cpu": (512, 128 * MIB, 1024)}
+# are slow. On 2 CPU cores, in multiples of the three products: H = 1024, V = 32768, N = 2048: 1.17 with
+# 256 rows, 1.08 with 512, 1.05 with 768; H = 2048, V = 128256, N = 512: 1.35 with 128 rows, 1.21 with
+# 256, 1.16 with 512. Not measured on a GPU yet, so not done there.
+KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
 
 class Chunk(NamedTuple):
@@ -124,19 +125,15 @@ def plan_rows(
     return max(1, min(num_rows, rows))
 
 
-def plan_kept_rows(vocab_size: int, hidden_size: int, *, device_type: str, itemsize: int) -> int | None:
+def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
     """Rows per block of a trainable head's summed loss (:mod:`memhead.loss_op`); None: do without.
 
-    Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes. The backward pass holds
-    the weight's gradient (vocab_size, hidden_size) twice; what a block takes beside the first one in
-    the forward pass is no part of the peak while it is smaller than the second.
+    Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes.
     """
     if device_type not in KEPT_BLOCK:
         return None
-    rows, budget, most = KEPT_BLOCK[device_type]
-    within_budget = min(rows, budget // (vocab_size * itemsize))
-    within_peak = min(most, hidden_size * 3 // 4)  # the rest is for accumulators
-    return max(1, within_budget, within_peak)
+    rows, budget = KEPT_BLOCK[device_type]
+    return max(1, min(rows, budget // (vocab_size * itemsize)))
 
 
 def resolve_chunk(
