@@ -7,7 +7,6 @@ from math import prod
 
 from torch.profiler import ProfilerActivity, profile
 
-
 # Where the two operands stand among a product's arguments.
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "mkldnn::_linear_pointwise": 0}
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measure import peak_bytes
 from memhead import linear_cross_entropy, linear_logprobs
 from memhead.loss_op import summed_logprobs_op
 from tests.memhead.allocations import allocations
@@ -246,7 +247,8 @@ def test_under_checkpoint(reentrant):
         assert torch.equal(leaf.grad, expected)
 
 
-def test_the_gradient_is_all_that_is_of_the_weights_size():
+def test_the_gradient_is_all_that_is_of_the_weights_size(monkeypatch):
+    monkeypatch.setattr("memhead.products.ONEDNN_BYTES", 1 << 10)  # of which oneDNN makes new memory
     rows, vocab, features, chunk = 600, 900, 16, 10
     head = make_head(rows, vocab, features)
     hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
@@ -264,9 +266,10 @@ def test_the_gradient_is_all_that_is_of_the_weights_size():
 def test_planned_block_keeps_to_the_plan():
     head = make_head(1024, 32768, 8)
     hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
-    sizes = allocations(lambda: linear_cross_entropy(hidden, weight, head.targets).backward())
-    assert sizes[0] == 64 << 20
-    assert sum(size for size in sizes[1:] if size > 1 << 20) < 64 << 20
+    peak = peak_bytes(
+        lambda: linear_cross_entropy(hidden, weight, head.targets).backward(), torch.device("cpu")
+    )
+    assert 64 << 20 <= peak < 80 << 20
 
 
 @pytest.mark.parametrize("masked", [True, False])
