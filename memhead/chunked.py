@@ -88,13 +88,12 @@ def chunked_linear(
         checks.check_row_arg(f"row_args[{i}]", arg, hidden)
     compute = compute_dtype(hidden, weight)
     logit_bytes = result_dtype(operand_dtype(compute, hidden.device)).itemsize
-    trained = torch.is_grad_enabled() and weight.requires_grad
     planned = plan_rows(
         num_rows,
         weight.shape[0],
         device_type=hidden.device.type,
         itemsize=logit_bytes,
-        trained_features=weight.shape[1] if trained else 0,
+        trained=torch.is_grad_enabled() and weight.requires_grad,
     )
     device = hidden.device.type
     settings = Settings(
