@@ -7,6 +7,10 @@ gradient. Two products for a frozen head, three for a trainable one, and nothing
 
 With ``reduction="none"`` each row has an upstream gradient of its own. What belongs to a row is
 scaled by it; what rows share (weight, bias, a module's parameters) is recomputed in the backward.
+
+A function of the caller's cannot be an argument of an operator, and a compiler that looked inside
+would unroll the loop over chunks, anew for every number of rows. So under ``torch.compile``
+:func:`chunked_linear` is one break of the graph, and runs as it does without.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from memhead import checks
-from memhead.logprobs import compute_dtype
+from memhead.arguments import compute_dtype
 from memhead.planning import default_tile, plan_rows
 from memhead.products import add_product, operand_dtype, product, result_dtype
 from memhead.sweep import blocks
@@ -38,6 +42,7 @@ class Settings(NamedTuple):
     refuse_captured: bool
 
 
+@torch.compiler.disable(reason="memhead.chunked_linear runs a function of the caller's chunk by chunk")
 def chunked_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -65,7 +70,8 @@ def chunked_linear(
     Returns:
         A scalar, or the losses (...), in the logits' dtype. Differentiable once, by hidden, weight,
         bias, row_args and the parameters of a module. Until the backward pass a trainable weight's
-        gradient (V, H) is held in the logits' dtype.
+        gradient (V, H) is held in the logits' dtype. Under ``torch.compile`` the call is one break of
+        the graph; ``fullgraph=True`` refuses it.
 
     Raises:
         ValueError: arguments that do not fit together, a transform that does not return one value
@@ -82,7 +88,13 @@ def chunked_linear(
         checks.check_row_arg(f"row_args[{i}]", arg, hidden)
     compute = compute_dtype(hidden, weight)
     logit_bytes = result_dtype(operand_dtype(compute, hidden.device)).itemsize
-    planned = plan_rows(num_rows, weight.shape[0], device_type=hidden.device.type, itemsize=logit_bytes)
+    planned = plan_rows(
+        num_rows,
+        weight.shape[0],
+        device_type=hidden.device.type,
+        itemsize=logit_bytes,
+        trained=torch.is_grad_enabled() and weight.requires_grad,
+    )
     device = hidden.device.type
     settings = Settings(
         transform,
@@ -210,6 +222,7 @@ def _sweep(
             by_hidden = _fold_gradient(by_logits, x, weight, grads[1], grads[2], acc)
         if grads[0] is not None and by_hidden is not None:
             grads[0][rows] = by_hidden
+        del by_logits  # before the next chunk has one of its own
     return losses, grads
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from memhead import checks
 from memhead.chunked import REDUCTIONS, chunked_linear
 from memhead.logprobs import linear_logprobs
+from memhead.loss_op import block_rows, summed_logprobs
+from memhead.rows import kept_rows, put_back, select
 
 
 def linear_cross_entropy(
@@ -43,10 +45,13 @@ def linear_cross_entropy(
         softcap: c > 0 of ``c * tanh(x / c)``, after the scale.
         logit_scale: factor on the logits.
         chunk: see :func:`memhead.linear_logprobs`; with label smoothing or z-loss only its rows count.
+            The mean or sum of a trainable float32 head on a CPU holds its rows over the whole
+            vocabulary (three products); given columns too, it keeps to that tile (four).
         backend: see :func:`memhead.linear_logprobs`; label smoothing and z-loss run in torch.
 
     Returns:
-        A scalar, or (...) with "none"; float32 (float64 for float64 inputs).
+        A scalar, or (...) with "none"; float32 (float64 for float64 inputs). ``torch.compile`` takes it
+        into its graph, but for label smoothing and z-loss (:func:`memhead.chunked_linear`).
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.
@@ -66,6 +71,18 @@ def linear_cross_entropy(
         rows = None if chunk is None else chunk if isinstance(chunk, int) else chunk[0]
         transform = _Regularised(softcap, logit_scale, label_smoothing, z_loss)
         loss = _of_counted_rows(hidden, weight, targets, counted, transform, bias, reduction, rows)
+    elif reduction != "none" and (rows := block_rows(hidden, weight, chunk)) is not None:
+        loss = -summed_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias,
+            counted,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            rows=rows,
+            backend=backend,
+        )
     else:
         loss = -linear_logprobs(
             hidden,
@@ -101,6 +118,7 @@ class _Regularised:
         return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
 
 
+@torch.compiler.disable(reason="label smoothing and z-loss run through memhead.chunked_linear")
 def _of_counted_rows(
     hidden: Tensor,
     weight: Tensor,
@@ -112,13 +130,11 @@ def _of_counted_rows(
     chunk: int | None,
 ) -> Tensor:
     """The transform's sum over the rows that count, or each row's value, 0 where it does not count."""
-    kept = counted.reshape(-1).nonzero().squeeze(1)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    if len(kept) < len(rows):
-        rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
+    kept = kept_rows(counted.reshape(-1))
+    rows, labels = select(kept, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long())
     checks.check_targets_in_vocabulary(labels, weight.shape[0])
     each = reduction == "none"
     loss = chunked_linear(
         rows, weight, transform, labels, bias=bias, reduction="none" if each else "sum", chunk=chunk
     )
-    return loss.new_zeros(targets.numel()).index_copy(0, kept, loss).view(targets.shape) if each else loss
+    return put_back(kept, loss, targets.numel()).view(targets.shape) if each else loss

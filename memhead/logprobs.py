@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from memhead import checks
-from memhead.ops import OUTPUTS, logprobs_op
-from memhead.products import result_dtype
+from memhead.arguments import compute_dtype, read_arguments
+from memhead.ops import logprobs_op
 
 
 class LinearLogprobs(NamedTuple):
@@ -107,16 +107,19 @@ def linear_logprobs(
         ValueError: arguments that do not fit together; the message names argument, value and rule.
     """
     checks.check_head(hidden, weight, targets, bias)
-    checks.check_chunk(chunk)
-    wanted = wanted_outputs(entropy, extra_outputs)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
     compute = compute_dtype(hidden, weight)
-    row_temperature, number = split_temperature(temperature, hidden, result_dtype(compute))
-    if mask is not None:
-        checks.check_rows("mask", mask, hidden)
-        checks.check_device("mask", mask, hidden)
-        mask = mask.reshape(-1).bool()
+    labels, kept, row_temperature, spec, tile, _ = read_arguments(
+        hidden,
+        targets,
+        compute,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=entropy,
+        extra_outputs=extra_outputs,
+        chunk=chunk,
+    )
 
     update = None
     if low_rank is not None:
@@ -126,50 +129,25 @@ def linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         update,
-        targets.reshape(-1).long(),
+        labels,
         bias,
-        mask,
+        kept,
         row_temperature,
-        [float(logit_scale), float(softcap or 0.0), number],
-        wanted,
+        spec.numbers,
+        spec.wanted,
         direction,
-        [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
+        tile,
         backend,
         compute,
     )
     shape = hidden.shape[:-1]
     logprobs, *others = results
-    entropies, *metrics = (x.reshape(shape) if want else None for x, want in zip(others, wanted, strict=True))
+    entropies, *metrics = (
+        x.reshape(shape) if want else None for x, want in zip(others, spec.wanted, strict=True)
+    )
     return LinearLogprobs(
         logprobs.reshape(shape), entropies, *(None if x is None else x.detach() for x in metrics)
     )
-
-
-def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:
-    """Which of :data:`memhead.ops.OUTPUTS` are asked for."""
-    unknown = set(extra_outputs) - set(OUTPUTS)
-    if unknown:
-        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
-    return [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
-
-
-def split_temperature(
-    temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, float]:
-    """The temperature as (N,) in ``dtype``, or None, and as a number, 1 beside a tensor."""
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return None, float(temperature)
-    checks.check_rows("temperature", temperature, hidden)
-    checks.check_device("temperature", temperature, hidden)
-    return temperature.detach().reshape(-1).to(dtype), 1.0
-
-
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """dtype of the matrix products' operands: autocast's where it is on, else the wider of the two."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _extend(

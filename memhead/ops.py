@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memhead.arguments import OUTPUTS
 from memhead.backends import get_backend
 from memhead.checks import check_targets_in_vocabulary, check_temperatures
 from memhead.planning import resolve_chunk
 from memhead.products import operand_dtype, result_dtype
+from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec, Upstream, one_minus_p
 from memhead.sweep import LEAST_ROWS, Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight, LowRankWeight, Weight
-
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def make_problem(
@@ -80,41 +80,23 @@ def logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows."""
     with torch.autocast(hidden.device.type, enabled=False):
-        kept = _kept_rows(mask)
-        x, t, temperature = _select(kept, hidden, targets, row_temperature)
+        kept = kept_rows(mask)
+        x, t, temperature = select(kept, hidden, targets, row_temperature)
         check_targets_in_vocabulary(t, weight.shape[0])
         if temperature is not None:
             check_temperatures(temperature)
         num_rows = len(x)
         if x.device.type == "cpu" and 0 < num_rows < LEAST_ROWS and not chunk:
-            x, t, temperature = _select(torch.arange(LEAST_ROWS).clamp_max(num_rows - 1), x, t, temperature)
+            x, t, temperature = select(torch.arange(LEAST_ROWS).clamp_max(num_rows - 1), x, t, temperature)
         problem = _problem(x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute)
         rows, out = forward_sweep(problem, direction=direction)
         out = hidden.new_empty(0) if out is None else out
         wanted = (True, *outputs, True, direction)
         results = [
-            _put_back(kept, y[:num_rows], len(hidden)) if want else y
+            put_back(kept, y[:num_rows], len(hidden)) if want else y
             for y, want in zip((*rows, out), wanted, strict=True)
         ]
         return tuple(results)  # type: ignore[return-value]
-
-
-def _kept_rows(mask: Tensor | None) -> Tensor | None:
-    """Indices of the rows that the mask keeps, or None where it keeps all."""
-    if mask is None:
-        return None
-    kept = mask.nonzero().squeeze(1)
-    return None if len(kept) == len(mask) else kept
-
-
-def _select(kept: Tensor | None, *tensors: Tensor | None) -> Any:
-    """The kept rows of each tensor."""
-    return [x if x is None or kept is None else x.index_select(0, kept) for x in tensors]
-
-
-def _put_back(kept: Tensor | None, rows: Tensor, num_rows: int) -> Tensor:
-    """Kept rows at the place they came from, zeros elsewhere."""
-    return rows if kept is None else rows.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, kept, rows)
 
 
 @logprobs_op.register_fake
@@ -177,8 +159,8 @@ def logprobs_backward_op(
     if update_grad and update is not None:
         parts.append(WeightPart(slice(features, features + update.shape[1]), update.dtype))
     with torch.autocast(hidden.device.type, enabled=False):
-        kept = _kept_rows(mask)
-        x, t, temperature, *values = _select(
+        kept = kept_rows(mask)
+        x, t, temperature, *values = select(
             kept, hidden, targets, row_temperature, grad_logprobs, grad_entropy, logprobs, entropy, lse_others
         )
         nothing = [False] * len(OUTPUTS)
@@ -193,7 +175,7 @@ def logprobs_backward_op(
     by_weight = by_parts.pop(0) if weight_grad else hidden.new_empty(0)
     by_update = by_parts.pop(0) if by_parts else hidden.new_empty(0)
     by_bias = hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype)
-    by_hidden = hidden.new_empty(0) if by_hidden is None else _put_back(kept, by_hidden, len(hidden))
+    by_hidden = hidden.new_empty(0) if by_hidden is None else put_back(kept, by_hidden, len(hidden))
     return by_hidden, by_weight, by_update, by_bias
 
 
@@ -244,8 +226,7 @@ def _backward(
     )
     numbers, chunk, backend, compute = ctx.settings
     by_hidden, by_weight, by_update, by_bias = (ctx.needs_input_grad[i] for i in (0, 1, 2, 4))
-    logit_scale, _, temperature = numbers
-    factor = logit_scale / (temperature if row_temperature is None else row_temperature)
+    factor = FoldSpec(*numbers, *[False] * len(OUTPUTS)).slope(row_temperature)
 
     def upstream(grad: Tensor | None) -> Tensor | None:
         if grad is None:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memhead import checks
-from memhead.logprobs import LinearLogprobs, compute_dtype, split_temperature, wanted_outputs
+from memhead.arguments import compute_dtype, read_arguments
+from memhead.logprobs import LinearLogprobs
 from memhead.ops import make_problem
-from memhead.products import result_dtype
+from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec, Stat, Upstream, one_minus_p
 from memhead.sweep import Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight
@@ -73,34 +74,30 @@ def vocab_parallel_logprobs(
         ValueError: arguments that do not fit together; the message names argument, value and rule.
     """
     checks.check_head(hidden, weight, targets, bias)
-    checks.check_chunk(chunk)
-    wanted = wanted_outputs(entropy, extra_outputs)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    compute = compute_dtype(hidden, weight)
-    row_temperature, number = split_temperature(temperature, hidden, result_dtype(compute))
-    start, total = _place(weight, group)
-    x, labels, kept = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), None
-    if mask is not None:
-        checks.check_rows("mask", mask, hidden)
-        kept = mask.reshape(-1).nonzero().squeeze(1)
-        x, labels = x.index_select(0, kept), labels.index_select(0, kept)
-        row_temperature = None if row_temperature is None else row_temperature.index_select(0, kept)
-    checks.check_targets_in_vocabulary(labels, total)
-    settings = _Settings(
-        group,
-        total,
-        FoldSpec(float(logit_scale), float(softcap or 0.0), number, *wanted),
-        [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
-        backend,
-        compute,
-        torch.is_grad_enabled() and hidden.requires_grad,
+    arguments = read_arguments(
+        hidden,
+        targets,
+        compute_dtype(hidden, weight),
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=entropy,
+        extra_outputs=extra_outputs,
+        chunk=chunk,
     )
+    start, total = _place(weight, group)
+    kept = kept_rows(arguments.mask)
+    x, labels, row_temperature = select(
+        kept, hidden.reshape(-1, hidden.shape[-1]), arguments.targets, arguments.temperature
+    )
+    checks.check_targets_in_vocabulary(labels, total)
+    direction = torch.is_grad_enabled() and hidden.requires_grad
+    settings = _Settings(group, total, arguments.spec, arguments.tile, backend, arguments.compute, direction)
 
     def shaped(y: Tensor) -> Tensor:
         """One value per row of hidden, 0 where the mask leaves it out."""
-        y = y if kept is None else y.new_zeros(targets.numel()).index_copy(0, kept, y)
-        return y.view(targets.shape)
+        return put_back(kept, y, targets.numel()).view(targets.shape)
 
     logprobs, *others = _VocabParallel.apply(settings, x, weight, bias, labels - start, row_temperature)
     return LinearLogprobs(shaped(logprobs), *(None if y is None else shaped(y) for y in others))
@@ -182,9 +179,7 @@ class _VocabParallel(torch.autograd.Function):
         )
         settings: _Settings = ctx.settings
         _, by_hidden, by_weight, by_bias, _, _ = ctx.needs_input_grad
-        factor = settings.spec.logit_scale / (
-            settings.spec.temperature if temperature is None else temperature
-        )
+        factor = settings.spec.slope(temperature)
         grad_logprobs = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs * factor
         grad_entropy = None if grad_entropy is None else grad_entropy * factor
         hidden_grad = weight_grad = bias_grad = None

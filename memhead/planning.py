@@ -17,6 +17,21 @@ MIB = 1 << 20
 # and cost few launches. benchmarks/results/ holds the measurements that these come from.
 DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 160 * MIB)}
 
+# Bytes of a chunk of whole rows of logits, and the fewest rows where the weight's gradient is wanted.
+# Four such chunks exist at a time in cross entropy. Trained, by chunked_linear, on 2 CPU cores with
+# oneDNN's products (without them): H = 1024, V = 32768, N = 2048: 1.3 s (2.8 s) with 128 rows, 1.5 s
+# (2.4 s) with 512; H = 1024, V = 128256, N = 512: 1.9 s with 64 rows, 1.7 s with 128, 1.6 s with 204.
+WHOLE_ROWS = {"cpu": 16 * MIB, "cuda": 128 * MIB}
+TRAINED_ROWS = 128
+
+# (rows, bytes) of a block of rows whose exponentials are kept over the whole vocabulary
+# (memhead.sweep.HeadGradients). Every block reads and writes the weight's gradient once, so few rows
+# are slow. On 2 CPU cores, in multiples of the three products by oneDNN (by torch.mm, which take twice
+# as long): H = 1024, V = 32768, N = 2048: 1.22 (1.17) with 256 rows, 1.17 (1.08) with 512, 1.15 (1.05)
+# with 768; by torch.mm, H = 2048, V = 128256, N = 512: 1.35 with 128, 1.21 with 256, 1.16 with 512.
+# Not measured on a GPU yet, so not done there.
+KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
+
 
 class Chunk(NamedTuple):
     """A tile of logits: ``rows`` tokens by ``columns`` vocabulary entries."""
@@ -94,14 +109,31 @@ def plan_chunk(
     return chunk
 
 
-def plan_rows(num_rows: int, vocab_size: int, *, device_type: str = "cpu", itemsize: int = 4) -> int:
+def plan_rows(
+    num_rows: int, vocab_size: int, *, device_type: str = "cpu", itemsize: int = 4, trained: bool = False
+) -> int:
     """Rows per chunk when a transform needs whole rows of logits (:func:`memhead.chunked_linear`).
 
     Such a chunk holds rows x vocab_size logits, their gradient and whatever the transform's own
-    graph keeps: 16 MiB of logits on a CPU (they are read again soon), 128 MiB on a GPU.
+    graph keeps: 16 MiB of logits on a CPU (they are read again soon), 128 MiB on a GPU. A weight's
+    gradient, where it is ``trained``, is read and written for every chunk, so there a chunk is
+    never of fewer than 128 rows; what that takes is less than the second copy of the gradient in
+    the backward pass, and so no part of the peak, from a hidden size of 512 on.
     """
-    budget = 16 * MIB if device_type == "cpu" else 128 * MIB
-    return max(1, min(num_rows, budget // (vocab_size * itemsize)))
+    budget = WHOLE_ROWS["cpu" if device_type == "cpu" else "cuda"]
+    rows = max(budget // (vocab_size * itemsize), TRAINED_ROWS if trained else 1)
+    return max(1, min(num_rows, rows))
+
+
+def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
+    """Rows per block of a trainable head's summed loss (:mod:`memhead.loss_op`); None: do without.
+
+    Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes.
+    """
+    if device_type not in KEPT_BLOCK:
+        return None
+    rows, budget = KEPT_BLOCK[device_type]
+    return max(1, min(rows, budget // (vocab_size * itemsize)))
 
 
 def resolve_chunk(

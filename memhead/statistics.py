@@ -59,6 +59,20 @@ class FoldSpec(NamedTuple):
     total: bool
     top1: bool
 
+    @property
+    def numbers(self) -> list[float]:
+        """Logit scale, softcap and temperature."""
+        return list(self[:3])
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Which of :data:`memhead.arguments.OUTPUTS` are wanted."""
+        return list(self[3:])
+
+    def slope(self, temperature: Tensor | None) -> Tensor | float:
+        """d z / d (h . W) but for the softcap's part; ``temperature`` (N,) replaces the number."""
+        return self.logit_scale / (self.temperature if temperature is None else temperature)
+
 
 class Rows(NamedTuple):
     """Per-row results (N,), float32 (float64 for float64 operands)."""

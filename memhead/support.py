@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memhead import checks
+from memhead.arguments import compute_dtype, flat_mask, split_temperature
 from memhead.chunked import fill_logits
-from memhead.logprobs import LinearLogprobs, compute_dtype, split_temperature
+from memhead.logprobs import LinearLogprobs
 from memhead.planning import plan_rows
 from memhead.products import operand_dtype, result_dtype
+from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import LOWEST
 from memhead.sweep import blocks
 
@@ -153,12 +155,8 @@ def supported_logprobs(
     flat, ids, labels = hidden.reshape(-1, hidden.shape[-1]), support.flatten(0, -2), targets.reshape(-1)
     compute = compute_dtype(hidden, weight)
     per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
-    kept = None
-    if mask is not None:
-        checks.check_rows("mask", mask, hidden)
-        kept = mask.reshape(-1).nonzero().squeeze(1)
-        flat, ids, labels = (x.index_select(0, kept) for x in (flat, ids, labels))
-        per_row = None if per_row is None else per_row.index_select(0, kept)
+    kept = kept_rows(None if mask is None else flat_mask(mask, hidden))
+    flat, ids, labels, per_row = select(kept, flat, ids, labels, per_row)
     checks.check_targets_in_vocabulary(ids.clamp_min(0), weight.shape[0])
     planned = plan_rows(
         len(flat), max(1, ids.shape[1] * weight.shape[1]), device_type=hidden.device.type, itemsize=4
@@ -168,9 +166,7 @@ def supported_logprobs(
     results = [_renormalised(z.masked_fill(ids < 0, LOWEST), ids == labels[:, None])]
     if entropy:
         results.append(_entropy(z.masked_fill(ids < 0, LOWEST)))
-    if kept is not None:
-        results = [x.new_zeros(targets.numel()).index_copy(0, kept, x) for x in results]
-    return LinearLogprobs(*(x.view(targets.shape) for x in results))
+    return LinearLogprobs(*(put_back(kept, x, targets.numel()).view(targets.shape) for x in results))
 
 
 class _SupportLogits(torch.autograd.Function):

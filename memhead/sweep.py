@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memhead.planning import Chunk
 from memhead.products import add_product, operand_dtype, result_dtype
-from memhead.statistics import FoldSpec, Rows, Upstream, finish, new_statistics
+from memhead.statistics import FoldSpec, Rows, Stat, Upstream, finish, new_statistics, one_minus_p
 from memhead.weights import Weight
 
 
@@ -48,6 +48,10 @@ class Problem(NamedTuple):
         dtype = self.backend.tile_dtype(self.operand, self.hidden.shape[1], self.hidden.device)
         return self.hidden.new_empty(chunk.rows * chunk.columns, dtype=dtype)
 
+    def coefficient(self, logprobs: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the directions (R, H) of these rows lack to be the gradients of their logprobs, (R,)."""
+        return one_minus_p(logprobs) * self.spec.slope(_slice(self.temperature, rows))
+
 
 def blocks(total: int, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``range(total)``."""
@@ -70,8 +74,64 @@ def row_blocks(total: int, size: int) -> Iterator[slice]:
     yield slice(total - last - LEAST_ROWS, total)
 
 
+class HeadGradients:
+    """Gradients of the sum of all log-probabilities by weight and bias, collected in a forward sweep.
+
+    Where every row's upstream gradient is the same number, nothing has to be recomputed for them:
+    the exponentials of one block of rows are kept over the whole vocabulary, until its rows are
+    complete, and multiplied a second time, with the hidden states. Three products in all.
+    """
+
+    def __init__(self, problem: Problem, *, by_bias: bool) -> None:
+        self.problem = problem
+        hidden, vocab_size = problem.hidden, problem.weight.shape[0]
+        # The first block of rows writes it: on a CPU, clearing a gradient costs a tenth of a product.
+        self.by_weight = hidden.new_empty(problem.weight.shape, dtype=problem.result)
+        if not len(hidden):
+            self.by_weight.zero_()
+        self.by_bias = hidden.new_zeros(vocab_size, dtype=problem.result) if by_bias else None
+        self._buffer = problem.new_buffer(Chunk(problem.chunk.rows, vocab_size))
+        self._kept: list[tuple[slice, Tensor, Tensor]] = []
+
+    def buffer(self, columns: slice, num_rows: int) -> Tensor:
+        """Memory for the tile of these columns, which the tiles after it leave alone."""
+        return self._buffer[columns.start * num_rows : columns.stop * num_rows]
+
+    def keep(self, columns: slice, exps: Tensor, stats: Tensor) -> None:
+        """A tile (R, C), and the reference that its exponentials were taken against."""
+        self._kept.append((columns, exps, stats[Stat.REFERENCE].clone()))
+
+    def fold(self, x: Tensor, stats: Tensor, rows: slice) -> None:
+        """Add what a complete block of rows x (R, H) gives; forget its tiles."""
+        problem = self.problem
+        targets, others = problem.targets[rows], stats[Stat.OTHERS]
+        logprobs = finish(stats, problem.weight.shape[0], problem.spec).logprobs
+        coefficient = problem.coefficient(logprobs, rows)
+        of_others = torch.where(others > 0, -coefficient / others, 0.0)  # (R,)
+        of_target = coefficient * stats[Stat.SLOPE]
+        wide = x.to(problem.result)
+        scaled = (wide * of_others[:, None]).to(x.dtype)  # (R, H)
+        for columns, exps, reference in self._kept:
+            factor, left = of_others, scaled
+            # On a GPU the question would cost a synchronisation, more than the multiplication does.
+            if x.device.type != "cpu" or bool((reference != stats[Stat.REFERENCE]).any()):
+                factor = of_others * (reference - stats[Stat.REFERENCE]).exp()
+                left = (wide * factor[:, None]).to(x.dtype)
+            add_product(self.by_weight[columns], exps.t(), left, first=rows.start == 0)
+            if self.by_bias is not None:
+                self.by_bias[columns] += torch.mv(exps.t(), factor.to(exps.dtype))
+        self.by_weight.index_add_(0, targets, wide * of_target[:, None])
+        if self.by_bias is not None:
+            self.by_bias.index_add_(0, targets, of_target)
+        self._kept.clear()
+
+
 def forward_sweep(
-    problem: Problem, *, direction: bool, merge: Callable[[Tensor, Tensor | None], None] | None = None
+    problem: Problem,
+    *,
+    direction: bool,
+    merge: Callable[[Tensor, Tensor | None], None] | None = None,
+    gradients: HeadGradients | None = None,
 ) -> tuple[Rows, Tensor | None]:
     """Per-row results (N,) and, if wanted, the direction (N, H) of the hidden gradient.
 
@@ -79,12 +139,13 @@ def forward_sweep(
     anyway. Working memory: one tile of logits and one block of float32 accumulators.
 
     ``merge(statistics, accumulator)`` is called on a block of rows that has seen this process's
-    part of the vocabulary (:mod:`memhead.parallel`).
+    part of the vocabulary (:mod:`memhead.parallel`). ``gradients`` are collected by the way, at the
+    price of one more product and of a block of rows of the whole vocabulary.
     """
     hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     stats = new_statistics(num_rows, hidden, problem.result)
-    buffer = problem.new_buffer(chunk)
+    buffer = problem.new_buffer(chunk) if gradients is None else None
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
@@ -109,7 +170,7 @@ def forward_sweep(
             exps = problem.backend.fold_product(  # (R, C)
                 x,
                 w,
-                buffer,
+                buffer if gradients is None else gradients.buffer(columns, len(x)),
                 stats[:, rows],
                 problem.targets[rows],
                 columns.start,
@@ -118,12 +179,16 @@ def forward_sweep(
                 problem.spec,
                 None if first else acc,
                 problem.operand,
-                direction,
+                direction or gradients is not None,
             )
+            if gradients is not None:
+                gradients.keep(columns, exps, stats[:, rows])
             if acc is not None:
                 add_product(acc, exps, w, first=first)
         if merge is not None:
             merge(stats[:, rows], acc)
+        if gradients is not None:
+            gradients.fold(x, stats[:, rows], rows)
         if acc is not None and out is not None:
             target_rows = weight.rows(problem.targets[rows], problem.operand)
             problem.backend.finish_direction(acc, stats[:, rows], target_rows, out[rows])

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from memhead import checks
-from memhead.logprobs import LinearLogprobs, compute_dtype, split_temperature, wanted_outputs
+from memhead.arguments import compute_dtype, read_arguments
+from memhead.logprobs import LinearLogprobs
 from memhead.ops import make_problem
-from memhead.products import result_dtype
+from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec, Upstream, one_minus_p
 from memhead.sweep import Problem, backward_sweep, forward_sweep
 from memhead.weights import Weight
@@ -172,32 +173,30 @@ def quantized_logprobs(
         )
     checks.check_integers("targets", targets)
     checks.check_rows("targets", targets, hidden)
-    checks.check_chunk(chunk)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias requires a gradient; beside a quantised weight it must be frozen")
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    compute = compute_dtype(hidden, hidden)
-    row_temperature, number = split_temperature(temperature, hidden, result_dtype(compute))
-    x, labels, kept = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), None
-    if mask is not None:
-        checks.check_rows("mask", mask, hidden)
-        kept = mask.reshape(-1).nonzero().squeeze(1)
-        x, labels = x.index_select(0, kept), labels.index_select(0, kept)
-        row_temperature = None if row_temperature is None else row_temperature.index_select(0, kept)
-    checks.check_targets_in_vocabulary(labels, weight.shape[0])
-    spec = FoldSpec(
-        float(logit_scale), float(softcap or 0.0), number, *wanted_outputs(entropy, extra_outputs)
+    flat_targets, rows, temperatures, spec, tile, compute = read_arguments(
+        hidden,
+        targets,
+        compute_dtype(hidden, hidden),
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=entropy,
+        extra_outputs=extra_outputs,
+        chunk=chunk,
     )
-    tile = [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk)
+    kept = kept_rows(rows)
+    x, labels, row_temperature = select(
+        kept, hidden.reshape(-1, hidden.shape[-1]), flat_targets, temperatures
+    )
+    checks.check_targets_in_vocabulary(labels, weight.shape[0])
     direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = _Settings(weight, labels, bias, row_temperature, spec, tile, backend, compute, direction)
     results: Any = _Quantized.apply(settings, x)
-    if kept is not None:
-        results = [
-            None if y is None else y.new_zeros(targets.numel()).index_copy(0, kept, y) for y in results
-        ]
-    return LinearLogprobs(*(None if y is None else y.view(targets.shape) for y in results))  # type: ignore[arg-type]
+    shaped = (None if y is None else put_back(kept, y, targets.numel()).view(targets.shape) for y in results)
+    return LinearLogprobs(*shaped)  # type: ignore[arg-type]
 
 
 class _Settings(NamedTuple):
@@ -248,9 +247,7 @@ class _Quantized(torch.autograd.Function):
     ) -> tuple[None, Tensor | None]:
         hidden, logprobs, entropy, lse_others, direction = ctx.saved_tensors
         settings = ctx.settings
-        factor = settings.spec.logit_scale / (
-            settings.spec.temperature if settings.temperature is None else settings.temperature
-        )
+        factor = settings.spec.slope(settings.temperature)
         by_logprobs = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs * factor
         if grad_entropy is None:
             return None, ((by_logprobs * one_minus_p(logprobs))[:, None] * direction).to(hidden.dtype)

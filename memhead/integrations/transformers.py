@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput, MoeCausalLMOutputWithPast
 
+from memhead.cross_entropy import linear_cross_entropy
 from memhead.integrations.handle import Handle
+from memhead.integrations.transformers_moe import router_loss, wants_router_loss
 from memhead.logprobs import LowRankUpdate, linear_logprobs
 
 PATCH = "_memhead_patch"
@@ -146,12 +148,9 @@ def _forward_with_loss(
 ) -> tuple[Any, int]:
     """(output with the loss, number of tokens scored); ``given`` are the forward's arguments by name."""
     own = {name: given.pop(name, None) for name in OF_THE_HEAD}
-    text = model.config.get_text_config()
-    if given.get("output_router_logits", getattr(text, "output_router_logits", False)):
-        raise ValueError(
-            "output_router_logits=True adds a load-balancing loss that memhead's patch does not compute; "
-            "set it to False in the model's config"
-        )
+    balanced = wants_router_loss(model, given)
+    if balanced:
+        given["output_router_logits"] = True
     keep = own["logits_to_keep"]
     if isinstance(keep, Tensor) or keep:
         raise ValueError(f"logits_to_keep={keep} with labels: leave it out, the loss needs every position")
@@ -164,29 +163,40 @@ def _forward_with_loss(
     targets = targets.to(hidden.device)
     counted = targets != ignore_index
     weight, bias, update = _head(model)
-    logprobs = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        mask=counted,
-        softcap=options.softcap,
-        logit_scale=options.logit_scale,
-        low_rank=update,
-        chunk=chunk,
-        backend=backend,
-    ).logprobs
+    shared: dict[str, Any] = {
+        "bias": bias,
+        "softcap": options.softcap,
+        "logit_scale": options.logit_scale,
+        "chunk": chunk,
+        "backend": backend,
+    }
+    if update is None:
+        total = linear_cross_entropy(
+            hidden, weight, targets, ignore_index=ignore_index, reduction="sum", **shared
+        )
+    else:
+        scored = linear_logprobs(hidden, weight, targets, mask=counted, low_rank=update, **shared)
+        total = -scored.logprobs.sum()
     items = own["num_items_in_batch"]
     items = (
         counted.sum() if items is None else items.to(hidden.device) if isinstance(items, Tensor) else items
     )
-    output = CausalLMOutputWithPast(
-        loss=-logprobs.sum() / items,
-        logits=None,
-        past_key_values=getattr(outputs, "past_key_values", None),
-        hidden_states=getattr(outputs, "hidden_states", None),
-        attentions=getattr(outputs, "attentions", None),
-    )
+    loss = total / items
+    fields = {
+        name: getattr(outputs, name, None) for name in ("past_key_values", "hidden_states", "attentions")
+    }
+    output: ModelOutput
+    if balanced:
+        added, aux_loss = router_loss(model, outputs.router_logits, given.get("attention_mask"))
+        output = MoeCausalLMOutputWithPast(
+            loss=loss + added.to(loss.device),
+            aux_loss=aux_loss,
+            logits=None,
+            router_logits=outputs.router_logits,
+            **fields,
+        )
+    else:
+        output = CausalLMOutputWithPast(loss=loss, logits=None, **fields)
     return (output.to_tuple() if own["return_dict"] is False else output), targets.numel()
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memhead.arguments import OUTPUTS, compute_dtype
 from memhead.checks import check_chunk
 from memhead.integrations.handle import Handle
 from memhead.integrations.trl_lora import allow_lora_head, current_head
-from memhead.logprobs import LinearLogprobs, LowRankUpdate, compute_dtype, linear_logprobs
-from memhead.ops import OUTPUTS
+from memhead.logprobs import LinearLogprobs, LowRankUpdate, linear_logprobs
 from memhead.products import result_dtype
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")

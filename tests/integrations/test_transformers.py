@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from grpo_runs import TOKENIZER, configurations
+from grpo_runs import SMALL, TOKENIZER, configurations
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -53,6 +53,23 @@ def assert_patch_changes_nothing(model, inputs):
 @pytest.mark.parametrize("name", configurations())
 def test_loss_and_gradients_of_every_architecture(checkpoints, name):
     assert_patch_changes_nothing(load(checkpoints[name]), batch())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("hyperclovax", {"logits_scaling": 0.4}),
+        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+        (
+            "falcon_h1",
+            {"lm_head_multiplier": 0.3, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8}
+            | {"mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4},
+        ),
+    ],
+)
+def test_other_names_of_scale_and_softcap(name, settings):
+    config = AutoConfig.for_model(name, **SMALL | {"num_key_value_heads": 1} | settings)
+    assert_patch_changes_nothing(AutoModelForCausalLM.from_config(config, dtype=torch.float64), batch())
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,69 @@ def test_unpatch_restores(checkpoints):
     assert model(**batch()).logits is not None
 
 
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "olmoe": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "glm4_moe": {"moe_intermediate_size": 16, "n_routed_experts": 4, "head_dim": 8},
+}
+
+
+def mixture_of_experts(name, **settings):
+    config = AutoConfig.for_model(
+        name, **SMALL | {"num_key_value_heads": 1, "num_experts_per_tok": 2} | EXPERTS[name] | settings
+    )
+    set_seed(1)
+    # transformers' grouped product takes no float64; its loop over experts does.
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager")
+
+
+class TestRouterLoss:
+    @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])
+    def test_is_added_as_the_model_itself_does(self, name):
+        model = mixture_of_experts(name, output_router_logits=True, router_aux_loss_coef=0.5)
+        inputs = batch()
+        inputs["attention_mask"][1, 7:] = 0
+        assert_patch_changes_nothing(model, inputs)
+        plain = model(**inputs)
+        patch(model)
+        ours = model(**inputs)
+        torch.testing.assert_close(ours.aux_loss, plain.aux_loss)
+        for a, b in zip(ours.router_logits, plain.router_logits, strict=True):
+            torch.testing.assert_close(a, b)
+        without = model(**inputs, output_router_logits=False)
+        torch.testing.assert_close(ours.loss - without.loss, 0.5 * plain.aux_loss.to(ours.loss.dtype))
+        gates = [p for parameter, p in model.named_parameters() if "mlp.gate" in parameter]
+        assert gates
+        assert all(grad.any() for grad in torch.autograd.grad(ours.aux_loss, gates))
+
+    @pytest.mark.parametrize("name", EXPERTS)
+    def test_is_left_out_unless_asked_for(self, name):
+        assert_patch_changes_nothing(mixture_of_experts(name), batch())
+
+    def test_of_a_model_that_has_none(self):
+        assert_patch_changes_nothing(mixture_of_experts("glm4_moe", output_router_logits=True), batch())
+
+    def test_in_trainer(self, tmp_path):
+        results = []
+        for patched in (False, True):
+            model = mixture_of_experts("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+            if patched:
+                patch(model)
+            arguments = TrainingArguments(str(tmp_path), **SETTINGS)
+            results.append(run(Trainer(model, arguments, data_collator=collate, train_dataset=examples())))
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+        for a, b in zip(results[1][1], results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+    def test_asked_for_by_a_call_alone_is_refused(self):
+        model = mixture_of_experts("mixtral")
+        patch(model)
+        with pytest.raises(ValueError, match=r"config\.output_router_logits=True before patch"):
+            model(**batch(), output_router_logits=True)
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"]], ids=["head", "attention"])
 def test_lora(checkpoints, targets):
     lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
@@ -133,14 +213,6 @@ def test_half_precision_is_nearer_to_the_truth(checkpoints, dtype):
 
 
 class TestRefusals:
-    def test_router_loss(self):
-        config = MixtralConfig(
-            vocab_size=19, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
-        )  # fmt: skip
-        with pytest.raises(ValueError, match="output_router_logits=True"):
-            patch(AutoModelForCausalLM.from_config(config))
-
     def test_logits_to_keep(self, checkpoints):
         model = load(checkpoints["llama"])
         patch(model)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
+from benchmarks.measure import peak_bytes
 from memhead import chunked_linear, linear_cross_entropy, linear_logprobs, products
+from memhead.planning import plan_rows
 from tests.memhead.allocations import allocations
 from tests.memhead.reference import full_logprobs, make_head
 
@@ -139,3 +142,28 @@ def test_planned_chunk_keeps_to_the_plan():
     assert sizes[0] <= 16 << 20
     sizes = allocations(lambda: chunked_linear(hidden, head.weight, lambda z: z.square().mean(-1)).backward())
     assert sizes[0] <= 16 << 20
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("function", ["chunked_linear", "linear_cross_entropy"])
+def test_everything_together_stays_under_128_mib(function, frozen):
+    """All that is held at the peak, gradients included, which are small here."""
+    head = make_head(1024, 32768, 8)
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_(not frozen)
+
+    def step():
+        if function == "linear_cross_entropy":
+            linear_cross_entropy(hidden, weight, head.targets).backward()
+        else:
+            chunked_linear(
+                hidden, weight, lambda z, t: cross_entropy(z, t, reduction="none"), head.targets
+            ).backward()
+
+    assert peak_bytes(step, torch.device("cpu")) < 128 << 20
+
+
+def test_a_trained_heads_larger_chunks_are_no_part_of_its_peak():
+    """The backward pass holds the weight's gradient twice; that much may be held in the forward pass too."""
+    rows = plan_rows(10**6, 128256, trained=True)
+    assert rows == 128 > plan_rows(10**6, 128256) == 32
+    assert 4 * rows * 128256 <= 128256 * 512

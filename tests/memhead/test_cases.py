@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from memhead import linear_logprobs
 from memhead.sweep import row_blocks
+from tests.memhead.products import count_products
 from tests.memhead.reference import double, full_logits, full_logprobs, make_head, relative_error
 
 INFINITY = float("inf")
@@ -296,3 +298,58 @@ def test_nan_and_infinity_in_hidden_give_the_plain_result():
                 by_hidden = torch.autograd.grad(ours.logprobs.sum(), leaf)[0]
                 assert by_hidden[[0, 4, 5]].isfinite().all()
                 assert by_hidden[[1, 2, 3]].isnan().any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("trained", "loss", "products"),
+    [
+        ((), "value", 1),
+        (("hidden",), "logprobs", 2),
+        (("hidden",), "entropy as a value", 2),
+        (("hidden",), "entropy", 4),  # the direction was computed before anybody knew
+        (("hidden", "weight"), "logprobs", 4),
+        (("hidden", "weight"), "entropy", 5),
+        (("hidden", "bias"), "logprobs", 3),
+    ],
+)
+def test_number_of_products(trained, loss, products):
+    """Nothing is recomputed unless a gradient arrives that needs it."""
+    head = make_head(40, 31)
+    for name in trained:
+        getattr(head, name).requires_grad_()
+
+    def step():
+        result = linear_logprobs(
+            head.hidden, head.weight, head.targets, bias=head.bias, entropy=loss != "logprobs", chunk=(16, 7)
+        )
+        if trained:
+            (result.entropy if loss == "entropy" else result.logprobs).sum().backward()
+
+    assert count_products(step, 40, 31, 24) == products
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpoint_and_twice_in_one_graph(trainable, reentrant):
+    head = make_head(40, 31)
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_(trainable)
+    leaves = (hidden, weight) if trainable else (hidden,)
+
+    def loss(state, head_weight):
+        first = linear_logprobs(state, head_weight, head.targets, entropy=True)
+        second = linear_logprobs(torch.tanh(state), head_weight, head.targets.flip(0), temperature=0.7)
+        return (first.logprobs * second.logprobs + first.entropy * head.grad_entropy).sum()
+
+    plain = torch.autograd.grad(loss(hidden, weight), leaves)
+    checkpoint(loss, hidden, weight, use_reentrant=reentrant).backward()
+    for leaf, expected in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+    def full(state, head_weight):
+        first = full_logprobs(state, head_weight, head.targets)
+        second = full_logprobs(torch.tanh(state), head_weight, head.targets.flip(0), temperature=0.7)
+        return (first[0] * second[0] + first[1] * double(head.grad_entropy)).sum()
+
+    wide = [double(x).requires_grad_() for x in (hidden, weight)]
+    for ours, exact in zip(plain, torch.autograd.grad(full(*wide), wide), strict=False):
+        assert relative_error(ours, exact) < 1e-5

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memhead import chunked_linear
 from memhead.chunked import _fold_gradient
+from tests.memhead.products import count_products
 from tests.memhead.reference import make_head, relative_error
 
 TEACHER = make_head(1, 53, 12, seed=9).weight  # (V, H'), frozen
@@ -135,27 +136,6 @@ def test_module_and_row_weights_get_their_gradients(reduction, frozen):
             assert relative_error(ours, theirs) < 1e-5
 
 
-class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Operations of matrix products, in units of one product of the head."""
-
-    def __init__(self, rows: int, vocab: int, features: int) -> None:
-        super().__init__()
-        self.unit, self.operations = rows * vocab * features, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            a, b = args[-2:]
-            self.operations += a.shape[0] * a.shape[1] * b.shape[1]
-        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
-            a, b = args[:2]
-            self.operations += a.shape[0] * a.shape[1] * b.shape[0]
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def products(self) -> float:
-        return self.operations / self.unit
-
-
 @pytest.mark.parametrize(
     ("reduction", "frozen", "no_grad", "products"),
     [
@@ -169,11 +149,14 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
 def test_number_of_products(reduction, frozen, no_grad, products):
     hidden, weight, _, targets, head = inputs(torch.float32)
     weight.requires_grad_(not frozen)
-    with CountProducts(29, 53, 12) as count, torch.set_grad_enabled(not no_grad):
-        loss = chunked_linear(hidden, weight, cross_entropy, targets, reduction=reduction, chunk=6)
+
+    def step():
+        with torch.set_grad_enabled(not no_grad):
+            loss = chunked_linear(hidden, weight, cross_entropy, targets, reduction=reduction, chunk=6)
         if not no_grad:
             (loss * head.grad_logprobs).sum().backward()
-    assert count.products == products
+
+    assert count_products(step, 29, 53, 12) == products
 
 
 def test_twice_in_one_graph():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from memhead import linear_logprobs
+from memhead import chunked_linear, linear_cross_entropy, linear_logprobs
 from memhead.ops import logprobs_backward_op, logprobs_op
 from tests.memhead.reference import make_head
 
@@ -117,3 +118,68 @@ def test_compiled_without_being_told_that_sizes_change():
         head = make_head(rows, 101)
         compiled(head.hidden.requires_grad_(), head.targets).backward()
     assert len(graphs) == 2
+
+
+class Counter:
+    """A compiler's backend that runs the graph as it is, and counts how often it is given one."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph
+
+
+def assert_compiles(loss, leaves_of, *, fullgraph, graphs):
+    """Equal to eager, forward and backward, for rising and falling numbers of rows, in so many graphs."""
+    torch._dynamo.reset()
+    counter = Counter()
+    compiled = torch.compile(loss, fullgraph=fullgraph, dynamic=True, backend="aot_eager")
+    counted = torch.compile(loss, fullgraph=fullgraph, dynamic=True, backend=counter)
+    for rows in (64, 65, 700, 7):
+        head = make_head(rows, 101, seed=rows)
+        hidden = head.hidden.requires_grad_()
+        targets = torch.where(head.mask, head.targets, -100)
+        leaves = leaves_of(hidden)
+        values = [function(hidden, targets) for function in (loss, compiled, counted)]
+        eager, *others = (torch.autograd.grad(value.sum(), leaves) for value in values)
+        for value, grads in zip(values[1:], others, strict=True):
+            assert torch.equal(values[0], value)
+            for a, b in zip(eager, grads, strict=True):
+                torch.testing.assert_close(a, b)
+    assert counter.graphs == graphs
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_in_one_graph(trainable, reduction):
+    head = make_head(1, 101)
+    weight, bias = head.weight.requires_grad_(trainable), head.bias.requires_grad_(trainable)
+
+    def loss(hidden, targets):
+        return linear_cross_entropy(
+            torch.tanh(hidden), weight, targets, bias=bias, softcap=5.0, reduction=reduction
+        )
+
+    assert_compiles(loss, lambda h: (h, weight, bias) if trainable else (h,), fullgraph=True, graphs=1)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("name", ["chunked", "label smoothing"])
+def test_a_transform_is_one_break_of_the_graph(trainable, name):
+    weight = make_head(1, 101).weight.requires_grad_(trainable)
+
+    def loss(hidden, targets):
+        state = torch.tanh(hidden)
+        if name == "label smoothing":
+            return 2 * linear_cross_entropy(state, weight, targets, label_smoothing=0.1)
+        return 2 * chunked_linear(
+            state, weight, lambda z, t: F.cross_entropy(z, t, reduction="none"), targets, chunk=16
+        )
+
+    # What is before the break and what is after it, in each function that contains it.
+    graphs = {"chunked": 2, "label smoothing": 4}[name]
+    assert_compiles(loss, lambda h: (h, weight) if trainable else (h,), fullgraph=False, graphs=graphs)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"memhead\.chunked_linear"):
+        torch.compile(loss, fullgraph=True, backend="eager")(torch.ones(3, 24), torch.zeros(3).long())

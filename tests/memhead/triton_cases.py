@@ -12,6 +12,7 @@ from memhead import linear_logprobs
 from memhead.backends import hopper_tile
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
+from memhead.loss_op import summed_logprobs_op
 from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -247,3 +248,25 @@ def test_a_bad_row_spoils_itself_alone(bad: float, where: int) -> None:
     logprobs = linear_logprobs(hidden, weight, targets, chunk=(4, 130), backend="triton").logprobs
     plain = (hidden @ weight.t()).log_softmax(-1)[torch.arange(9), targets]
     assert torch.equal(logprobs.isnan(), plain.isnan())
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_summed_cross_entropy_of_a_trainable_head(softcap: float) -> None:
+    """Three products: the tiles of a block of rows are kept, and their references move in between."""
+    hidden, weight = _tile(12, 16, 4) / 8, _tile(900, 16, 5) / 8
+    bias = torch.where(torch.arange(900, device=DEVICE) < 400, 0.0, 60.0)
+    targets = torch.arange(12, device=DEVICE) * 70
+    mask = torch.arange(12, device=DEVICE) != 4
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    arguments = (targets, leaves[2], mask, [0.5, softcap, 1.0], True, True, [5, 150], "triton", torch.float32)
+    total, *_ = summed_logprobs_op(*leaves[:2], *arguments)
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = 0.5 * (exact[0] @ exact[1].t() + exact[2])
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[mask].sum()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    total.backward()
+    expected.backward()
+    for x, y in zip(leaves, exact, strict=True):
+        assert (x.grad - y.grad).norm() <= 1e-5 * y.grad.norm()

@@ -1,0 +1,95 @@
+"""What every function that scores tokens takes, checked once and brought into the form that the sweeps use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memhead import checks
+from memhead.products import result_dtype
+from memhead.statistics import FoldSpec
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class Arguments(NamedTuple):
+    """One value for each row of hidden (N, H), and the plain ones."""
+
+    targets: Tensor  # (N,) int64
+    mask: Tensor | None  # (N,) bool
+    temperature: Tensor | None  # (N,) of the results' dtype; None: the same for all, in spec
+    spec: FoldSpec
+    tile: list[int]  # [], [rows] or [rows, columns]
+    compute: torch.dtype
+
+
+def read_arguments(
+    hidden: Tensor,  # (..., H)
+    targets: Tensor,
+    compute: torch.dtype,
+    *,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    extra_outputs: Sequence[str],
+    chunk: int | tuple[int, int] | None,
+) -> Arguments:
+    """See :func:`memhead.linear_logprobs`; the head itself, targets included, is checked before.
+
+    Raises:
+        ValueError: naming argument, value and rule.
+    """
+    checks.check_chunk(chunk)
+    if softcap is not None:
+        checks.check_positive("softcap", softcap)
+    wanted = wanted_outputs(entropy, extra_outputs)
+    per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
+    if mask is not None:
+        mask = flat_mask(mask, hidden)
+    return Arguments(
+        targets.reshape(-1).long(),
+        mask,
+        per_row,
+        FoldSpec(float(logit_scale), float(softcap or 0.0), number, *wanted),
+        [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
+        compute,
+    )
+
+
+def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:
+    """Which of :data:`OUTPUTS` are asked for."""
+    unknown = set(extra_outputs) - set(OUTPUTS)
+    if unknown:
+        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
+    return [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
+
+
+def split_temperature(
+    temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """The temperature as (N,) in ``dtype``, or None, and as a number, 1 beside a tensor."""
+    if not isinstance(temperature, Tensor):
+        checks.check_positive("temperature", temperature)
+        return None, float(temperature)
+    checks.check_rows("temperature", temperature, hidden)
+    checks.check_device("temperature", temperature, hidden)
+    return temperature.detach().reshape(-1).to(dtype), 1.0
+
+
+def flat_mask(mask: Tensor, hidden: Tensor) -> Tensor:
+    """A mask (...) as (N,) bool."""
+    checks.check_rows("mask", mask, hidden)
+    checks.check_device("mask", mask, hidden)
+    return mask.reshape(-1).bool()
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype of the matrix products' operands: autocast's where it is on, else the wider of the two."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)

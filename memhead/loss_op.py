@@ -1,0 +1,200 @@
+"""Cross entropy of a trainable head as one operator: its sum and every gradient, in three products.
+
+A sum (or a mean) has one upstream gradient for all its rows, which only scales what the forward
+pass can compute by itself (:class:`memhead.sweep.HeadGradients`). The price is memory: a block of
+rows of the whole vocabulary, and the weight's gradient from the forward pass on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memhead.arguments import OUTPUTS, compute_dtype
+from memhead.checks import check_targets_in_vocabulary
+from memhead.ops import make_problem
+from memhead.planning import plan_kept_rows
+from memhead.products import operand_dtype, result_dtype
+from memhead.rows import kept_rows, put_back, select
+from memhead.statistics import FoldSpec
+from memhead.sweep import HeadGradients, forward_sweep
+from memhead.weights import DenseWeight
+
+
+def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | None) -> int | None:
+    """Rows of a block, or None where there is no gradient to collect, or four products are the better bargain.
+
+    A gradient in half precision would need a float32 accumulator of twice its size beside it,
+    from the forward pass on. (float16 operands need more care besides, to not flush to zero.)
+    And who names a tile's columns has said how much memory there is.
+    """
+    operand = operand_dtype(compute_dtype(hidden, weight), hidden.device)
+    result = result_dtype(operand)
+    trainable = torch.is_grad_enabled() and weight.requires_grad
+    if not trainable or weight.dtype != result or operand == torch.float16 or isinstance(chunk, tuple):
+        return None
+    planned = plan_kept_rows(weight.shape[0], device_type=hidden.device.type, itemsize=result.itemsize)
+    return planned if planned is None or chunk is None else chunk
+
+
+def summed_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (...)
+    bias: Tensor | None,
+    mask: Tensor,  # (...)
+    *,
+    softcap: float | None,
+    logit_scale: float,
+    rows: int,  # of a block
+    backend: str | None,
+) -> Tensor:
+    """Sum of the log-probabilities of the rows that the mask keeps, where :func:`block_rows` gives ``rows``."""
+    arguments = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        targets.reshape(-1).long(),
+        bias,
+        mask.reshape(-1),
+        [float(logit_scale), float(softcap or 0.0), 1.0],
+        hidden.requires_grad,
+        bias is not None and bias.requires_grad,
+        [rows],
+        backend,
+        compute_dtype(hidden, weight),
+    )
+    if torch.compiler.is_compiling():
+        return summed_logprobs_op(*arguments)[0]
+    return _InPlace.apply(*arguments)
+
+
+@torch.library.custom_op("memhead::summed_logprobs", mutates_args=())
+def summed_logprobs_op(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    mask: Tensor,  # (N,) bool
+    numbers: list[float],  # logit_scale, softcap, temperature
+    hidden_grad: bool,
+    bias_grad: bool,
+    chunk: list[int],  # [rows]
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the rows' log-probabilities, and its gradients by weight (V, H) and bias (V,).
+
+    That by hidden comes as the direction (N, H) and its coefficient (N,), see
+    :func:`memhead.backends.torch.finish_direction`. What is not wanted is empty.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        kept = kept_rows(mask)
+        x, t = select(kept, hidden, targets)
+        check_targets_in_vocabulary(t, weight.shape[0])
+        spec = _spec(numbers)
+        problem = make_problem(x, DenseWeight(weight), t, bias, None, spec, chunk, backend, compute)
+        gradients = HeadGradients(problem, by_bias=bias_grad)
+        rows, direction = forward_sweep(problem, direction=hidden_grad, gradients=gradients)
+        nothing = hidden.new_empty(0)
+        by_bias = gradients.by_bias
+        return (
+            rows.logprobs.sum(),
+            put_back(kept, problem.coefficient(rows.logprobs), len(hidden)),
+            nothing if direction is None else put_back(kept, direction, len(hidden)),
+            gradients.by_weight,
+            nothing.clone() if by_bias is None or bias is None else by_bias.to(bias.dtype),
+        )
+
+
+def _spec(numbers: list[float]) -> FoldSpec:
+    return FoldSpec(*numbers, *[False] * len(OUTPUTS))  # type: ignore[arg-type]
+
+
+@summed_logprobs_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    numbers: list[float],
+    hidden_grad: bool,
+    bias_grad: bool,
+    chunk: list[int],
+    backend: str | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = result_dtype(operand_dtype(compute, hidden.device))
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden_grad else (0,)),
+        weight.new_empty(weight.shape, dtype=dtype),
+        hidden.new_empty(0) if not bias_grad or bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[4], *output[1:])
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(ctx.needs_input_grad)
+    mask, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+    upstream = _upstream(upstream, mask)
+    by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
+    grads = by_hidden, by_weight * upstream, None, (by_bias * upstream).to(by_bias.dtype)
+    return _wanted(ctx, *grads)
+
+
+summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """The operator without a compiler: its backward pass scales the weight's gradient where it lies.
+
+    So there never is a second tensor of that size. The first backward pass hands the gradient out;
+    another one, through a retained graph, computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        total, *collected = summed_logprobs_op(*arguments)
+        ctx.settings, ctx.handed_out = arguments[5:], False
+        ctx.save_for_backward(*arguments[:5], *collected)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+        if ctx.handed_out:
+            *_, by_weight, by_bias = summed_logprobs_op(*inputs, *ctx.settings)
+        ctx.handed_out = True
+        upstream = _upstream(upstream, inputs[4])
+        by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
+        # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
+        return _wanted(ctx, by_hidden, by_weight.data.mul_(upstream), None, by_bias.data.mul_(upstream))
+
+
+def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
+    """The scalar upstream gradient; that of a mean over no rows is NaN, and has no row to go to."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy can be differentiated once; create_graph=True would need a second time"
+        )
+    return torch.where(mask.any(), upstream, 0.0)
+
+
+def _by_hidden(direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor:
+    """(N, H), written at once in hidden's dtype."""
+    return torch.mul(direction, (coefficient * upstream)[:, None], out=torch.empty_like(direction))
+
+
+def _wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One for each of the operator's arguments, None where nobody wants it."""
+    padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
+    return tuple(grad if need else None for grad, need in zip(padded, ctx.needs_input_grad, strict=True))
