@@ -270,9 +270,15 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(
             Problem("model.scratch", f"means nothing to the loader {model.loader}", remedy=remedy)
         )
-    problems += (
-        _check_unsloth(model, lora, sections["grpo"]) if model.loader == "unsloth" else _unsloths(model)
-    )
+    if model.loader == "unsloth":
+        problems += _check_unsloth(model, lora, sections["grpo"])
+        if lora is not None and run.warm_start is not None and sections["grpo"].get("beta"):
+            remedy = "set grpo.beta: 0.0, or model.loader: transformers"
+            problems.append(
+                Problem("run.warm_start", "Unsloth's KL is to the model before it", remedy=remedy)
+            )
+    else:
+        problems += _unsloths(model)
     if model.load_in_4bit and model.load_in_8bit:
         problems.append(
             Problem("model.load_in_8bit", "set together with load_in_4bit", True, "keep one of the two")

@@ -118,7 +118,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Inside the process, that is; a server has a machine of its own."""
     if config.model.fast_inference:
         key = "model.fast_inference"
-    elif config.grpo.get("use_vllm"):
+    elif config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server":
         key = "grpo.use_vllm"
     else:
         return

@@ -27,7 +27,7 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
 def make_trainer(
     config: RunConfig,
     arguments: Any,
-    rewards: tuple[list[Any], list[float]],
+    rewards: tuple[list[Any], list[float] | None],
     task: Any,
     model: Any,
     tokenizer: Any,
@@ -36,12 +36,17 @@ def make_trainer(
     import trl
 
     functions, arguments.reward_weights = rewards
-    by_trainer = config.lora is not None and config.model.loader != "unsloth"  # which has put them on
-    return trl.GRPOTrainer(
+    unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
+    trainer = trl.GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         args=arguments,
         train_dataset=task.train_dataset(config.task.options, config.run.seed),
         reward_funcs=functions,
-        peft_config=config.lora.peft_config() if config.lora is not None and by_trainer else None,
+        peft_config=config.lora.peft_config() if config.lora is not None and not unsloth else None,
     )
+    if unsloth and "ref" in getattr(model, "peft_config", {}):
+        # TRL's trainer copies adapters that a model comes with, as reference. These are new: without them is the
+        # same. And of a checkpoint with a copy transformers resumes the copy alone.
+        model.delete_adapter("ref")
+    return trainer
