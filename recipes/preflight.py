@@ -22,7 +22,7 @@ _ATTENTION = {  # attn_implementation -> (its package, how to get it)
     "flash_attention_3": ("flash_attn_3", "build flash_attn_3 from its repository"),
 }
 _OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "paged")  # parts of transformers' names for them
-_LOOKED_FOR = ("unsloth", "vllm", "bitsandbytes", "flash_attn", "flash_attn_3")
+_LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3")
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,11 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem(key, "vLLM needs a GPU, and there is none", True, remedy)
     elif "vllm" not in machine.packages:
         yield Problem(key, "vLLM is not installed", True, f"{CUDA_SET}, or set {key}: false")
+    elif config.model.load_in_4bit and "vllm_bnb_plugin" not in machine.packages:
+        message = "vLLM reads 4-bit weights by vllm-bnb-plugin, which is not installed"  # since 0.28
+        yield Problem(
+            key, message, True, "pip install vllm-bnb-plugin==0.0.3, or set model.load_in_4bit: false"
+        )
 
 
 def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:

@@ -11,10 +11,11 @@ import train_grpo
 from recipes.config import ConfigError, load_config
 from recipes.preflight import Machine, check, explain, missing
 
-ALL = frozenset({"unsloth", "vllm", "bitsandbytes", "flash_attn", "flash_attn_3"})
+ALL = frozenset({"unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3"})
 GPU = Machine(cuda=True, bfloat16=True, packages=ALL)
 T4 = Machine(cuda=True, bfloat16=False, packages=ALL)
 CPU = Machine(cuda=False, bfloat16=True, packages=ALL)
+NO_PLUGIN = Machine(cuda=True, bfloat16=True, packages=ALL - {"vllm_bnb_plugin"})
 BARE = Machine(cuda=True, bfloat16=True, packages=frozenset())
 FILE = """\
 model:
@@ -45,6 +46,12 @@ MISSING = [
     (BARE, ["model.load_in_4bit=true"], "model.load_in_4bit: bitsandbytes is not", "requirements-cuda.lock"),
     (CPU, ["grpo.use_vllm=true"], "grpo.use_vllm: vLLM needs a GPU", "set grpo.use_vllm: false"),
     (BARE, ["grpo.use_vllm=true"], "grpo.use_vllm: vLLM is not installed", "requirements-cuda.lock"),
+    (
+        NO_PLUGIN,
+        ["grpo.use_vllm=true", "model.load_in_4bit=true"],
+        "grpo.use_vllm: vLLM reads 4-bit",
+        "pip install",
+    ),
     (BARE, ["model.loader=unsloth"], "model.loader: Unsloth is not installed", "requirements-cuda.lock"),
     (
         CPU,
