@@ -5,6 +5,7 @@ transformers   `AutoModelForCausalLM.from_pretrained`, a local folder or a hub n
 unsloth        `FastLanguageModel.from_pretrained`, with its adapters on (recipes.unsloth_loader)
 """
 
+import os
 from typing import Any
 
 import torch
@@ -87,10 +88,10 @@ def load(
         model, tokenizer = _from_scratch(config, task, seed)
     else:
         model, tokenizer = _from_pretrained(config)
-    if torch.cuda.is_available() and not getattr(
-        model, "is_quantized", False
-    ):  # quantised weights are there already
-        model = model.to("cuda")  # type: ignore[arg-type]
+    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):  # which is there already
+        model = model.to(
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        )  # as launchers number them
     return model, tokenizer
 
 
