@@ -88,10 +88,9 @@ def load(
         model, tokenizer = _from_scratch(config, task, seed)
     else:
         model, tokenizer = _from_pretrained(config)
-    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):  # which is there already
-        model = model.to(
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        )  # as launchers number them
+    if torch.cuda.is_available() and getattr(model, "hf_quantizer", None) is None:  # else it is there already
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # as launchers number a machine's processes
+        model = model.to(torch.device("cuda", own))
     return model, tokenizer
 
 
