@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 Prompt = Any  # text, or a list of chat messages
+UNCUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # the model's own distribution
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,9 @@ def by_trainer(trainer: Any) -> Generate:
 def _sampled_with(engine: Any, sampling: Sampling) -> Iterator[None]:
     """TRL's VLLMGeneration reads these attributes at each call; the trainer's own are put back."""
     wanted = {
+        **UNCUT,
         "temperature": sampling.temperature,
         "max_completion_length": sampling.max_new_tokens,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
     }
     before = {name: getattr(engine, name) for name in wanted}
     vars(engine).update(wanted)
@@ -120,17 +118,14 @@ def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:
 
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": UNCUT["repetition_penalty"],
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": _end_tokens(model, tokenizer),
         "do_sample": sampling.temperature > 0.0,
     }
     if options["do_sample"]:
-        options |= {
+        options |= UNCUT | {
             "temperature": sampling.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
             "num_return_sequences": sampling.samples,
         }
     return GenerationConfig(**options)
