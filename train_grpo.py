@@ -62,15 +62,22 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     """The run, top to bottom. Returns the exit status."""
-    from memhead.integrations import (
-        trl as memhead_trl,
-    )  # the heavy imports wait until the configuration is right
+    from recipes import preflight  # the heavy imports wait until the configuration is right
+
+    try:
+        preflight.check(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
+
     from recipes import models
+    from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
     from recipes.rewards import prepare
     from recipes.tasks import get_task
     from recipes.tracking import RunFolder, print_summary, track
+    from recipes.trainer import install_head, make_trainer
 
     try:
         folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
@@ -79,22 +86,19 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         rewards = prepare(
             config, task
         )  # before anything slow: a reward that breaks the contract ends it here
-        model, tokenizer = models.load(config.model, task, config.run.seed)
-        evaluate = _evaluator(config, task, model, tokenizer)
+        arguments = config.grpo_config(folder.path / "checkpoints")
+        model, tokenizer = models.load(config.model, task, config.run.seed, lora=config.lora)
         if config.run.warm_start is not None and checkpoint is None:
-            _warm_start(config, config.run.warm_start, task, model, tokenizer, evaluate, folder)
+            probe = _evaluator(config, task, by_transformers(model, tokenizer))
+            _warm_start(config, config.run.warm_start, task, model, tokenizer, probe, folder)
         _check_head(config, task, model, tokenizer, folder)
 
-        with (
-            memhead_trl.install(
-                config.head.impl, chunk=config.head.chunk, backend=config.head.backend
-            ) as handle,
-            Interruption() as interruption,
-        ):
-            trainer = _trainer(config, task, rewards, model, tokenizer, folder)
+        with install_head(config, arguments) as handle, Interruption() as interruption:
+            trainer = make_trainer(config, arguments, rewards, task, model, tokenizer)
             trainer.add_callback(BypassGuard(handle))
             trainer.add_callback(interruption)
             tracker = track(trainer, folder, config.tracking)
+            evaluate = _evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:
                 trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
             try:
@@ -113,7 +117,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
-    except (RunError, HeadBypassed, FileNotFoundError, ValueError) as error:
+    except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -127,8 +131,11 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     return 0
 
 
-def _evaluator(config: RunConfig, task: Any, model: Any, tokenizer: Any) -> Any:
-    """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl."""
+def _evaluator(config: RunConfig, task: Any, generate: Any) -> Any:
+    """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl.
+
+    generate: see `recipes.generation`.
+    """
     from recipes.accuracy import figures
     from recipes.evaluation import evaluate
 
@@ -138,8 +145,7 @@ def _evaluator(config: RunConfig, task: Any, model: Any, tokenizer: Any) -> Any:
     def run() -> dict[str, Any]:
         started = time.perf_counter()
         result = evaluate(
-            model,
-            tokenizer,
+            generate,
             rows,
             task.is_correct,
             max_new_tokens=completion_length,
@@ -198,24 +204,6 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
     path = folder.write_json("head_check.json", found)
     if not found["passed"]:
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
-
-
-def _trainer(config: RunConfig, task: Any, rewards: Any, model: Any, tokenizer: Any, folder: Any) -> Any:
-    """TRL's own GRPOTrainer. rewards: the functions and their weights."""
-    import trl
-
-    functions, weights = rewards
-    arguments = config.grpo_config(folder.path / "checkpoints")
-    arguments.reward_weights = weights
-
-    return trl.GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=arguments,
-        train_dataset=task.train_dataset(config.task.options, config.run.seed),
-        reward_funcs=functions,
-        peft_config=config.lora.peft_config() if config.lora is not None else None,
-    )
 
 
 def _last_checkpoint(folder: Any) -> str:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from recipes.config import RunConfig, load_config  # noqa: E402
 from recipes.evaluation import evaluate  # noqa: E402
+from recipes.generation import by_transformers  # noqa: E402
 from recipes.runfolder import RunFolder, environment  # noqa: E402
 from recipes.tasks import get_task  # noqa: E402
 from recipes.warmstart import warm_start  # noqa: E402
@@ -91,7 +92,10 @@ def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
 
     def accuracy() -> float:
         found = evaluate(
-            model, tokenizer, rows, task.is_correct, max_new_tokens=config.grpo["max_completion_length"]
+            by_transformers(model, tokenizer),
+            rows,
+            task.is_correct,
+            max_new_tokens=config.grpo["max_completion_length"],
         )
         return found.accuracy
 

@@ -3,8 +3,9 @@
 import logging
 import os
 
-# TRL and transformers report their use to the hub. The switch is read when huggingface_hub is first imported, so it
-# is set here, before any module of the recipes can import them.
+# TRL and transformers report their use to the hub, Unsloth counts loads there. The switches are read when the
+# packages are first imported, so they are set here, before any module of the recipes can import them.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 # Without a GPU it says at every start that it would like a kernel from the hub, between us and our one-line errors.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -14,7 +14,8 @@ import torch
 
 from recipes.accuracy import figures, sampled_figures
 from recipes.config import RunConfig
-from recipes.evaluation import complete_greedily, encode
+from recipes.evaluation import complete
+from recipes.generation import Sampling, by_transformers
 
 
 def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -48,28 +49,6 @@ def require_base(place: Path) -> None:
         )
 
 
-@torch.no_grad()
-def complete_sampled(
-    model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int, k: int, temperature: float
-) -> list[list[str]]:
-    """k sampled completions for each prompt."""
-    from transformers import GenerationConfig
-
-    encoded = encode(tokenizer, prompts).to(model.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        num_return_sequences=k,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    tokens = model.generate(**encoded, generation_config=config)
-    texts = tokenizer.batch_decode(tokens[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [texts[start : start + k] for start in range(0, len(texts), k)]
-
-
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Accuracy of a checkpoint on the config's held-out problems; with run.evaluation.samples pass@k and maj@k."""
     from recipes.tasks import get_task
@@ -82,14 +61,12 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     ]
     length = config.grpo.get("max_completion_length", 256)
     torch.manual_seed(config.run.seed)
-    greedy: list[str] = []
+    generate = by_transformers(model, tokenizer)
+    greedy = [texts[0] for texts in complete(generate, rows, Sampling(length), settings.batch_size)]
     sampled: list[list[str]] = []
-    for start in range(0, len(rows), settings.batch_size):
-        prompts = [row["prompt"] for row in rows[start : start + settings.batch_size]]
-        greedy += complete_greedily(model, tokenizer, prompts, length)
-        if settings.samples:
-            temperature = config.grpo.get("temperature", 1.0)
-            sampled += complete_sampled(model, tokenizer, prompts, length, settings.samples, temperature)
+    if settings.samples:
+        drawn = Sampling(length, settings.samples, config.grpo.get("temperature", 1.0))
+        sampled = complete(generate, rows, drawn, settings.batch_size)
     found: dict[str, Any] = {"checkpoint": str(place), "problems": len(rows), **figures(task, greedy, rows)}
     return {**found, **sampled_figures(task, sampled, rows)} if sampled else found
 

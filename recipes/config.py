@@ -43,6 +43,7 @@ from recipes.config_schema import (
 )
 from recipes.config_yaml import dump, merge, read_file, read_overrides
 from recipes.grpo_fields import check_grpo, import_grpo_config, settable
+from recipes.unsloth_defaults import is_unsloths, trl_meaning
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -69,11 +70,12 @@ class RunConfig(Section):
 
         Raises ConfigError if TRL still refuses a combination of fields.
         """
-        import_grpo_config(self.model.loader)
+        import_grpo_config(self.model.loader, self.model.vllm_standby)
         import trl  # GRPOConfig as the package names it now: Unsloth puts its own class there
 
+        given = trl_meaning(self.grpo) if is_unsloths(trl.GRPOConfig) else self.grpo
         try:
-            return trl.GRPOConfig(**{**self._derived_fields(), **self.grpo}, output_dir=str(output_dir))
+            return trl.GRPOConfig(**{**self._derived_fields(), **given}, output_dir=str(output_dir))
         except ValueError as error:
             raise ConfigError(
                 [Problem("grpo", str(error), remedy="change the fields that it names")]
@@ -144,8 +146,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _check(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
     """All problems of the data, and the parsed sections (complete only if there are no problems)."""
-    loader = data["model"].get("loader", "") if isinstance(data.get("model"), dict) else ""
-    grpo_config = import_grpo_config(loader)
+    model = data["model"] if isinstance(data.get("model"), dict) else {}
+    grpo_config = import_grpo_config(model.get("loader", ""), model.get("vllm_standby") is True)
     known = [*schema_keys(), *(f"grpo.{name}" for name in settable(grpo_config))]
     problems = [unknown_key("", key, value, known) for key, value in data.items() if key not in ORDER]
     sections: dict[str, Any] = {}
@@ -258,7 +260,7 @@ def _field_at(section: type[BaseModel], words: Sequence[Any]) -> tuple[Any, str]
 def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
     """What only several keys together show. Every section is valid by itself here."""
     model, lora, run = sections["model"], sections["lora"], sections["run"]
-    problems = []
+    problems: list[Problem] = []
     if model.loader == "scratch":
         problems += _check_scratch(model, lora)
     elif model.name is None:
@@ -268,14 +270,15 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(
             Problem("model.scratch", f"means nothing to the loader {model.loader}", remedy=remedy)
         )
-    if model.loader != "unsloth":
-        for key, value in (
-            ("fast_inference", model.fast_inference),
-            ("gpu_memory_utilization", model.gpu_memory_utilization),
-        ):
-            if value:
-                remedy = "remove it, or set model.loader: unsloth"
-                problems.append(Problem(f"model.{key}", "is Unsloth's", value, remedy))
+    if model.loader == "unsloth":
+        problems += _check_unsloth(model, lora, sections["grpo"])
+        if lora is not None and run.warm_start is not None and sections["grpo"].get("beta"):
+            remedy = "set grpo.beta: 0.0, or model.loader: transformers"
+            problems.append(
+                Problem("run.warm_start", "Unsloth's KL is to the model before it", remedy=remedy)
+            )
+    else:
+        problems += _unsloths(model)
     if model.load_in_4bit and model.load_in_8bit:
         problems.append(
             Problem("model.load_in_8bit", "set together with load_in_4bit", True, "keep one of the two")
@@ -292,6 +295,53 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(
             Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
         )
+    return problems
+
+
+def _unsloths(model: ModelConfig) -> list[Problem]:
+    """Keys that only the loader unsloth knows."""
+    remedy = "remove it, or set model.loader: unsloth"
+    return [
+        Problem(f"model.{key}", "is Unsloth's", getattr(model, key), remedy)
+        for key in ("fast_inference", "gpu_memory_utilization", "vllm_standby")
+        if getattr(model, key)
+    ]
+
+
+def _check_unsloth(model: ModelConfig, lora: LoraSection | None, grpo: Mapping[str, Any]) -> list[Problem]:
+    """What Unsloth drops without a word, or refuses after the weights are loaded."""
+    problems = []
+    if model.attn_implementation is not None:
+        problems.append(
+            Problem(
+                "model.attn_implementation", "is Unsloth's to choose", model.attn_implementation, "remove it"
+            )
+        )
+    if not model.fast_inference:
+        for key in ("gpu_memory_utilization", "vllm_standby"):
+            if getattr(model, key):
+                remedy = "set model.fast_inference: true, or remove it"
+                problems.append(Problem(f"model.{key}", "is vLLM's", getattr(model, key), remedy))
+        if grpo.get("use_vllm"):
+            problems.append(
+                Problem("grpo.use_vllm", "is model.fast_inference here", True, "set that in its place")
+            )
+        return problems
+    if lora is None:
+        remedy = "add a lora section, or set model.fast_inference: false"
+        problems.append(Problem("lora", "vLLM shares frozen weights alone", None, remedy))
+    elif lora.modules_to_save is not None:
+        remedy = "remove it, or set model.fast_inference: false"
+        problems.append(
+            Problem("lora.modules_to_save", "vLLM takes adapters alone", lora.modules_to_save, remedy)
+        )
+    for key, why in (
+        ("load_in_8bit", "vLLM has no such weights"),
+        ("revision", "vLLM loads the main branch"),
+    ):
+        if getattr(model, key):
+            remedy = "remove it, or set model.fast_inference: false"
+            problems.append(Problem(f"model.{key}", why, getattr(model, key), remedy))
     return problems
 
 

@@ -77,6 +77,10 @@ class ModelConfig(Section):
         le=1,
         description="unsloth only: the share of the GPU vLLM may take; null: Unsloth's default",
     )
+    vllm_standby: bool = Field(
+        False,
+        description="unsloth only, with fast_inference: vLLM frees its memory while the model trains",
+    )
     scratch: ScratchConfig | None = Field(None, description="shape of the new model; scratch only")
 
 

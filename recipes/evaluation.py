@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from recipes.generation import Generate, Sampling
 
 Row = dict[str, Any]
 
@@ -24,8 +23,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    generate: Generate,
     rows: Iterable[Row],
     is_correct: Callable[[str, Row], bool],
     *,
@@ -39,49 +37,14 @@ def evaluate(
     kept = list(rows)
     if not kept:
         raise ValueError("rows: none given; evaluation needs at least one problem")
-    completions: list[str] = []
-    for start in range(0, len(kept), batch_size):
-        prompts = [row["prompt"] for row in kept[start : start + batch_size]]
-        completions += complete_greedily(model, tokenizer, prompts, max_new_tokens)
-    return Evaluation(
-        completions, [is_correct(text, row) for text, row in zip(completions, kept, strict=True)]
-    )
+    completions = complete(generate, kept, Sampling(max_new_tokens), batch_size)
+    firsts = [texts[0] for texts in completions]
+    return Evaluation(firsts, [is_correct(text, row) for text, row in zip(firsts, kept, strict=True)])
 
 
-@torch.no_grad()
-def complete_greedily(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], max_new_tokens: int
-) -> list[str]:
-    """One greedy completion, of at most `max_new_tokens` tokens, for each prompt (text, or a list of chat messages)."""
-    encoded = encode(tokenizer, prompts).to(model.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        tokens = model.generate(**encoded, generation_config=config)  # (B, prompt + completion)
-    finally:
-        model.train(was_training)
-    answers = tokens[:, encoded["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:
-    """Prompts as one batch padded on the left: `input_ids` and `attention_mask`, both (B, longest)."""
-    chat = not isinstance(prompts[0], str)
-    texts = (
-        [
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in prompts
-        ]
-        if chat
-        else prompts
-    )
-    # A chat template writes its own special tokens: the tokenizer must not add them a second time.
-    return tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
-    )
+def complete(generate: Generate, rows: list[Row], sampling: Sampling, batch_size: int) -> list[list[str]]:
+    """`sampling.samples` completions for the "prompt" of each row, `batch_size` rows at a time."""
+    completions: list[list[str]] = []
+    for start in range(0, len(rows), batch_size):
+        completions += generate([row["prompt"] for row in rows[start : start + batch_size]], sampling)
+    return completions

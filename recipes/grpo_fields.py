@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from recipes.config_errors import Problem, describe_type, one_of, show, unknown_key
 from recipes.grpo_history import GONE, OWNED, REFUSED
+from recipes.unsloth_loader import import_unsloth
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
@@ -76,16 +77,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # texts that TRL compares but does not 
 }
 
 
-def import_grpo_config(loader: str) -> type:
-    """TRL's own GRPOConfig class. The only place where checking a configuration imports TRL.
+def import_grpo_config(loader: str, standby: bool = False) -> type:
+    """TRL's GRPOConfig class, or the one that Unsloth derives from it. Checking a configuration imports TRL here only.
 
     Unsloth rewrites TRL's trainers, and only those imported after it, so where it will load the model
-    it comes first. A missing Unsloth is not this function's to report: recipes.models names the remedy.
+    it comes first. A missing Unsloth is not this function's to report: recipes.preflight names the remedy.
+    standby: `model.vllm_standby`.
     """
     if loader == "unsloth":
         try:
-            import unsloth  # noqa: F401
-        except (ImportError, NotImplementedError, RuntimeError):
+            import_unsloth(standby)
+        except (ImportError, NotImplementedError, RuntimeError, ValueError):
             pass
     from trl.trainer.grpo_config import GRPOConfig
 

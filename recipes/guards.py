@@ -40,8 +40,8 @@ class BypassGuard(TrainerCallback):
         if self._handle.calls == self._before:
             raise HeadBypassed(
                 f"training step {state.global_step} never reached memhead: its log-probabilities were computed by "
-                "something else; see INTEGRATION in the documentation for options that bypass it (Liger kernels, "
-                "another patch of the trainer), or set head.impl: trl to train without memhead"
+                "something else; remove what bypasses it (Liger kernels, another patch of the trainer; docs/loaders.md "
+                "has Unsloth's options), or set head.impl: trl to train without memhead"
             )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memhead import linear_logprobs
-from recipes.evaluation import encode
+from recipes.generation import encode
 
 ALLOWANCE, FLOOR = 3.0, 1e-5
 
@@ -70,18 +70,16 @@ def _real_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], rows: int
 ) -> tuple[Tensor, Tensor]:
     """What the head receives, (N, H), and the tokens that follow, (N,), for at most `rows` tokens without padding."""
-    seen: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     batch = encode(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()
-    try:
-        model(**batch)
+    try:  # the model without its head: Unsloth's forward multiplies with the weight and never calls the module
+        hidden = getattr(model, "get_base_model", lambda: model)().base_model(**batch).last_hidden_state
     finally:
-        hook.remove()
         model.train(was_training)
     real = (batch["attention_mask"][:, :-1] * batch["attention_mask"][:, 1:]).bool()
-    return seen[0][:, :-1][real][:rows], batch["input_ids"][:, 1:][real][:rows]
+    hidden = hidden.to(model.get_output_embeddings().weight.dtype)
+    return hidden[:, :-1][real][:rows], batch["input_ids"][:, 1:][real][:rows]
 
 
 def _scaling(config: Any) -> dict[str, float]:

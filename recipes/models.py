@@ -2,9 +2,10 @@
 
 scratch        a small Llama with random weights and a tokenizer of single characters; nothing is downloaded
 transformers   `AutoModelForCausalLM.from_pretrained`, a local folder or a hub name
-unsloth        to come: a loader here, and an import before TRL's in `train_grpo.py`
+unsloth        `FastLanguageModel.from_pretrained`, with its adapters on (recipes.unsloth_loader)
 """
 
+import os
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes.config_schema import ModelConfig, ScratchConfig
+from recipes import unsloth_loader
+from recipes.config_schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.tasks import Task
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -72,18 +74,24 @@ def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed
         return LlamaForCausalLM(config)
 
 
-def load(config: ModelConfig, task: Task, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The run's model and tokenizer, by `model.loader`.
+def load(
+    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The run's model and tokenizer, by `model.loader`, on the GPU where there is one.
 
-    Raises ValueError if the loader does not fit the task or is not there yet.
+    lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
+    Raises ValueError if the loader does not fit the task.
     """
+    if config.loader == "unsloth":
+        return unsloth_loader.load(config, lora, seed)
     if config.loader == "scratch":
-        return _from_scratch(config, task, seed)
-    if config.loader == "transformers":
-        return _from_pretrained(config)
-    raise ValueError(
-        f"model.loader: {config.loader!r} is not built yet; use transformers, which loads the same checkpoints"
-    )
+        model, tokenizer = _from_scratch(config, task, seed)
+    else:
+        model, tokenizer = _from_pretrained(config)
+    if torch.cuda.is_available() and getattr(model, "hf_quantizer", None) is None:  # else it is there already
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # as launchers number a machine's processes
+        model = model.to(torch.device("cuda", own))
+    return model, tokenizer
 
 
 def _from_scratch(

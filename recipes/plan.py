@@ -229,10 +229,11 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
         )
     if model.fast_inference or grpo.get("use_vllm"):
         share = model.gpu_memory_utilization or grpo.get("vllm_gpu_memory_utilization") or 0.3
+        sleeps = model.vllm_standby or grpo.get("vllm_enable_sleep_mode")
+        meanwhile = "it frees the cache" if sleeps else "it keeps both: training must fit beside them"
         notes.append(
-            f"vLLM reserves up to {share:.0%} of the device for weights and KV cache and shares the weights under "
-            "Unsloth; counted here is the cache that one batch needs, and training fits beside the rest only if vLLM "
-            "sleeps meanwhile (Unsloth's standby, grpo.vllm_enable_sleep_mode)"
+            f"vLLM takes up to {share:.0%} of the device for weights and KV cache, under Unsloth the weights that are "
+            f"trained on; while the model trains {meanwhile}. Counted here is the cache that one batch needs"
         )
     if config.head.impl == "trl":
         notes.append("head.impl: trl is counted as memhead; both hold one chunk of logits")

@@ -1,4 +1,7 @@
-"""The real Unsloth package, on the backend that it has without a GPU, in a process of its own."""
+"""The real Unsloth package without a GPU: on its CPU backend, and its GPU trainer as far as that goes.
+
+Each file of cases runs in a process of its own, for importing Unsloth changes TRL for good.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,39 @@ import pytest
 from memhead.integrations import unsloth as memhead_unsloth
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(
     find_spec("unsloth") is None, reason="pip install --no-deps -r requirements-unsloth.lock (make test does)"
 )
-def test_unsloth(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+@pytest.mark.parametrize(
+    ("cases", "variables"),
+    [
+        (("unsloth_cases.py", "unsloth_run_cases.py"), {}),
+        (("unsloth_generated_cases.py",), {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}),
+    ],
+    ids=["cpu-backend", "generated-trainer"],
+)
+def test_unsloth(cases, variables, tmp_path):
+    options = [
         "-q",
         "-p",
         "no:cacheprovider",
+        "--noconftest",
         "--rootdir",
-        str(HERE.parents[1]),
+        ROOT,
+        "-c",
+        ROOT / "pyproject.toml",
     ]
     # Unsloth writes its compiled cache into the working folder.
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    quiet = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     result = subprocess.run(
-        [*command, "--noconftest", "-c", str(HERE.parents[1] / "pyproject.toml"), str(HERE / "unsloth_cases.py")],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        [sys.executable, "-m", "pytest", *map(str, options), *(str(HERE / name) for name in cases)],
+        env=os.environ | {"PYTHONPATH": paths} | quiet | variables,
+        cwd=tmp_path, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

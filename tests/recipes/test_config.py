@@ -329,6 +329,35 @@ def test_trl_defaults_pass_our_checks(good):
     load_config(good, overrides)
 
 
+UNSLOTH = ["model.loader=unsloth", "model.name=some/model"]
+VLLM = "model.fast_inference=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.attn_implementation=sdpa"], "model.attn_implementation: is Unsloth's to choose"),
+        (["model.vllm_standby=true"], "model.vllm_standby: is vLLM's"),
+        (["model.gpu_memory_utilization=0.5"], "set model.fast_inference: true"),
+        (["grpo.use_vllm=true"], "grpo.use_vllm: is model.fast_inference here"),
+        ([VLLM, "model.revision=v1"], "model.revision: vLLM loads the main branch"),
+        ([VLLM, "model.load_in_8bit=true"], "model.load_in_8bit: vLLM has no such weights"),
+        ([VLLM, "lora.modules_to_save=[embed_tokens]"], "lora.modules_to_save: vLLM takes adapters alone"),
+        ([VLLM, "lora=null"], "lora: vLLM shares frozen weights alone"),
+        (
+            ["run.warm_start={steps: 5}", "grpo.beta=0.1"],
+            "run.warm_start: Unsloth's KL is to the model before it",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
+    given = UNSLOTH if any(text.startswith("lora") for text in overrides) else [*UNSLOTH, "lora.r=4"]
+    error = error_of(good, *given, *overrides)
+    assert len(error.lines) == 1
+    assert expected in error.lines[0]
+
+
 # the reference and the repo's own configurations
 
 

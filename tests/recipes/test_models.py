@@ -57,8 +57,3 @@ def test_saved_and_loaded_by_the_other_loader(tmp_path):
     assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
     assert its_tokenizer.padding_side == "left"
     assert its_tokenizer.decode(its_tokenizer("3*7+5").input_ids) == "3*7+5"
-
-
-def test_a_loader_that_is_not_there_says_so():
-    with pytest.raises(ValueError, match="unsloth"):
-        models.load(ModelConfig(loader="unsloth", name="x"), countdown, seed=0)

@@ -8,6 +8,7 @@ import torch
 from recipes import models
 from recipes.config_schema import ModelConfig, ScratchConfig, WarmStartConfig
 from recipes.evaluation import evaluate
+from recipes.generation import by_transformers
 from recipes.headcheck import check_head
 from recipes.tasks import countdown
 from recipes.warmstart import IGNORED, collate, warm_start
@@ -41,7 +42,9 @@ def test_it_learns_what_it_is_shown_and_stops_at_the_target(loaded):
     rows = [{"prompt": p, "numbers": [int(p[0])] * 3, "target": int(p[4:6])} for p, _ in EXAMPLES]
 
     def probe():
-        return evaluate(model, tokenizer, rows, countdown.is_correct, max_new_tokens=6).accuracy
+        return evaluate(
+            by_transformers(model, tokenizer), rows, countdown.is_correct, max_new_tokens=6
+        ).accuracy
 
     result = warm_start(
         model, tokenizer, EXAMPLES, settings(steps=200, target_accuracy=1.0, check_every=10), probe=probe
@@ -75,8 +78,12 @@ def test_evaluation_keeps_order_mode_and_random_state(loaded):
     rows = [{"prompt": prompt} for prompt in ("111>03=", "2>", "333>09=")]
     model.train()
     state = torch.get_rng_state()
-    together = evaluate(model, tokenizer, rows, lambda text, row: row["prompt"] == "2>", max_new_tokens=4)
-    singly = evaluate(model, tokenizer, rows, lambda text, row: False, max_new_tokens=4, batch_size=1)
+    together = evaluate(
+        by_transformers(model, tokenizer), rows, lambda text, row: row["prompt"] == "2>", max_new_tokens=4
+    )
+    singly = evaluate(
+        by_transformers(model, tokenizer), rows, lambda text, row: False, max_new_tokens=4, batch_size=1
+    )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert together.completions == singly.completions  # padding of the short prompt changes nothing
@@ -87,7 +94,7 @@ def test_evaluation_keeps_order_mode_and_random_state(loaded):
 
 def test_evaluation_of_nothing_is_an_error(loaded):
     with pytest.raises(ValueError, match="rows"):
-        evaluate(*loaded, [], lambda text, row: True, max_new_tokens=4)
+        evaluate(by_transformers(*loaded), [], lambda text, row: True, max_new_tokens=4)
 
 
 def test_head_check_passes_and_finds_a_wrong_head(loaded, monkeypatch):

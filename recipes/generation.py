@@ -1,0 +1,142 @@
+"""Completions for prompts: what an evaluation asks of a run's model, by whatever generates there.
+
+generate = by_transformers(model, tokenizer)      model.generate
+generate = by_trainer(trainer)                    vLLM where the trainer samples with it, else the same
+generate(["357>26="], Sampling(max_new_tokens=6))  -> [["3*7+5"]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Prompt = Any  # text, or a list of chat messages
+UNCUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # the model's own distribution
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to complete. temperature 0: greedily; otherwise `samples` completions a prompt, from the whole vocabulary."""
+
+    max_new_tokens: int
+    samples: int = 1
+    temperature: float = 0.0
+
+
+Generate = Callable[[list[Prompt], Sampling], list[list[str]]]
+
+
+def by_transformers(model: Any, tokenizer: Any) -> Generate:
+    """`model.generate`. The model's mode is left as it was."""
+
+    @torch.no_grad()
+    def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
+        encoded = encode(tokenizer, prompts).to(model.device)
+        was_training = model.training
+        model.eval()
+        try:
+            tokens = model.generate(
+                **encoded, generation_config=_generation_config(model, tokenizer, sampling)
+            )
+        finally:
+            model.train(was_training)
+        answers = tokens[:, encoded["input_ids"].shape[1] :]  # (prompts × samples, completion)
+        return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)
+
+    return generate
+
+
+def by_trainer(trainer: Any) -> Generate:
+    """The trainer's own engine, with the weights and adapters as they are now.
+
+    Under Unsloth `trainer.vllm_generation` is TRL's too: it hands the current adapters to the shared engine.
+    """
+    if not trainer.use_vllm:
+        return by_transformers(trainer.model, trainer.processing_class)
+    engine, tokenizer = trainer.vllm_generation, trainer.processing_class
+
+    def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
+        ids = token_ids(tokenizer, prompts)
+        if trainer.state.global_step != trainer._last_loaded_step:  # as the trainer does before it samples
+            engine.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
+        repeated = [prompt for prompt in ids for _ in range(sampling.samples)]
+        with _sampled_with(engine, sampling):
+            _, answers, _, _ = engine.generate(
+                prompts=repeated, images=None, num_generations=sampling.samples
+            )
+        return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)
+
+    return generate
+
+
+@contextmanager
+def _sampled_with(engine: Any, sampling: Sampling) -> Iterator[None]:
+    """TRL's VLLMGeneration reads these attributes at each call; the trainer's own are put back."""
+    wanted = {
+        **UNCUT,
+        "temperature": sampling.temperature,
+        "max_completion_length": sampling.max_new_tokens,
+    }
+    before = {name: getattr(engine, name) for name in wanted}
+    vars(engine).update(wanted)
+    try:
+        yield
+    finally:
+        vars(engine).update(before)
+
+
+def encode(tokenizer: Any, prompts: list[Prompt]) -> Any:
+    """Prompts as one batch padded on the left: `input_ids` and `attention_mask`, both (B, longest)."""
+    texts, special = rendered(tokenizer, prompts)
+    return tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
+    )
+
+
+def token_ids(tokenizer: Any, prompts: list[Prompt]) -> list[list[int]]:
+    """The same tokens, one list a prompt, without padding."""
+    texts, special = rendered(tokenizer, prompts)
+    return tokenizer(texts, add_special_tokens=special)["input_ids"]
+
+
+def rendered(tokenizer: Any, prompts: list[Prompt]) -> tuple[list[str], bool]:
+    """Prompts as text, and whether the tokenizer must add its special tokens: a chat template writes its own."""
+    if isinstance(prompts[0], str):
+        return prompts, True
+    render = tokenizer.apply_chat_template
+    return [str(render(chat, tokenize=False, add_generation_prompt=True)) for chat in prompts], False
+
+
+def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:
+    """What a checkpoint's own generation_config.json wants (Qwen2.5: a repetition penalty) would fill every gap."""
+    from transformers import GenerationConfig
+
+    options: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "repetition_penalty": UNCUT["repetition_penalty"],
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": _end_tokens(model, tokenizer),
+        "do_sample": sampling.temperature > 0.0,
+    }
+    if options["do_sample"]:
+        options |= UNCUT | {
+            "temperature": sampling.temperature,
+            "num_return_sequences": sampling.samples,
+        }
+    return GenerationConfig(**options)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion, the model's and the tokenizer's, as in TRL's trainer."""
+    declared = model.generation_config.eos_token_id
+    ends = [] if declared is None else declared if isinstance(declared, list) else [declared]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
+def _grouped(texts: list[str], size: int) -> list[list[str]]:
+    return [texts[start : start + size] for start in range(0, len(texts), size)]

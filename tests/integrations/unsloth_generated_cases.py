@@ -1,0 +1,199 @@
+"""Cases for test_unsloth.py: the trainer that Unsloth writes for a GPU, made and trained on the CPU.
+
+The process starts with UNSLOTH_ALLOW_CPU=1: Unsloth then loads its GPU code without a GPU, but leaves TRL alone. Its
+function that writes the trainer is called here, and UNSLOTH_COMPILE_DISABLE=1 leaves it uncompiled: on a CPU our meter
+watches every operator, which torch.compile does not allow. The model is transformers' own, with PEFT's adapters, for
+Unsloth's layers are Triton kernels. What is scored, and by what name, is the trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from recipes.grpo_fields import import_grpo_config
+
+    import_grpo_config("unsloth")  # as the configuration's check does: unsloth first, then trl
+
+import ast
+import dataclasses
+import functools
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trl
+import unsloth
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from unsloth.models import rl
+from unsloth.models.vision import FastBaseModel
+from unsloth_files import write_files
+from unsloth_zoo import rl_replacements
+
+from memhead.integrations import unsloth as memhead_unsloth
+from recipes.config import load_config
+from recipes.preflight import Machine, missing
+from recipes.runfolder import RunFolder
+from recipes.tasks import get_task
+from recipes.tracking import track
+from recipes.trainer import install_head, make_trainer
+from recipes.unsloth_defaults import TRL_DEFAULTS, is_unsloths
+
+TRLS_OWN = trl.GRPOConfig
+# Defaults that Unsloth changes with no effect on what is trained: logging, evaluation by TRL (ours is apart), caches.
+HARMLESS = {
+    "eval_accumulation_steps", "generation_kwargs", "include_num_input_tokens_seen", "logging_nan_inf_filter",
+    "logging_steps", "per_device_eval_batch_size", "router_aux_loss_coef", "seed", "torch_empty_cache_steps",
+    "bf16", "loss_type",
+}  # fmt: skip  # bf16, seed and logging_steps are always given; loss_type: null means dapo there
+
+
+@pytest.fixture(scope="session", autouse=True)
+def generated():
+    """TRL's GRPO trainer and config replaced by Unsloth's."""
+    torch.set_num_threads(1)
+    os.environ["UNSLOTH_ALLOW_CPU"] = "0"
+    rl._patch_trl_rl_trainers_impl("grpo_trainer")
+    os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+    assert trl.GRPOTrainer.__name__ == "UnslothGRPOTrainer"
+    assert is_unsloths(trl.GRPOConfig)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return load_config(write_files(tmp_path_factory.mktemp("unsloth")))
+
+
+def evens(completion_ids, **columns):
+    """The share of even tokens, the first counting most."""
+    return [sum((token % 2 == 0) / (1 + i) for i, token in enumerate(ids)) for ids in completion_ids]
+
+
+def train(config, folder, impl):
+    """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls."""
+    config = config.model_copy(update={"head": config.head.model_copy(update={"impl": impl})})
+    folder = RunFolder.create(folder, impl)
+    arguments = config.grpo_config(folder.path / "checkpoints")
+    with install_head(config, arguments) as handle:
+        set_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+        model = get_peft_model(model, config.lora.peft_config())
+        # What FastLanguageModel leaves on a model, and its mark for float32 that was asked for.
+        model.for_training = functools.partial(FastBaseModel.for_training, model)
+        model.for_inference = functools.partial(FastBaseModel.for_inference, model)
+        model._unsloth_user_float32 = True
+        tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+        trainer = make_trainer(config, arguments, ([evens], None), get_task("gsm8k"), model, tokenizer)
+        assert not trainer.args.fp16
+        assert not trainer.args.bf16
+        tracker = track(trainer, folder, progress=False)
+        trainer.train()
+        tracker.close()
+    adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+    return SimpleNamespace(folder=folder, adapters=adapters, calls=handle.calls, rows=handle.rows)
+
+
+@pytest.fixture(scope="module")
+def runs(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {impl: train(config, folder, impl) for impl in ("trl", "memhead", "full")}
+
+
+def test_unsloth_was_imported_first():
+    """Else it says so."""
+    assert not [str(w.message) for w in said if "should be imported before" in str(w.message)]
+
+
+@pytest.mark.parametrize("impl", ["memhead", "full"])
+def test_ten_steps_equal_unsloths_own_head(runs, impl):
+    own, ours = (runs[name].folder.metrics.read() for name in ("trl", impl))
+    assert [line["step"] for line in own] == list(range(1, 11))
+    for a, b in zip(own, ours, strict=True):
+        assert a.get("reward") == b.get("reward")
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    for name, value in runs["trl"].adapters.items():
+        torch.testing.assert_close(runs[impl].adapters[name], value, rtol=0.0, atol=1e-6)
+    assert max(v.abs().max() for name, v in runs["trl"].adapters.items() if "lora_B" in name) > 1e-3
+
+
+def test_every_projection_is_counted(runs):
+    assert runs["memhead"].calls == runs["trl"].calls >= 20
+    assert runs["memhead"].rows == runs["trl"].rows >= 10 * 8  # at least a token a completion and step
+
+
+def test_the_meters_hold(runs):
+    first, second = runs["memhead"].folder.metrics.read()[:2]
+    assert set(first["time"]) == {
+        "generation",
+        "rewards",
+        "scoring",
+        "forward",
+        "backward",
+        "optimizer",
+        "other",
+    }
+    assert "scoring" not in second["time"]
+    assert first["memory"]["forward"]["tensor_peak_mib"] > 0
+    assert len(runs["memhead"].folder.completions.read()) == 40
+    assert {"reward", "kl", "grad_norm", "completion_length"} <= set(first)
+
+
+def test_both_passes_import_the_scorer_at_each_call():
+    """The written source: inside the bodies, so that what stands in the module at that moment is what scores."""
+    tree = ast.parse(inspect.getsource(sys.modules[trl.GRPOTrainer.__module__]))
+    found = {
+        function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and node.module == "unsloth_zoo.rl_replacements"
+        if memhead_unsloth.SCORER in [alias.name for alias in node.names]
+    }
+    assert found == {"grpo_accumulated_loss", "_get_per_token_logps_and_entropies"}
+
+
+def test_ours_takes_every_argument_of_unsloths():
+    theirs = inspect.signature(getattr(rl_replacements, memhead_unsloth.SCORER)).parameters
+    ours = inspect.signature(memhead_unsloth._score).parameters
+    own = [name for name, p in theirs.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = [name for name in ours if name not in ("impl", "tile", "backend", "extra")]
+    assert own[: len(known)] == known
+    assert set(own[len(known) :]) <= set(memhead_unsloth.NEUTRAL)
+
+
+def test_the_defaults_are_trls(config, tmp_path):
+    """What a configuration leaves out is TRL's choice, whichever class Unsloth puts in its place."""
+    fields = {field.name for field in dataclasses.fields(TRLS_OWN) if field.init}
+    trls, unsloths = ({
+        name: parameter.default for name, parameter in inspect.signature(kind).parameters.items() if name in fields
+    } for kind in (TRLS_OWN, trl.GRPOConfig))  # fmt: skip
+    changed = {name for name in unsloths if unsloths[name] != trls[name]}
+    assert {name: trls[name] for name in changed - HARMLESS} == TRL_DEFAULTS
+
+    bare = config.model_copy(update={"grpo": {"num_generations": 4}})
+    made, plain = (
+        bare.grpo_config(tmp_path),
+        TRLS_OWN(str(tmp_path), num_generations=4, use_cpu=True, bf16=False),
+    )
+    for name in [*TRL_DEFAULTS, "loss_type", "scale_rewards"]:
+        assert getattr(made, name) == getattr(plain, name), name
+    assert made.epsilon_high == made.epsilon == plain.epsilon
+    for loss in ("dapo", "dr_grpo", "cispo"):
+        made = config.model_copy(update={"grpo": {"loss_type": loss}}).grpo_config(tmp_path)
+        assert (made.epsilon_high, made.scale_rewards) == (0.2, "group")
+        assert made.mask_truncated_completions is False
+
+
+def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
+    assert memhead_unsloth.generates_trainers()
+    assert unsloth.DEVICE_TYPE == "cuda"
+    bypassing = config.model_copy(update={"grpo": {"entropy_coef": 0.01}})
+    (problem,) = missing(bypassing, Machine(cuda=False, bfloat16=True, packages=frozenset({"unsloth"})))
+    assert "grpo.entropy_coef=0.01" in problem.line("")
+    with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0\.01"):
+        install_head(bypassing, bypassing.grpo_config("unused"))
