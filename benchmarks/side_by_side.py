@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contestants import full_contestant, memhead_contestant
+from benchmarks.contestants import Head, full_contestant, memhead_contestant
 from benchmarks.head import MIB, make_head
 from benchmarks.measure import Function, interleaved_seconds, peak_bytes
 from recipes.memory import TensorMeter
@@ -37,7 +37,7 @@ def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) 
     for name in passes:
         table.add_column(name, justify="right")
     table.add_row("milliseconds", *(f"{1e3 * seconds[name]:.1f}" for name in passes))
-    table.add_row("peak MiB above its inputs", *(f"{_peak_mib(f, device):.1f}" for f in passes.values()))  # type: ignore[arg-type]
+    table.add_row("peak MiB above its inputs", *(f"{_peak_mib(f, head):.1f}" for f in passes.values()))  # type: ignore[arg-type]
     apart = float((scores[0] - scores[1]).abs().max())
     relative = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     table.add_row("largest difference of a log-probability", f"{apart:.1e}", "–")
@@ -45,14 +45,16 @@ def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) 
     return table
 
 
-def _peak_mib(function: Function, device: torch.device) -> float:
+def _peak_mib(function: Function, head: Head) -> float:
     """As a run's meters count it: the CUDA allocator's peak, or the bytes of live tensors on a CPU."""
-    if device.type == "cuda":
-        return peak_bytes(function, device) / MIB
+    if head.hidden.is_cuda:
+        return peak_bytes(function, head.hidden.device) / MIB
     meter = TensorMeter()
+    meter.watch(head)
+    inputs = meter.live_bytes
     with meter:
         function()
-    return meter.peak_bytes / MIB
+    return (meter.peak_bytes - inputs) / MIB
 
 
 def _device() -> tuple[torch.device, torch.dtype]:

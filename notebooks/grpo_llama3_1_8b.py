@@ -136,7 +136,8 @@ for file in sorted(run.final.iterdir()):
 from benchmarks.side_by_side import side_by_side
 
 shape, tokens = planned.setting.shape, planned.setting.sequences * planned.setting.completion
-display(side_by_side(512, 512, 32000) if smoke else side_by_side(min(tokens, 4096), shape.hidden, shape.vocab))
+size = (512, 512, 32000) if smoke else (min(tokens, 4096), shape.hidden, shape.vocab)
+display(side_by_side(*size))
 
 # %% [markdown]
 # Then the same short run with each, from the same seed, with completions short enough for full logits too.

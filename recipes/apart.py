@@ -1,12 +1,14 @@
 """A run in a process of its own, for notebooks: its end gives back all of its memory, the GPU's and vLLM's too.
 
-    folder = run_apart(train_grpo.main, "configs/quickstart.yaml", {"grpo.max_steps": 20})
+folder = run_apart(train_grpo.main, "configs/quickstart.yaml", {"grpo.max_steps": 20})
 """
 
 from __future__ import annotations
 
+import codecs
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -39,24 +41,23 @@ def run_apart(main: Callable[[list[str]], int], path: str, settings: Mapping[str
 
 
 def apart(function: Callable[..., int], *arguments: Any) -> int:
-    """`function(*arguments)` in a fresh process whose output is printed here line by line; its exit status.
+    """`function(*arguments)` in a fresh process whose output is printed here as it comes; its exit status.
 
-    function: importable by name. After Ctrl-C, which the process receives too, its output is shown to the end.
+    function: importable by name. Ctrl-C is left to the process, which receives it too. To be called from the main
+    thread.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_speak_into, args=(writer, function, arguments))
     process.start()
     writer.close()
-    with open(reader.fileno(), encoding="utf-8", errors="replace", closefd=False) as output:
-        ended = False
-        while not ended:
-            try:
-                for line in output:
-                    print(line, end="", flush=True)
-                ended = True
-            except KeyboardInterrupt:
-                continue  # a run ends after the step in hand
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a run ends by itself, after the step in hand
+    try:
+        chunks = iter(lambda: os.read(reader.fileno(), 1 << 16), b"")
+        for text in codecs.iterdecode(chunks, "utf-8", "replace"):
+            print(text, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     process.join()
     return process.exitcode or 0
 
@@ -66,6 +67,9 @@ def _speak_into(writer: Connection, function: Callable[..., int], arguments: tup
     os.dup2(writer.fileno(), 1)
     os.dup2(writer.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # A notebook sets FORCE_COLOR, with which rich takes what only scrolls for a terminal and redraws its bar.
+    os.environ.pop("FORCE_COLOR", None)
+    os.environ["COLUMNS"] = "110"
     sys.exit(function(*arguments))
 
 

@@ -1,7 +1,7 @@
 """One question to the model before and after a run, answered greedily.
 
-    for name, text in ask(config, RunFolder("runs/quickstart")).items():
-        print(name, text, sep="\\n")
+for name, text in ask(config, RunFolder("runs/quickstart")).items():
+    print(name, text, sep="\\n")
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     tokens = torch.arange(32)[None] % model.config.vocab_size
     wanted = _logits(model, tokens)
     with model.disable_adapter():
-        base = _logits(model, tokens)
+        without = _logits(model, tokens)
     before = {name: weight.clone() for name, weight in _adapted(model)}
     merged = model.merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
@@ -72,7 +72,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
         "logits_error": _relative(
             _logits(_reload(place), tokens), wanted
         ),  # as it will be loaded, from the disk
-        "adapter_effect": _relative(base, wanted),
+        "adapter_effect": _relative(without, wanted),
         "allowed": LOGITS_TOLERANCE[dtype],
     }
     if fault := _fault(proof):
@@ -176,7 +176,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into its base, and prove it")
-    parser.add_argument("--base", help="with --merge: the weights to merge into; default: the adapter's own base")
+    parser.add_argument(
+        "--base", help="with --merge: the weights to merge into; default: the adapter's own base"
+    )
     parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
     options = parser.parse_args(arguments)
     try:
