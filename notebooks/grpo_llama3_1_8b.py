@@ -25,8 +25,8 @@
 # `make notebook` brings the two in step.
 
 # %% [markdown]
-# Fetches the repository and what `requirements-cuda.lock` pins, where they are not here already. If Colab then asks
-# to restart the session, do, and run this cell again.
+# Fetches the repository and what `requirements-cuda.lock` pins, where they are not here already. If an import further
+# down then complains of a version, restart the session and begin again here.
 
 # %%
 import importlib.util
@@ -59,8 +59,9 @@ output = "runs"  # @param {type:"string"}
 smoke = False  # @param {type:"boolean"}
 
 # %% [markdown]
-# An empty `question` asks the first held-out problem. A mounted Drive as `output` keeps the run. `smoke` shows every
-# cell on a CPU, with a model of 0.8 M parameters; the model, steps and length above then mean nothing.
+# An empty `question` asks the first held-out problem. A mounted Drive as `output` keeps the run. `smoke` shows that
+# every cell runs, on a CPU with a model of 0.8 M parameters: it learns nothing in six steps, and the model, steps and
+# length above are not used.
 
 # %%
 from recipes.apart import configure, run_apart
@@ -105,6 +106,8 @@ display(Image(filename=str(run.path / "report.png")))
 
 # %% [markdown]
 # ## A question before and after
+#
+# Answered greedily by `final/`, without its adapter and with it.
 
 # %%
 from recipes.ask import ask
@@ -116,8 +119,8 @@ for name, text in ask(config, run, question).items():
 # ## Saving
 #
 # `final/` holds the adapter (the smoke model: all weights), and now a model card. `merge` writes merged 16-bit weights,
-# proven against base and adapter; that takes some 40 GB of main memory for 8B. For llama.cpp, with its converter on the
-# PATH: `python -m recipes.export RUN --gguf` after merging.
+# proven against base and adapter, for which main memory must hold them nearly three times. After it, with llama.cpp's
+# converter on the PATH, `python -m recipes.export RUN --gguf` writes a GGUF file.
 
 # %%
 from recipes import export
@@ -152,6 +155,9 @@ pair = [
     run_apart(train_grpo.main, path, short | {"head.impl": impl, "run.name": f"short-{impl}"})
     for impl in ("memhead", "full")
 ]
+
+# %% [markdown]
+# What they cost, laid over each other. The smoke model's vocabulary has 20 entries, so that its two runs hardly differ.
 
 # %%
 compare([each.path for each in pair], out=run.path / "side_by_side")
