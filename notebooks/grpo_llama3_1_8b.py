@@ -60,8 +60,8 @@ smoke = False  # @param {type:"boolean"}
 
 # %% [markdown]
 # An empty `question` asks the first held-out problem. A mounted Drive as `output` keeps the run. `smoke` shows that
-# every cell runs, on a CPU with a model of 0.8 M parameters: it learns nothing in six steps, and the model, steps and
-# length above are not used.
+# every cell runs, on a CPU with a Llama of one layer: it learns nothing in six steps, and the model, steps and length
+# above are not used.
 
 # %%
 from recipes.apart import configure, run_apart

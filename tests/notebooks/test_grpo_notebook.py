@@ -101,7 +101,7 @@ def test_it_answers_before_and_after(executed):
 @pytest.mark.slow
 def test_both_heads_train_alike_and_are_laid_side_by_side(executed):
     notebook, output = executed
-    rewards = {}
+    rewards, entropies = {}, {}
     for impl in ("memhead", "full"):
         folder = output / f"short-{impl}"
         head = json.loads((folder / "head.json").read_text())
@@ -109,8 +109,10 @@ def test_both_heads_train_alike_and_are_laid_side_by_side(executed):
         assert head["calls"] >= 3
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rewards[impl] = [record["reward"] for record in records[1:]]
+        entropies[impl] = [record["entropy"] for record in records[1:]]
     assert len(rewards["full"]) == 3
     assert rewards["memhead"] == pytest.approx(rewards["full"], abs=0.02)
+    assert entropies["memhead"] == pytest.approx(entropies["full"], rel=0.01)
     table = text(notebook, "compare([")
     assert "short-memhead" in table
     assert re.search(r"head\.impl\W+memhead\W+full", table)
