@@ -50,7 +50,7 @@ def executed(tmp_path_factory):
     for name, value in {"smoke": True, "output": str(output), "compare_steps": 3}.items():
         form.source, replaced = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", form.source)
         assert replaced == 1
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(notebook, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     return notebook, output
 
 
