@@ -1,6 +1,7 @@
 # make train    install, then train the quickstart (three minutes on two cores, after the install)
 # make test     install, then lint, types and the whole test suite
 # make lint     ruff and the type checker; make format: let ruff rewrite what it can
+# make notebook  bring notebooks/*.ipynb and their .py twins in step, the newer one winning
 # make clean    remove the environment and the caches; runs/ stays
 #
 # PYTHON=python3.12 chooses the interpreter of the environment, ARGS="run.seed=1" goes to train_grpo.py.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format notebook clean
 
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
@@ -29,6 +30,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebook: $(INSTALLED)
+	$(BIN)/jupytext --sync notebooks/*.py
 
 # The stamp is written last: an installation that was cut off is taken up again.
 $(INSTALLED): requirements.lock

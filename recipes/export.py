@@ -3,6 +3,8 @@
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge            final/ (an adapter) -> merged/
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge --gguf     and merged.gguf, by llama.cpp's converter
 
+After training on a quantised base, `--base` names the weights that it was quantised from.
+
 `--merge` checks two things and says the figures: the merged weights differ from the base, and the merged model's
 logits are those of base and adapter. A model that fails either is not left in the folder.
 """
@@ -34,29 +36,29 @@ class ExportError(RuntimeError):
     """The export cannot be made, or is wrong; the message says why and what to do."""
 
 
-def merge(run: Path) -> dict[str, Any]:
+def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     """Merge `run/final` into `run/merged`. Returns the proof's figures.
+
+    base: hub id or path of the weights to merge into, in place of those that the adapter names.
 
     Raises ExportError: no adapter there, weights equal to the base, or logits that differ.
     """
-    from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
     final, place = run / "final", run / "merged"
     if not (final / "adapter_config.json").is_file():
         raise ExportError(f"{final} holds no adapter to merge; a run without lora has its whole model there")
-    require_base(final)
+    if base is None:
+        require_base(final)
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
-    model = AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto").eval()
+    model = _with_adapter(final, base).eval()
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        raise ExportError(
-            "the base is quantised; put an unquantised base into adapter_config.json and merge that"
-        )
+        raise ExportError("the base is quantised; name the unquantised one that it was made from with --base")
     tokens = torch.arange(32)[None] % model.config.vocab_size
     wanted = _logits(model, tokens)
     with model.disable_adapter():
-        base = _logits(model, tokens)
+        without = _logits(model, tokens)
     before = {name: weight.clone() for name, weight in _adapted(model)}
     merged = model.merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
@@ -70,13 +72,23 @@ def merge(run: Path) -> dict[str, Any]:
         "logits_error": _relative(
             _logits(_reload(place), tokens), wanted
         ),  # as it will be loaded, from the disk
-        "adapter_effect": _relative(base, wanted),
+        "adapter_effect": _relative(without, wanted),
         "allowed": LOGITS_TOLERANCE[dtype],
     }
     if fault := _fault(proof):
         shutil.rmtree(place)
         raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
     return proof
+
+
+def _with_adapter(final: Path, base: str | None) -> Any:
+    """The model of an adapter, on its own base or another one with the same weights unquantised."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if base is None:
+        return AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), final)
 
 
 def _fault(proof: dict[str, Any]) -> str:
@@ -164,13 +176,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into its base, and prove it")
+    parser.add_argument(
+        "--base", help="with --merge: the weights to merge into; default: the adapter's own base"
+    )
     parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
     options = parser.parse_args(arguments)
     try:
         if not (options.run / "final").is_dir():
             raise ExportError(f"{options.run} holds no folder final; give the folder of a finished run")
         if options.merge:
-            print(json.dumps(merge(options.run), indent=2))
+            print(json.dumps(merge(options.run, options.base), indent=2))
         places = [place for name in ("final", "merged") if (place := options.run / name).is_dir()]
         for place in places:
             (place / "README.md").write_text(model_card(options.run), encoding="utf-8")

@@ -96,7 +96,8 @@ class Plan:
                 table.add_row(name + mark, f"{size / GIB:.3f}")
             console.print(table)
         for line in self.lines():
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            # A terminal wraps by itself, a notebook cuts.
+            console.print(line, soft_wrap=not console.is_jupyter, highlight=False, markup=False)
 
     def lines(self) -> list[str]:
         """The conclusions in words."""

@@ -61,6 +61,17 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path, capsys):
     assert not (run / "merged").exists()
 
 
+def test_the_base_may_be_named(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    place = run / "final" / "adapter_config.json"
+    quantised = {**json.loads(place.read_text()), "base_model_name_or_path": "its-4bit-copy"}
+    place.write_text(json.dumps(quantised))
+    assert main([str(run), "--merge", "--base", str(tmp_path / "base")]) == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["changed_weights"] == 14
+    assert proof["logits_error"] <= proof["allowed"] < proof["adapter_effect"]
+
+
 def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert main([str(tmp_path)]) == 1
     assert "holds no folder final" in capsys.readouterr().err

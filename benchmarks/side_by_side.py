@@ -1,0 +1,68 @@
+"""memhead beside full logits at one size: time, memory and difference, as the notebook shows them.
+
+python -m benchmarks.side_by_side 4096 4096 128256      rows, hidden size, vocabulary
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import Head, full_contestant, memhead_contestant
+from benchmarks.head import MIB, make_head
+from benchmarks.measure import Function, interleaved_seconds, peak_bytes
+from recipes.memory import TensorMeter
+
+
+def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) -> Table:
+    """Forward and backward of both heads with the weight frozen, in the device's usual precision.
+
+    The difference is the largest of any log-probability and, relative to its norm, of the gradient.
+    """
+    device, dtype = _device()
+    head = make_head(rows, hidden_size, vocab_size, dtype, device)
+    contestants = [memhead_contestant(), full_contestant()]
+    passes = {c.name: c.run("frozen", head) for c in contestants}
+    seconds = interleaved_seconds(passes, rounds, device)  # type: ignore[arg-type]
+    scores = [c.logprobs(head.hidden, head.weight, head.targets).float() for c in contestants]  # type: ignore[misc]
+    gradients = [function()[0].float() for function in passes.values()]  # type: ignore[misc, index]
+    table = Table(
+        title=f"{rows} tokens, {hidden_size} × {vocab_size}, {str(dtype).removeprefix('torch.')} on {device}",
+        title_justify="left",
+    )
+    table.add_column("forward and backward")
+    for name in passes:
+        table.add_column(name, justify="right")
+    table.add_row("milliseconds", *(f"{1e3 * seconds[name]:.1f}" for name in passes))
+    table.add_row("peak MiB above its inputs", *(f"{_peak_mib(f, head):.1f}" for f in passes.values()))  # type: ignore[arg-type]
+    apart = float((scores[0] - scores[1]).abs().max())
+    relative = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    table.add_row("largest difference of a log-probability", f"{apart:.1e}", "–")
+    table.add_row("difference of the gradient, relative", f"{relative:.1e}", "–")
+    return table
+
+
+def _peak_mib(function: Function, head: Head) -> float:
+    """As a run's meters count it: the CUDA allocator's peak, or the bytes of live tensors on a CPU."""
+    if head.hidden.is_cuda:
+        return peak_bytes(function, head.hidden.device) / MIB
+    meter = TensorMeter()
+    meter.watch(head)
+    inputs = meter.live_bytes
+    with meter:
+        function()
+    return (meter.peak_bytes - inputs) / MIB
+
+
+def _device() -> tuple[torch.device, torch.dtype]:
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.device("cuda"), half
+
+
+if __name__ == "__main__":
+    Console().print(side_by_side(*map(int, sys.argv[1:4])))

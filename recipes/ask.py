@@ -1,0 +1,69 @@
+"""One question to the model before and after a run, answered greedily.
+
+for name, text in ask(config, RunFolder("runs/quickstart")).items():
+    print(name, text, sep="\\n")
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from recipes.checkpoint import load_checkpoint
+from recipes.config import RunConfig
+from recipes.evaluation import complete_greedily
+from recipes.runfolder import RunFolder
+from recipes.tasks import get_task
+
+
+def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]:
+    """The question as the model sees it, and its answers, under "question", "before training", "after training".
+
+    question: put in the place of a held-out problem's; "" asks the first held-out problem itself, and then each
+    answer's name says whether it is right. Raises FileNotFoundError if the run has no final model.
+    """
+    task = get_task(config.task.name)
+    row = dict(task.eval_dataset(config.task.options, config.run.seed)[0])
+    prompt = _instead(row["prompt"], question) if question else row["prompt"]
+    before, after = _answers(config, run, task, prompt)
+    gc.collect()
+    torch.cuda.empty_cache()  # the next run needs the whole device
+
+    def name(moment: str, answer: str) -> str:
+        verdict = "" if question else ": right" if task.is_correct(answer, row) else ": wrong"
+        return f"{moment} training{verdict}"
+
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return {"question": asked, name("before", before): before, name("after", after): after}
+
+
+def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple[str, str]:
+    """What the model answers without the training, and with it."""
+    length = config.grpo.get("max_completion_length", 256)
+
+    def answer(model: Any, tokenizer: Any) -> str:
+        return complete_greedily(model, tokenizer, [prompt], length)[0].strip()
+
+    model, tokenizer = load_checkpoint(run.final)
+    after = answer(model, tokenizer)
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            return answer(model, tokenizer), after
+    return answer(*_untrained(config, run, task)), after
+
+
+def _untrained(config: RunConfig, run: RunFolder, task: Any) -> tuple[Any, Any]:
+    """The model with which GRPO began, where every weight was trained."""
+    from recipes import models
+
+    warm_start = run.path / "warm_start"
+    if warm_start.is_dir():
+        return load_checkpoint(warm_start)
+    return models.load(config.model, task, config.run.seed)
+
+
+def _instead(prompt: Any, question: str) -> Any:
+    """The prompt with another question: the last message of a chat, or the whole of a plain prompt."""
+    return question if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": question}]

@@ -1,0 +1,67 @@
+"""A question before and after: the base and the adapter of a saved run, or the two whole models."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from recipes.ask import ask
+from recipes.config import load_config
+from recipes.evaluation import complete_greedily
+from recipes.models import load
+from recipes.runfolder import RunFolder
+from recipes.tasks import countdown
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    shape = "{hidden_size: 32, layers: 1, intermediate_size: 32, max_positions: 64}"
+    path.write_text(
+        f"model:\n  loader: scratch\n  scratch: {shape}\ntask:\n  name: countdown\ngrpo:\n  max_completion_length: 6\n"
+    )
+    return load_config(path)
+
+
+def changed(model):
+    """The model with every weight that is trained moved."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.add_(0.3 * torch.randn_like(weight))
+    return model
+
+
+def test_a_whole_model_against_the_one_it_began_as(config, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    model, tokenizer = load(config.model, countdown, config.run.seed)
+    row = countdown.eval_dataset(config.task.options, config.run.seed)[0]
+    before = complete_greedily(model, tokenizer, [row["prompt"]], 6)[0]
+    changed(model).save_pretrained(run.final)
+    tokenizer.save_pretrained(run.final)
+    after = complete_greedily(model, tokenizer, [row["prompt"]], 6)[0]
+    assert before != after
+    expected = {"question": row["prompt"], "before training: wrong": before, "after training: wrong": after}
+    assert ask(config, run) == expected
+
+    model.save_pretrained(run.path / "warm_start")  # where GRPO began, if there was one
+    tokenizer.save_pretrained(run.path / "warm_start")
+    assert ask(config, run)["before training: wrong"] == after
+
+
+def test_an_adapter_against_its_base_and_another_question(config, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    base, tokenizer = load(config.model, countdown, config.run.seed)
+    base.save_pretrained(tmp_path / "base")
+    before = complete_greedily(base, tokenizer, ["234>24="], 6)[0]
+    base.name_or_path = str(tmp_path / "base")
+    model = changed(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
+    model.save_pretrained(run.final)
+    tokenizer.save_pretrained(run.final)
+    named = json.loads((run.final / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
+    after = complete_greedily(model, tokenizer, ["234>24="], 6)[0]
+    assert before != after
+    expected = {"question": "234>24=", "before training": before, "after training": after}
+    assert ask(config, run, "234>24=") == expected
