@@ -19,7 +19,7 @@ from memhead import linear_cross_entropy, linear_logprobs
 
 def contestants(softcap: float | None, *, compiled: bool) -> list[Contestant]:
     """All of them, present or absent; ``compiled`` adds ``torch.compile`` of full logits, which takes its time."""
-    makers: list[Callable[[float | None], list[Contestant]]] = [_memhead, _full, _trl, _unsloth, _liger, _cce]
+    makers = [_memhead, _full, _trl, _unsloth, _liger, _cce, _quack]
     found = [contestant for make in makers for contestant in _make(make, softcap)]
     if compiled:
         found.append(_compiled(softcap))
@@ -180,3 +180,14 @@ def _cce(softcap: float | None) -> list[Contestant]:
 
         found.append(Contestant(f"{name} {release}", logprobs, None, cross_entropy))
     return found
+
+
+def _quack(softcap: float | None) -> list[Contestant]:
+    if softcap is not None:
+        return []
+    module = importlib.import_module("quack.linear_cross_entropy")
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return module.chunked_linear_cross_entropy(hidden, weight, targets, tuned=False)
+
+    return [Contestant(f"quack {version('quack-kernels')}", None, None, cross_entropy)]

@@ -221,7 +221,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     shapes, rows = (TOY, (100,)) if options.toy else (SHAPES, ROWS)
     results: dict[str, Any] = {
         "machine": machine(device),
-        "versions": versions("torch", "triton", "trl", "liger_kernel", "unsloth_zoo", "cut_cross_entropy"),
+        "versions": versions(
+            "torch", "triton", "trl", "liger_kernel", "unsloth_zoo", "cut_cross_entropy", "quack-kernels"
+        ),
         "command": "python -m benchmarks.head_gpu --output DIR",
         "date": date.today().isoformat(),
         "rows": [],
@@ -257,7 +259,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 results["stopped"] = f"at the limit of {options.limit} s, before {shape.name} N={n} {which}"
                 return results
             field = [c for c in fields[shape] if n <= rows[0] or not c.name.startswith(SLOW)]
-            cells = measure(head, which, field, 3 if n > rows[0] else 7)
+            cells = measure(head, which, field, 3 if n > rows[0] else 9)
             row = {"shape": shape._asdict(), "num_rows": n, "peaked": peaked, "pass": which}
             results["rows"].append(row | {"products": PRODUCTS[which], "contestants": cells})
             ours, floor = cells.get("memhead", {}), cells[FLOOR]

@@ -13,7 +13,7 @@ import torch
 
 from recipes.checkpoint import load_checkpoint
 from recipes.config import RunConfig
-from recipes.evaluation import complete_greedily
+from recipes.generation import Sampling, by_transformers
 from recipes.runfolder import RunFolder
 from recipes.tasks import get_task
 
@@ -44,7 +44,7 @@ def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple
     length = config.grpo.get("max_completion_length", 256)
 
     def answer(model: Any, tokenizer: Any) -> str:
-        return complete_greedily(model, tokenizer, [prompt], length)[0].strip()
+        return by_transformers(model, tokenizer)([prompt], Sampling(length))[0][0].strip()
 
     model, tokenizer = load_checkpoint(run.final)
     after = answer(model, tokenizer)

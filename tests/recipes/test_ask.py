@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from recipes.ask import ask
 from recipes.config import load_config
-from recipes.evaluation import complete_greedily
+from recipes.generation import Sampling, by_transformers
 from recipes.models import load
 from recipes.runfolder import RunFolder
 from recipes.tasks import countdown
@@ -33,14 +33,18 @@ def changed(model):
     return model
 
 
+def greedy(model, tokenizer, prompt):
+    return by_transformers(model, tokenizer)([prompt], Sampling(6))[0][0]
+
+
 def test_a_whole_model_against_the_one_it_began_as(config, tmp_path):
     run = RunFolder(tmp_path / "run")
     model, tokenizer = load(config.model, countdown, config.run.seed)
     row = countdown.eval_dataset(config.task.options, config.run.seed)[0]
-    before = complete_greedily(model, tokenizer, [row["prompt"]], 6)[0]
+    before = greedy(model, tokenizer, row["prompt"])
     changed(model).save_pretrained(run.final)
     tokenizer.save_pretrained(run.final)
-    after = complete_greedily(model, tokenizer, [row["prompt"]], 6)[0]
+    after = greedy(model, tokenizer, row["prompt"])
     assert before != after
     expected = {"question": row["prompt"], "before training: wrong": before, "after training: wrong": after}
     assert ask(config, run) == expected
@@ -54,14 +58,14 @@ def test_an_adapter_against_its_base_and_another_question(config, tmp_path):
     run = RunFolder(tmp_path / "run")
     base, tokenizer = load(config.model, countdown, config.run.seed)
     base.save_pretrained(tmp_path / "base")
-    before = complete_greedily(base, tokenizer, ["234>24="], 6)[0]
+    before = greedy(base, tokenizer, "234>24=")
     base.name_or_path = str(tmp_path / "base")
     model = changed(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
     model.save_pretrained(run.final)
     tokenizer.save_pretrained(run.final)
     named = json.loads((run.final / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(tmp_path / "base")
-    after = complete_greedily(model, tokenizer, ["234>24="], 6)[0]
+    after = greedy(model, tokenizer, "234>24=")
     assert before != after
     expected = {"question": "234>24=", "before training": before, "after training": after}
     assert ask(config, run, "234>24=") == expected
