@@ -128,15 +128,21 @@ def _fold_kernel(
             tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=real[:, None] & (lane < end)[None, :])
 
 
-# A row must give the same bits whatever rows are beside it, so no number or address that depends on
-# them may choose another variant of the kernel, with its sums in another order.
-@triton.jit(
-    do_not_specialize=["num_rows", "stats_stride", "acc_stride"],
-    do_not_specialize_on_alignment=["partial_ptr", "stats_ptr"],
-)
-def _merge_kernel(
+@triton.jit
+def _settle(partial, stats, partial_stride, stats_stride, mask):
+    """A row's reference so far and from now on, the sums of its blocks (BLOCKS,) and how far theirs are below it."""
+    sums = tl.load(partial + OTHERS * partial_stride, mask=mask, other=0.0)
+    references = tl.load(partial + REFERENCE * partial_stride, mask=mask, other=0.0)
+    counts = (sums > 0) | (sums != sums)
+    old = tl.load(stats + REFERENCE * stats_stride)
+    reference = tl.maximum(tl.max(tl.where(counts, references, LOWEST), 0), old)
+    return old, reference, sums, tl.where(counts, references - reference, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "stats_stride", "acc_stride"])
+def _correct_kernel(
     partial_ptr,  # (len(Stat), R, column blocks)
-    stats_ptr,  # (len(Stat), R), updated
+    stats_ptr,  # (len(Stat), R)
     exps_ptr,  # (R, C)
     acc_ptr,  # (R, H)
     num_rows,
@@ -147,28 +153,63 @@ def _merge_kernel(
     exps_stride,
     acc_stride,
     HAS_ACC: tl.constexpr,
-    WANT_EXPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,  # at least num_column_blocks
+):
+    """Bring the rare row whose blocks have different references to the one that :func:`_merge_kernel` takes."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    old, reference, _, distance = _settle(
+        partial_ptr + row * num_column_blocks + block,
+        stats_ptr + row,
+        num_rows * num_column_blocks,
+        stats_stride,
+        block < num_column_blocks,
+    )
+    factor = tl.exp(distance)
+    if tl.sum((factor == 1.0).to(tl.int32), 0) < BLOCKS:  # NaN is no factor of 1 either
+        for i in range(num_column_blocks):
+            column = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            to = exps_ptr + row * exps_stride + column
+            exps = tl.load(to, mask=column < num_columns, other=0.0).to(tl.float32)
+            exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
+            tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
+    # Two ifs: one is decided when the kernel is compiled, the other for each row.
+    if HAS_ACC:  # noqa: SIM102
+        if reference != old:
+            moved = tl.exp(old - reference)
+            for first in range(0, hidden_size, BLOCK_N):
+                feature = first + tl.arange(0, BLOCK_N)
+                acc = tl.load(acc_ptr + row * acc_stride + feature, mask=feature < hidden_size, other=0.0)
+                tl.store(acc_ptr + row * acc_stride + feature, acc * moved, mask=feature < hidden_size)
+
+
+# A row must give the same bits whatever rows are beside it, and whether a gradient is wanted or not:
+# nothing that depends on that may choose another variant of this kernel, with its sums in another order.
+@triton.jit(
+    do_not_specialize=["num_rows", "stats_stride"],
+    do_not_specialize_on_alignment=["partial_ptr", "stats_ptr"],
+)
+def _merge_kernel(
+    partial_ptr,  # (len(Stat), R, column blocks)
+    stats_ptr,  # (len(Stat), R), updated
+    num_rows,
+    num_column_blocks,
+    stats_stride,
     WANT_ENTROPY: tl.constexpr,
     WANT_SQUARES: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     WANT_TOP1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,  # at least num_column_blocks
 ):
-    """Settle on one reference for a row, and bring to it what was computed against another."""
+    """Settle on one reference for a row, and add the statistics of its blocks to it."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     mask = block < num_column_blocks
     stats = stats_ptr + row
     partial = partial_ptr + row * num_column_blocks + block
     partial_stride = num_rows * num_column_blocks
-
-    sums = tl.load(partial + OTHERS * partial_stride, mask=mask, other=0.0)
-    references = tl.load(partial + REFERENCE * partial_stride, mask=mask, other=0.0)
-    counts = (sums > 0) | (sums != sums)
-    old = tl.load(stats + REFERENCE * stats_stride)
-    reference = tl.maximum(tl.max(tl.where(counts, references, LOWEST), 0), old)
-    distance = tl.where(counts, references - reference, 0.0)
+    old, reference, sums, distance = _settle(partial, stats, partial_stride, stats_stride, mask)
     factor = tl.exp(distance)
     moved = tl.exp(old - reference)
 
@@ -191,22 +232,6 @@ def _merge_kernel(
         after = tl.max(tl.load(partial + AFTER * partial_stride, mask=mask, other=LOWEST), 0)
         tl.store(stats + BEFORE * stats_stride, tl.maximum(before, tl.load(stats + BEFORE * stats_stride)))
         tl.store(stats + AFTER * stats_stride, tl.maximum(after, tl.load(stats + AFTER * stats_stride)))
-
-    # Two ifs: one is decided when the kernel is compiled, the other for each row. NaN is no factor of 1 either.
-    if WANT_EXPS:  # noqa: SIM102
-        if tl.sum((factor == 1.0).to(tl.int32), 0) < BLOCKS:
-            for i in range(num_column_blocks):
-                column = i * BLOCK_N + tl.arange(0, BLOCK_N)
-                to = exps_ptr + row * exps_stride + column
-                exps = tl.load(to, mask=column < num_columns, other=0.0).to(tl.float32)
-                exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
-                tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
-    if HAS_ACC:  # noqa: SIM102
-        if moved != 1.0:
-            for first in range(0, hidden_size, BLOCK_N):
-                feature = first + tl.arange(0, BLOCK_N)
-                acc = tl.load(acc_ptr + row * acc_stride + feature, mask=feature < hidden_size, other=0.0)
-                tl.store(acc_ptr + row * acc_stride + feature, acc * moved, mask=feature < hidden_size)
 
 
 def fold_product(
@@ -259,26 +284,36 @@ def fold_product(
         WANT_TOP1=spec.top1,
         **hopper_tile.BLOCKS,
     )
+    blocks = triton.next_power_of_2(column_blocks)
+    if direction:
+        _correct_kernel[(num_rows,)](
+            partial,
+            stats,
+            exps,
+            acc,
+            num_rows,
+            num_columns,
+            column_blocks,
+            hidden_size,
+            stats.stride(0),
+            exps.stride(0),
+            0 if acc is None else acc.stride(0),
+            HAS_ACC=acc is not None,
+            BLOCK_N=hopper_tile.BLOCK_COLUMNS,
+            BLOCKS=blocks,
+            num_warps=1,
+        )
     _merge_kernel[(num_rows,)](
         partial,
         stats,
-        exps,
-        acc,
         num_rows,
-        num_columns,
         column_blocks,
-        hidden_size,
         stats.stride(0),
-        exps.stride(0),
-        0 if acc is None else acc.stride(0),
-        HAS_ACC=acc is not None,
-        WANT_EXPS=direction,
         WANT_ENTROPY=spec.entropy,
         WANT_SQUARES=spec.squares,
         WANT_TOTAL=spec.total,
         WANT_TOP1=spec.top1,
-        BLOCK_N=hopper_tile.BLOCK_COLUMNS,
-        BLOCKS=triton.next_power_of_2(column_blocks),
+        BLOCKS=blocks,
         num_warps=1,
     )
     return exps
