@@ -25,6 +25,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
 
 from recipes.config import EXIT_STATUS, ConfigError, RunConfig, load_config
 
+WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
@@ -87,7 +89,10 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             config, task
         )  # before anything slow: a reward that breaks the contract ends it here
         arguments = config.grpo_config(folder.path / "checkpoints")
-        model, tokenizer = models.load(config.model, task, config.run.seed, lora=config.lora)
+        start = _start(config, folder)
+        model, tokenizer = models.load(
+            start, task, config.run.seed, lora=config.lora, options=config.task.options
+        )
         if config.run.warm_start is not None and checkpoint is None:
             probe = _evaluator(config, task, by_transformers(model, tokenizer))
             _warm_start(config, config.run.warm_start, task, model, tokenizer, probe, folder)
@@ -129,6 +134,18 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         print(f"Stopped at step {trainer.state.global_step}. To go on: {command} --resume")
         return 130
     return 0
+
+
+def _start(config: RunConfig, folder: Any) -> Any:
+    """The model section to load by: what the warm start left, where a resumed run has had one.
+
+    A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
+    """
+    place = folder.path / WARM_START
+    if not (place / "config.json").is_file():
+        return config.model
+    started = {"loader": "transformers", "name": str(place.resolve()), "tokenizer": None, "scratch": None}
+    return config.model.model_copy(update=started)
 
 
 def _evaluator(config: RunConfig, task: Any, generate: Any) -> Any:
@@ -184,8 +201,12 @@ def _warm_start(
         model, tokenizer, examples, settings, probe=lambda: evaluate()["accuracy"], on_step=report
     )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
-    model.save_pretrained(folder.path / "warm_start")  # where the comparison with more supervision begins
-    tokenizer.save_pretrained(folder.path / "warm_start")
+    place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    model.name_or_path = model.config._name_or_path = str(
+        place.resolve()
+    )  # an adapter remembers its base by it
 
 
 def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:

@@ -78,6 +78,13 @@ def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[A
     return [(_prompt(row["question"], options), solution_text(row["answer"])) for row in order[:count]]
 
 
+def corpus(options: Options, seed: int) -> list[str]:
+    """What a tokenizer is trained on: the system prompt, and the train questions with their solutions as they are wanted."""
+    rows = _read(options, seed, "train")[: options.train_size]
+    texts = [text for row in rows for text in (row["question"], solution_text(row["answer"]))]
+    return [options.system_prompt, *texts]
+
+
 def solution_text(answer: str) -> str:
     """A solution of the data in the form that is asked for, without its `<<…>>` calculator notes."""
     reasoning, _, number = answer.partition("####")

@@ -1,0 +1,53 @@
+"""Trackers beside the run folder's own files: `tracking.report_to`.
+
+tensorboard    event files in runs/<name>/tensorboard; look at them with `tensorboard --logdir runs`
+trackio        its own local store; `trackio show --project memhead`
+wandb          wandb.ai, or its own local folder with `wandb offline`
+
+transformers' callbacks do the writing. They get what TRL logs, the seconds and MiB by phase, and the evaluations.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from transformers.integrations import TensorBoardCallback
+
+from recipes.config_errors import ConfigError, Problem
+from recipes.runfolder import RunFolder
+
+
+def require(report_to: str) -> None:
+    """Raises ConfigError if the tracker's package is missing, or wandb has nowhere to write; before anything is loaded."""
+    if report_to == "none":
+        return
+    if importlib.util.find_spec(report_to) is None:
+        remedy = f"pip install {report_to}, or set it to none: the run folder's own files are always written"
+        raise ConfigError([Problem("tracking.report_to", "its package is not installed", report_to, remedy)])
+    if report_to == "wandb" and not _wandb_can_write():
+        remedy = "log in: wandb login; or write to this machine alone: wandb offline"
+        raise ConfigError([Problem("tracking.report_to", "not logged in", report_to, remedy)])
+
+
+def _wandb_can_write() -> bool:
+    """Whether wandb.init will not ask for a key in the middle of the run."""
+    import wandb
+
+    return wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key is not None
+
+
+def keep_in_folder(trainer: Any, folder: RunFolder) -> None:
+    """TensorBoard's files beside the run's others; transformers would put them below the checkpoints."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(folder.path / "tensorboard")
+
+
+def evaluated(trainer: Any, figures: dict[str, Any]) -> None:
+    """Hands an evaluation's figures to the trackers; an interval as its two ends."""
+    logs: dict[str, float] = {}
+    for name, value in figures.items():
+        ends = zip(("low", "high"), value, strict=True) if isinstance(value, list) else [("", value)]
+        logs.update({f"eval_{name}{end and '_' + end}": number for end, number in ends})
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
