@@ -2,7 +2,7 @@
 
 tensorboard    event files in runs/<name>/tensorboard; look at them with `tensorboard --logdir runs`
 trackio        its own local store; `trackio show --project memhead`
-wandb          wandb.ai, or its own local folder with `wandb offline`
+wandb          wandb.ai, or a local folder after `wandb offline`; the project is what WANDB_PROJECT names
 
 transformers' callbacks do the writing. They get what TRL logs, the seconds and MiB by phase, and the evaluations.
 """
@@ -19,7 +19,7 @@ from recipes.runfolder import RunFolder
 
 
 def require(report_to: str) -> None:
-    """Raises ConfigError if the tracker's package is missing, or wandb has nowhere to write; before anything is loaded."""
+    """Before anything is loaded: raises ConfigError if the package is missing, or wandb has nowhere to write."""
     if report_to == "none":
         return
     if importlib.util.find_spec(report_to) is None:
@@ -34,7 +34,8 @@ def _wandb_can_write() -> bool:
     """Whether wandb.init will not ask for a key in the middle of the run."""
     import wandb
 
-    return wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key is not None
+    offline = wandb.setup().settings.mode in ("offline", "disabled")
+    return offline or wandb.login(prompt=False, verify=False)
 
 
 def keep_in_folder(trainer: Any, folder: RunFolder) -> None:
@@ -50,4 +51,5 @@ def evaluated(trainer: Any, figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         ends = zip(("low", "high"), value, strict=True) if isinstance(value, list) else [("", value)]
         logs.update({f"eval_{name}{end and '_' + end}": number for end, number in ends})
-    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
+    # The handler's own on_log would also strike the step's log off the trainer's list, which is still to come.
+    trainer.callback_handler.call_event("on_log", trainer.args, trainer.state, trainer.control, logs=logs)

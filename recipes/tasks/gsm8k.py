@@ -79,7 +79,7 @@ def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[A
 
 
 def corpus(options: Options, seed: int) -> list[str]:
-    """What a tokenizer is trained on: the system prompt, and the train questions with their solutions as they are wanted."""
+    """What a tokenizer is trained on: the system prompt, and the train questions with their solutions as wanted."""
     rows = _read(options, seed, "train")[: options.train_size]
     texts = [text for row in rows for text in (row["question"], solution_text(row["answer"]))]
     return [options.system_prompt, *texts]
