@@ -73,6 +73,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         return EXIT_STATUS
 
     from recipes import models
+    from recipes.evaluation import evaluator
     from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
@@ -94,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             start, task, config.run.seed, lora=config.lora, options=config.task.options
         )
         if config.run.warm_start is not None and checkpoint is None:
-            probe = _evaluator(config, task, by_transformers(model, tokenizer))
+            probe = evaluator(config, task, by_transformers(model, tokenizer))
             _warm_start(config, config.run.warm_start, task, model, tokenizer, probe, folder)
         _check_head(config, task, model, tokenizer, folder)
 
@@ -103,7 +104,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             trainer.add_callback(BypassGuard(handle))
             trainer.add_callback(interruption)
             tracker = track(trainer, folder, config.tracking)
-            evaluate = _evaluator(config, task, by_trainer(trainer))
+            evaluate = evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:
                 trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
             try:
@@ -148,33 +149,6 @@ def _start(config: RunConfig, folder: Any) -> Any:
     return config.model.model_copy(update=started)
 
 
-def _evaluator(config: RunConfig, task: Any, generate: Any) -> Any:
-    """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl.
-
-    generate: see `recipes.generation`.
-    """
-    from recipes.accuracy import figures
-    from recipes.evaluation import evaluate
-
-    rows = list(task.eval_dataset(config.task.options, config.run.seed))[: config.run.evaluation.size]
-    completion_length = config.grpo.get("max_completion_length", 256)
-
-    def run() -> dict[str, Any]:
-        started = time.perf_counter()
-        result = evaluate(
-            generate,
-            rows,
-            task.is_correct,
-            max_new_tokens=completion_length,
-            batch_size=config.run.evaluation.batch_size,
-        )
-        seconds = time.perf_counter() - started
-        measured = figures(task, result.completions, rows)
-        return {**measured, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
-
-    return run
-
-
 def _warm_start(
     config: RunConfig, settings: Any, task: Any, model: Any, tokenizer: Any, evaluate: Any, folder: Any
 ) -> None:
@@ -198,7 +172,12 @@ def _warm_start(
             )
 
     result = warm_start(
-        model, tokenizer, examples, settings, probe=lambda: evaluate()["accuracy"], on_step=report
+        model,
+        tokenizer,
+        examples,
+        settings,
+        probe=lambda: evaluate(sampled=False)["accuracy"],
+        on_step=report,
     )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
     place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision

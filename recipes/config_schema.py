@@ -187,9 +187,9 @@ class EvaluationConfig(Section):
         None, description="also every so many optimizer steps; null: before and after only"
     )
     size: Positive = Field(512, description="held-out problems")
-    batch_size: Positive = Field(128, description="problems generated at a time")
+    batch_size: Positive = Field(128, description="completions generated at a time")
     samples: int = Field(
-        0, ge=0, description="completions sampled for pass@k and maj@k by --evaluate; 0: greedy only"
+        0, ge=0, description="completions sampled a problem for pass@k and maj@k; 0: greedy only"
     )
 
 

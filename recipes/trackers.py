@@ -10,24 +10,23 @@ transformers' callbacks do the writing. They get what TRL logs, the seconds and 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
-from transformers.integrations import TensorBoardCallback
-
-from recipes.config_errors import ConfigError, Problem
+from recipes.config_errors import Problem
 from recipes.runfolder import RunFolder
 
 
-def require(report_to: str) -> None:
-    """Before anything is loaded: raises ConfigError if the package is missing, or wandb has nowhere to write."""
+def missing(report_to: str) -> Iterator[Problem]:
+    """What the tracker lacks on this machine: its package, or somewhere to write."""
     if report_to == "none":
         return
     if importlib.util.find_spec(report_to) is None:
         remedy = f"pip install {report_to}, or set it to none: the run folder's own files are always written"
-        raise ConfigError([Problem("tracking.report_to", "its package is not installed", report_to, remedy)])
-    if report_to == "wandb" and not _wandb_can_write():
+        yield Problem("tracking.report_to", "its package is not installed", report_to, remedy)
+    elif report_to == "wandb" and not _wandb_can_write():
         remedy = "log in: wandb login; or write to this machine alone: wandb offline"
-        raise ConfigError([Problem("tracking.report_to", "not logged in", report_to, remedy)])
+        yield Problem("tracking.report_to", "not logged in", report_to, remedy)
 
 
 def _wandb_can_write() -> bool:
@@ -40,6 +39,8 @@ def _wandb_can_write() -> bool:
 
 def keep_in_folder(trainer: Any, folder: RunFolder) -> None:
     """TensorBoard's files beside the run's others; transformers would put them below the checkpoints."""
+    from transformers.integrations import TensorBoardCallback  # not before Unsloth, which preflight imports
+
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder.path / "tensorboard")
