@@ -148,7 +148,8 @@ class TrackingConfig(Section):
     """What is recorded. The run folder's own files are always written; `report_to` is beside them."""
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
-        "none", description="a tracker beside the run folder's own files"
+        "none",
+        description="a tracker beside the run folder's own files; tensorboard writes into runs/<name>/tensorboard",
     )
     logging_every: Positive = Field(1, description="optimizer steps between two lines of metrics.jsonl")
     completions_sample: int = Field(

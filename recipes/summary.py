@@ -13,9 +13,9 @@ _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's fi
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the final table; a figure that was never measured is None.
 
-    before and after: all figures of the evaluation before training, and of the last one. reward first and last are means
-    over a tenth of the logged steps (at least one), since one batch says little. seconds: summed by phase over all
-    steps. memory: MiB by phase and figure, the peak over the run.
+    before and after: all figures of the evaluation before training, and of the last one. reward first and last are
+    means over a tenth of the logged steps (at least one), since one batch says little. seconds: summed by phase
+    over all steps. memory: MiB by phase and figure, the peak over the run.
     """
     logged = [record for record in records if record.get("reward") is not None]
     evaluations = [record for record in records if record.get("accuracy") is not None]
