@@ -83,12 +83,10 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.trainer import install_head, make_trainer
 
     try:
+        task = get_task(config.task.name)
+        rewards = prepare(config, task)  # first of all: a reward that breaks the contract leaves no folder
         folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
         checkpoint = _last_checkpoint(folder) if resume else None
-        task = get_task(config.task.name)
-        rewards = prepare(
-            config, task
-        )  # before anything slow: a reward that breaks the contract ends it here
         arguments = config.grpo_config(folder.path / "checkpoints")
         start = _start(config, folder)
         model, tokenizer = models.load(
