@@ -115,9 +115,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
                 interruption.asked = True
             finally:
                 tracker.close()
-                folder.write_json(
-                    "head.json", {"impl": config.head.impl, "calls": handle.calls, "rows": handle.rows}
-                )
+                earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}  # of the sessions before
+                calls, rows = earlier["calls"] + handle.calls, earlier["rows"] + handle.rows
+                folder.write_json("head.json", {"impl": config.head.impl, "calls": calls, "rows": rows})
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
