@@ -15,7 +15,7 @@ from recipes.console import format_mib
 from recipes.memory import MEANING
 from recipes.report import environment_rows
 from recipes.runfolder import RunFolder
-from recipes.summary import figures_before_and_after
+from recipes.summary import figures_before_and_after, summarize
 
 
 def model_card(run: Path) -> str:
@@ -27,7 +27,7 @@ def model_card(run: Path) -> str:
         _front_matter(config),
         f"# {run.name}",
         _opening(config),
-        _figures(folder.read_json("summary.json") or {}),
+        _figures(summarize(folder.metrics.read())),
         _head(folder),
         _table(("where it ran", ""), environment_rows(folder.read_json("environment.json") or {})),
         f"## Configuration\n\n```yaml\n{text}```",
@@ -59,7 +59,7 @@ def _opening(config: dict[str, Any]) -> str:
 
 
 def _figures(summary: dict[str, Any]) -> str:
-    if not summary:
+    if not summary["steps"]:
         return ""
     evaluated = summary["after"] or summary["before"]
     problems = evaluated.get("accuracy_problems")

@@ -13,7 +13,6 @@ from recipes.config import load_config
 from recipes.export import main
 from recipes.model_card import model_card
 from recipes.models import character_tokenizer
-from recipes.summary import summarize
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -52,7 +51,7 @@ def run_folder(tmp_path, dtype=torch.float32, learnt=True):
         {"step": 7, "reward": 1.5, "rewards": {"integer": 0.75}, "time": {"forward": 2.5},
          "memory": {"forward": {"tensor_peak_mib": 96.0}}, "device": "cpu", **evaluated},
     ]  # fmt: skip
-    (run / "summary.json").write_text(json.dumps(summarize(lines)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "head.json").write_text(json.dumps({"impl": "memhead", "calls": 7, "rows": 70}))
     errors = {"logprob_error": 2e-7, "gradient_error": 3e-7}
     (run / "head_check.json").write_text(json.dumps({"memhead": errors}))
