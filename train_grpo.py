@@ -25,6 +25,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
 
 from recipes.config import EXIT_STATUS, ConfigError, RunConfig, load_config
 
+WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
@@ -71,6 +73,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         return EXIT_STATUS
 
     from recipes import models
+    from recipes.evaluation import evaluator
     from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
@@ -80,16 +83,17 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.trainer import install_head, make_trainer
 
     try:
+        task = get_task(config.task.name)
+        rewards = prepare(config, task)  # first of all: a reward that breaks the contract leaves no folder
         folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
         checkpoint = _last_checkpoint(folder) if resume else None
-        task = get_task(config.task.name)
-        rewards = prepare(
-            config, task
-        )  # before anything slow: a reward that breaks the contract ends it here
         arguments = config.grpo_config(folder.path / "checkpoints")
-        model, tokenizer = models.load(config.model, task, config.run.seed, lora=config.lora)
+        start = _start(config, folder)
+        model, tokenizer = models.load(
+            start, task, config.run.seed, lora=config.lora, options=config.task.options
+        )
         if config.run.warm_start is not None and checkpoint is None:
-            probe = _evaluator(config, task, by_transformers(model, tokenizer))
+            probe = evaluator(config, task, by_transformers(model, tokenizer))
             _warm_start(config, config.run.warm_start, task, model, tokenizer, probe, folder)
         _check_head(config, task, model, tokenizer, folder)
 
@@ -98,7 +102,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             trainer.add_callback(BypassGuard(handle))
             trainer.add_callback(interruption)
             tracker = track(trainer, folder, config.tracking)
-            evaluate = _evaluator(config, task, by_trainer(trainer))
+            evaluate = evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:
                 trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
             try:
@@ -111,9 +115,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
                 interruption.asked = True
             finally:
                 tracker.close()
-                folder.write_json(
-                    "head.json", {"impl": config.head.impl, "calls": handle.calls, "rows": handle.rows}
-                )
+                earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}  # of the sessions before
+                calls, rows = earlier["calls"] + handle.calls, earlier["rows"] + handle.rows
+                folder.write_json("head.json", {"impl": config.head.impl, "calls": calls, "rows": rows})
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
@@ -131,31 +135,16 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     return 0
 
 
-def _evaluator(config: RunConfig, task: Any, generate: Any) -> Any:
-    """A function that measures the greedy accuracy on the held-out problems, as a record for metrics.jsonl.
+def _start(config: RunConfig, folder: Any) -> Any:
+    """The model section to load by: what the warm start left, where a resumed run has had one.
 
-    generate: see `recipes.generation`.
+    A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
     """
-    from recipes.accuracy import figures
-    from recipes.evaluation import evaluate
-
-    rows = list(task.eval_dataset(config.task.options, config.run.seed))[: config.run.evaluation.size]
-    completion_length = config.grpo.get("max_completion_length", 256)
-
-    def run() -> dict[str, Any]:
-        started = time.perf_counter()
-        result = evaluate(
-            generate,
-            rows,
-            task.is_correct,
-            max_new_tokens=completion_length,
-            batch_size=config.run.evaluation.batch_size,
-        )
-        seconds = time.perf_counter() - started
-        measured = figures(task, result.completions, rows)
-        return {**measured, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
-
-    return run
+    place = folder.path / WARM_START
+    if not (place / "config.json").is_file():
+        return config.model
+    started = {"loader": "transformers", "name": str(place.resolve()), "tokenizer": None, "scratch": None}
+    return config.model.model_copy(update=started)
 
 
 def _warm_start(
@@ -181,11 +170,20 @@ def _warm_start(
             )
 
     result = warm_start(
-        model, tokenizer, examples, settings, probe=lambda: evaluate()["accuracy"], on_step=report
+        model,
+        tokenizer,
+        examples,
+        settings,
+        probe=lambda: evaluate(sampled=False)["accuracy"],
+        on_step=report,
     )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
-    model.save_pretrained(folder.path / "warm_start")  # where the comparison with more supervision begins
-    tokenizer.save_pretrained(folder.path / "warm_start")
+    place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    model.name_or_path = model.config._name_or_path = str(
+        place.resolve()
+    )  # an adapter remembers its base by it
 
 
 def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:

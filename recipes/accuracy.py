@@ -24,7 +24,8 @@ def wilson(right: int, total: int, z: float = Z_95) -> tuple[float, float]:
     share, unit = right / total, z * z / total
     middle = (share + unit / 2) / (1 + unit)
     half = z / (1 + unit) * math.sqrt(share * (1 - share) / total + unit / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At the ends the interval touches 0 or 1 exactly; rounding would leave a hair.
+    return 0.0 if right == 0 else middle - half, 1.0 if right == total else middle + half
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

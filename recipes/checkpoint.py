@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from recipes.accuracy import figures, sampled_figures
 from recipes.config import RunConfig
-from recipes.evaluation import complete
-from recipes.generation import Sampling, by_transformers
+from recipes.evaluation import evaluator
+from recipes.generation import by_transformers
 
 
 def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -50,25 +49,12 @@ def require_base(place: Path) -> None:
 
 
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
-    """Accuracy of a checkpoint on the config's held-out problems; with run.evaluation.samples pass@k and maj@k."""
+    """Figures of a checkpoint on the config's held-out problems; see `recipes.evaluation.evaluator`."""
     from recipes.tasks import get_task
 
-    task, settings = get_task(config.task.name), config.run.evaluation
     model, tokenizer = load_checkpoint(place)
-    model.eval()
-    rows: list[dict[str, Any]] = list(task.eval_dataset(config.task.options, config.run.seed))[
-        : settings.size
-    ]
-    length = config.grpo.get("max_completion_length", 256)
-    torch.manual_seed(config.run.seed)
-    generate = by_transformers(model, tokenizer)
-    greedy = [texts[0] for texts in complete(generate, rows, Sampling(length), settings.batch_size)]
-    sampled: list[list[str]] = []
-    if settings.samples:
-        drawn = Sampling(length, settings.samples, config.grpo.get("temperature", 1.0))
-        sampled = complete(generate, rows, drawn, settings.batch_size)
-    found: dict[str, Any] = {"checkpoint": str(place), "problems": len(rows), **figures(task, greedy, rows)}
-    return {**found, **sampled_figures(task, sampled, rows)} if sampled else found
+    measure = evaluator(config, get_task(config.task.name), by_transformers(model, tokenizer))
+    return {"checkpoint": str(place), **measure()}
 
 
 def show(config: RunConfig, place: str) -> int:

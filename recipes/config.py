@@ -88,6 +88,7 @@ class RunConfig(Section):
         fields: dict[str, Any] = {
             "run_name": self.run.name,
             "seed": self.run.seed,
+            "project": "memhead",
             "report_to": [] if self.tracking.report_to == "none" else [self.tracking.report_to],
             "logging_steps": self.tracking.logging_every,
             "logging_first_step": True,
@@ -279,6 +280,9 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
             )
     else:
         problems += _unsloths(model)
+    if model.tokenizer == "bpe" and model.loader != "scratch":
+        remedy = "remove it: a checkpoint has its own, or set model.loader: scratch"
+        problems.append(Problem("model.tokenizer", "is trained for a new model alone", "bpe", remedy))
     if model.load_in_4bit and model.load_in_8bit:
         problems.append(
             Problem("model.load_in_8bit", "set together with load_in_4bit", True, "keep one of the two")

@@ -37,6 +37,11 @@ class ScratchConfig(Section):
     max_positions: Positive = Field(512, description="longest prompt plus completion, in tokens")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
     tie_embeddings: bool = Field(False, description="share the input embedding with the head")
+    vocabulary: int = Field(
+        2048,
+        ge=512,
+        description="tokens of the tokenizer that `model.tokenizer: bpe` trains; elsewhere unused",
+    )
 
 
 class ModelConfig(Section):
@@ -48,7 +53,9 @@ class ModelConfig(Section):
     name: str | None = Field(None, min_length=1, description="hub id or local path; required unless scratch")
     revision: str | None = Field(None, description="branch, tag or commit on the hub; null: its main branch")
     tokenizer: str | None = Field(
-        None, description="hub id or path; null: the model's, or for scratch the task's own"
+        None,
+        description="hub id or path; bpe: trained on the task's text (scratch only); null: the model's, or for scratch "
+        "one token a character of the task",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the weights; auto: the checkpoint's, float32 for scratch"
@@ -141,7 +148,8 @@ class TrackingConfig(Section):
     """What is recorded. The run folder's own files are always written; `report_to` is beside them."""
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
-        "none", description="a tracker beside the run folder's own files"
+        "none",
+        description="a tracker beside the run folder's own files; tensorboard writes into runs/<name>/tensorboard",
     )
     logging_every: Positive = Field(1, description="optimizer steps between two lines of metrics.jsonl")
     completions_sample: int = Field(
@@ -180,9 +188,9 @@ class EvaluationConfig(Section):
         None, description="also every so many optimizer steps; null: before and after only"
     )
     size: Positive = Field(512, description="held-out problems")
-    batch_size: Positive = Field(128, description="problems generated at a time")
+    batch_size: Positive = Field(128, description="completions generated at a time")
     samples: int = Field(
-        0, ge=0, description="completions sampled for pass@k and maj@k by --evaluate; 0: greedy only"
+        0, ge=0, description="completions sampled a problem for pass@k and maj@k; 0: greedy only"
     )
 
 

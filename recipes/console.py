@@ -8,11 +8,13 @@ from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recipes.memory import MEANING
 from recipes.phases import PHASES
 from recipes.runfolder import RunFolder
+from recipes.summary import figures_before_and_after
 
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
@@ -86,11 +88,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console |
     figures.add_column("")
     figures.add_column("before", justify="right")
     figures.add_column("after", justify="right")
-    figures.add_row(
-        "accuracy", format_figure(summary["accuracy_before"]), format_figure(summary["accuracy_after"])
-    )
-    window = f"reward (mean of {summary['reward_window']} logged steps)"
-    figures.add_row(window, format_figure(summary["reward_first"]), format_figure(summary["reward_last"]))
+    for row in figures_before_and_after(summary):
+        figures.add_row(*(escape(cell) for cell in row))
     console.print(figures)
     console.print(phase_table(summary))
     console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
@@ -122,11 +121,6 @@ def phase_table(summary: dict[str, Any]) -> Table:
 def _highest(memory: dict[str, dict[str, float]], figure: str) -> str:
     values = [figures[figure] for figures in memory.values() if figure in figures]
     return format_mib(max(values)) if values else "–"
-
-
-def format_figure(value: float | None) -> str:
-    """Three decimals, or a dash for what was not measured."""
-    return "–" if value is None else f"{value:.3f}"
 
 
 def format_mib(value: float) -> str:

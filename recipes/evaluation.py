@@ -1,10 +1,20 @@
-"""Accuracy on problems that training never sees: greedy, in batches."""
+"""Accuracy on problems that training never sees: greedy, and with samples, in batches."""
 
+from __future__ import annotations
+
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from recipes.accuracy import figures, sampled_figures
 from recipes.generation import Generate, Sampling
+
+if TYPE_CHECKING:
+    from recipes.config import RunConfig
+    from recipes.tasks import Task
 
 Row = dict[str, Any]
 
@@ -20,6 +30,35 @@ class Evaluation:
     def accuracy(self) -> float:
         """The share of right answers, 0 to 1."""
         return sum(self.correct) / len(self.correct)
+
+
+def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[..., dict[str, Any]]:
+    """A function that measures the held-out problems: the figures are a record for metrics.jsonl.
+
+    They are the greedy accuracy and, with `run.evaluation.samples`, pass@k and maj@k, which `sampled=False` leaves out.
+    The random state is left as it was, and every call draws from the same seed.
+    """
+    settings = config.run.evaluation
+    rows: list[Row] = list(task.eval_dataset(config.task.options, config.run.seed))[: settings.size]
+    length = config.grpo.get("max_completion_length", 256)
+
+    def measure(*, sampled: bool = True) -> dict[str, Any]:
+        started = time.perf_counter()
+        greedy = evaluate(
+            generate, rows, task.is_correct, max_new_tokens=length, batch_size=settings.batch_size
+        )
+        found: dict[str, Any] = figures(task, greedy.completions, rows)
+        if sampled and settings.samples:
+            drawn = Sampling(length, settings.samples, config.grpo.get("temperature", 1.0))
+            batch_size = max(1, settings.batch_size // settings.samples)
+            with torch.random.fork_rng():
+                torch.manual_seed(config.run.seed)
+                samples = complete(generate, rows, drawn, batch_size)
+            found |= sampled_figures(task, samples, rows)
+        seconds = time.perf_counter() - started
+        return {**found, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
+
+    return measure
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from recipes.checkpoint import require_base
-from recipes.runfolder import RunFolder
+from recipes.model_card import model_card
 
 LOGITS_TOLERANCE = {
     "float32": 1e-4,
@@ -142,31 +142,6 @@ def gguf(run: Path, outtype: str = "f16") -> Path:
     if subprocess.run(call, check=False).returncode or not target.is_file():
         raise ExportError(f"{converter} failed on {source}; its own message is above")
     return target
-
-
-def model_card(run: Path) -> str:
-    """A model card with the run's figures; what was not measured is left out."""
-    folder = RunFolder(run)
-    summary, environment = folder.read_json("summary.json") or {}, folder.read_json("environment.json") or {}
-    rows = [
-        (name, summary.get(key))
-        for name, key in (
-            ("optimizer steps", "steps"),
-            ("accuracy before", "accuracy_before"),
-            ("accuracy after", "accuracy_after"),
-            ("reward, first steps", "reward_first"),
-            ("reward, last steps", "reward_last"),
-            ("seconds", "seconds_total"),
-        )
-    ]
-    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in rows if value is not None)
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
-    config = (run / "config.yaml").read_text(encoding="utf-8")
-    return (
-        f"---\ntags: [grpo, trl, memhead]\n---\n# {run.name}\n\n"
-        "Trained by GRPO with TRL; the log-probabilities were computed by memhead.\n\n"
-        f"| figure | value |\n|---|---|\n{table}\nVersions: {versions}.\n\n## Configuration\n\n```yaml\n{config}```\n"
-    )
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Where a run's model and tokenizer come from: one loader for each value of `model.loader`.
 
-scratch        a small Llama with random weights and a tokenizer of single characters; nothing is downloaded
+scratch        a small Llama with random weights, its tokenizer single characters or BPE; nothing is downloaded
 transformers   `AutoModelForCausalLM.from_pretrained`, a local folder or a hub name
 unsloth        `FastLanguageModel.from_pretrained`, with its adapters on (recipes.unsloth_loader)
 """
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from recipes import unsloth_loader
+from recipes.bpe import bpe_tokenizer
 from recipes.config_schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.tasks import Task
 
@@ -75,17 +76,18 @@ def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def load(
-    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None
+    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None, options: Any = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The run's model and tokenizer, by `model.loader`, on the GPU where there is one.
 
     lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
+    options: the task's, for a tokenizer trained on its text.
     Raises ValueError if the loader does not fit the task.
     """
     if config.loader == "unsloth":
         return unsloth_loader.load(config, lora, seed)
     if config.loader == "scratch":
-        model, tokenizer = _from_scratch(config, task, seed)
+        model, tokenizer = _from_scratch(config, task, seed, options)
     else:
         model, tokenizer = _from_pretrained(config)
     if torch.cuda.is_available() and getattr(model, "hf_quantizer", None) is None:  # else it is there already
@@ -95,18 +97,25 @@ def load(
 
 
 def _from_scratch(
-    config: ModelConfig, task: Task, seed: int
+    config: ModelConfig, task: Task, seed: int, options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A new model; its tokenizer is the named one, or one token for each of the task's characters."""
-    if config.tokenizer is not None:
+    """A new model; its tokenizer is trained, the named one, or one token for each of the task's characters."""
+    shape = config.scratch or ScratchConfig()
+    if config.tokenizer == "bpe":
+        if not hasattr(task, "corpus"):
+            raise ValueError(
+                "model.tokenizer: bpe, but this task has no corpus to train it on; name a tokenizer"
+            )
+        tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(options, seed), shape.vocabulary)
+    elif config.tokenizer is not None:
         tokenizer = _pretrained_tokenizer(config.tokenizer, None)
     elif hasattr(task, "CHARACTERS"):
         tokenizer = character_tokenizer(task.CHARACTERS)
     else:
         raise ValueError(
-            "model.tokenizer: null, but this task has no characters of its own; name a tokenizer to use"
+            "model.tokenizer: null, but this task has no characters of its own; set bpe, or name a tokenizer"
         )
-    model = scratch_llama(config.scratch or ScratchConfig(), tokenizer, seed)
+    model = scratch_llama(shape, tokenizer, seed)
     return model.to(_dtype(config) or torch.float32), tokenizer
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from recipes.config import RunConfig
 from recipes.config_errors import ConfigError, Problem
 from recipes.config_schema import ModelConfig
+from recipes.trackers import missing as missing_tracker
 from recipes.unsloth_loader import import_unsloth
 
 CUDA_SET = "install it: pip install -r requirements-cuda.lock"
@@ -48,7 +49,11 @@ class Machine:
 
 def check(config: RunConfig, machine: Machine | None = None) -> None:
     """Raises ConfigError with everything that is missing. machine: None for this one."""
-    problems = [*missing(config, machine or Machine.here()), *_checkpoints(config.model)]
+    problems = [
+        *missing(config, machine or Machine.here()),
+        *missing_tracker(config.tracking.report_to),
+        *_checkpoints(config.model),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -149,7 +154,7 @@ def _checkpoints(model: ModelConfig) -> Iterator[Problem]:
     """The model, and a tokenizer of another name: each a local folder, in the hub's cache, or on the hub."""
     if model.name is not None:
         yield from _checkpoint("model.name", model.name, model.revision, "config.json")
-    if model.tokenizer is not None:
+    if model.tokenizer not in (None, "bpe"):
         revision = model.revision if model.loader != "scratch" else None
         yield from _checkpoint("model.tokenizer", model.tokenizer, revision, "tokenizer_config.json")
 

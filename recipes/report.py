@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.console import format_figure, format_mib
+from recipes.console import format_mib
 from recipes.memory import MEANING
 from recipes.phases import PHASES
 from recipes.plots import plot_run
 from recipes.runfolder import RunFolder
-from recipes.summary import summarize
+from recipes.summary import figures_before_and_after, format_figure, summarize
 
 _SAMPLES = 12  # completions shown: the first logged steps' and the last ones'
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -50,13 +50,17 @@ def _page(folder: RunFolder, records: list[dict[str, Any]], picture: Path) -> st
     parts = [
         f"<h1>{html.escape(folder.path.name)}</h1>",
         figures_table([("", summary)]),
+        "<h2>Before and after</h2>",
+        table(["", "before", "after"], _escaped(figures_before_and_after(summary))),
         image(picture, "reward, accuracy and memory over the steps"),
         "<h2>Time and memory by phase</h2>",
         _phases(summary),
         "<h2>Completions</h2>",
         _completions(folder.completions.read()),
         "<h2>Where it ran</h2>",
-        _environment(folder.read_json("environment.json") or {}),
+        table(["", ""], _escaped(environment_rows(folder.read_json("environment.json") or {}))).replace(
+            ' class="n"', ""
+        ),
         "<h2>Configuration</h2>",
         f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre>" if config.is_file() else "",
     ]
@@ -116,6 +120,10 @@ def figures_table(summaries: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return table(["", *(html.escape(name) for name, _ in summaries)], rows)
 
 
+def _escaped(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    return [[html.escape(cell) for cell in row] for row in rows]
+
+
 def _phases(summary: dict[str, Any]) -> str:
     figures = sorted({figure for peaks in summary["memory"].values() for figure in peaks})
     rows = []
@@ -145,12 +153,13 @@ def _text(value: Any) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
 
 
-def _environment(found: dict[str, Any]) -> str:
+def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """environment.json as rows of a table: machine, versions, commit, command."""
     packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", [])) or "none"
     git = found.get("git") or {}
     commit = git.get("commit", "unknown") + (" with changes" if git.get("modified") else "")
-    rows = [
+    return [
         (
             "machine",
             f"{found.get('cpu')}, {found.get('cores')} cores, {found.get('memory_gib')} GiB; GPU: {gpus}",
@@ -159,7 +168,6 @@ def _environment(found: dict[str, Any]) -> str:
         ("commit", commit),
         ("command", " ".join(found.get("command", []))),
     ]
-    return table(["", ""], [[name, html.escape(value)] for name, value in rows]).replace(' class="n"', "")
 
 
 def main(arguments: Sequence[str]) -> int:

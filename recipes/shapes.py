@@ -135,7 +135,9 @@ def _scratch(config: RunConfig) -> ModelShape:
     from recipes.tasks import get_task
 
     made = config.model.scratch or ScratchConfig()
-    if config.model.tokenizer is not None:
+    if config.model.tokenizer == "bpe":
+        vocab = made.vocabulary
+    elif config.model.tokenizer is not None:
         from transformers import AutoTokenizer
 
         vocab = len(AutoTokenizer.from_pretrained(config.model.tokenizer, local_files_only=True))

@@ -18,7 +18,9 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils import logging
 
+from recipes import trackers
 from recipes.config_schema import TrackingConfig
 from recipes.console import Progress, print_summary
 from recipes.memory import HEADLINE, make_meter
@@ -61,6 +63,8 @@ def track(
     tracker = Tracker(trainer, folder, tracking or TrackingConfig(), console or Console(), progress)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # the terminal is ours
+    logging.disable_progress_bar()  # of saving, which would run through the run's own bar
+    trackers.keep_in_folder(trainer, folder)
     trainer.add_callback(_Events(tracker))
     return tracker
 
@@ -89,6 +93,7 @@ class Tracker:
         if not self._trainer.is_world_process_zero():
             return
         self.folder.metrics.write({"step": step, **figures})
+        trackers.evaluated(self._trainer, figures)
         if self._progress is not None and figures.get("accuracy") is not None:
             self._progress.accuracy(step, figures["accuracy"])
 
@@ -130,7 +135,7 @@ class Tracker:
         """In the place of `trainer.log`. Peaks are added before TRL's own log, which would average them."""
         step = self._trainer.state.global_step
         if "loss" not in logs or step == self._logged_step:  # an evaluation's log, or the closing one
-            self._trl_log(logs, *args, **kwargs)
+            self._log_without_completions(logs, *args, **kwargs)
             return
         self._logged_step = step
         seconds, peaks, steps = self._clock.take()
@@ -157,6 +162,14 @@ class Tracker:
         if self._progress is not None:
             headline = HEADLINE[self._device.type if self._device.type in HEADLINE else "cpu"]
             self._progress.logged(step, record, [figures.get(headline) for figures in peaks.values()])
+
+    def _log_without_completions(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's log, which would print the last step's completions a second time."""
+        asked, self._trainer.log_completions = self._trainer.log_completions, False
+        try:
+            self._trl_log(*args, **kwargs)
+        finally:
+            self._trainer.log_completions = asked
 
     def _sample(self) -> list[dict[str, Any]]:
         """Some of the last batch's completions with their rewards, spread over the batch."""

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config_schema import WarmStartConfig
+from recipes.generation import rendered
 
 IGNORED = -100  # the label that transformers leaves out of its loss
 
-Examples = list[tuple[str, str]]  # (prompt, right completion)
+Examples = list[tuple[Any, str]]  # (prompt: text or chat messages, right completion)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def collate(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> dict[str,
 
     Labels are the completion and its end token; prompt and padding are left out of the loss.
     """
-    prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
+    texts, special = rendered(tokenizer, [prompt for prompt, _ in examples])
+    prompts = tokenizer(texts, add_special_tokens=special).input_ids
     answers = tokenizer([answer for _, answer in examples], add_special_tokens=False).input_ids
     answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

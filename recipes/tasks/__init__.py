@@ -8,10 +8,15 @@ A task module has
     rewards                        {name: function(completions, **columns) -> list of float}, TRL's signature
     is_correct(completion, row)    the verdict that accuracy counts; `row` is a row of the dataset
 
-and, if a model can be made from nothing for it,
+and may have
 
-    CHARACTERS                                   every character of a prompt or a completion
-    warm_start_examples(options, seed, count)    pairs (prompt, right completion)
+    WEIGHTS                                      {name: weight} of its rewards, unless the YAML says otherwise
+    is_correct_lenient(completion, row)          a second verdict: right, whatever the form
+    answer_of(completion)                        what maj@k counts votes for, None without an answer
+    warm_start_examples(options, seed, count)    pairs (prompt, right completion), for `run.warm_start`
+    CHARACTERS                                   every character of a prompt or a completion; or
+    corpus(options, seed)                        texts to train a BPE tokenizer on: one of the two makes
+                                                 `model.loader: scratch` possible
 
 Chat tasks get completions as lists of messages in their rewards, as TRL passes them, and `is_correct` gets text.
 """
@@ -42,14 +47,6 @@ class Task(Protocol):
     def eval_dataset(self, options: Any, seed: int) -> Dataset: ...  # noqa: D102
 
     def is_correct(self, completion: str, row: dict[str, Any]) -> bool: ...  # noqa: D102
-
-
-class ScratchTask(Task, Protocol):
-    """A task for which a model can be made from nothing."""
-
-    CHARACTERS: str
-
-    def warm_start_examples(self, options: Any, seed: int, count: int) -> list[tuple[str, str]]: ...  # noqa: D102
 
 
 def task_names() -> list[str]:

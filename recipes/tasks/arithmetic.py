@@ -1,9 +1,9 @@
 """Arithmetic expressions: read them without `eval`, list all that some numbers make.
 
-Grammar, over digits, `+ - *` and brackets; no blanks, no signs, no division:
+Grammar, over digits, `+ - *` and brackets; no blanks, no signs. `division=True` reads `/`, exactly, and blanks as well:
 
     sum     := product (("+" | "-") product)*
-    product := atom ("*" atom)*
+    product := atom (("*" | "/") atom)*
     atom    := NUMBER | "(" sum ")"
 
 A completion is text from a model: it may be empty, endless or nested without end. `parse` reads at most `MAX_LENGTH`
@@ -11,12 +11,14 @@ characters and `MAX_DEPTH` brackets and answers everything else with `Expression
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import permutations, product
 
 MAX_LENGTH = 200  # characters; keeps the value of a product of many digits small enough to be cheap
 MAX_DEPTH = 20  # brackets inside one another; the parser recurses once for each
 
 OPERATORS = "+-*"
+_BLANKS = " \t\n"
 
 
 class ExpressionError(ValueError):
@@ -27,17 +29,17 @@ class ExpressionError(ValueError):
 class Expression:
     """What an expression comes to, and the numbers that it uses, left to right."""
 
-    value: int
+    value: int | Fraction  # a Fraction only where something was divided
     numbers: tuple[int, ...]
 
 
-def parse(text: str) -> Expression:
-    """Read `text` as one expression. Raises `ExpressionError` for anything else."""
+def parse(text: str, *, division: bool = False) -> Expression:
+    """Read `text` as one expression. Raises `ExpressionError` for anything else, a division by zero included."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"{len(text)} characters, at most {MAX_LENGTH} are read")
-    parser = _Parser(text)
+    parser = _Parser(text, division)
     value = parser.sum(depth=0)
-    if parser.position != len(text):
+    if parser.peek():
         raise ExpressionError(f"unexpected {text[parser.position]!r} at character {parser.position}")
     return Expression(value, tuple(parser.numbers))
 
@@ -45,13 +47,20 @@ def parse(text: str) -> Expression:
 class _Parser:
     """Recursive descent over one string; every method returns the value of what it has read."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, division: bool) -> None:
         self.text = text
+        self.skipped, self.products = (_BLANKS, "*/") if division else ("", "*")
         self.position = 0
         self.numbers: list[int] = []
 
     def peek(self) -> str:
         """The next character, or "" at the end."""
+        while (found := self.character()) and found in self.skipped:
+            self.position += 1
+        return found
+
+    def character(self) -> str:
+        """The same, blanks included: those between the digits of a number end it."""
         return self.text[self.position : self.position + 1]
 
     def take(self, wanted: str) -> str:
@@ -62,20 +71,23 @@ class _Parser:
             return found
         return ""
 
-    def sum(self, depth: int) -> int:
+    def sum(self, depth: int) -> int | Fraction:
         value = self.product(depth)
         while operator := self.take("+-"):
             operand = self.product(depth)
             value = value + operand if operator == "+" else value - operand
         return value
 
-    def product(self, depth: int) -> int:
+    def product(self, depth: int) -> int | Fraction:
         value = self.atom(depth)
-        while self.take("*"):
-            value *= self.atom(depth)
+        while operator := self.take(self.products):
+            operand = self.atom(depth)
+            if operator == "/" and not operand:
+                raise ExpressionError(f"a division by zero before character {self.position}")
+            value = value * operand if operator == "*" else Fraction(value) / operand
         return value
 
-    def atom(self, depth: int) -> int:
+    def atom(self, depth: int) -> int | Fraction:
         if self.take("("):
             if depth == MAX_DEPTH:
                 raise ExpressionError(f"brackets more than {MAX_DEPTH} deep")
@@ -86,9 +98,12 @@ class _Parser:
         return self.number()
 
     def number(self) -> int:
+        self.peek()
         start = self.position
-        while self.take("0123456789"):  # ASCII only: str.isdigit would let other scripts' digits through
-            pass
+        while (
+            found := self.character()
+        ) and found in "0123456789":  # str.isdigit takes other scripts' digits too
+            self.position += 1
         digits = self.text[start : self.position]
         if not digits:
             raise ExpressionError(f"a number is missing at character {start}")
@@ -103,5 +118,5 @@ def expressions(numbers: tuple[int, ...]) -> dict[int, list[str]]:
         for operators in product(OPERATORS, repeat=len(numbers) - 1):
             rest = (operator + str(number) for operator, number in zip(operators, order[1:], strict=True))
             text = str(order[0]) + "".join(rest)
-            found.setdefault(parse(text).value, set()).add(text)
+            found.setdefault(int(parse(text).value), set()).add(text)
     return {value: sorted(texts) for value, texts in found.items()}

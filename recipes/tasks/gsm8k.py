@@ -13,13 +13,13 @@ from __future__ import annotations
 import random
 import re
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from pydantic import Field
 
 from recipes.answers import lenient_answer, numbers, strict_answer, text_of
+from recipes.datafiles import Rows, hold_out, is_one_file, read_rows
 from recipes.rewards import RewardOptions
 
 SYSTEM_PROMPT = """\
@@ -78,6 +78,13 @@ def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[A
     return [(_prompt(row["question"], options), solution_text(row["answer"])) for row in order[:count]]
 
 
+def corpus(options: Options, seed: int) -> list[str]:
+    """What a tokenizer is trained on: the system prompt, and the train questions with their solutions as wanted."""
+    rows = _read(options, seed, "train")[: options.train_size]
+    texts = [text for row in rows for text in (row["question"], solution_text(row["answer"]))]
+    return [options.system_prompt, *texts]
+
+
 def solution_text(answer: str) -> str:
     """A solution of the data in the form that is asked for, without its `<<…>>` calculator notes."""
     reasoning, _, number = answer.partition("####")
@@ -85,40 +92,17 @@ def solution_text(answer: str) -> str:
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{number.strip()}\n</answer>\n"
 
 
-def _read(options: Options, seed: int, split: str) -> list[dict[str, str]]:
+def _read(options: Options, seed: int, split: str) -> Rows:
     """The rows of "train" or "test". Raises FileNotFoundError or ValueError, with what to do about it."""
-    place = Path(options.dataset).expanduser()
-    if place.is_dir():
-        file = place / f"{split}.jsonl"
-        if not file.is_file():
-            raise FileNotFoundError(f"task.dataset: {place} holds no {file.name}; put it there")
-        return _load("json", str(file))
-    if place.is_file():
-        rows = _load("json", str(place))
-        random.Random(f"gsm8k split {seed}").shuffle(rows)
-        if len(rows) <= options.held_out:
-            raise ValueError(
-                f"task.held_out: {options.held_out} of {len(rows)} problems leaves none to train on; lower it"
-            )
-        return rows[options.held_out :] if split == "train" else rows[: options.held_out]
-    if place.suffix == ".jsonl" or options.dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"task.dataset: no file or folder {options.dataset!r}; correct the path")
-    try:
-        return list(load_dataset(options.dataset, "main", split=split))
-    except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
-        raise ValueError(
-            f"task.dataset: {options.dataset!r} cannot be loaded from the hub ({type(error).__name__}: {error}); "
-            "check the network and the id, or give a folder with train.jsonl and test.jsonl"
-        ) from error
-
-
-def _load(kind: str, file: str) -> list[dict[str, str]]:
-    rows = list(load_dataset(kind, data_files=file, split="train"))
+    rows = read_rows(options.dataset, split, "main")
     for column in ("question", "answer"):
         if rows and column not in rows[0]:
             raise ValueError(
-                f"task.dataset: {file} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
+                f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
             )
+    if is_one_file(options.dataset):
+        train, held_out = hold_out(rows, options.held_out, f"gsm8k split {seed}")
+        return train if split == "train" else held_out
     return rows
 
 

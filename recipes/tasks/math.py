@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from pydantic import Field
 
 from recipes.answers import boxed, text_of
+from recipes.datafiles import Rows, hold_out, is_one_file, read_rows
 from recipes.math_verifier import Verifier
 from recipes.rewards import RewardOptions
 
@@ -61,33 +61,16 @@ def eval_dataset(options: Options, seed: int) -> Dataset:
     return _dataset(_split(options, seed)[1], options)
 
 
-def _split(options: Options, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    single = Path(options.dataset).expanduser().is_file()
+def _split(options: Options, seed: int) -> tuple[Rows, Rows]:
     train = _read(options, options.train_split)
-    if options.eval_split is not None and not single:
-        return train, _read(options, options.eval_split)
-    random.Random(f"math split {seed}").shuffle(train)
-    if len(train) <= options.held_out:
-        raise ValueError(f"task.held_out: {options.held_out} of {len(train)} problems leaves none; lower it")
-    return train[options.held_out :], train[: options.held_out]
+    if options.eval_split is None or is_one_file(options.dataset):
+        return hold_out(train, options.held_out, f"math split {seed}")
+    return train, _read(options, options.eval_split)
 
 
-def _read(options: Options, split: str) -> list[dict[str, Any]]:
+def _read(options: Options, split: str) -> Rows:
     """The rows of a split. Raises FileNotFoundError or ValueError, with what to do about it."""
-    place = Path(options.dataset).expanduser()
-    file = place / f"{split}.jsonl" if place.is_dir() else place
-    if file.is_file():
-        rows = list(load_dataset("json", data_files=str(file), split="train"))
-    elif place.is_dir() or place.suffix == ".jsonl" or options.dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"task.dataset: no file {str(file)!r}; correct the path or the split")
-    else:
-        try:
-            rows = list(load_dataset(options.dataset, options.config, split=split))
-        except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
-            raise ValueError(
-                f"task.dataset: {options.dataset!r}, split {split!r}, cannot be loaded from the hub "
-                f"({type(error).__name__}: {error}); check network, id, task.config and the split"
-            ) from error
+    rows = read_rows(options.dataset, split, options.config)
     for key in ("problem_column", "answer_column"):
         column = getattr(options, key)
         if rows and column not in rows[0]:

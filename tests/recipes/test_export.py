@@ -1,14 +1,20 @@
 """Export: a merged adapter is proven against base and adapter, and a useless one is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from recipes.config import load_config
 from recipes.export import main
+from recipes.model_card import model_card
 from recipes.models import character_tokenizer
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def run_folder(tmp_path, dtype=torch.float32, learnt=True):
@@ -34,8 +40,23 @@ def run_folder(tmp_path, dtype=torch.float32, learnt=True):
     run = tmp_path / "run"
     model.save_pretrained(run / "final")
     tokenizer.save_pretrained(run / "final")
-    (run / "summary.json").write_text(json.dumps({"steps": 7, "accuracy_after": 0.25}))
-    (run / "config.yaml").write_text("model:\n  loader: scratch\n")
+    evaluated = {
+        "accuracy": 0.25,
+        "accuracy_interval": [0.1, 0.4],
+        "accuracy_lenient": 0.5,
+        "accuracy_problems": 64,
+    }
+    lines = [
+        {"step": 0, **evaluated, "accuracy": 0.125},
+        {"step": 7, "reward": 1.5, "rewards": {"integer": 0.75}, "time": {"forward": 2.5},
+         "memory": {"forward": {"tensor_peak_mib": 96.0}}, "device": "cpu", **evaluated},
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "head.json").write_text(json.dumps({"impl": "memhead", "calls": 7, "rows": 70}))
+    errors = {"logprob_error": 2e-7, "gradient_error": 3e-7}
+    (run / "head_check.json").write_text(json.dumps({"memhead": errors}))
+    (run / "environment.json").write_text(json.dumps({"cpu": "a CPU", "packages": {"trl": "1.15.0"}}))
+    (run / "config.yaml").write_text(load_config(QUICKSTART).to_yaml())
     return run
 
 
@@ -48,8 +69,35 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
     assert proof["logits_error"] <= proof["allowed"] < proof["adapter_effect"]
     assert AutoModelForCausalLM.from_pretrained(run / "merged").config.num_hidden_layers == 2
     card = (run / "merged" / "README.md").read_text()
-    assert "| accuracy after | 0.25 |" in card
-    assert "loader: scratch" in card
+    for figure in (
+        "7 optimizer steps; greedy accuracy on 64 problems",
+        "| accuracy | 0.125 [0.100, 0.400] | 0.250 [0.100, 0.400] |",
+        "| accuracy, lenient | 0.500 | 0.500 |",
+        "|   integer | 0.750 | 0.750 |",
+        "| forward | 2.5 | 96.0 MiB |",
+        "called 7 times",
+        "2.0e-07",
+        "a CPU",
+        "trl 1.15.0",
+        "loader: scratch",
+    ):
+        assert figure in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["tags"] == ["grpo", "trl", "memhead"]
+    assert "base_model" not in front  # it was made from nothing
+
+
+def test_the_card_names_what_the_hub_knows(tmp_path):
+    for config in ("llama3.2_1b_gsm8k", "gsm8k_scratch"):
+        (tmp_path / "config.yaml").write_text(load_config(QUICKSTART.with_stem(config)).to_yaml())
+        front = yaml.safe_load(model_card(tmp_path).split("---")[1])
+        known = {"base_model": "meta-llama/Llama-3.2-1B-Instruct", "datasets": ["openai/gsm8k"]}
+        assert {key: front[key] for key in known if key in front} == (known if "llama" in config else {})
+
+
+def test_merging_twice_is_refused(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    assert main([str(run), "--merge"]) == 0
     assert main([str(run), "--merge"]) == 1
     assert "remove it to merge again" in capsys.readouterr().err
 

@@ -65,5 +65,5 @@ def test_columns_are_named_in_the_options(tmp_path):
         ValueError, match=r"task\.problem_column: no column 'problem'; the data has q, solution"
     ):
         math.train_dataset(Options(dataset=str(file), held_out=4), 0)
-    with pytest.raises(FileNotFoundError, match=r"task\.dataset: no file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no train\.jsonl"):
         math.train_dataset(Options(dataset=str(tmp_path)), 0)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from rich.console import Console
 from tiny import tiny_trainer
 from transformers import TrainerCallback
 
+from recipes import trackers
 from recipes.config_schema import LoraSection, TrackingConfig
+from recipes.guards import AccuracyEvery
 from recipes.phases import PHASES, PhaseClock, attach
 from recipes.runfolder import LinesFile, MetricsFile, RunFolder
 from recipes.summary import summarize
@@ -231,3 +234,54 @@ def test_summary_of_nothing():
     summary = summarize([])
     assert summary["reward_first"] is None
     assert summary["steps"] == 0
+
+
+# Trackers
+
+
+def test_tensorboard_gets_reward_memory_and_accuracy(memhead_in_trl, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder.create(tmp_path, "run")
+    trainer = tiny_trainer(folder.path / "checkpoints", steps=3, report_to="tensorboard")
+    tracker = track(trainer, folder, TrackingConfig(memory_every=1), progress=False)
+    trainer.add_callback(
+        AccuracyEvery(2, lambda: {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, tracker.evaluated)
+    )
+    trainer.train()
+    tracker.close()
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    records = [record for record in folder.metrics.read() if "reward" in record]
+    assert [record["step"] for record in records] == [1, 2, 3]  # an evaluation costs no step its line
+    for tag, values in (
+        ("train/reward", [record["reward"] for record in records]),
+        (
+            "train/memory/backward/tensor_peak_mib",
+            [r["memory"]["backward"]["tensor_peak_mib"] for r in records],
+        ),
+        ("train/time/generation", [record["time"]["generation"] for record in records]),
+    ):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in zip((1, 2, 3), values, strict=True)
+        ]
+    for tag, value in (("accuracy", 0.5), ("accuracy_interval_low", 0.4), ("accuracy_interval_high", 0.6)):
+        assert [(e.step, e.value) for e in events.Scalars(f"eval/{tag}")] == [(2, pytest.approx(value))]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (problem,) = trackers.missing(package)
+    assert (problem.key, problem.value) == ("tracking.report_to", package)
+    assert problem.remedy.startswith(f"pip install {package}, or")
+    assert not list(trackers.missing("none"))
+
+
+def test_completions_are_printed_once_a_logged_step(memhead_in_trl, tmp_path, capsys):
+    tracking = {"log_completions": True, "num_completions_to_print": 2}
+    recorded_run(tmp_path, steps=3, **tracking)
+    shown = capsys.readouterr().out
+    assert [shown.count(f" Step {step} ") for step in (1, 2, 3)] == [1, 1, 1]
+    for word in ("Prompt", "Completion", "digits_reward", "Advantage"):
+        assert shown.count(word) == 3

@@ -1,0 +1,205 @@
+"""Countdown for language models, as TinyZero set it: reach a target with three or four numbers and `+ - * /`.
+
+    prompt      the numbers, the target and the form asked for: as chat messages, or as plain text ending in `<think>`
+    completion  <think> … </think> <answer> (1 + 2) / 3 </answer>
+    right       the answer uses every number exactly once and comes to the target, divided exactly
+
+Problems are made by the seed, each from numbers 1-99 put together step by step, so that each has a solution; or
+are read: TinyZero's own are `dataset: Jiayi-Pan/Countdown-Tasks-3to4`, columns `nums` and `target`. No held-out problem
+is trained on, in whatever order of its numbers. An answer is read by a parser of ours, never by `eval`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from datasets import Dataset
+from pydantic import Field, model_validator
+
+from recipes.answers import answer_tag, boxed, text_of
+from recipes.datafiles import Rows, hold_out, read_rows
+from recipes.rewards import RewardOptions
+from recipes.tasks.arithmetic import Expression, ExpressionError, parse
+
+WEIGHTS = {"correct": 1.0, "format": 0.1}
+TARGETS = range(10, 100)  # of the problems made here
+MADE = 8192  # training problems made here, unless task.train_size says otherwise
+
+_PROBLEM = (
+    "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
+    "(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the "
+    "final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>."
+)
+_PLAIN = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
+    "User: {problem}\nAssistant: Let me solve this step by step.\n<think>"
+)
+_SYSTEM = (
+    "You are a helpful assistant. You first think about the reasoning process in the mind and then provide the user "
+    "with the answer."
+)
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
+
+
+class Options(RewardOptions):
+    """The keys beside `task.name` in the YAML."""
+
+    dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="hub id, folder or file with columns nums and target; null: problems made by the seed",
+    )
+    prompt: Literal["chat", "plain"] = Field(
+        "chat", description="chat messages; or TinyZero's plain text for models that know no chat"
+    )
+    min_numbers: int = Field(3, ge=3, le=6, description="numbers of a made problem at least")
+    max_numbers: int = Field(4, ge=3, le=6, description="numbers of a made problem at most")
+    train_size: int | None = Field(
+        None, ge=1, description=f"training problems at most; null: all of the dataset, or {MADE} made ones"
+    )
+    held_out: int = Field(512, ge=1, description="problems kept for evaluation")
+
+    @model_validator(mode="after")
+    def _at_least_below_at_most(self) -> Options:
+        if self.min_numbers > self.max_numbers:
+            raise ValueError(
+                f"min_numbers {self.min_numbers} is more than max_numbers {self.max_numbers}; lower it"
+            )
+        return self
+
+
+def train_dataset(options: Options, seed: int) -> Dataset:
+    """The problems to train on, in an order by the seed."""
+    return _dataset(_split(options, seed)[0], options)
+
+
+def eval_dataset(options: Options, seed: int) -> Dataset:
+    """The held-out problems."""
+    return _dataset(_split(options, seed)[1], options)
+
+
+def _split(options: Options, seed: int) -> tuple[Rows, Rows]:
+    """Problems as (train, held out), none of them in both."""
+    if options.dataset is None:
+        problems = _made(options, seed)
+        wanted = options.train_size or MADE
+        held_out = [next(problems) for _ in range(options.held_out)]
+        return [next(problems) for _ in range(wanted)], held_out
+    rows = read_rows(options.dataset, "train")  # TinyZero's data has this split alone
+    for column in ("nums", "target"):
+        if rows and column not in rows[0]:
+            raise ValueError(
+                f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
+            )
+    train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {seed}")
+    kept_back = {_key(row) for row in held_out}
+    return [row for row in train if _key(row) not in kept_back][: options.train_size], held_out
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two problems the same: the numbers in any order, and the target."""
+    return (*sorted(row["nums"]), row["target"])
+
+
+def _made(options: Options, seed: int) -> Iterator[dict[str, Any]]:
+    """Problems without end, no two the same; three numbers alone make hundreds of thousands."""
+    rng = random.Random(f"countdown_tinyzero {seed}")
+    seen = set()
+    while True:
+        numbers = [rng.randint(1, 99) for _ in range(rng.randint(options.min_numbers, options.max_numbers))]
+        row = {"nums": numbers, "target": _put_together(numbers, rng)}
+        if row["target"] in TARGETS and _key(row) not in seen:
+            seen.add(_key(row))
+            yield row
+
+
+def _put_together(numbers: Sequence[int], rng: random.Random) -> int:
+    """What the numbers come to when two at a time are joined by chance, every step a whole number from 0 up."""
+    values = list(numbers)
+    while len(values) > 1:
+        rng.shuffle(values)
+        a, b = max(values[-2:]), min(values[-2:])
+        ways = [a + b, a - b, a * b] + ([a // b] if b and a % b == 0 else [])
+        values[-2:] = [rng.choice(ways)]
+    return values[0]
+
+
+def _dataset(rows: Rows, options: Options) -> Dataset:
+    """Prompts with the columns that the rewards need: `nums` (list of int) and `target` (int)."""
+    return Dataset.from_dict(
+        {
+            "prompt": [_prompt(row, options) for row in rows],
+            "nums": [list(row["nums"]) for row in rows],
+            "target": [row["target"] for row in rows],
+        }
+    )
+
+
+def _prompt(row: dict[str, Any], options: Options) -> Any:
+    problem = _PROBLEM.format(numbers=list(row["nums"]), target=row["target"])
+    if options.prompt == "plain":
+        return _PLAIN.format(problem=problem)
+    return [
+        {"role": "system", "content": _SYSTEM},
+        {"role": "user", "content": problem},
+    ]
+
+
+def _read(text: str | None) -> Expression | None:
+    """The text as an expression, None if it is not one."""
+    try:
+        return None if text is None else parse(text.translate(_SIGNS), division=True)
+    except ExpressionError:
+        return None
+
+
+def _solves(expression: Expression | None, row: dict[str, Any]) -> bool:
+    return (
+        expression is not None
+        and sorted(expression.numbers) == sorted(row["nums"])
+        and expression.value == row["target"]
+    )
+
+
+def is_correct(completion: str, row: dict[str, Any]) -> bool:
+    """Whether the last answer tag holds an expression, and only that, which solves the problem."""
+    return _solves(_read(answer_tag(completion)), row)
+
+
+def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
+    r"""Whether the answer tag, else `\boxed{…}`, else the last line solves it, "= target" behind it or not."""
+    lines = completion.strip().splitlines()
+    found = answer_tag(completion) or boxed(completion) or (lines[-1] if lines else "")
+    for latex, plain in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/")):
+        found = found.replace(latex, plain)
+    return _solves(_read(found.partition("=")[0]), row)
+
+
+def answer_of(completion: str) -> str | None:
+    """The answer that maj@k counts votes for: the expression without blanks, None if it is none."""
+    tag = answer_tag(completion)
+    return "".join(tag.split()) if tag is not None and _read(tag) is not None else None
+
+
+def correct(completions: list[Any], nums: list[list[int]], target: list[int], **_: Any) -> list[float]:
+    """1 for an expression in the answer tag that uses every number once and comes to the target."""
+    rows = zip(completions, nums, target, strict=True)
+    return [float(is_correct(text_of(text), {"nums": given, "target": goal})) for text, given, goal in rows]
+
+
+_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # no tag again inside a part
+_FORM = re.compile(rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*", re.DOTALL)
+
+
+def format(completions: list[Any], prompts: list[Any], **_: Any) -> list[float]:
+    """1 for both parts in their tags and nothing else; a plain prompt has opened `<think>` already."""
+    pairs = zip(completions, prompts, strict=True)
+    texts = ["<think>" * isinstance(prompt, str) + text_of(completion) for completion, prompt in pairs]
+    return [float(_FORM.fullmatch(text) is not None) for text in texts]
+
+
+rewards = {"correct": correct, "format": format}
