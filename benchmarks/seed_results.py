@@ -26,6 +26,7 @@ import memhead
 from benchmarks.measure import interleaved_seconds, machine, peak_bytes, versions
 
 RESULTS = Path(__file__).with_name("results")
+DRAWS = 4
 
 
 class Size(NamedTuple):
@@ -60,9 +61,11 @@ class Line(NamedTuple):
     met: bool | None
 
 
-def head_inputs(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def head_inputs(
+    size: Size, dtype: torch.dtype, device: torch.device, seed: int = 3407
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (B, T, H), weight (V, H) and targets (B, T)."""
-    generator = torch.Generator().manual_seed(3407)
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size.batch, size.tokens, size.hidden, generator=generator)
     weight = torch.randn(size.vocab, size.hidden, generator=generator) / size.hidden**0.5
     targets = torch.randint(size.vocab, (size.batch, size.tokens), generator=generator)
@@ -113,6 +116,18 @@ def exact_loss(inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     return total / targets.numel()
 
 
+def bfloat16_errors(size: Size, device: torch.device) -> tuple[float, float]:
+    """Mean distance to float64 of the standard and the custom loss: one draw's standard may be right by luck."""
+    errors = []
+    for seed in range(DRAWS):
+        inputs = head_inputs(size, torch.bfloat16, device, seed)
+        exact = exact_loss(inputs)
+        with torch.no_grad():
+            errors.append([abs(float(f(*inputs)) - exact) for f in (standard_ce, custom_ce)])
+    standard, custom = (sum(column) / DRAWS for column in zip(*errors, strict=True))
+    return standard, custom
+
+
 def head_lines(size: Size, device: torch.device) -> list[Line]:
     """Losses, gradients, time and memory of the head alone."""
     inputs = head_inputs(size, torch.float32, device)
@@ -129,13 +144,11 @@ def head_lines(size: Size, device: torch.device) -> list[Line]:
         ),
         Line("MSE with ReLU, loss difference", "0.166953", f"{mse_gap:.2e}", "<= 1e-6", mse_gap <= 1e-6),
     ]
+    standard, custom = bfloat16_errors(size, device)
+    text = f"{custom:.1e}, standard {standard:.1e}"
+    name = f"CE loss in bfloat16, distance to float64, mean of {DRAWS} draws"
+    lines.append(Line(name, "–", text, "< standard", custom <= standard))
     half = head_inputs(size, torch.bfloat16, device)
-    exact = exact_loss(half)
-    errors = [abs(float(forward_backward(f, half)[0]) - exact) for f in (standard_ce, custom_ce)]
-    text = f"{errors[1]:.1e}, standard {errors[0]:.1e}"
-    lines.append(
-        Line("CE loss in bfloat16, distance to float64", "–", text, "< standard", errors[1] <= errors[0])
-    )
     # Time and memory in the dtype that such a device trains in.
     timed = half if device.type == "cuda" else inputs
     functions = {
@@ -166,6 +179,10 @@ def supervised(size: Size, device: torch.device, patched: bool) -> dict[str, Any
     model = LlamaForCausalLM(config)
     ids = torch.randint(size.model_vocab, (4 * size.steps, min(size.tokens, 512))).tolist()
     losses: list[float] = []
+    warm = torch.tensor(ids[:2], device=device)  # compiles what is to be compiled, before the clock runs
+    with patch(model.to(device)) if patched else nullcontext():
+        model(input_ids=warm, labels=warm).loss.backward()
+    model.zero_grad()
 
     class Recording(Trainer):
         """The Trainer, which rounds the losses it logs; this one keeps them."""
