@@ -112,7 +112,8 @@ def load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE: tl.constexpr, 
 @triton.jit
 def row_factor(temperature, logit_scale, inverse_temperature, softcap: tl.constexpr):
     """(M,) positive: what a capped value is multiplied by to give its logit in units of log 2."""
-    factor = tl.abs(logit_scale) * LOG2_E
+    # Not quite 0 for a scale of 0: what stands for minus infinity is divided by it.
+    factor = tl.maximum(tl.abs(logit_scale), 1e-8) * LOG2_E
     if softcap != 0.0:
         factor = softcap * LOG2_E
     return factor * inverse_temperature / temperature

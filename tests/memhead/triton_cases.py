@@ -224,6 +224,29 @@ def test_logits_of_any_level(level: float, jump: float) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("logit_scale", [0.0, -0.5, 3.0])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_logit_scales(logit_scale: float, softcap: float | None) -> None:
+    hidden, weight = _tile(6, 16, 4) / 4, _tile(300, 16, 5) / 4
+    targets = torch.tensor([0, 1, 63, 64, 299, 150], device=DEVICE)
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    out = linear_logprobs(
+        ours, weight, targets, entropy=True, softcap=softcap, logit_scale=logit_scale, chunk=(4, 130),
+        backend="triton",
+    )  # fmt: skip
+    scaled = exact @ weight.double().t() * logit_scale
+    logp, entropy = _reference(
+        scaled, torch.eye(300, dtype=torch.float64, device=DEVICE), targets, None,
+        torch.ones(6, dtype=torch.float64, device=DEVICE), softcap,
+    )  # fmt: skip
+    torch.testing.assert_close(out.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    out.logprobs.sum().backward()
+    logp.sum().backward()
+    assert (ours.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm() + 1e-9
+
+
+@pytest.mark.usefixtures("kernels")
 def test_all_optional_outputs() -> None:
     hidden, weight = _tile(40, 16, 4) / 4, _tile(300, 16, 5) / 4
     targets = (hidden @ weight.t()).argmax(1)
