@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import head, seed_results
+from benchmarks import head, seed_results, step_gpu
 from benchmarks.contestants import (
     PASSES,
     full_contestant,
@@ -18,6 +18,7 @@ from benchmarks.contestants import (
     unsloth_contestant,
 )
 from benchmarks.measure import peak_bytes
+from benchmarks.step_tables import PHASES
 
 CPU = torch.device("cpu")
 
@@ -79,3 +80,19 @@ def test_seed_results(tmp_path):
     exact = [line for line in lines if not line.what.startswith(("time", "memory"))]
     assert all(line.met in (True, None) for line in exact)
     assert (tmp_path / "seed.md").read_text().count("\n|") == len(lines) + 2
+
+
+@pytest.mark.timeout(120)
+def test_step_gpu(tmp_path):
+    """The trainer's own functions, in a process of its own; TRL's Triton head by the interpreter."""
+    path = step_gpu.main(["--toy", "--stacks", "trl", "--output", str(tmp_path)])
+    results = json.loads(path.read_text())
+    assert not results["failed"]
+    assert [(row["length"], row["head"]) for row in results["rows"]] == [
+        (length, head) for length in (16, 32) for head in ("memhead", "trl", "full")
+    ]
+    assert all(row["seconds"].keys() == {*PHASES, "step"} for row in results["rows"])
+    for ours, trls, full in (results["rows"][:3], results["rows"][3:]):
+        assert ours["loss"] == pytest.approx(full["loss"], abs=1e-6)
+        assert trls["loss"] == pytest.approx(full["loss"], abs=1e-6)
+    assert "| 2 × 16 | **memhead** |" in path.with_suffix(".md").read_text()

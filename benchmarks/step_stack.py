@@ -1,0 +1,332 @@
+"""One stack of benchmarks.step_gpu, in a process of its own: a trainer, its three heads, and a step's phases."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.step_tables import PHASES, write
+
+HEADS = ("memhead", "trl", "full")
+LENGTHS, TOY_LENGTHS = (1024, 4096, 16384, 32768), (16, 32)
+PROMPT, TOY_PROMPT = 128, 4
+MIB = 2**20
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+TOY_LLAMA = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def sequences(length: int) -> int:
+    """In a batch: two up to 4k tokens, then one."""
+    return 2 if length <= 4096 else 1
+
+
+def new_model(toy: bool) -> Any:
+    """Random weights by the architecture's own initialisation, made where they stay."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+    set_seed(0)
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = LlamaConfig(**(TOY_LLAMA if toy else LLAMA), **tokens, tie_word_embeddings=False)
+    with torch.device("cpu" if toy else "cuda"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if toy else torch.bfloat16, attn_implementation="sdpa"
+        )
+
+
+def save_checkpoint(folder: Path) -> None:
+    """What Unsloth loads."""
+    from recipes.models import character_tokenizer
+
+    new_model(toy=False).save_pretrained(folder)
+    character_tokenizer("0123456789").save_pretrained(folder)
+
+
+def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, ModuleType]:
+    """Model, tokenizer, adapters still to be put on, and the module whose ``install`` puts a head in."""
+    from recipes.config_schema import LoraSection, ModelConfig
+    from recipes.unsloth_loader import import_unsloth
+
+    lora = LoraSection(r=16, alpha=16, target_modules=LAYERS)
+    if stack != "trl":
+        import_unsloth()
+    from memhead.integrations import trl as trl_head
+    from memhead.integrations import unsloth as unsloth_head
+    from recipes.models import character_tokenizer
+
+    tokenizer = character_tokenizer("0123456789")
+    if stack == "trl":
+        return new_model(toy), tokenizer, lora.peft_config(), trl_head
+    if toy:
+        return _unsloths_trainer_on_cpu(lora), tokenizer, None, unsloth_head
+    from recipes import unsloth_loader
+
+    config = ModelConfig(
+        loader="unsloth",
+        name=str(checkpoint),
+        dtype="bfloat16",
+        load_in_4bit=stack == "unsloth4",
+        max_seq_length=PROMPT + LENGTHS[-1],
+        gradient_checkpointing=True,
+    )
+    return *unsloth_loader.load(config, lora, seed=0), None, unsloth_head
+
+
+def _unsloths_trainer_on_cpu(lora: Any) -> Any:
+    """The trainer that Unsloth writes for a GPU in TRL's place, and a model as its own would be."""
+    import functools
+
+    from peft import get_peft_model
+    from unsloth.models import rl
+    from unsloth.models.vision import FastBaseModel
+
+    os.environ["UNSLOTH_ALLOW_CPU"] = "0"
+    rl._patch_trl_rl_trainers_impl("grpo_trainer")
+    os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+    model = get_peft_model(new_model(toy=True), lora.peft_config())
+    model.for_training = functools.partial(FastBaseModel.for_training, model)
+    model.for_inference = functools.partial(FastBaseModel.for_inference, model)
+    model._unsloth_user_float32 = True
+    return model
+
+
+def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tuple[Any, Any, ModuleType]:
+    """A trainer as ``train()`` leaves it before the first step, its prepared model, and the head's module."""
+    model, tokenizer, peft_config, integration = load(stack, toy, checkpoint)
+    import trl
+    from datasets import Dataset
+
+    from recipes.unsloth_defaults import is_unsloths, trl_meaning
+
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "max_completion_length": (TOY_LENGTHS if toy else LENGTHS)[-1],
+        "epsilon": 0.99,  # so wide that no token's gradient is clipped away
+        "epsilon_high": 1e4,
+    }
+    if is_unsloths(trl.GRPOConfig):
+        options = trl_meaning(options)
+    arguments = trl.GRPOConfig(
+        output_dir=str(scratch), report_to="none", bf16=not toy, use_cpu=toy, gradient_checkpointing=True, **options
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * 4),
+        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        peft_config=peft_config,
+    )
+    if stack == "trl":
+        trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+        trainer.model.train()
+    else:
+        kind = getattr(trainer.model, "_unsloth_gradient_checkpointing", True)
+        trainer.model.for_training(use_gradient_checkpointing=kind)
+    trainer.create_optimizer()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0  # every head meets the same weights
+    model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, model, integration
+
+
+def make_inputs(length: int, vocab_size: int, prompt: int, device: Any) -> dict[str, Any]:
+    """What the trainer's generation would return: random tokens, none of them a special one."""
+    import torch
+
+    generator = torch.Generator().manual_seed(length)
+    size = sequences(length)
+    ids = torch.randint(3, vocab_size, (size, prompt + length), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    return {
+        "prompt_ids": ids[:, :prompt],
+        "prompt_mask": mask[:, :prompt],
+        "completion_ids": ids[:, prompt:],
+        "completion_mask": mask[:, prompt:],
+        "advantages": torch.tensor([1.0, -0.5][:size], device=device),
+        "num_items_in_batch": mask[:, prompt:].sum(),
+        # Of a uniform policy, so that the loss says what the head computed.
+        "old_per_token_logps": torch.full((size, length), -math.log(vocab_size), device=device),
+    }
+
+
+class Meter:
+    """Seconds and peak memory of the phases of one step."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_mib: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Synchronised at both ends."""
+        import torch
+
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+            self.peak_mib[name] = torch.cuda.max_memory_allocated() / MIB
+        self.seconds[name] = time.perf_counter() - began
+
+
+def step(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple[float, Meter]:
+    """Scoring without gradient and one training step: the loss, and what the phases took."""
+    import torch
+
+    meter = Meter(inputs["prompt_ids"].device)
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with meter.phase("scoring"), torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])
+    with meter.phase("forward"):
+        loss = trainer.compute_loss(model, inputs)
+    with meter.phase("backward"):
+        trainer.accelerator.backward(loss)
+    with meter.phase("optimizer"):
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    return loss.item(), meter
+
+
+def measure(
+    trainer: Any, model: Any, install: Callable[[], Any], length: int, toy: bool, warm: bool
+) -> dict[str, Any]:
+    """One row: two timed steps (one at the greatest length), or what kept it from being measured."""
+    import torch
+
+    device = trainer.accelerator.device
+    vocab_size = trainer.model.config.vocab_size
+    row: dict[str, Any] = {"sequences": sequences(length)}
+    try:
+        with install() as handle:
+            inputs = make_inputs(length, vocab_size, TOY_PROMPT if toy else PROMPT, device)
+            if not warm:
+                step(trainer, model, inputs)
+            _clear(trainer)
+            loaded = torch.cuda.memory_allocated() / MIB if device.type == "cuda" else 0.0
+            meters = []
+            for _ in range(1 if length == LENGTHS[-1] else 2):
+                loss, meter = step(trainer, model, inputs)
+                meters.append(meter)
+            handle.expect_calls("the step")
+            row |= {"loss": loss, "loaded_mib": loaded}
+            row["steps"] = [meter.seconds for meter in meters]
+            fastest = min(meters, key=lambda meter: sum(meter.seconds.values()))
+            row["seconds"] = fastest.seconds | {"step": sum(fastest.seconds[name] for name in PHASES)}
+            row["peak_mib"] = {name: max(m.peak_mib.get(name, 0.0) for m in meters) for name in PHASES}
+    except Exception as error:  # a head that fails is a cell of the table
+        said = f"{type(error).__name__}: {error}"[:300]
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
+            row |= {"error": "out of memory", "said": said}
+        else:
+            traceback.print_exc()
+            row["error"] = said
+    _clear(trainer)
+    return row
+
+
+def _clear(trainer: Any) -> None:
+    import torch
+
+    trainer.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run_stack(stack: str, toy: bool, path: Path, checkpoint: Path, until: float) -> None:
+    """All rows of one stack, the short lengths first, none begun after ``until``; stored after each."""
+    import torch
+
+    from benchmarks.measure import machine, versions
+
+    began = time.time()
+    results = json.loads(path.read_text())
+    results["machine"] = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    packages = ("torch", "triton", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
+    results["versions"] = versions(*packages)
+    trainer, model, integration = make_trainer(stack, toy, checkpoint, path.parent / "trainer")
+    results["setup_s"][stack] = time.time() - began
+    warm: set[str] = set()
+    failed: dict[str, str] = {}
+    for length in TOY_LENGTHS if toy else LENGTHS:
+        for head in HEADS:
+            if head in failed:
+                row = {"sequences": sequences(length), "error": failed[head]}
+            elif time.time() > until:
+                row = {"sequences": sequences(length), "error": "not begun: time limit"}
+            else:
+                row = measure(
+                    trainer, model, lambda head=head: integration.install(head), length, toy, head in warm
+                )
+                warm.add(head)
+                if "error" in row:
+                    failed[head] = row["error"]
+            results["rows"].append({"stack": stack, "head": head, "length": length} | row)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            write(path)
+            said = (
+                row.get("error") or f"{row['seconds']['step']:.2f} s, {max(row['peak_mib'].values()):.0f} MiB"
+            )
+            print(f"{stack} {head} {length}: {said}, loss {row.get('loss')}", flush=True)
+
+
+def main() -> None:
+    """The process's command line: ``checkpoint`` writes what Unsloth loads; a stack adds its rows to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stack")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    if options.stack == "checkpoint":
+        save_checkpoint(options.checkpoint)
+    else:
+        run_stack(options.stack, options.toy, options.results, options.checkpoint, options.until)
+
+
+if __name__ == "__main__":
+    main()
