@@ -59,7 +59,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         "| completion | head | scoring | forward and loss | backward | step | peak | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["length"]):
         bold = "**" if row["head"] == "memhead" else ""
         cells = [f"{row['sequences']} × {row['length']}", f"{bold}{row['head']}{bold}"]
         if "error" in row:
