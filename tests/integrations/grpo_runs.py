@@ -45,6 +45,10 @@ def configurations() -> dict[str, PretrainedConfig]:
         ),
         "cohere-scale-tied": transformers.CohereConfig(**grouped, logit_scale=0.25),
         "granite-divisor": transformers.GraniteConfig(**grouped, logits_scaling=3.0),
+        "falcon-h1-multiplier": transformers.FalconH1Config(
+            **grouped, lm_head_multiplier=0.3, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4,
+            mamba_n_groups=1, mamba_chunk_size=4,
+        ),
         "phi-bias": transformers.PhiConfig(**grouped),
         "gpt2": transformers.GPT2Config(
             vocab_size=SMALL["vocab_size"], n_embd=16, n_layer=1, n_head=2, n_positions=32,
