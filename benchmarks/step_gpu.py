@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Path:
     results = {"command": "python -m benchmarks.step_gpu --output DIR", "date": date.today().isoformat()}
     path.write_text(json.dumps(results | {"setup_s": {}, "failed": {}, "rows": []}, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
+        checkpoint = (options.checkpoint or Path(scratch) / "checkpoint").resolve()
         for place, stack in enumerate(options.stacks):
             if stack != "trl" and not options.toy and not checkpoint.exists():
                 if shutil.disk_usage(scratch).free < CHECKPOINT_BYTES:
@@ -104,6 +104,9 @@ def main(argv: list[str] | None = None) -> Path:
         "--limit", type=float, default=400, help="seconds after which no further row is begun"
     )
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="what Unsloth loads: kept there, and used if it is there"
+    )
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     return run(parser.parse_args(argv))
 

@@ -230,41 +230,62 @@ def step(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple[float, Meter
     return loss.item(), meter
 
 
-def measure(
-    trainer: Any, model: Any, install: Callable[[], Any], length: int, toy: bool, warm: bool
-) -> dict[str, Any]:
-    """One row: two timed steps (one at the greatest length), or what kept it from being measured."""
-    import torch
+class Row:
+    """One head at one length: its timed steps, or what kept it from being measured."""
 
-    device = trainer.accelerator.device
-    vocab_size = trainer.model.config.vocab_size
-    row: dict[str, Any] = {"sequences": sequences(length)}
-    try:
-        with install() as handle:
-            inputs = make_inputs(length, vocab_size, TOY_PROMPT if toy else PROMPT, device)
-            if not warm:
+    def __init__(self, stack: str, head: str, length: int) -> None:
+        self.entry: dict[str, Any] = {"stack": stack, "head": head, "length": length}
+        self.entry |= {"sequences": sequences(length), "error": "not begun: time limit"}
+        self.meters: list[Meter] = []
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no point in another round."""
+        return "said" in self.entry
+
+    def reason(self, length: int) -> dict[str, Any]:
+        """What this failure says of another length: where there are as many tokens, the same."""
+        tokens = sequences(self.entry["length"]) * self.entry["length"]
+        more = sequences(length) * length >= tokens
+        return {name: self.entry[name] for name in ("said", "error")} if more else {}
+
+    def measure(
+        self, trainer: Any, model: Any, install: Callable[[str], Any], inputs: dict[str, Any]
+    ) -> None:
+        """A step that nobody times, for memory and kernels to be there, and a timed one."""
+        import torch
+
+        try:
+            with install(self.entry["head"]) as handle:
                 step(trainer, model, inputs)
-            _clear(trainer)
-            loaded = torch.cuda.memory_allocated() / MIB if device.type == "cuda" else 0.0
-            meters = []
-            for _ in range(1 if length == LENGTHS[-1] else 2):
+                trainer.optimizer.zero_grad(set_to_none=True)
+                on_gpu = trainer.accelerator.device.type == "cuda"
+                loaded = torch.cuda.memory_allocated() / MIB if on_gpu else 0.0
                 loss, meter = step(trainer, model, inputs)
-                meters.append(meter)
-            handle.expect_calls("the step")
-            row |= {"loss": loss, "loaded_mib": loaded}
-            row["steps"] = [meter.seconds for meter in meters]
-            fastest = min(meters, key=lambda meter: sum(meter.seconds.values()))
-            row["seconds"] = fastest.seconds | {"step": sum(fastest.seconds[name] for name in PHASES)}
-            row["peak_mib"] = {name: max(m.peak_mib.get(name, 0.0) for m in meters) for name in PHASES}
-    except Exception as error:  # a head that fails is a cell of the table
-        said = f"{type(error).__name__}: {error}"[:300]
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
-            row |= {"error": "out of memory", "said": said}
-        else:
-            traceback.print_exc()
-            row["error"] = said
-    _clear(trainer)
-    return row
+                handle.expect_calls("the step")
+        except Exception as error:  # a head that fails is a cell of the table
+            said = f"{type(error).__name__}: {error}"[:300]
+            full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in said
+            if not full:
+                traceback.print_exc()
+            self.entry |= {"said": said, "error": "out of memory" if full else said}
+            return
+        self.meters.append(meter)
+        self.entry.pop("error", None)
+        self.entry |= {"loss": loss, "loaded_mib": loaded, "steps": [m.seconds for m in self.meters]}
+        fastest = min(self.meters, key=lambda meter: sum(meter.seconds.values()))
+        self.entry["seconds"] = fastest.seconds | {"step": sum(fastest.seconds[name] for name in PHASES)}
+        self.entry["peak_mib"] = {
+            name: max(m.peak_mib.get(name, 0.0) for m in self.meters) for name in PHASES
+        }
+
+    def __str__(self) -> str:
+        head, length = self.entry["head"], self.entry["length"]
+        if "error" in self.entry:
+            return f"{head} {length}: {self.entry['error']}"
+        seconds = " ".join(f"{sum(steps.values()):.2f}" for steps in self.entry["steps"])
+        peak = max(self.entry["peak_mib"].values())
+        return f"{head} {length}: {seconds} s, {peak:.0f} MiB, loss {self.entry['loss']}"
 
 
 def _clear(trainer: Any) -> None:
@@ -289,29 +310,34 @@ def run_stack(stack: str, toy: bool, path: Path, checkpoint: Path, until: float)
     results["versions"] = versions(*packages)
     trainer, model, integration = make_trainer(stack, toy, checkpoint, checkpoint.parent / "trainer")
     results["setup_s"][stack] = time.time() - began
-    warm: set[str] = set()
-    failed: dict[str, tuple[int, str]] = {}
-    for length in TOY_LENGTHS if toy else LENGTHS:
-        for head in HEADS:
-            tokens = sequences(length) * length
-            if head in failed and tokens >= failed[head][0]:
-                row = {"sequences": sequences(length), "error": failed[head][1]}
-            elif time.time() > until:
-                row = {"sequences": sequences(length), "error": "not begun: time limit"}
-            else:
-                row = measure(
-                    trainer, model, lambda head=head: integration.install(head), length, toy, head in warm
-                )
-                warm.add(head)
-                if "error" in row:
-                    failed[head] = (tokens, row["error"])
-            results["rows"].append({"stack": stack, "head": head, "length": length} | row)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            write(path)
-            said = (
-                row.get("error") or f"{row['seconds']['step']:.2f} s, {max(row['peak_mib'].values()):.0f} MiB"
-            )
-            print(f"{stack} {head} {length}: {said}, loss {row.get('loss')}", flush=True)
+
+    def store(entries: list[dict[str, Any]]) -> None:
+        results["rows"] = entries
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        write(path)
+
+    done: list[dict[str, Any]] = results["rows"]
+    failed: dict[str, Row] = {}
+    lengths, prompt = (TOY_LENGTHS, TOY_PROMPT) if toy else (LENGTHS, PROMPT)
+    for length in lengths:
+        rows = [Row(stack, head, length) for head in HEADS]
+        inputs = make_inputs(length, trainer.model.config.vocab_size, prompt, trainer.accelerator.device)
+        for row in rows:
+            row.entry |= failed[row.entry["head"]].reason(length) if row.entry["head"] in failed else {}
+        # There and back, so that no head always comes first.
+        for order in [rows] if length == lengths[-1] else [rows, rows[::-1]]:
+            for row in order:
+                if row.failed or time.time() > until:
+                    continue
+                _clear(trainer)
+                row.measure(trainer, model, integration.install, inputs)
+                _clear(trainer)
+                if row.failed:
+                    failed.setdefault(row.entry["head"], row)
+                store([*done, *(row.entry for row in rows)])
+                print(f"{time.time() - began:4.0f} s  {stack} {row}", flush=True)
+        done = [*done, *(row.entry for row in rows)]
+        store(done)
 
 
 def main() -> None:

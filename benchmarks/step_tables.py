@@ -39,9 +39,9 @@ def markdown(results: dict[str, Any]) -> str:
         "reference) and for the loss. Unsloth sizes its micro-batches by the memory that is free.",
         "",
         "A phase: seconds, and in brackets the allocator's peak in GiB above the model, adapters and optimizer state.",
-        "Step: seconds of all phases, the optimizer among them, in the faster of two steps after a warm-up (one at the",
-        "greatest length). Peak: GiB in all. The weights stay as they are, so the losses of a length agree as far as",
-        "the heads do. The head *trl* is the stack's own.",
+        "Step: seconds of all phases, the optimizer among them. The heads take turns, there and back, each with an",
+        "untimed step and a timed one; the faster of two (one at the greatest length). Peak: GiB in all. The weights stay",
+        "as they are, so the losses of a length agree as far as the heads do. The head *trl* is the stack's own.",
     ]
     for stack, title in STACKS.items():
         rows = [row for row in results["rows"] if row["stack"] == stack]
