@@ -40,7 +40,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "A phase: seconds, and in brackets the allocator's peak in GiB above the model, adapters and optimizer state.",
         "Step: seconds of all phases, the optimizer among them. The heads take turns, there and back, each with an",
-        "untimed step and a timed one; the faster of two (one at the greatest length). Peak: GiB in all. The weights stay",
+        "untimed step and a timed one; the faster of two (one at the greatest length). Peak: GiB in all. Weights stay",
         "as they are, so the losses of a length agree as far as the heads do. The head *trl* is the stack's own.",
     ]
     for stack, title in STACKS.items():
