@@ -40,6 +40,19 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def tile_product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
+    """``a @ b`` (M, N): in the buffer's memory, or in new memory where :func:`brings_memory` says so."""
+    size = a.shape[0] * b.shape[1]
+    if brings_memory(a.dtype, a.device, size):
+        return _onednn_product(a, b)
+    return product(a, b, buffer[:size].view(a.shape[0], b.shape[1]))
+
+
+def brings_memory(operand: torch.dtype, device: torch.device, size: int) -> bool:
+    """Whether :func:`tile_product` of operands of this dtype, with ``size`` results, needs no buffer."""
+    return _has_onednn(device.type, operand) and size * operand.itemsize <= ONEDNN_BYTES
+
+
 def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
     """``acc += a @ b``, or ``acc = a @ b`` where ``first``; acc (M, N) of :func:`result_dtype`."""
     if first:
@@ -54,6 +67,7 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
 
 
 # oneDNN's product gives new memory: at most so many bytes at a time, which stay in cache until they are used.
+# (Copied to where they belong, a tile of logits costs two per cent of its product.)
 ONEDNN_BYTES = 8 << 20
 
 

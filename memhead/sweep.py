@@ -43,10 +43,12 @@ class Problem(NamedTuple):
         """dtype of logits, statistics and accumulators."""
         return result_dtype(self.operand)
 
-    def new_buffer(self, chunk: Chunk) -> Tensor:
-        """Memory for one tile of this size, flat."""
-        dtype = self.backend.tile_dtype(self.operand, self.hidden.shape[1], self.hidden.device)
-        return self.hidden.new_empty(chunk.rows * chunk.columns, dtype=dtype)
+    def new_buffer(self, tile: Chunk, columns: int | None = None) -> Tensor:
+        """Memory for a tile of this size, or ``columns`` of such tiles, flat; none where a product brings its own."""
+        features = self.operand, self.hidden.shape[1], self.hidden.device
+        needed = self.backend.needs_buffer(tile.rows * tile.columns, *features)
+        size = tile.rows * (columns or tile.columns) if needed else 0
+        return self.hidden.new_empty(size, dtype=self.backend.tile_dtype(*features))
 
     def coefficient(self, logprobs: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the directions (R, H) of these rows lack to be the gradients of their logprobs, (R,)."""
@@ -90,11 +92,11 @@ class HeadGradients:
         if not len(hidden):
             self.by_weight.zero_()
         self.by_bias = hidden.new_zeros(vocab_size, dtype=problem.result) if by_bias else None
-        self._buffer = problem.new_buffer(Chunk(problem.chunk.rows, vocab_size))
+        self._buffer = problem.new_buffer(problem.chunk, vocab_size)
         self._kept: list[tuple[slice, Tensor, Tensor]] = []
 
     def buffer(self, columns: slice, num_rows: int) -> Tensor:
-        """Memory for the tile of these columns, which the tiles after it leave alone."""
+        """Memory for the tile of these columns, which the tiles after it leave alone; or none, see ``new_buffer``."""
         return self._buffer[columns.start * num_rows : columns.stop * num_rows]
 
     def keep(self, columns: slice, exps: Tensor, stats: Tensor) -> None:

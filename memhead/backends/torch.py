@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memhead.products import product, result_dtype
+from memhead.products import brings_memory, result_dtype, tile_product
 from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
 from memhead.weights import Weight
 
@@ -74,7 +74,7 @@ def fold_targets(
 def fold_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
-    buffer: Tensor,  # (>= R * C,) of tile_dtype
+    buffer: Tensor,  # (>= R * C,) of tile_dtype; empty where the product brings its memory
     *fold: Any,
 ) -> Tensor:
     """:func:`fold_tile` of the raw products ``x @ w.T``; ``fold`` are its further arguments."""
@@ -91,14 +91,19 @@ def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> 
     return result_dtype(operand)
 
 
+def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
+    """Whether a tile of ``size`` logits is written into the buffer, and not into memory of its own."""
+    return not brings_memory(operand, device, size)
+
+
 def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
     """How many of the ``wanted`` columns a tile should have for the functions of this file: all of them."""
     return wanted
 
 
 def raw_product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
-    """``x @ w.T`` (R, C) in float32, in the buffer's memory."""
-    return product(x, w.t(), buffer[: len(x) * len(w)].view(len(x), len(w)))
+    """``x @ w.T`` (R, C) in float32, in the buffer's memory if it has any."""
+    return tile_product(x, w.t(), buffer)
 
 
 def to_logits(

@@ -30,7 +30,7 @@ from memhead.backends.triton_math import (
     one_minus_exp,
     to_logits,
 )
-from memhead.products import result_dtype
+from memhead.products import brings_memory, result_dtype
 from memhead.statistics import FoldSpec, Upstream, headroom
 
 # The widest tile whose rows fit the registers of one program.
@@ -201,6 +201,12 @@ def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: to
     if hopper_tile.available(operand, hidden_size, device):
         return hopper_tile.tile_columns(wanted, device)
     return min(wanted, MAX_COLUMNS)
+
+
+def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
+    """See :func:`memhead.backends.torch.needs_buffer`."""
+    fused = hopper_tile.available(operand, hidden_size, device)
+    return fused or not brings_memory(operand, device, size)
 
 
 def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
