@@ -5,7 +5,8 @@
 
 Weights and tokens are random, and nothing is generated: sampling 16k tokens without vLLM takes minutes and has
 nothing to do with the head. The batch goes to the trainer's own functions. Each stack runs in a process of its own
-(benchmarks.step_stack), for importing Unsloth changes TRL for good; what is measured is stored after every row.
+(benchmarks.step_stack), for importing Unsloth changes TRL for good; what is measured is stored after every row, beside
+the rows that DIR already has of other stacks.
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ def run(options: argparse.Namespace) -> Path:
     began = time.time()
     options.output.mkdir(parents=True, exist_ok=True)
     path = (options.output / f"step_{'toy' if options.toy else _gpu_name()}.json").resolve()
-    results = {"command": "python -m benchmarks.step_gpu --output DIR", "date": date.today().isoformat()}
-    path.write_text(json.dumps(results | {"setup_s": {}, "failed": {}, "rows": []}, indent=1) + "\n")
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"command": "python -m benchmarks.step_gpu --output DIR", "date": date.today().isoformat()}
+    for name in ("setup_s", "failed"):
+        results[name] = {k: v for k, v in results.get(name, {}).items() if k not in options.stacks}
+    results["rows"] = [row for row in results.get("rows", []) if row["stack"] not in options.stacks]
+    path.write_text(json.dumps(results, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = (options.checkpoint or Path(scratch) / "checkpoint").resolve()
         for place, stack in enumerate(options.stacks):
