@@ -231,6 +231,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.monotonic()
     shapes, rows = (TOY, (100,)) if options.toy else (SHAPES, ROWS)
+    shapes = [shape for shape in shapes if shape.name.startswith(tuple(options.model))]
     results: dict[str, Any] = {
         "machine": machine(device),
         "versions": versions(
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=460, help="seconds after which no further row is begun"
     )
+    parser.add_argument("--model", nargs="+", default=[""], help="only models whose names begin so")
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     results = run(options)

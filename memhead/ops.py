@@ -39,8 +39,9 @@ def make_problem(
     module = get_backend(backend, hidden.device, result_dtype(operand))
     features = operand, hidden.shape[1], hidden.device
     itemsize = module.tile_dtype(*features).itemsize
-    size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.device, itemsize)
-    size = size._replace(columns=module.tile_columns(size.columns, *features))
+    widen = module.fuses(*features)
+    size = resolve_chunk(wanted, hidden.shape[0], weight.shape[0], hidden.device, itemsize, widen=widen)
+    size = size._replace(columns=module.tile_columns(size.columns, weight.shape[0], *features))
     return Problem(hidden, weight, targets, bias, temperature, spec, size, module, compute)
 
 

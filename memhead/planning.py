@@ -61,7 +61,8 @@ class Chunk(NamedTuple):
 def default_tile(device_type: str, tile_itemsize: int) -> Chunk:
     """The tile for ``device_type``, where a logit takes ``tile_itemsize`` bytes.
 
-    Its columns do not depend on the number of rows, so that neither do the bits of a row.
+    Its columns do not depend on the number of rows, so that neither do the bits of a row (which on
+    some GPUs they do not anyway: :func:`resolve_chunk`).
     """
     rows, size = DEFAULT_TILE["cpu" if device_type == "cpu" else "cuda"]
     return Chunk(rows, size // (rows * tile_itemsize))
@@ -142,11 +143,18 @@ def resolve_chunk(
     vocab_size: int,
     device: torch.device,
     tile_itemsize: int,
+    *,
+    widen: bool,
 ) -> Chunk:
-    """The tile that a public function's ``chunk`` argument asks for; ``None`` takes the default."""
+    """The tile that a public function's ``chunk`` argument asks for; ``None`` takes the default.
+
+    ``widen``: where there are fewer rows than the default's, it may have as many more columns.
+    """
     rows, columns = default_tile(device.type, tile_itemsize)
     if isinstance(chunk, int):
         rows = chunk
     elif chunk is not None:
         rows, columns = chunk
+    elif widen and 0 < num_rows < rows:
+        columns = rows * columns // num_rows
     return Chunk(max(1, min(rows, num_rows)), max(1, min(columns, vocab_size)))

@@ -30,15 +30,15 @@ from torch import Tensor
 class Stat(IntEnum):
     """Rows of the (len(Stat), N) float32 statistics that a sweep over the vocabulary leaves."""
 
-    REFERENCE = 0  # r: the exponentials are taken against it; within LAZY of the others' maximum
+    REFERENCE = 0  # r: the exponentials are taken against it; near the others' maximum, see headroom
     OTHERS = 1  # sum_{v != t} exp(z_v - r)
-    TARGET = 2  # z_t
-    SLOPE = 3  # softcap'(z_t), 1 without softcap
-    WEIGHTED = 4  # sum_{v != t} exp(z_v - r) (z_v - r), for the entropy
-    SQUARES = 5  # sum_{v != t} exp(z_v - r)^2
-    TOTAL = 6  # sum_v z_v, the target included
-    BEFORE = 7  # max z_v over v < t
-    AFTER = 8  # max z_v over v > t
+    WEIGHTED = 2  # sum_{v != t} exp(z_v - r) (z_v - r), for the entropy
+    SQUARES = 3  # sum_{v != t} exp(z_v - r)^2
+    TOTAL = 4  # sum_v z_v, the target included
+    BEFORE = 5  # max z_v over v < t
+    AFTER = 6  # max z_v over v > t
+    TARGET = 7  # z_t
+    SLOPE = 8  # softcap'(z_t), 1 without softcap
 
 
 # Stands for minus infinity in the arithmetic, where the real one would give 0 * inf = NaN.
@@ -112,9 +112,8 @@ def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Statistics (len(Stat), num_rows) of rows of which nothing has been seen."""
     stats = like.new_zeros((len(Stat), num_rows), dtype=dtype)
     stats[Stat.REFERENCE] = UNSET
-    stats[Stat.TARGET : Stat.SLOPE] = LOWEST
+    stats[Stat.BEFORE : Stat.SLOPE] = LOWEST
     stats[Stat.SLOPE] = 1.0
-    stats[Stat.BEFORE :] = LOWEST
     return stats
 
 

@@ -50,6 +50,12 @@ class Problem(NamedTuple):
         size = tile.rows * (columns or tile.columns) if needed else 0
         return self.hidden.new_empty(size, dtype=self.backend.tile_dtype(*features))
 
+    @property
+    def whole_at_once(self) -> bool:
+        """Whether a tile that keeps no exponentials costs no memory, be it as wide as the vocabulary."""
+        features = self.operand, self.hidden.shape[1], self.hidden.device
+        return self.backend.fuses(*features) and self.weight.views(self.operand)
+
     def coefficient(self, logprobs: Tensor, rows: slice = slice(None)) -> Tensor:
         """What the directions (R, H) of these rows lack to be the gradients of their logprobs, (R,)."""
         return one_minus_p(logprobs) * self.spec.slope(_slice(self.temperature, rows))
@@ -147,7 +153,11 @@ def forward_sweep(
     hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     stats = new_statistics(num_rows, hidden, problem.result)
-    buffer = problem.new_buffer(chunk) if gradients is None else None
+    kept = direction or gradients is not None  # the exponentials
+    width = chunk.columns if kept or not problem.whole_at_once else vocab_size
+    buffer = hidden.new_empty(0)
+    if gradients is None and width == chunk.columns:
+        buffer = problem.new_buffer(chunk)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
@@ -156,7 +166,7 @@ def forward_sweep(
         x = hidden[rows].to(problem.operand)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)
-        problem.backend.fold_targets(
+        partial = problem.backend.start_rows(
             x,
             weight,
             stats[:, rows],
@@ -166,13 +176,14 @@ def forward_sweep(
             problem.spec,
             problem.operand,
         )
-        for columns in blocks(vocab_size, chunk.columns):
+        for columns in blocks(vocab_size, width):
             w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
             first = columns.start == 0
             exps = problem.backend.fold_product(  # (R, C)
                 x,
                 w,
                 buffer if gradients is None else gradients.buffer(columns, len(x)),
+                partial,
                 stats[:, rows],
                 problem.targets[rows],
                 columns.start,
@@ -181,12 +192,13 @@ def forward_sweep(
                 problem.spec,
                 None if first else acc,
                 problem.operand,
-                direction or gradients is not None,
+                kept,
             )
             if gradients is not None:
                 gradients.keep(columns, exps, stats[:, rows])
             if acc is not None:
                 add_product(acc, exps, w, first=first)
+        problem.backend.end_rows(partial, stats[:, rows], problem.spec)
         if merge is not None:
             merge(stats[:, rows], acc)
         if gradients is not None:

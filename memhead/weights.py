@@ -20,6 +20,10 @@ class Weight(Protocol):
         """(V, H)."""
         ...
 
+    def views(self, dtype: torch.dtype) -> bool:
+        """Whether tiles of ``dtype`` are views, and cost no memory however large."""
+        ...
+
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start:stop as a (stop - start, H) tensor of ``dtype``."""
         ...
@@ -40,6 +44,10 @@ class DenseWeight:
         """(V, H)."""
         return self.weight.shape[0], self.weight.shape[1]
 
+    def views(self, dtype: torch.dtype) -> bool:
+        """See :class:`Weight`."""
+        return self.weight.dtype == dtype
+
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`Weight`; a view where the dtype already fits."""
         return self.weight[start:stop].to(dtype)
@@ -59,6 +67,10 @@ class LowRankWeight:
     def shape(self) -> tuple[int, int]:
         """(V, H + r)."""
         return self.base.shape[0], self.base.shape[1] + self.update.shape[1]
+
+    def views(self, dtype: torch.dtype) -> bool:
+        """See :class:`Weight`."""
+        return False
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`Weight`."""

@@ -1,10 +1,14 @@
 """A product folded into the statistics of its rows in one kernel; see ``hopper_tile.py`` for the idea.
 
-All exponentials of a row in one launch must have one reference, but nobody knows the row's maximum
-beforehand. So each block of columns takes the reference that the row had before the launch, at
-first its target's logit (``hopper_target.py``), unless its own maximum is far from it (statistics.headroom);
-the blocks' references are written down, and :func:`_merge_kernel` settles on one and corrects the
-rare row where they differ.
+All exponentials of a row must have one reference, but nobody knows the row's maximum beforehand. So
+each block of columns takes the same guess, the row's target's logit (``hopper_target.py``), unless its
+own maximum is far from it (statistics.headroom), and writes its sums and their reference down. They
+depend on the row and the block alone: not on how the vocabulary is cut into tiles, not on whether a
+gradient is wanted. Two kernels make statistics of a row of them:
+
+- :func:`_merge_kernel` adds up the blocks of a row that has seen the vocabulary;
+- :func:`_correct_kernel`, where a gradient is wanted, settles on one reference after each tile, and
+  brings the exponentials of the rare block with another one to it.
 """
 
 from __future__ import annotations
@@ -32,18 +36,22 @@ from memhead.backends.triton_math import (
 )
 from memhead.statistics import FoldSpec, Stat, headroom
 
+LANES = 256
 
-@triton.jit(do_not_specialize=["num_rows", "stats_stride", "start"])
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "stats_stride", "start", "first_block"])
 def _fold_kernel(
     x_desc,  # (R, H)
     w_desc,  # (C, H)
     exps_ptr,  # (R, C), row stride exps_stride
-    partial_ptr,  # (len(Stat), R, column blocks): the statistics of each block of columns
+    partial_ptr,  # (planes, R, all blocks): the statistics of each block of columns
     stats_ptr,  # (len(Stat), R), stride stats_stride between statistics
     targets_ptr,
     bias_ptr,
     temperature_ptr,
     start,
+    first_block,
+    all_blocks,
     num_rows,
     num_columns,
     hidden_size,
@@ -76,10 +84,9 @@ def _fold_kernel(
         lane = tl.arange(0, BLOCK_N)
         end = num_columns - block_column * BLOCK_N  # lanes from here on are no columns
         stats = stats_ptr + row
-        partial = partial_ptr + row.to(tl.int64) * num_column_blocks + block_column
-        partial_stride = num_rows * num_column_blocks
+        partial = partial_ptr + row.to(tl.int64) * all_blocks + (first_block + block_column)
+        partial_stride = num_rows * all_blocks
         target = tl.load(targets_ptr + row, mask=real, other=-1)
-        reference = tl.load(stats + REFERENCE * stats_stride, mask=real, other=0.0)
         guess = tl.load(stats + TARGET * stats_stride, mask=real, other=0.0)
         temperature = load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE, BLOCK_M)
         capped = capped_product(
@@ -105,12 +112,10 @@ def _fold_kernel(
             capped = tl.where((lane < end)[None, :], capped, (1 / factor * LOWEST)[:, None])
 
         maximum = tl.max(capped, 1) * (factor * LN_2)
-        unset = reference <= UNSET
         # Not the logit of a forbidden token, nor of a row with infinities or NaN.
-        guess = tl.where((guess > UNSET) & (guess < -UNSET), guess - shift, 0.0)
-        reference = tl.where(unset, guess, reference)
+        reference = tl.where((guess > UNSET) & (guess < -UNSET), guess - shift, 0.0)
         wanted = maximum - shift
-        far = (wanted > reference + lazy) | (unset & (wanted < reference - depth) & (maximum > UNSET))
+        far = (wanted > reference + lazy) | ((wanted < reference - depth) & (maximum > UNSET))
         reference = tl.where(far, wanted, reference)
         tl.store(partial + REFERENCE * partial_stride, reference, mask=real)
         distance = capped * factor[:, None] - (reference * LOG2_E)[:, None]  # in units of log 2
@@ -129,51 +134,50 @@ def _fold_kernel(
 
 
 @triton.jit
-def _settle(partial, stats, partial_stride, stats_stride, mask):
-    """A row's reference so far and from now on, the sums of its blocks (BLOCKS,) and how far theirs are below it."""
-    sums = tl.load(partial + OTHERS * partial_stride, mask=mask, other=0.0)
-    references = tl.load(partial + REFERENCE * partial_stride, mask=mask, other=0.0)
-    counts = (sums > 0) | (sums != sums)
-    old = tl.load(stats + REFERENCE * stats_stride)
-    reference = tl.maximum(tl.max(tl.where(counts, references, LOWEST), 0), old)
-    return old, reference, sums, tl.where(counts, references - reference, 0.0)
+def _counts(sums):
+    """Whether a block has any logit that is not forbidden, or has NaN."""
+    return (sums > 0) | (sums != sums)
 
 
-@triton.jit(do_not_specialize=["num_rows", "stats_stride", "acc_stride"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "first_block", "stats_stride", "acc_stride"])
 def _correct_kernel(
-    partial_ptr,  # (len(Stat), R, column blocks)
-    stats_ptr,  # (len(Stat), R)
+    partial_ptr,  # (planes, R, all blocks)
+    stats_ptr,  # (len(Stat), R), REFERENCE updated
     exps_ptr,  # (R, C)
     acc_ptr,  # (R, H)
+    first_block,
+    all_blocks,
     num_rows,
     num_columns,
-    num_column_blocks,
     hidden_size,
     stats_stride,
     exps_stride,
     acc_stride,
     HAS_ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,  # at least num_column_blocks
+    BLOCKS: tl.constexpr,  # at least the tile's
 ):
-    """Bring the rare row whose blocks have different references to the one that :func:`_merge_kernel` takes."""
+    """Settle on one reference for the rows of a tile and of what came before it; they rarely differ."""
     row = tl.program_id(0).to(tl.int64)
+    num_blocks = tl.cdiv(num_columns, BLOCK_N)
     block = tl.arange(0, BLOCKS)
-    old, reference, _, distance = _settle(
-        partial_ptr + row * num_column_blocks + block,
-        stats_ptr + row,
-        num_rows * num_column_blocks,
-        stats_stride,
-        block < num_column_blocks,
-    )
-    factor = tl.exp(distance)
+    mask = block < num_blocks
+    partial = partial_ptr + row * all_blocks + first_block + block
+    stride = num_rows * all_blocks
+    sums = tl.load(partial + OTHERS * stride, mask=mask, other=0.0)
+    references = tl.load(partial + REFERENCE * stride, mask=mask, other=0.0)
+    to = stats_ptr + REFERENCE * stats_stride + row
+    old = tl.load(to)
+    reference = tl.maximum(tl.max(tl.where(_counts(sums), references, LOWEST), 0), old)
+    tl.store(to, reference)
+    factor = tl.exp(tl.where(_counts(sums), references - reference, 0.0))
     if tl.sum((factor == 1.0).to(tl.int32), 0) < BLOCKS:  # NaN is no factor of 1 either
-        for i in range(num_column_blocks):
+        for i in range(num_blocks):
             column = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            to = exps_ptr + row * exps_stride + column
-            exps = tl.load(to, mask=column < num_columns, other=0.0).to(tl.float32)
+            at = exps_ptr + row * exps_stride + column
+            exps = tl.load(at, mask=column < num_columns, other=0.0).to(tl.float32)
             exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
-            tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
+            tl.store(at, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
     # Two ifs: one is decided when the kernel is compiled, the other for each row.
     if HAS_ACC:  # noqa: SIM102
         if reference != old:
@@ -191,56 +195,86 @@ def _correct_kernel(
     do_not_specialize_on_alignment=["partial_ptr", "stats_ptr"],
 )
 def _merge_kernel(
-    partial_ptr,  # (len(Stat), R, column blocks)
+    partial_ptr,  # (planes, R, all blocks)
     stats_ptr,  # (len(Stat), R), updated
+    all_blocks,
     num_rows,
-    num_column_blocks,
     stats_stride,
     WANT_ENTROPY: tl.constexpr,
     WANT_SQUARES: tl.constexpr,
     WANT_TOTAL: tl.constexpr,
     WANT_TOP1: tl.constexpr,
-    BLOCKS: tl.constexpr,  # at least num_column_blocks
+    LANES: tl.constexpr,
 ):
-    """Settle on one reference for a row, and add the statistics of its blocks to it."""
+    """The statistics of a row from those of all its blocks, so many LANES at a time."""
     row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCKS)
-    mask = block < num_column_blocks
+    lane = tl.arange(0, LANES)
     stats = stats_ptr + row
-    partial = partial_ptr + row * num_column_blocks + block
-    partial_stride = num_rows * num_column_blocks
-    old, reference, sums, distance = _settle(partial, stats, partial_stride, stats_stride, mask)
-    factor = tl.exp(distance)
-    moved = tl.exp(old - reference)
-
-    others = tl.load(stats + OTHERS * stats_stride)
+    partial = partial_ptr + row * all_blocks + lane
+    stride = num_rows * all_blocks
+    highest = tl.full((LANES,), LOWEST, tl.float32)
+    for first in range(0, all_blocks, LANES):
+        mask = first + lane < all_blocks
+        sums = tl.load(partial + OTHERS * stride + first, mask=mask, other=0.0)
+        references = tl.load(partial + REFERENCE * stride + first, mask=mask, other=0.0)
+        highest = tl.maximum(highest, tl.where(_counts(sums), references, LOWEST))
+    reference = tl.maximum(tl.max(highest, 0), UNSET)
     tl.store(stats + REFERENCE * stats_stride, reference)
-    tl.store(stats + OTHERS * stats_stride, others * moved + tl.sum(sums * factor, 0))
+
+    others = tl.zeros((LANES,), tl.float32)
+    weighted = tl.zeros((LANES,), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    before = tl.full((LANES,), LOWEST, tl.float32)
+    after = tl.full((LANES,), LOWEST, tl.float32)
+    for first in range(0, all_blocks, LANES):
+        mask = first + lane < all_blocks
+        at = partial + first
+        sums = tl.load(at + OTHERS * stride, mask=mask, other=0.0)
+        references = tl.load(at + REFERENCE * stride, mask=mask, other=0.0)
+        distance = tl.where(_counts(sums), references - reference, 0.0)
+        factor = tl.exp(distance)
+        others += sums * factor
+        if WANT_ENTROPY:
+            own = tl.load(at + WEIGHTED * stride, mask=mask, other=0.0)
+            weighted += factor * (own + distance * sums)
+        if WANT_SQUARES:
+            squares += tl.load(at + SQUARES * stride, mask=mask, other=0.0) * factor * factor
+        if WANT_TOTAL:
+            total += tl.load(at + TOTAL * stride, mask=mask, other=0.0)
+        if WANT_TOP1:
+            before = tl.maximum(before, tl.load(at + BEFORE * stride, mask=mask, other=LOWEST))
+            after = tl.maximum(after, tl.load(at + AFTER * stride, mask=mask, other=LOWEST))
+    tl.store(stats + OTHERS * stats_stride, tl.sum(others, 0))
     if WANT_ENTROPY:
-        weighted = tl.load(partial + WEIGHTED * partial_stride, mask=mask, other=0.0) + distance * sums
-        before = tl.load(stats + WEIGHTED * stats_stride) + (old - reference) * others
-        tl.store(stats + WEIGHTED * stats_stride, moved * before + tl.sum(factor * weighted, 0))
+        tl.store(stats + WEIGHTED * stats_stride, tl.sum(weighted, 0))
     if WANT_SQUARES:
-        squares = tl.load(partial + SQUARES * partial_stride, mask=mask, other=0.0) * factor * factor
-        before = tl.load(stats + SQUARES * stats_stride) * moved * moved
-        tl.store(stats + SQUARES * stats_stride, before + tl.sum(squares, 0))
+        tl.store(stats + SQUARES * stats_stride, tl.sum(squares, 0))
     if WANT_TOTAL:
-        total = tl.sum(tl.load(partial + TOTAL * partial_stride, mask=mask, other=0.0), 0)
-        tl.store(stats + TOTAL * stats_stride, tl.load(stats + TOTAL * stats_stride) + total)
+        tl.store(stats + TOTAL * stats_stride, tl.sum(total, 0))
     if WANT_TOP1:
-        before = tl.max(tl.load(partial + BEFORE * partial_stride, mask=mask, other=LOWEST), 0)
-        after = tl.max(tl.load(partial + AFTER * partial_stride, mask=mask, other=LOWEST), 0)
-        tl.store(stats + BEFORE * stats_stride, tl.maximum(before, tl.load(stats + BEFORE * stats_stride)))
-        tl.store(stats + AFTER * stats_stride, tl.maximum(after, tl.load(stats + AFTER * stats_stride)))
+        tl.store(stats + BEFORE * stats_stride, tl.max(before, 0))
+        tl.store(stats + AFTER * stats_stride, tl.max(after, 0))
+
+
+def new_partial(num_rows: int, vocab_size: int, spec: FoldSpec, like: Tensor) -> Tensor:
+    """Memory for the statistics of all blocks of columns, (planes, R, blocks); no more planes than are wanted."""
+    last = Stat.OTHERS
+    if spec.entropy:
+        last = Stat.WEIGHTED
+    if spec.squares or spec.total or spec.top1:
+        last = Stat.AFTER
+    return like.new_empty(last + 1, num_rows, triton.cdiv(vocab_size, hopper_tile.BLOCK_COLUMNS))
 
 
 def fold_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
-    buffer: Tensor,  # (>= R * C,) of the operand dtype
-    stats: Tensor,  # (len(Stat), R), updated
+    buffer: Tensor,  # (>= R * C,) of the operand dtype, if a direction is wanted
+    partial: Tensor,  # (planes, R, blocks) of new_partial, updated
+    stats: Tensor,  # (len(Stat), R), REFERENCE updated if a direction is wanted
     targets: Tensor,  # (R,) int64
-    start: int,
+    start: int,  # a multiple of a block's columns
     bias: Tensor | None,  # (C,)
     temperature: Tensor | None,  # (R,)
     spec: FoldSpec,
@@ -248,11 +282,10 @@ def fold_product(
     operand: torch.dtype,
     direction: bool,
 ) -> Tensor:
-    """``fold_tile(x @ w.T, ...)`` of the other backends, without ``x @ w.T``."""
+    """``fold_tile(x @ w.T, ...)`` of the other backends, without ``x @ w.T``; :func:`merge` must follow the last."""
     (num_rows, hidden_size), num_columns = x.shape, w.shape[0]
-    exps = buffer[: num_rows * num_columns].view(num_rows, num_columns)
-    column_blocks = triton.cdiv(num_columns, hopper_tile.BLOCK_COLUMNS)
-    partial = stats.new_empty(len(Stat), num_rows, column_blocks)
+    exps = buffer[: num_rows * num_columns].view(num_rows, num_columns) if direction else buffer.view(1, -1)
+    first_block, all_blocks = start // hopper_tile.BLOCK_COLUMNS, partial.shape[2]
     shift, lazy, depth = headroom(operand)
     _fold_kernel[hopper_tile.grid(num_rows, num_columns, x.device)](
         hopper_tile.descriptor(x, hopper_tile.BLOCK_ROWS),
@@ -264,6 +297,8 @@ def fold_product(
         bias,
         temperature,
         start,
+        first_block,
+        all_blocks,
         num_rows,
         num_columns,
         hidden_size,
@@ -284,36 +319,41 @@ def fold_product(
         WANT_TOP1=spec.top1,
         **hopper_tile.BLOCKS,
     )
-    blocks = triton.next_power_of_2(column_blocks)
     if direction:
         _correct_kernel[(num_rows,)](
             partial,
             stats,
             exps,
             acc,
+            first_block,
+            all_blocks,
             num_rows,
             num_columns,
-            column_blocks,
             hidden_size,
             stats.stride(0),
             exps.stride(0),
             0 if acc is None else acc.stride(0),
             HAS_ACC=acc is not None,
             BLOCK_N=hopper_tile.BLOCK_COLUMNS,
-            BLOCKS=blocks,
+            BLOCKS=triton.next_power_of_2(triton.cdiv(num_columns, hopper_tile.BLOCK_COLUMNS)),
             num_warps=1,
         )
+    return exps
+
+
+def merge(partial: Tensor, stats: Tensor, spec: FoldSpec) -> None:
+    """Write the rows' statistics (len(Stat), R) from those of their blocks (planes, R, blocks)."""
+    _, num_rows, all_blocks = partial.shape
     _merge_kernel[(num_rows,)](
         partial,
         stats,
+        all_blocks,
         num_rows,
-        column_blocks,
         stats.stride(0),
         WANT_ENTROPY=spec.entropy,
         WANT_SQUARES=spec.squares,
         WANT_TOTAL=spec.total,
         WANT_TOP1=spec.top1,
-        BLOCKS=blocks,
+        LANES=LANES,
         num_warps=1,
     )
-    return exps

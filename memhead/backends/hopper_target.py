@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memhead.backends.hopper_fold import new_partial
 from memhead.backends.hopper_tile import BLOCK_K
 from memhead.backends.triton_math import SLOPE, TARGET, to_logits
 from memhead.statistics import FoldSpec
@@ -71,7 +72,7 @@ def _target_kernel(
         tl.store(stats_ptr + SLOPE * stats_stride + row, slope, mask=here)
 
 
-def fold_targets(
+def start_rows(
     x: Tensor,  # (R, H)
     weight: Weight,  # (V, H)
     stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated
@@ -80,8 +81,8 @@ def fold_targets(
     temperature: Tensor | None,  # (R,)
     spec: FoldSpec,
     operand: torch.dtype,
-) -> None:
-    """See :func:`memhead.backends.torch.fold_targets`."""
+) -> Tensor:
+    """See :func:`memhead.backends.torch.start_rows`."""
     target_rows = weight.rows(targets, operand)
     _target_kernel[(triton.cdiv(len(x), BLOCK_ROWS),)](
         x,
@@ -106,3 +107,4 @@ def fold_targets(
         num_warps=4,
         num_stages=4,
     )
+    return new_partial(len(x), weight.shape[0], spec, stats)

@@ -39,7 +39,7 @@ BLOCKS = {
     "num_stages": 3,
     "num_warps": 8,
 }
-# The statistics of a row's blocks are merged in the registers of one warp.
+# The references of a row's blocks in a tile are compared in the registers of one warp.
 MAX_COLUMNS = 1 << 17
 
 
@@ -48,14 +48,16 @@ def available(operand: torch.dtype, hidden_size: int, device: torch.device) -> b
     return operand in HALF and hidden_size % 8 == 0 and multiprocessors(device) > 0
 
 
-def tile_columns(wanted: int, device: torch.device) -> int:
-    """At most ``wanted`` columns, and one block of them for each SM or a multiple of that.
+def tile_columns(wanted: int, vocab_size: int, device: torch.device) -> int:
+    """At most ``wanted`` columns: all, or one block of them for each SM or a multiple of that, or some whole blocks.
 
     A launch then has as many blocks as fill all SMs to the end, whatever its rows.
     """
-    wave = max(1, multiprocessors(device)) * BLOCK_COLUMNS
     wanted = min(wanted, MAX_COLUMNS)
-    return wanted // wave * wave or wanted
+    if wanted >= vocab_size:
+        return vocab_size
+    wave = max(1, multiprocessors(device)) * BLOCK_COLUMNS
+    return wanted // wave * wave or max(1, wanted // BLOCK_COLUMNS) * BLOCK_COLUMNS
 
 
 @triton.jit

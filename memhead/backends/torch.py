@@ -58,27 +58,33 @@ def fold_tile(
     return exps.to(operand) if slope is None else exps.mul_(slope).to(operand)
 
 
-def fold_targets(
+def start_rows(
     x: Tensor,  # (R, H)
     weight: Weight,  # (V, H)
-    stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated
+    stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated where fold_product leaves them out
     targets: Tensor,  # (R,); outside 0..V-1 where another process holds the target
     bias: Tensor | None,  # (V,)
     temperature: Tensor | None,  # (R,)
     spec: FoldSpec,
     operand: torch.dtype,
-) -> None:
-    """The targets' logits, before the first tile, for a :func:`fold_product` that leaves them out; here it does not."""
+) -> Tensor | None:
+    """What comes before the first tile of a block of rows: memory for what :func:`end_rows` needs; here nothing."""
+    return None
 
 
 def fold_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
     buffer: Tensor,  # (>= R * C,) of tile_dtype; empty where the product brings its memory
+    partial: Tensor | None,  # what start_rows gave
     *fold: Any,
 ) -> Tensor:
     """:func:`fold_tile` of the raw products ``x @ w.T``; ``fold`` are its further arguments."""
     return fold_tile(raw_product(x, w, buffer), *fold)
+
+
+def end_rows(partial: Tensor | None, stats: Tensor, spec: FoldSpec) -> None:
+    """What comes after the last tile, for a :func:`fold_product` that leaves statistics (len(Stat), R) incomplete."""
 
 
 def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
@@ -96,7 +102,14 @@ def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torc
     return not brings_memory(operand, device, size)
 
 
-def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+def fuses(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
+    """Whether logits are never written, and a row's bits do not depend on how many columns a tile has."""
+    return False
+
+
+def tile_columns(
+    wanted: int, vocab_size: int, operand: torch.dtype, hidden_size: int, device: torch.device
+) -> int:
     """How many of the ``wanted`` columns a tile should have for the functions of this file: all of them."""
     return wanted
 

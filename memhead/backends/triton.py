@@ -176,42 +176,53 @@ def fold_tile(
     return exps
 
 
-def fold_targets(x: Tensor, *rest: Any) -> None:
-    """See :func:`memhead.backends.torch.fold_targets`; done where memhead.backends.hopper_fold runs."""
-    if hopper_tile.available(x.dtype, x.shape[1], x.device):
-        hopper_target.fold_targets(x, *rest)
+def start_rows(x: Tensor, *rest: Any) -> Tensor | None:
+    """See :func:`memhead.backends.torch.start_rows`."""
+    return hopper_target.start_rows(x, *rest) if fuses(x.dtype, x.shape[1], x.device) else None
 
 
-def fold_product(x: Tensor, w: Tensor, buffer: Tensor, *fold: Any) -> Tensor:
+def fold_product(x: Tensor, w: Tensor, buffer: Tensor, partial: Tensor | None, *fold: Any) -> Tensor:
     """See :func:`memhead.backends.torch.fold_product`; one kernel where memhead.backends.hopper_fold runs."""
-    if hopper_tile.available(x.dtype, x.shape[1], x.device):
-        return hopper_fold.fold_product(x, w, buffer, *fold)
+    if partial is not None:
+        return hopper_fold.fold_product(x, w, buffer, partial, *fold)
     return fold_tile(raw_product(x, w, buffer), *fold)
+
+
+def end_rows(partial: Tensor | None, stats: Tensor, spec: FoldSpec) -> None:
+    """See :func:`memhead.backends.torch.end_rows`."""
+    if partial is not None:
+        hopper_fold.merge(partial, stats, spec)
 
 
 def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
     """See :func:`memhead.backends.torch.gradient_product`."""
-    if hopper_tile.available(x.dtype, x.shape[1], x.device):
+    if fuses(x.dtype, x.shape[1], x.device):
         return hopper_gradient.gradient_product(x, w, buffer, *rest)
     return logit_gradient(raw_product(x, w, buffer), *rest)
 
 
-def tile_columns(wanted: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> int:
+def fuses(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
+    """See :func:`memhead.backends.torch.fuses`; where the kernels of memhead.backends.hopper_tile run."""
+    return hopper_tile.available(operand, hidden_size, device)
+
+
+def tile_columns(
+    wanted: int, vocab_size: int, operand: torch.dtype, hidden_size: int, device: torch.device
+) -> int:
     """At most ``wanted``: as many as fit the registers of a program, where a program works on a row."""
-    if hopper_tile.available(operand, hidden_size, device):
-        return hopper_tile.tile_columns(wanted, device)
+    if fuses(operand, hidden_size, device):
+        return hopper_tile.tile_columns(wanted, vocab_size, device)
     return min(wanted, MAX_COLUMNS)
 
 
 def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
     """See :func:`memhead.backends.torch.needs_buffer`."""
-    fused = hopper_tile.available(operand, hidden_size, device)
-    return fused or not brings_memory(operand, device, size)
+    return fuses(operand, hidden_size, device) or not brings_memory(operand, device, size)
 
 
 def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
     """dtype of the buffer that holds a tile: half precision where the logits are never written."""
-    return operand if hopper_tile.available(operand, hidden_size, device) else result_dtype(operand)
+    return operand if fuses(operand, hidden_size, device) else result_dtype(operand)
 
 
 @triton.jit

@@ -36,6 +36,10 @@ class Weight8bit:
         """(V, H)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def views(self, dtype: torch.dtype) -> bool:
+        """See :class:`memhead.weights.Weight`."""
+        return False
+
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`memhead.weights.Weight`."""
         return (self.codes[start:stop] * self.scales[start:stop, None]).to(dtype)
@@ -60,6 +64,10 @@ class Weight4bit:
         if state.nested:  # the scales are quantised themselves; they are 1/blocksize of the weight
             scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
         self._scales = scales.float()
+
+    def views(self, dtype: torch.dtype) -> bool:
+        """See :class:`memhead.weights.Weight`."""
+        return False
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """See :class:`memhead.weights.Weight`."""

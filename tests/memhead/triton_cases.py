@@ -201,6 +201,47 @@ def test_gradient_wanted_or_not_gives_the_same_bits() -> None:
     assert torch.equal(with_gradient, without)
 
 
+@pytest.mark.parametrize("kernels", ["one kernel"], indirect=True)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_row_does_not_depend_on_its_tile(kernels: None, entropy: bool) -> None:
+    """Where a row's blocks are merged at the end: other rows, other columns, a gradient or not, the same bits.
+
+    (Blocks of 16 rows: the interpreter's own product gives another place in a block other bits.)
+    """
+    hidden, weight = _tile(40, 16, 4) / 2, _tile(900, 16, 5) / 2
+    targets = torch.arange(40, device=DEVICE) * 20
+
+    def run(rows: int, chunk: tuple[int, int] | None, gradient: bool) -> tuple[Tensor, ...]:
+        x = hidden[:rows].clone().requires_grad_(gradient)
+        out = linear_logprobs(x, weight, targets[:rows], entropy=entropy, chunk=chunk, backend="triton")
+        return (out.logprobs, *([] if out.entropy is None else [out.entropy]))
+
+    whole = run(40, None, False)
+    for rows, chunk, gradient in itertools.product(
+        (1, 17, 40), ((40, 900), (16, 64), (16, 300)), (False, True)
+    ):
+        for ours, first in zip(run(rows, chunk, gradient), whole, strict=True):
+            assert torch.equal(ours, first[:rows]), (rows, chunk, gradient)
+
+
+@pytest.mark.parametrize("kernels", ["one kernel"], indirect=True)
+@pytest.mark.parametrize(("gradient", "folds"), [(False, 2), (True, 8)])
+def test_without_gradient_the_vocabulary_is_one_tile(
+    kernels: None, gradient: bool, folds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a tile is kept then, so a block of rows is one launch."""
+    from memhead.backends import hopper_fold
+
+    calls = []
+    original = hopper_fold.fold_product
+    monkeypatch.setattr(hopper_fold, "fold_product", lambda *args: calls.append(1) or original(*args))
+    hidden = _tile(40, 16, 4).requires_grad_(gradient)
+    linear_logprobs(
+        hidden, _tile(900, 16, 5), torch.arange(40, device=DEVICE), chunk=(20, 256), backend="triton"
+    )
+    assert len(calls) == folds
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
 @pytest.mark.parametrize("jump", [-60.0, 60.0])
