@@ -39,7 +39,7 @@ from memhead.statistics import FoldSpec, Stat, headroom
 LANES = 256
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "stats_stride", "start", "first_block"])
+@triton.jit(do_not_specialize=["num_rows", "stats_stride", "start", "first_block"])
 def _fold_kernel(
     x_desc,  # (R, H)
     w_desc,  # (C, H)
@@ -139,7 +139,7 @@ def _counts(sums):
     return (sums > 0) | (sums != sums)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "first_block", "stats_stride", "acc_stride"])
+@triton.jit(do_not_specialize=["num_rows", "first_block", "stats_stride", "acc_stride"])
 def _correct_kernel(
     partial_ptr,  # (planes, R, all blocks)
     stats_ptr,  # (len(Stat), R), REFERENCE updated
