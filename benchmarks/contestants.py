@@ -95,20 +95,24 @@ def first_of(scorer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) 
 
 
 def onednn_products(which: str, head: Head) -> Callable[[], object]:
-    """The same products as :func:`bare_products` by oneDNN, a tile at a time; float32 on a CPU with AVX-512."""
+    """The same products as :func:`bare_products` by oneDNN, a tile at a time; float32 on a CPU with AVX-512.
+
+    It gives new memory, so a tile of the weight's gradient is copied to where it belongs.
+    """
     hidden, weight = head.hidden, head.weight
+    by_weight = torch.empty_like(weight) if PRODUCTS[which] > 2 else weight
     multiply = torch.ops.mkldnn._linear_pointwise
 
     def times(a: Tensor, b: Tensor) -> Tensor:
         return multiply(a, b.t(), None, "none", [], "")
 
     def function() -> None:
-        for w in weight.split(1024):
+        for w, result in zip(weight.split(1024), by_weight.split(1024), strict=True):
             z = times(hidden, w.t())
             if PRODUCTS[which] > 1:
                 times(z, w)
             if PRODUCTS[which] > 2:
-                times(z.t(), hidden)
+                result.copy_(times(z.t(), hidden))
             if PRODUCTS[which] > 3:
                 times(hidden, w.t())
 

@@ -19,6 +19,8 @@ OPTIMIZER_STATES = {  # bytes per trained element; the rest as AdamW, two states
     "adamw_bnb_8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
+# Layer inputs that stay on the card where Unsloth moves them to host memory: the layer's own, and two on their way.
+OFFLOADED_INPUTS = 3
 TEMPORARIES = {"adamw_torch": 1}  # copies of the parameters during the step: without the fused kernel, one
 
 
@@ -102,19 +104,27 @@ def ends_bytes(shape: ModelShape, precision: Precision, sequences: int, length: 
 
 
 def activation_bytes(
-    shape: ModelShape, precision: Precision, sequences: int, length: int, *, r: int, checkpointing: bool
+    shape: ModelShape,
+    precision: Precision,
+    sequences: int,
+    length: int,
+    *,
+    r: int,
+    checkpointing: bool,
+    offloaded: bool = False,
 ) -> int:
     """The transformer's activations at the height of forward and backward.
 
-    With checkpointing: every layer's input, and one layer's own while it is computed again. To either come the
-    gradients that move through one layer: three of the MLP's width and two of the hidden width.
+    With checkpointing: every layer's input (offloaded: three), and one layer's own while it is computed again. To
+    either come the gradients that move through one layer: three of the MLP's width and two of the hidden width.
     """
     one = layer_bytes(shape, precision, sequences, length, r=r)
     ends = ends_bytes(shape, precision, sequences, length, trained=not r)
     moving = sequences * length * precision.e * (3 * shape.intermediate + 2 * shape.hidden)
     if not checkpointing:
         return shape.layers * one + ends + moving
-    inputs = shape.layers * sequences * length * precision.e * shape.hidden
+    kept = min(shape.layers, OFFLOADED_INPUTS) if offloaded else shape.layers
+    inputs = kept * sequences * length * precision.e * shape.hidden
     return inputs + one + ends + moving
 
 

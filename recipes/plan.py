@@ -50,6 +50,7 @@ class Setting:
     prompt: int
     completion: int
     checkpointing: bool
+    offloaded: bool  # layer inputs in host memory
     reference: bool  # a second copy of the weights: beta above 0 without an adapter to switch off
     head: str
     chunk_rows: int | None
@@ -165,7 +166,13 @@ def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:
     kv = memory.kv_cache_bytes(shape, s.sampled, s.length, e) + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
-            shape, s.precision, s.sequences, s.length, r=s.lora_rank, checkpointing=way
+            shape,
+            s.precision,
+            s.sequences,
+            s.length,
+            r=s.lora_rank,
+            checkpointing=way,
+            offloaded=s.offloaded,
         )
         for way in (False, True)
     }
@@ -188,6 +195,8 @@ def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:
     }
     resting = weights * (2 if s.reference else 1) + adapter + states
     inference = memory.inference_bytes(shape, s.precision, s.sequences, s.length)
+    if s.offloaded:
+        inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
     graph = resting + gradients + activations[s.checkpointing] + copies
     scoring = memory.memhead_bytes(shape, rows, e, chunk, trained=False) if s.head != "full" else full
     phases = {
@@ -226,7 +235,8 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
     if model.loader == "unsloth":
         batch = max(batch, grpo.get("num_generations", 8))
         notes.append(
-            "Unsloth raises the batch to one group and keeps checkpointed layer inputs in host memory"
+            "Unsloth raises the batch to one group and keeps checkpointed layer inputs in host memory; that it scores "
+            "a few sequences at a time where memory is short is not counted"
         )
     if model.fast_inference or grpo.get("use_vllm"):
         share = model.gpu_memory_utilization or grpo.get("vllm_gpu_memory_utilization") or 0.3
@@ -249,6 +259,7 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
         prompt=prompt,
         completion=completion,
         checkpointing=model.gradient_checkpointing,
+        offloaded=model.loader == "unsloth" and model.gradient_checkpointing and cuda,
         reference=bool(grpo.get("beta", 0.0)) and not rank,
         head=config.head.impl,
         chunk_rows=config.head.chunk,
