@@ -33,6 +33,8 @@ from memhead.backends.triton_math import (
     TOTAL,
     UNSET,
     WEIGHTED,
+    ceil_div,
+    power_of_2,
 )
 from memhead.statistics import FoldSpec, Stat, headroom
 
@@ -264,7 +266,7 @@ def new_partial(num_rows: int, vocab_size: int, spec: FoldSpec, like: Tensor) ->
         last = Stat.WEIGHTED
     if spec.squares or spec.total or spec.top1:
         last = Stat.AFTER
-    return like.new_empty(last + 1, num_rows, triton.cdiv(vocab_size, hopper_tile.BLOCK_COLUMNS))
+    return like.new_empty(last + 1, num_rows, ceil_div(vocab_size, hopper_tile.BLOCK_COLUMNS))
 
 
 def fold_product(
@@ -335,7 +337,7 @@ def fold_product(
             0 if acc is None else acc.stride(0),
             HAS_ACC=acc is not None,
             BLOCK_N=hopper_tile.BLOCK_COLUMNS,
-            BLOCKS=triton.next_power_of_2(triton.cdiv(num_columns, hopper_tile.BLOCK_COLUMNS)),
+            BLOCKS=power_of_2(ceil_div(num_columns, hopper_tile.BLOCK_COLUMNS)),
             num_warps=1,
         )
     return exps

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memhead.backends.hopper_fold import new_partial
 from memhead.backends.hopper_tile import BLOCK_K
-from memhead.backends.triton_math import SLOPE, TARGET, to_logits
+from memhead.backends.triton_math import SLOPE, TARGET, ceil_div, to_logits
 from memhead.statistics import FoldSpec
 from memhead.weights import Weight
 
@@ -84,7 +84,7 @@ def start_rows(
 ) -> Tensor:
     """See :func:`memhead.backends.torch.start_rows`."""
     target_rows = weight.rows(targets, operand)
-    _target_kernel[(triton.cdiv(len(x), BLOCK_ROWS),)](
+    _target_kernel[(ceil_div(len(x), BLOCK_ROWS),)](
         x,
         target_rows,
         stats,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memhead.backends.triton_math import LOG2_E, LOWEST
+from memhead.backends.triton_math import LOG2_E, LOWEST, ceil_div
 from memhead.products import HALF
 
 # The block of one program: 128 x 256 logits in the registers of eight warps, three stages of
@@ -129,7 +129,7 @@ def cap_slope(capped):
 
 def grid(num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
     """One program an SM, or one a block where there are fewer."""
-    blocks = triton.cdiv(num_rows, BLOCK_ROWS) * triton.cdiv(num_columns, BLOCK_COLUMNS)
+    blocks = ceil_div(num_rows, BLOCK_ROWS) * ceil_div(num_columns, BLOCK_COLUMNS)
     return (min(blocks, multiprocessors(device) or 1),)
 
 

@@ -27,7 +27,9 @@ from memhead.backends.triton_math import (
     TARGET,
     TOTAL,
     WEIGHTED,
+    ceil_div,
     one_minus_exp,
+    power_of_2,
     to_logits,
 )
 from memhead.products import brings_memory, result_dtype
@@ -141,7 +143,7 @@ def fold_tile(
     rows, columns = logits.shape
     exps = _overlay(logits, operand)
     shift, lazy, _ = headroom(operand)
-    block = triton.next_power_of_2(columns)
+    block = power_of_2(columns)
     _fold_kernel[(rows,)](
         logits,
         exps,
@@ -259,8 +261,8 @@ def finish_direction(
 ) -> None:
     """See :func:`memhead.backends.torch.finish_direction`."""
     rows, hidden_size = acc.shape
-    block = min(1024, triton.next_power_of_2(hidden_size))
-    _finish_kernel[(rows, triton.cdiv(hidden_size, block))](
+    block = min(1024, power_of_2(hidden_size))
+    _finish_kernel[(rows, ceil_div(hidden_size, block))](
         acc,
         stats,
         target_rows,
@@ -339,7 +341,7 @@ def logit_gradient(
     """See :func:`memhead.backends.torch.logit_gradient`; C is at most :data:`MAX_COLUMNS`."""
     rows, columns = logits.shape
     grad = _overlay(logits, operand)
-    block = triton.next_power_of_2(columns)
+    block = power_of_2(columns)
     _gradient_kernel[(rows,)](
         logits,
         grad,

@@ -24,6 +24,17 @@ BEFORE = tl.constexpr(int(Stat.BEFORE))
 AFTER = tl.constexpr(int(Stat.AFTER))
 
 
+# Triton's own two unwrap and wrap constants for the compiler, which costs a launch as much as its arguments do.
+def ceil_div(total: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``total``; on the host."""
+    return -(-total // size)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of 2 that is at least ``least``; on the host."""
+    return 1 << max(0, least - 1).bit_length()
+
+
 @triton.jit
 def to_logits(raw, bias, scale, inverse_temperature, softcap: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Logits and the softcap's slope (1 without softcap) of raw products; see torch.to_logits."""
