@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument(
-        "--limit", type=float, default=460, help="seconds after which no further row is begun"
+        "--limit", type=float, default=470, help="seconds after which no further row is begun"
     )
     parser.add_argument("--model", nargs="+", default=[""], help="only models whose names begin so")
     parser.add_argument("--toy", action="store_true")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import head, seed_results, step_gpu
+from benchmarks import head, launches, seed_results, step_gpu
 from benchmarks.contestants import (
     PASSES,
     full_contestant,
@@ -80,6 +80,13 @@ def test_seed_results(tmp_path):
     exact = [line for line in lines if not line.what.startswith(("time", "memory"))]
     assert all(line.met in (True, None) for line in exact)
     assert (tmp_path / "seed.md").read_text().count("\n|") == len(lines) + 2
+
+
+def test_launches():
+    lines = launches.main(["--toy"])
+    assert len(lines) == 2 + len(launches.PASSES)
+    ours = lines[0].split(" | ").index("memhead")
+    assert all(" (" in line.split(" | ")[ours] for line in lines[2:])
 
 
 @pytest.mark.timeout(120)
