@@ -14,22 +14,28 @@ import torch
 Function = Callable[[], Any]
 
 
+FEW_ROUNDS = 3
+
+
 def interleaved_seconds(
-    functions: Mapping[str, Function], rounds: int, device: torch.device
+    functions: Mapping[str, Function], rounds: int, device: torch.device, *, far: float = float("inf")
 ) -> dict[str, float]:
     """Median seconds of each function; every round runs each once, so that a slow minute slows all alike.
 
-    The first round warms up and is not counted.
+    Each has been called before, so that nothing is warming up. Those that take ``far`` times as long as the fastest,
+    or more, sit out after three rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for counted in range(rounds + 1):
+    for done in range(rounds):
+        medians = {name: statistics.median(values) for name, values in seconds.items() if values}
         for name, function in functions.items():
+            if done >= FEW_ROUNDS and medians[name] >= far * min(medians.values()):
+                continue
             synchronize(device)
             start = time.perf_counter()
             function()
             synchronize(device)
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
