@@ -171,8 +171,11 @@ def _move_reference(
     """
     shift, lazy, _ = headroom(operand)
     old = stats[Stat.REFERENCE].clone()
-    new = torch.where(maximum - shift > old + lazy, maximum - shift, old)
-    new = torch.where(maximum.isnan(), maximum, new)
+    moved = (maximum - shift > old + lazy) | maximum.isnan()
+    # On a GPU the question would cost a synchronisation, more than the multiplications do.
+    if maximum.device.type == "cpu" and not bool(moved.any()):
+        return
+    new = torch.where(moved, maximum - shift, old)
     factor = (old - new).exp()
     if spec.entropy:
         stats[Stat.WEIGHTED] = factor * (stats[Stat.WEIGHTED] + (old - new) * stats[Stat.OTHERS])
@@ -180,8 +183,7 @@ def _move_reference(
     if spec.squares:
         stats[Stat.SQUARES] *= factor.square()
     stats[Stat.REFERENCE] = new
-    # On a GPU the question would cost a synchronisation, more than the multiplication does.
-    if acc is not None and (acc.device.type != "cpu" or bool((factor != 1).any())):
+    if acc is not None:
         acc.mul_(factor[:, None])
 
 
