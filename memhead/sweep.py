@@ -44,11 +44,12 @@ class Problem(NamedTuple):
         return result_dtype(self.operand)
 
     def new_buffer(self, tile: Chunk, columns: int | None = None) -> Tensor:
-        """Memory for a tile of this size, or ``columns`` of such tiles, flat; none where a product brings its own."""
+        """Memory for a tile, or for ``columns`` of such tiles in a row, flat; none where a product brings its own."""
         features = self.operand, self.hidden.shape[1], self.hidden.device
-        needed = self.backend.needs_buffer(tile.rows * tile.columns, *features)
-        size = tile.rows * (columns or tile.columns) if needed else 0
-        return self.hidden.new_empty(size, dtype=self.backend.tile_dtype(*features))
+        width = self.backend.buffer_columns(*tile, *features)
+        if width and columns is not None:
+            width = self.backend.buffer_columns(tile.rows, columns, *features)
+        return self.hidden.new_empty(tile.rows * width, dtype=self.backend.tile_dtype(*features))
 
     @property
     def whole_at_once(self) -> bool:
@@ -103,7 +104,7 @@ class HeadGradients:
 
     def buffer(self, columns: slice, num_rows: int) -> Tensor:
         """Memory for the tile of these columns, which the tiles after it leave alone; or none, see ``new_buffer``."""
-        return self._buffer[columns.start * num_rows : columns.stop * num_rows]
+        return self._buffer[columns.start * num_rows :]
 
     def keep(self, columns: slice, exps: Tensor, stats: Tensor) -> None:
         """A tile (R, C), and the reference that its exponentials were taken against."""

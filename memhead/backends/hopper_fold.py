@@ -41,11 +41,11 @@ from memhead.statistics import FoldSpec, Stat, headroom
 LANES = 256
 
 
-@triton.jit(do_not_specialize=["num_rows", "stats_stride", "start", "first_block"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "stats_stride", "start", "first_block"])
 def _fold_kernel(
     x_desc,  # (R, H)
     w_desc,  # (C, H)
-    exps_ptr,  # (R, C), row stride exps_stride
+    exps_ptr,  # (R, >= C), whole blocks, row stride exps_stride
     partial_ptr,  # (planes, R, all blocks): the statistics of each block of columns
     stats_ptr,  # (len(Stat), R), stride stats_stride between statistics
     targets_ptr,
@@ -132,7 +132,7 @@ def _fold_kernel(
             if softcap != 0.0:
                 exps *= cap_slope(capped)
             to = exps_ptr + row[:, None].to(tl.int64) * exps_stride + (block_column * BLOCK_N + lane)[None, :]
-            tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=real[:, None] & (lane < end)[None, :])
+            tl.store(to, exps.to(exps_ptr.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -141,11 +141,11 @@ def _counts(sums):
     return (sums > 0) | (sums != sums)
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_block", "stats_stride", "acc_stride"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "first_block", "stats_stride", "acc_stride"])
 def _correct_kernel(
     partial_ptr,  # (planes, R, all blocks)
     stats_ptr,  # (len(Stat), R), REFERENCE updated
-    exps_ptr,  # (R, C)
+    exps_ptr,  # (R, >= C), whole blocks
     acc_ptr,  # (R, H)
     first_block,
     all_blocks,
@@ -177,9 +177,9 @@ def _correct_kernel(
         for i in range(num_blocks):
             column = i * BLOCK_N + tl.arange(0, BLOCK_N)
             at = exps_ptr + row * exps_stride + column
-            exps = tl.load(at, mask=column < num_columns, other=0.0).to(tl.float32)
+            exps = tl.load(at).to(tl.float32)
             exps *= tl.sum(tl.where(block == i, factor, 0.0), 0)
-            tl.store(at, exps.to(exps_ptr.dtype.element_ty), mask=column < num_columns)
+            tl.store(at, exps.to(exps_ptr.dtype.element_ty))
     # Two ifs: one is decided when the kernel is compiled, the other for each row.
     if HAS_ACC:  # noqa: SIM102
         if reference != old:
@@ -272,7 +272,7 @@ def new_partial(num_rows: int, vocab_size: int, spec: FoldSpec, like: Tensor) ->
 def fold_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
-    buffer: Tensor,  # (>= R * C,) of the operand dtype, if a direction is wanted
+    buffer: Tensor,  # of whole blocks of the operand dtype, if a direction is wanted
     partial: Tensor,  # (planes, R, blocks) of new_partial, updated
     stats: Tensor,  # (len(Stat), R), REFERENCE updated if a direction is wanted
     targets: Tensor,  # (R,) int64
@@ -286,7 +286,7 @@ def fold_product(
 ) -> Tensor:
     """``fold_tile(x @ w.T, ...)`` of the other backends, without ``x @ w.T``; :func:`merge` must follow the last."""
     (num_rows, hidden_size), num_columns = x.shape, w.shape[0]
-    exps = buffer[: num_rows * num_columns].view(num_rows, num_columns) if direction else buffer.view(1, -1)
+    exps = hopper_tile.whole_blocks(buffer, num_rows, num_columns) if direction else buffer.view(1, -1)
     first_block, all_blocks = start // hopper_tile.BLOCK_COLUMNS, partial.shape[2]
     shift, lazy, depth = headroom(operand)
     _fold_kernel[hopper_tile.grid(num_rows, num_columns, x.device)](
@@ -340,7 +340,7 @@ def fold_product(
             BLOCKS=power_of_2(ceil_div(num_columns, hopper_tile.BLOCK_COLUMNS)),
             num_warps=1,
         )
-    return exps
+    return exps[:, :num_columns]
 
 
 def merge(partial: Tensor, stats: Tensor, spec: FoldSpec) -> None:

@@ -13,11 +13,11 @@ from memhead.backends.triton_math import LN_2, LOG2_E, LOWEST, one_minus_exp
 from memhead.statistics import FoldSpec, Upstream
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "start"])
 def _gradient_kernel(
     x_desc,  # (R, H)
     w_desc,  # (C, H)
-    grad_ptr,  # (R, C)
+    grad_ptr,  # (R, >= C), whole blocks
     targets_ptr,
     bias_ptr,
     temperature_ptr,
@@ -49,7 +49,6 @@ def _gradient_kernel(
         row = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
         real = row < num_rows
         lane = tl.arange(0, BLOCK_N)
-        end = num_columns - block_column * BLOCK_N  # lanes from here on are no columns
         target = tl.load(targets_ptr + row, mask=real, other=-1)
         logp = tl.load(logprobs_ptr + row, mask=real, other=-1.0)
         lse_others = tl.load(lse_others_ptr + row, mask=real, other=0.0)
@@ -77,13 +76,13 @@ def _gradient_kernel(
         if softcap != 0.0:
             grad *= cap_slope(capped)
         to = grad_ptr + row[:, None].to(tl.int64) * grad_stride + (block_column * BLOCK_N + lane)[None, :]
-        tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=real[:, None] & (lane < end)[None, :])
+        tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=real[:, None])
 
 
 def gradient_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
-    buffer: Tensor,  # (>= R * C,) of the operand dtype
+    buffer: Tensor,  # of whole blocks of the operand dtype
     targets: Tensor,  # (R,)
     start: int,
     bias: Tensor | None,  # (C,)
@@ -94,7 +93,7 @@ def gradient_product(
 ) -> Tensor:
     """``logit_gradient(x @ w.T, ...)`` of the other backends, without ``x @ w.T``."""
     (num_rows, hidden_size), num_columns = x.shape, w.shape[0]
-    grad = buffer[: num_rows * num_columns].view(num_rows, num_columns)
+    grad = hopper_tile.whole_blocks(buffer, num_rows, num_columns)
     _gradient_kernel[hopper_tile.grid(num_rows, num_columns, x.device)](
         hopper_tile.descriptor(x, hopper_tile.BLOCK_ROWS),
         hopper_tile.descriptor(w, hopper_tile.BLOCK_COLUMNS),
@@ -120,4 +119,4 @@ def gradient_product(
         HAS_ENTROPY=upstream.grad_entropy is not None,
         **hopper_tile.BLOCKS,
     )
-    return grad
+    return grad[:, :num_columns]

@@ -11,6 +11,8 @@ each logit counts: five of them take 3 per cent of the product's time at H = 409
 
 - what is the same for a whole row (scale, temperature, the logarithm's base) is one factor, and
   what it multiplies is called *capped* below: the raw product, or its tanh where there is a softcap;
+- blocks are stored whole, the columns after the last one too: a mask that may end anywhere would make
+  Triton store one half-precision number at a time;
 - what concerns few blocks (the end of the vocabulary) stands in a branch;
 - what must be loaded is asked for before the product, and touched only after it, which hides the wait.
 """
@@ -58,6 +60,17 @@ def tile_columns(wanted: int, vocab_size: int, device: torch.device) -> int:
         return vocab_size
     wave = max(1, multiprocessors(device)) * BLOCK_COLUMNS
     return wanted // wave * wave or max(1, wanted // BLOCK_COLUMNS) * BLOCK_COLUMNS
+
+
+def padded(columns: int) -> int:
+    """Columns of the blocks that hold so many."""
+    return ceil_div(columns, BLOCK_COLUMNS) * BLOCK_COLUMNS
+
+
+def whole_blocks(buffer: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """The buffer's first memory as (R, padded C)."""
+    columns = padded(num_columns)
+    return buffer[: num_rows * columns].view(num_rows, columns)
 
 
 @triton.jit

@@ -97,9 +97,11 @@ def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> 
     return result_dtype(operand)
 
 
-def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
-    """Whether a tile of ``size`` logits is written into the buffer, and not into memory of its own."""
-    return not brings_memory(operand, device, size)
+def buffer_columns(
+    rows: int, columns: int, operand: torch.dtype, hidden_size: int, device: torch.device
+) -> int:
+    """How many columns the buffer of a tile must have; none where the product brings its own memory."""
+    return 0 if brings_memory(operand, device, rows * columns) else columns
 
 
 def fuses(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:

@@ -217,9 +217,13 @@ def tile_columns(
     return min(wanted, MAX_COLUMNS)
 
 
-def needs_buffer(size: int, operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
-    """See :func:`memhead.backends.torch.needs_buffer`."""
-    return fuses(operand, hidden_size, device) or not brings_memory(operand, device, size)
+def buffer_columns(
+    rows: int, columns: int, operand: torch.dtype, hidden_size: int, device: torch.device
+) -> int:
+    """See :func:`memhead.backends.torch.buffer_columns`; whole blocks of them where logits are never written."""
+    if fuses(operand, hidden_size, device):
+        return hopper_tile.padded(columns)
+    return 0 if brings_memory(operand, device, rows * columns) else columns
 
 
 def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> torch.dtype:
