@@ -1,6 +1,6 @@
 """A GRPO step of the Llama-3.1-8B architecture on a GPU, with each head: time and peak memory by phase.
 
-    python -m benchmarks.step_gpu --output DIR            # all of it, within 7 minutes on an H100
+    python -m benchmarks.step_gpu --output DIR            # all of it, 12 minutes on an H100
     python -m benchmarks.step_gpu --output DIR --toy      # the same code on a tiny model, on a CPU
 
 Weights and tokens are random, and nothing is generated: sampling 16k tokens without vLLM takes minutes and has
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument(
-        "--limit", type=float, default=400, help="seconds after which no further row is begun"
+        "--limit", type=float, default=800, help="seconds after which no further row is begun"
     )
     parser.add_argument("--toy", action="store_true")
     parser.add_argument(
