@@ -258,7 +258,6 @@ class Row:
         try:
             with install(self.entry["head"]) as handle:
                 step(trainer, model, inputs)
-                trainer.optimizer.zero_grad(set_to_none=True)
                 on_gpu = trainer.accelerator.device.type == "cuda"
                 loaded = torch.cuda.memory_allocated() / MIB if on_gpu else 0.0
                 loss, meter = step(trainer, model, inputs)

@@ -164,6 +164,8 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
     """A step of the 8B architecture, and its scoring: at most 6 per cent above the plan, and 8 below.
 
     Below, because the plan counts a padding mask, which these batches do not have: 64 KiB a token at the longest.
+    Without it a peak under TRL is within 3 per cent. What Unsloth holds is an estimate, and at 32k tokens the mask
+    stands in for what it lacks: without it the plan would be up to 10 per cent too low.
     """
     path = tmp_path / "measured.yaml"
     model = {"name": "meta-llama/Llama-3.1-8B-Instruct", "dtype": "bfloat16", **STACKS[row["stack"]]}
@@ -191,6 +193,10 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
         (phases["scoring without gradient"], row["peak_mib"]["scoring"]),
     ):
         assert measured / 1.06 <= planned / 2**20 <= measured * 1.08
+    if row["stack"] == "trl":
+        mask = row["sequences"] * setting.length**2 * setting.precision.e
+        peak = max(row["peak_mib"].values())
+        assert (max(phases.values()) - mask) / 2**20 == pytest.approx(peak, rel=0.03)
 
 
 def test_more_makes_more_and_the_longest_fits():
