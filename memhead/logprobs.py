@@ -86,8 +86,9 @@ def linear_logprobs(
             autocast's where autocast is on, and give float32.
         targets: (...), integers in 0..V-1 wherever ``mask`` is true.
         bias: (V,); -inf forbids a token.
-        mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. On a
-            GPU, finding them synchronises once; leave it out inside a CUDA graph.
+        mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. Where
+            there are more than a few hundred, a GPU is asked once how many it keeps, and works on
+            the first meanwhile (:mod:`memhead.rows`); inside a CUDA graph it cannot be asked.
         temperature: > 0, one number or one per row (...). Not differentiated.
         softcap: c > 0 of ``c * tanh(x / c)`` (Gemma 2), after the scale, before the temperature.
         logit_scale: factor on the logits (Cohere, Granite's 1 / logits_scaling).
@@ -125,7 +126,7 @@ def linear_logprobs(
     if low_rank is not None:
         hidden, update = _extend(hidden, weight, low_rank, compute)
     direction = torch.is_grad_enabled() and hidden.requires_grad
-    *results, _, _ = logprobs_op(
+    *results, _, _, _ = logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         update,

@@ -14,10 +14,10 @@ from torch import Tensor
 from memhead.arguments import OUTPUTS
 from memhead.backends import get_backend
 from memhead.checks import check_targets_in_vocabulary, check_temperatures
-from memhead.planning import resolve_chunk
+from memhead.planning import resolve_chunk, unasked_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.rows import kept_rows, put_back, select
-from memhead.statistics import FoldSpec, Upstream, one_minus_p
+from memhead.rows import KeptRows, Part, known_part, select
+from memhead.statistics import UNSET, FoldSpec, Upstream, one_minus_p
 from memhead.sweep import LEAST_ROWS, Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight, LowRankWeight, Weight
 
@@ -78,26 +78,36 @@ def logprobs_op(
     chunk: list[int],
     backend: str | None,
     compute: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows.
+
+    And, beside a mask, how many rows it keeps as far as that is known, see rows.KeptRows: (1,), on the CPU.
+    """
+    kept = KeptRows(mask, unasked_rows(*weight.shape, device_type=hidden.device.type))
+    wanted = (True, *outputs, True, direction)
+    results: list[Tensor | None] = [None] * len(wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        kept = kept_rows(mask)
-        x, t, temperature = select(kept, hidden, targets, row_temperature)
-        check_targets_in_vocabulary(t, weight.shape[0])
-        if temperature is not None:
-            check_temperatures(temperature)
-        num_rows = len(x)
-        if x.device.type == "cpu" and 0 < num_rows < LEAST_ROWS and not chunk:
-            x, t, temperature = select(torch.arange(LEAST_ROWS).clamp_max(num_rows - 1), x, t, temperature)
-        problem = _problem(x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute)
-        rows, out = forward_sweep(problem, direction=direction)
-        out = hidden.new_empty(0) if out is None else out
-        wanted = (True, *outputs, True, direction)
-        results = [
-            put_back(kept, y[:num_rows], len(hidden)) if want else y
-            for y, want in zip((*rows, out), wanted, strict=True)
-        ]
-        return tuple(results)  # type: ignore[return-value]
+        for part in kept.parts():
+            x, t = part.take(hidden), part.take(targets)
+            temperature = part.take(row_temperature, blank=1)
+            check_targets_in_vocabulary(t, weight.shape[0])
+            if temperature is not None:
+                check_temperatures(temperature)
+            num_rows = len(x)
+            if x.device.type == "cpu" and 0 < num_rows < LEAST_ROWS and not chunk:
+                padding = torch.arange(LEAST_ROWS).clamp_max(num_rows - 1)
+                x, t, temperature = select(padding, x, t, temperature)
+            problem = _problem(
+                x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute
+            )
+            rows, out = forward_sweep(problem, direction=direction)
+            out = hidden.new_empty(0) if out is None else out
+            results = [
+                part.put(y[:num_rows], len(hidden), into) if want else y
+                for y, want, into in zip((*rows, out), wanted, results, strict=True)
+            ]
+    count = hidden.new_empty(0) if mask is None else torch.tensor([kept.count])
+    return (*results, count)  # type: ignore[return-value]
 
 
 @logprobs_op.register_fake
@@ -115,7 +125,7 @@ def _(
     chunk: list[int],
     backend: str | None,
     compute: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = hidden.shape[0]
     dtype = result_dtype(operand_dtype(compute, hidden.device))
     optional = [hidden.new_empty(num_rows if wanted else 0, dtype=dtype) for wanted in outputs]
@@ -128,6 +138,7 @@ def _(
         is_top1.new_empty(is_top1.shape, dtype=torch.bool),
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(hidden.shape if direction else (0,)),
+        hidden.new_empty(0) if mask is None else torch.empty(1, dtype=torch.int64),
     )
 
 
@@ -145,6 +156,7 @@ def logprobs_backward_op(
     logprobs: Tensor,
     entropy: Tensor | None,
     lse_others: Tensor,
+    count: Tensor,  # what logprobs_op gave
     numbers: list[float],
     wanted: list[bool],  # gradients by hidden, weight, update, bias
     chunk: list[int],
@@ -160,10 +172,11 @@ def logprobs_backward_op(
     if update_grad and update is not None:
         parts.append(WeightPart(slice(features, features + update.shape[1]), update.dtype))
     with torch.autocast(hidden.device.type, enabled=False):
-        kept = kept_rows(mask)
-        x, t, temperature, *values = select(
-            kept, hidden, targets, row_temperature, grad_logprobs, grad_entropy, logprobs, entropy, lse_others
-        )
+        part = Part() if mask is None else known_part(mask, int(count))
+        x, t, temperature = part.take(hidden), part.take(targets), part.take(row_temperature, blank=1)
+        values = [part.take(y) for y in (grad_logprobs, grad_entropy, logprobs, entropy)]
+        # A blank row's logits may be those of a bias: exp(z - lse_others) must not be infinite.
+        values.append(part.take(lse_others, blank=-UNSET))
         nothing = [False] * len(OUTPUTS)
         problem = _problem(x, weight, update, t, bias, temperature, numbers, nothing, chunk, backend, compute)
         by_hidden, by_parts, by_bias = backward_sweep(
@@ -176,7 +189,7 @@ def logprobs_backward_op(
     by_weight = by_parts.pop(0) if weight_grad else hidden.new_empty(0)
     by_update = by_parts.pop(0) if by_parts else hidden.new_empty(0)
     by_bias = hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype)
-    by_hidden = hidden.new_empty(0) if by_hidden is None else put_back(kept, by_hidden, len(hidden))
+    by_hidden = hidden.new_empty(0) if by_hidden is None else part.put(by_hidden, len(hidden), None)
     return by_hidden, by_weight, by_update, by_bias
 
 
@@ -194,6 +207,7 @@ def _(
     logprobs: Tensor,
     entropy: Tensor | None,
     lse_others: Tensor,
+    count: Tensor,
     numbers: list[float],
     wanted: list[bool],
     chunk: list[int],
@@ -211,20 +225,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, update, targets, bias, mask, row_temperature, numbers, _, _, chunk, backend, compute = (
         inputs
     )
-    logprobs, entropy, _, _, _, lse_others, direction = output
+    logprobs, entropy, _, _, _, lse_others, direction, count = output
     ctx.set_materialize_grads(False)
     ctx.settings = (numbers, chunk, backend, compute)
     ctx.save_for_backward(
-        hidden, weight, update, targets, bias, mask, row_temperature, logprobs, entropy, lse_others, direction
+        *(hidden, weight, update, targets, bias, mask, row_temperature),
+        *(logprobs, entropy, lse_others, direction, count),
     )
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, update, targets, bias, mask, row_temperature, logprobs, entropy, lse_others, direction = (
-        ctx.saved_tensors
-    )
+    hidden, weight, update, targets, bias, mask, row_temperature, *results = ctx.saved_tensors
+    logprobs, entropy, lse_others, direction, count = results
     numbers, chunk, backend, compute = ctx.settings
     by_hidden, by_weight, by_update, by_bias = (ctx.needs_input_grad[i] for i in (0, 1, 2, 4))
     factor = FoldSpec(*numbers, *[False] * len(OUTPUTS)).slope(row_temperature)
@@ -256,6 +270,7 @@ def _backward(
             logprobs,
             entropy if grad_entropy is not None else None,
             lse_others,
+            count,
             numbers,
             [
                 by_hidden and (grad_entropy is not None or not direction.numel()),

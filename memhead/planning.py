@@ -32,6 +32,11 @@ TRAINED_ROWS = 128
 # Not measured on a GPU yet, so not done there.
 KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
+# Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask
+# keeps (memhead.rows): long enough on an H100 to hide the launches that follow, and not much longer,
+# for if the mask keeps fewer, the rest of them is wasted.
+UNASKED = {"cuda": 2e11}
+
 
 class Chunk(NamedTuple):
     """A tile of logits: ``rows`` tokens by ``columns`` vocabulary entries."""
@@ -135,6 +140,13 @@ def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int |
         return None
     rows, budget = KEPT_BLOCK[device_type]
     return max(1, min(rows, budget // (vocab_size * itemsize)))
+
+
+def unasked_rows(vocab_size: int, hidden_size: int, *, device_type: str) -> int | None:
+    """Rows that are computed before it is known how many a mask keeps; None: asking costs nothing."""
+    if device_type not in UNASKED:
+        return None
+    return max(128, int(UNASKED[device_type] / (vocab_size * hidden_size)) // 128 * 128)
 
 
 def resolve_chunk(

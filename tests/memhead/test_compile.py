@@ -51,7 +51,7 @@ def test_opcheck_forward(variant, trainable):
 def test_opcheck_backward(wanted, masked):
     head = make_head(20, 31)
     forward = operator_arguments(head, direction=False, masked=masked, update=True)
-    logprobs, entropy, *_, lse_others, _ = logprobs_op(*forward)
+    logprobs, entropy, *_, lse_others, _, count = logprobs_op(*forward)
     arguments = (
         *forward[:7],
         head.grad_logprobs,
@@ -59,6 +59,7 @@ def test_opcheck_backward(wanted, masked):
         logprobs,
         entropy,
         lse_others,
+        count,
         [0.5, 5.0, 1.0],
         wanted,
         [7, 13],
