@@ -249,7 +249,7 @@ def backward_sweep(
     single = num_rows <= chunk.rows and problem.operand != torch.float16
     accs = [
         None
-        if single and part.dtype == problem.operand
+        if part.dtype == problem.result or (single and part.dtype == problem.operand)
         else hidden.new_empty((chunk.columns, part.width), dtype=problem.result)
         for part in weight_parts
     ]
@@ -281,6 +281,8 @@ def backward_sweep(
         for weight_grad, acc in zip(weight_grads, accs, strict=True):
             if acc is not None and num_rows:
                 torch.mul(acc[: len(w)], scale, out=weight_grad[columns])
+            elif isinstance(scale, Tensor):
+                weight_grad[columns].mul_(scale)
     hidden_out = hidden_acc
     if hidden_acc is not None:
         same = hidden_acc.dtype == hidden.dtype
