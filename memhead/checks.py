@@ -107,7 +107,7 @@ def check_targets_in_vocabulary(targets: Tensor, vocab_size: int) -> None:
     """
     if not targets.numel():
         return
-    inside = (targets >= 0) & (targets < vocab_size)
+    inside = targets.clamp(0, vocab_size - 1) == targets
     if targets.device.type != "cpu":
         torch._assert_async(inside.all())
     elif not bool(inside.all()):

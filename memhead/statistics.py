@@ -19,6 +19,8 @@ keep their relative precision however sure the model is, where ``z_t - logsumexp
 
 from __future__ import annotations
 
+import functools
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -110,46 +112,51 @@ def headroom(operand: torch.dtype) -> tuple[float, float, float]:
 
 def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Statistics (len(Stat), num_rows) of rows of which nothing has been seen."""
-    stats = like.new_zeros((len(Stat), num_rows), dtype=dtype)
-    stats[Stat.REFERENCE] = UNSET
-    stats[Stat.BEFORE : Stat.SLOPE] = LOWEST
-    stats[Stat.SLOPE] = 1.0
-    return stats
+    return _unseen(dtype, like.device).repeat(1, num_rows)
+
+
+@functools.cache
+def _unseen(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Statistics (len(Stat), 1): a GPU starts with one copy of it, not with a launch for each value."""
+    values = dict.fromkeys(Stat, 0.0)
+    values[Stat.REFERENCE], values[Stat.SLOPE] = UNSET, 1.0
+    values[Stat.BEFORE] = values[Stat.AFTER] = values[Stat.TARGET] = LOWEST
+    return torch.tensor(list(values.values()), dtype=dtype, device=device)[:, None]
 
 
 def restore_infinity(values: Tensor) -> Tensor:
     """Give forbidden logits, kept as :data:`LOWEST`, their infinity back."""
-    return torch.where(values < UNSET, float("-inf"), values)
+    return F.threshold(values, UNSET, float("-inf"))
 
 
 def finish(stats: Tensor, vocab_size: int, spec: FoldSpec) -> Rows:
     """Per-row results from complete statistics (len(Stat), N); unwanted ones have no elements."""
-    others, target = stats[Stat.OTHERS], restore_infinity(stats[Stat.TARGET])
+    others = stats[Stat.OTHERS]
     lse_others = stats[Stat.REFERENCE] + others.log()
-    gap = lse_others - target
+    lead = restore_infinity(stats[Stat.TARGET]) - lse_others  # -gap
     # softplus would do, but on a CPU its last bits depend on where in the batch a row stands.
-    logprobs = F.logsigmoid(-gap)
-    entropy = _entropy(stats, gap, logprobs) if spec.entropy else stats.new_empty(0)
+    logprobs = F.logsigmoid(lead)
+    entropy = _entropy(stats, lead, logprobs) if spec.entropy else stats.new_empty(0)
     log_sum_sq_probs = stats.new_empty(0)
     if spec.squares:
         log_q_sq = torch.where(others > 0, stats[Stat.SQUARES].log() - 2 * others.log(), LOWEST)
-        log_sum_sq_probs = torch.logaddexp(2 * logprobs, 2 * F.logsigmoid(gap) + log_q_sq)
+        log_sum_sq_probs = torch.logaddexp(2 * logprobs, 2 * F.logsigmoid(-lead) + log_q_sq)
     mean_logits = restore_infinity(stats[Stat.TOTAL] / vocab_size) if spec.total else stats.new_empty(0)
     is_top1 = stats.new_empty(0, dtype=torch.bool)
     if spec.top1:  # the first of equals is the most likely one, as argmax has it
         is_top1 = (stats[Stat.TARGET] > stats[Stat.BEFORE]) & (stats[Stat.TARGET] >= stats[Stat.AFTER])
     # Where no other is possible, a finite stand-in keeps exp(z - lse_others) at zero.
-    lse_others = torch.where(others > 0, lse_others, 0.0)
+    lse_others = torch.nan_to_num(lse_others, nan=math.nan, posinf=math.inf, neginf=0.0)
     return Rows(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others)
 
 
-def _entropy(stats: Tensor, gap: Tensor, logprobs: Tensor) -> Tensor:
-    """-sum_v p_v log p_v = -p_t log p_t + (1 - p_t) (log(others) + softplus(-gap) - E_q[z - r])."""
+def _entropy(stats: Tensor, lead: Tensor, logprobs: Tensor) -> Tensor:
+    """-sum_v p_v log p_v = -p_t log p_t + (1 - p_t) (log(others) + softplus(lead) - E_q[z - r])."""
     others = stats[Stat.OTHERS]
     some = others > 0  # a vocabulary of one, or all the others forbidden: nothing is uncertain
     safe = torch.where(some, others, 1.0)
-    rest = safe.log() - F.logsigmoid(gap) - stats[Stat.WEIGHTED] / safe
-    return torch.special.entr(logprobs.exp()) + torch.where(some, torch.sigmoid(gap) * rest, 0.0)
+    rest = safe.log() - F.logsigmoid(-lead) - stats[Stat.WEIGHTED] / safe
+    return torch.special.entr(logprobs.exp()) + torch.where(some, torch.sigmoid(-lead) * rest, 0.0)
 
 
 def one_minus_p(logprobs: Tensor) -> Tensor:
