@@ -27,15 +27,13 @@ def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | No
     """Rows of a block, or None where there is no gradient to collect, or four products are the better bargain.
 
     A gradient in half precision would need a float32 accumulator of twice its size beside it,
-    from the forward pass on. (float16 operands need more care besides, to not flush to zero.)
-    And who names a tile's columns has said how much memory there is.
+    from the forward pass on. And who names a tile's columns has said how much memory there is.
     """
     operand = operand_dtype(compute_dtype(hidden, weight), hidden.device)
-    result = result_dtype(operand)
     trainable = torch.is_grad_enabled() and weight.requires_grad
-    if not trainable or weight.dtype != result or operand == torch.float16 or isinstance(chunk, tuple):
+    if not trainable or weight.dtype != result_dtype(operand) or isinstance(chunk, tuple):
         return None
-    planned = plan_kept_rows(weight.shape[0], device_type=hidden.device.type, itemsize=result.itemsize)
+    planned = plan_kept_rows(weight.shape[0], device_type=hidden.device.type, itemsize=operand.itemsize)
     return planned if planned is None or chunk is None else chunk
 
 

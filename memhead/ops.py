@@ -100,7 +100,8 @@ def logprobs_op(
             problem = _problem(
                 x, weight, update, t, bias, temperature, numbers, outputs, chunk, backend, compute
             )
-            rows, out = forward_sweep(problem, direction=direction)
+            place = part.place(results[-1]) if len(x) == num_rows else None
+            rows, out = forward_sweep(problem, direction=direction, out=place)
             out = hidden.new_empty(0) if out is None else out
             results = [
                 part.put(y[:num_rows], len(hidden), into) if want else y

@@ -39,10 +39,11 @@ def put_back(kept: Tensor | slice | None, rows: Tensor, num_rows: int) -> Tensor
 
 
 def _put(rows: Tensor, kept: Tensor | slice, into: Tensor) -> Tensor:
-    if isinstance(kept, slice):
+    if not isinstance(kept, slice):
+        return into.index_copy_(0, kept, rows)
+    if into[kept].data_ptr() != rows.data_ptr():
         into[kept] = rows
-        return into
-    return into.index_copy_(0, kept, rows)
+    return into
 
 
 class Part(NamedTuple):
@@ -60,6 +61,10 @@ class Part(NamedTuple):
         if self.real is None:
             return x
         return torch.where(self.real.view(-1, *[1] * (x.dim() - 1)), x, blank)
+
+    def place(self, into: Tensor | None) -> Tensor | None:
+        """The memory of these rows in (N, *), to write results to that :meth:`put` need not copy; None: scattered."""
+        return into[self.which] if into is not None and isinstance(self.which, slice) else None
 
     def put(self, rows: Tensor, num_rows: int, into: Tensor | None) -> Tensor:
         """Results (R, *) at their place among ``num_rows``, beside those of other parts, zeros elsewhere."""

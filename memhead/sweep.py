@@ -139,6 +139,7 @@ def forward_sweep(
     problem: Problem,
     *,
     direction: bool,
+    out: Tensor | None = None,
     merge: Callable[[Tensor, Tensor | None], None] | None = None,
     gradients: HeadGradients | None = None,
 ) -> tuple[Rows, Tensor | None]:
@@ -148,8 +149,9 @@ def forward_sweep(
     anyway. Working memory: one tile of logits and one block of float32 accumulators.
 
     ``merge(statistics, accumulator)`` is called on a block of rows that has seen this process's
-    part of the vocabulary (:mod:`memhead.parallel`). ``gradients`` are collected by the way, at the
-    price of one more product and of a block of rows of the whole vocabulary.
+    part of the vocabulary (:mod:`memhead.parallel`). ``out`` (N, H) is memory for the direction.
+    ``gradients`` are collected by the way, at the price of one more product and of a block of rows
+    of the whole vocabulary.
     """
     hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
@@ -159,7 +161,10 @@ def forward_sweep(
     buffer = hidden.new_empty(0)
     if gradients is None and width == chunk.columns:
         buffer = problem.new_buffer(chunk)
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if direction else None
+    if not direction:
+        out = None
+    elif out is None:
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
     shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
