@@ -29,10 +29,10 @@ TRAINED_ROWS = 128
 # are slow. On 2 CPU cores, in multiples of the three products by oneDNN (by torch.mm, which take twice
 # as long): H = 1024, V = 32768, N = 2048: 1.22 (1.17) with 256 rows, 1.17 (1.08) with 512, 1.15 (1.05)
 # with 768; by torch.mm, H = 2048, V = 128256, N = 512: 1.35 with 128, 1.21 with 256, 1.16 with 512.
-# On a GPU it pays for products of float32 operands alone. Half-precision ones are too fast: a float32 head
-# of Llama-3.1-8B under autocast, N = 8192, takes an H100 as long as four products do with 1024 rows, and
-# 0.86 of it with 2048, at half a gigabyte more.
-KEPT_BLOCK = {"cpu": (512, 256 * MIB), "cuda": (512, 256 * MIB)}
+# Not done on a GPU: a float32 head of Llama-3.1-8B under autocast, N = 8192, takes an H100 as long as
+# four products do with 1024 rows, and 0.86 of it with 2048, at half a gigabyte more. (Not measured: float32
+# operands, whose products take so long that three of 512 rows should be worth it.)
+KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
 # Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask
 # keeps (memhead.rows): two such products take an H100 2 ms, about what the next launches take. If the
@@ -138,7 +138,7 @@ def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int |
 
     Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes, that of the products' operands.
     """
-    if device_type not in KEPT_BLOCK or itemsize < 4:
+    if device_type not in KEPT_BLOCK:
         return None
     rows, budget = KEPT_BLOCK[device_type]
     return max(1, min(rows, budget // (vocab_size * itemsize)))
