@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Tensor | None) -> None:
@@ -37,6 +38,29 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
         )
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         check_device(name, tensor, hidden)
+    if not torch.compiler.is_compiling():
+        check_no_tangent(hidden=hidden, weight=weight, bias=bias)
+
+
+def check_no_tangent(**tensors: Tensor | None) -> None:
+    """No tensor is one of forward-mode differentiation, whose tangent would be lost."""
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} carries a tangent: memhead differentiates backward only, not forward (jvp)"
+            )
+
+
+def check_differentiated_once() -> None:
+    """To be called in a backward pass, where gradients are on only if its result is to be differentiated again.
+
+    Raises:
+        RuntimeError: it is; torch's ``once_differentiable`` is silent where the upstream gradient is constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "memhead's results can be differentiated once; create_graph=True asks for a second time"
+        )
 
 
 def check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:

@@ -136,13 +136,15 @@ class _ChunkedLinear(torch.autograd.Function):
         return _reduce(losses, settings.reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        checks.check_differentiated_once()
         settings: Settings = ctx.settings
         factor: Tensor | None = upstream
         grads = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
         if settings.reduction == "mean":
             factor = upstream / max(1, ctx.num_rows)
+        if not ctx.num_rows:  # upstream is infinite where somebody divides by their number
+            factor = torch.zeros_like(upstream)
         if ctx.recompute:
             grads = _sweep(settings, grads, ctx.needs_input_grad[1:], upstream)[1]
             factor = None

@@ -66,6 +66,7 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss={z_loss} must be at least 0")
     if softcap is not None:
         checks.check_positive("softcap", softcap)
+    targets = targets.long()  # compared as uint8, a target of 156 would be -100
     counted = targets != ignore_index
     if label_smoothing or z_loss:
         rows = None if chunk is None else chunk if isinstance(chunk, int) else chunk[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memhead.arguments import OUTPUTS, compute_dtype
-from memhead.checks import check_targets_in_vocabulary
+from memhead.checks import check_differentiated_once, check_targets_in_vocabulary
 from memhead.ops import make_problem
 from memhead.planning import plan_kept_rows
 from memhead.products import operand_dtype, result_dtype
@@ -180,10 +180,7 @@ class _InPlace(torch.autograd.Function):
 
 def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
     """The scalar upstream gradient; that of a mean over no rows is NaN, and has no row to go to."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy can be differentiated once; create_graph=True would need a second time"
-        )
+    check_differentiated_once()
     return torch.where(mask.any(), upstream, 0.0)
 
 

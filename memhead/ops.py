@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memhead.arguments import OUTPUTS
 from memhead.backends import get_backend
-from memhead.checks import check_targets_in_vocabulary, check_temperatures
+from memhead.checks import check_differentiated_once, check_targets_in_vocabulary, check_temperatures
 from memhead.planning import resolve_chunk, unasked_rows
 from memhead.products import operand_dtype, result_dtype
 from memhead.rows import KeptRows, Part, known_part, select
@@ -238,6 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    check_differentiated_once()
     hidden, weight, update, targets, bias, mask, row_temperature, *results = ctx.saved_tensors
     logprobs, entropy, lse_others, direction, count = results
     numbers, chunk, backend, compute = ctx.settings

@@ -92,6 +92,8 @@ def vocab_parallel_logprobs(
         kept, hidden.reshape(-1, hidden.shape[-1]), arguments.targets, arguments.temperature
     )
     checks.check_targets_in_vocabulary(labels, total)
+    if row_temperature is not None:
+        checks.check_temperatures(row_temperature)
     direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = _Settings(group, total, arguments.spec, arguments.tile, backend, arguments.compute, direction)
 
@@ -170,10 +172,10 @@ class _VocabParallel(torch.autograd.Function):
         return rows.logprobs, entropy, *metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
+        checks.check_differentiated_once()
         hidden, weight, bias, targets, temperature, logprobs, entropy, lse_others, direction = (
             ctx.saved_tensors
         )

@@ -80,6 +80,8 @@ def truncation_support(
     size = planned if chunk is None else max(1, min(chunk, num_rows))
     flat = hidden.reshape(-1, hidden.shape[-1])
     per_row, number = split_temperature(temperature, hidden, result)
+    if per_row is not None:
+        checks.check_temperatures(per_row)
     found = flat.new_full((num_rows, min(max_size, vocab_size)), -1, dtype=torch.long)
     overflow = flat.new_zeros((), dtype=torch.bool)
     buffer = flat.new_empty((size, vocab_size), dtype=result)
@@ -100,7 +102,7 @@ def truncation_support(
     widest = int((found >= 0).sum(1).max()) if num_rows else 0
     found = found[:, :widest]
     if include is not None:
-        drawn = include.reshape(-1, 1)
+        drawn = include.reshape(-1, 1).long()
         missing = ~(found == drawn).any(1, keepdim=True)
         if bool(missing.any()):
             found = torch.cat((found, torch.where(missing, drawn, -1)), 1)
@@ -158,6 +160,8 @@ def supported_logprobs(
     kept = kept_rows(None if mask is None else flat_mask(mask, hidden))
     flat, ids, labels, per_row = select(kept, flat, ids, labels, per_row)
     checks.check_targets_in_vocabulary(ids.clamp_min(0), weight.shape[0])
+    if per_row is not None:
+        checks.check_temperatures(per_row)
     planned = plan_rows(
         len(flat), max(1, ids.shape[1] * weight.shape[1]), device_type=hidden.device.type, itemsize=4
     )
@@ -195,8 +199,8 @@ class _SupportLogits(torch.autograd.Function):
         return out if bias is None else out.add_(bias[ids].to(result))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # (N, K)
+        checks.check_differentiated_once()
         hidden, weight, bias, ids = ctx.saved_tensors
         by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.empty_like(hidden) if by_hidden else None

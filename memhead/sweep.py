@@ -164,7 +164,7 @@ def forward_sweep(
     if not direction:
         out = None
     elif out is None:
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        out = _rows_like(hidden)
     # Where the output has the accumulator's dtype it is its own accumulator.
     own = out is not None and out.dtype == stats.dtype
     shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
@@ -291,8 +291,13 @@ def backward_sweep(
     hidden_out = hidden_acc
     if hidden_acc is not None:
         same = hidden_acc.dtype == hidden.dtype
-        hidden_out = torch.mul(hidden_acc, scale, out=hidden_acc if same else torch.empty_like(hidden))
+        hidden_out = torch.mul(hidden_acc, scale, out=hidden_acc if same else _rows_like(hidden))
     return hidden_out, weight_grads, None if bias_out is None else bias_out.mul_(scale)
+
+
+def _rows_like(hidden: Tensor) -> Tensor:
+    """Memory (N, H) row after row, as the operators promise a compiler, whatever hidden's layout."""
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 def _scaled(problem: Problem, upstream: Upstream) -> tuple[Tensor | float, Upstream]:

@@ -200,6 +200,8 @@ def quantized_logprobs(
         kept, hidden.reshape(-1, hidden.shape[-1]), flat_targets, temperatures
     )
     checks.check_targets_in_vocabulary(labels, weight.shape[0])
+    if row_temperature is not None:
+        checks.check_temperatures(row_temperature)
     direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = _Settings(weight, labels, bias, row_temperature, spec, tile, backend, compute, direction)
     results: Any = _Quantized.apply(settings, x)
@@ -249,10 +251,10 @@ class _Quantized(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *of_metrics: Any
     ) -> tuple[None, Tensor | None]:
+        checks.check_differentiated_once()
         hidden, logprobs, entropy, lse_others, direction = ctx.saved_tensors
         settings = ctx.settings
         factor = settings.spec.slope(settings.temperature)

@@ -9,6 +9,11 @@ from torch import nn
 from memhead.logprobs import LowRankUpdate
 
 
+def is_lora(layer: object) -> bool:
+    """Whether ``layer`` is a LoRA layer around a linear head, of whatever variant."""
+    return isinstance(layer, LoraLinear)
+
+
 def is_supported(layer: object) -> bool:
     """Whether ``layer`` is a LoRA layer around a linear head whose every adapter is plain LoRA."""
     return isinstance(layer, LoraLinear) and not any(unsupported(layer, name) for name in layer.lora_A)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput, MoeCausalLMOutputWithPast
 
 from memhead.cross_entropy import linear_cross_entropy
@@ -25,7 +26,8 @@ from memhead.integrations.handle import Handle
 from memhead.integrations.transformers_moe import router_loss, wants_router_loss
 from memhead.logprobs import LowRankUpdate, linear_logprobs
 
-PATCH = "_memhead_patch"
+PATCHED = "memhead_patched"  # an attribute of our forward
+OWN_FORWARD = "_memhead_own_forward"  # the forward that the model itself held before, not its class; or None
 # What the causal language model's forward takes for itself and its backbone does not know.
 OF_THE_HEAD = (
     "labels",
@@ -69,6 +71,9 @@ def patch(
 ) -> Handle:
     """Give ``model`` a forward that, called with labels, returns its loss and ``logits=None``.
 
+    A copy (``copy.deepcopy``) is patched like the model; one that was pickled is not. ``nn.DataParallel`` calls
+    the model, not its replicas: use one process a GPU.
+
     Args:
         model: a causal language model of transformers, or a PEFT model around one; patched in place.
         chunk: see :func:`memhead.linear_logprobs`.
@@ -77,21 +82,24 @@ def patch(
             architecture that treats its logits in a way unknown here is refused, not mistrained.
 
     Raises:
-        ValueError: patched already; no output embedding; another loss than next-token cross
+        ValueError: patched already; no output embedding or no backbone; another loss than next-token cross
             entropy; or the check failed.
     """
     base = _base(model)
-    if hasattr(base, PATCH):
+    if _is_patched(base):
         raise ValueError(f"{type(base).__name__} is patched already; call unpatch(model) first")
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no output embedding to compute a loss with")
+    if base.base_model is base:
+        raise ValueError(
+            f"{type(base).__name__} has no backbone of the name {base.base_model_prefix!r}, which it says it has; "
+            "memhead needs the hidden states before the head"
+        )
     if base.loss_type not in (None, "ForCausalLM"):
         raise ValueError(
             f"{type(base).__name__} has loss_type={base.loss_type!r}; memhead computes 'ForCausalLM'"
         )
     options = head_options(base.config)
-    had_own = "forward" in vars(base)
-    original = base.forward
     signature = inspect.signature(type(base).forward)
     handle = Handle("memhead", lambda: unpatch(model))
 
@@ -101,17 +109,19 @@ def patch(
         given.pop("self")
         given |= given.pop("kwargs", {})
         if given.get("labels") is None and given.get("shift_labels") is None:
-            return original(*args, **kwargs)
+            return _own_forward(self)(*args, **kwargs)
         output, rows = _forward_with_loss(self, given, options, chunk, backend)
         handle.count(rows)
         return output
 
-    setattr(base, PATCH, original if had_own else None)
+    setattr(forward, PATCHED, True)
+    # Bound methods, which a copy of the model binds to itself; nothing else here knows which model it is.
+    setattr(base, OWN_FORWARD, vars(base).get("forward"))
     base.forward = types.MethodType(forward, base)
     if check:
         try:
-            _check(base, original)
-        except ValueError:
+            _check(base)
+        except BaseException:
             unpatch(model)
             raise
         handle.calls = handle.rows = 0
@@ -121,14 +131,24 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Give the model its own forward back; nothing happens to one that is not patched."""
     base = _base(model)
-    if not hasattr(base, PATCH):
+    if not _is_patched(base):
         return
-    original = getattr(base, PATCH)
-    delattr(base, PATCH)
+    original = getattr(base, OWN_FORWARD)
+    delattr(base, OWN_FORWARD)
     if original is None:
         del base.forward
     else:
         base.forward = original
+
+
+def _is_patched(base: Any) -> bool:
+    return hasattr(base.forward, PATCHED)
+
+
+def _own_forward(base: Any) -> Any:
+    """The forward of a patched model without the patch."""
+    own = getattr(base, OWN_FORWARD)
+    return types.MethodType(type(base).forward, base) if own is None else own
 
 
 def _base(model: Any) -> Any:
@@ -159,7 +179,7 @@ def _forward_with_loss(
     targets = own["shift_labels"]
     if targets is None:
         # The last position predicts nothing; keeping it, masked, spares a copy of the others.
-        targets = nn.functional.pad(own["labels"], (0, 1), value=ignore_index)[..., 1:]
+        targets = nn.functional.pad(own["labels"].long(), (0, 1), value=ignore_index)[..., 1:]
     targets = targets.to(hidden.device)
     counted = targets != ignore_index
     weight, bias, update = _head(model)
@@ -210,26 +230,32 @@ def _head(model: Any) -> tuple[Tensor, Tensor | None, LowRankUpdate | None]:
     head = model.get_output_embeddings()
     update = None
     if hasattr(head, "base_layer"):
-        from memhead.integrations.peft import is_supported, low_rank_update
+        from memhead.integrations.peft import is_lora, low_rank_update
 
-        if not is_supported(head):
+        if not is_lora(head):
             raise ValueError(
                 f"the language-model head carries {type(head).__module__}.{type(head).__name__}; of adapters "
                 "memhead computes plain LoRA: leave the head out of the adapter's target_modules"
             )
         update = low_rank_update(head)
     weight, bias = head.weight, getattr(head, "bias", None)
-    if hasattr(weight, "full_tensor"):  # a DTensor: sharded by FSDP2
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
-    return weight, bias, update
+    return _whole(weight), None if bias is None else _whole(bias), update
 
 
-def _check(model: Any, original: Any) -> None:
-    """Compare the loss of eight tokens with the model's own.
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that FSDP2 has sharded by itself, gathered; its gradient becomes the processes' mean, as FSDP's."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _check(model: Any) -> None:
+    """Compare the loss of eight tokens with the model's own, and that with what its own logits give.
+
+    The first comparison allows for half precision, under which a small term of a loss could hide; not so the second.
 
     Raises:
-        ValueError: they differ by more than half precision explains.
+        ValueError: they differ.
     """
     device = model.get_input_embeddings().weight.device
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -238,14 +264,26 @@ def _check(model: Any, original: Any) -> None:
     model.eval()  # dropout would make any two passes differ
     try:
         with torch.no_grad():
-            ours = float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
-            plain = float(original(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            ours = model(input_ids=tokens, labels=tokens, use_cache=False)
+            plain = _own_forward(model)(input_ids=tokens, labels=tokens, use_cache=False)
     finally:
         model.train(training)
-    dtype = model.get_output_embeddings().weight.dtype
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    if not abs(ours - plain) <= tolerance * max(1.0, abs(plain)):
+    ours_loss, plain_loss = float(ours.loss), float(plain.loss)
+    if not _close(ours_loss, plain_loss, model.get_output_embeddings().weight.dtype):
         raise ValueError(
-            f"{type(model).__name__} computes a loss of {plain:.6f} where its hidden states and head give "
-            f"{ours:.6f}: it treats its logits in a way that memhead does not know"
+            f"{type(model).__name__} computes a loss of {plain_loss:.6f} where its hidden states and head give "
+            f"{ours_loss:.6f}: it treats its logits in a way that memhead does not know"
         )
+    if getattr(ours, "aux_loss", None) is not None:
+        return  # the router's loss, which the first comparison has seen
+    of_logits = float(nn.functional.cross_entropy(plain.logits[0, :-1].float(), tokens[0, 1:]))
+    if not _close(of_logits, plain_loss, plain.loss.dtype):
+        raise ValueError(
+            f"{type(model).__name__} computes a loss of {plain_loss:.6f} where the cross entropy of its logits is "
+            f"{of_logits:.6f}: memhead does not know what it adds"
+        )
+
+
+def _close(a: float, b: float, dtype: torch.dtype) -> bool:
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    return abs(a - b) <= tolerance * max(1.0, abs(b))

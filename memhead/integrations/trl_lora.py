@@ -93,12 +93,12 @@ def _announcing(add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
                 "cast_lm_head_to_fp32=True replaces the head's forward, and with it the adapter on lm_head; "
                 "set it to False: memhead's logits are float32 anyway"
             )
-        fused = model.forward
+        fused = model.forward.__func__  # of TRL's method; a copy of the model calls it for itself
 
         @functools.wraps(type(model).forward)  # generate() reads the signature
         def forward(self: Any, *forward_args: Any, **forward_kwargs: Any) -> Any:
             with scoring_with(self.get_output_embeddings()):
-                return fused(*forward_args, **forward_kwargs)
+                return fused(self, *forward_args, **forward_kwargs)
 
         model.forward = types.MethodType(forward, model)
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from datasets import Dataset
 from grpo_runs import SMALL, TOKENIZER, configurations
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -121,6 +137,79 @@ def test_unpatch_restores(checkpoints):
     assert "forward" not in vars(model)
     unpatch(model)
     assert model(**batch()).logits is not None
+
+
+def test_a_copy_has_its_own_weights(checkpoints):
+    model = load(checkpoints["llama"])
+    patch(model)
+    for copied in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)):
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        assert not copied(batch()["input_ids"]).logits.any()
+        output = copied(**batch())
+        assert output.logits is None
+        torch.testing.assert_close(output.loss.double(), torch.tensor(model.config.vocab_size).double().log())
+
+
+def test_a_pickled_model_is_not_patched(checkpoints):
+    model = load(checkpoints["llama"])
+    patch(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded(**batch()).logits is not None
+    with patch(loaded):
+        assert loaded(**batch()).logits is None
+
+
+def test_a_model_that_cannot_be_patched_stays_as_it_was():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    settings = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = Llama4TextConfig(**sizes, **settings, intermediate_size_mlp=32, num_local_experts=2)
+    model = Llama4ForCausalLM(config)
+    with pytest.raises(ValueError, match="no backbone of the name 'language_model'"):
+        patch(model)
+    assert model(**batch()).logits is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_with_another_term_is_refused_in_any_precision(checkpoints, dtype):
+    model = load(checkpoints["llama"], dtype)
+    plain = type(model).forward
+
+    class Regularised(type(model)):
+        """A model that adds a small term of its own."""
+
+        def forward(self, *args, **kwargs):
+            output = plain(self, *args, **kwargs)
+            if output.loss is not None:
+                output.loss = output.loss * 1.01
+            return output
+
+    Regularised.forward.__signature__ = inspect.signature(plain)
+    model.__class__ = Regularised
+    with pytest.raises(ValueError, match="computes a loss of"):
+        patch(model)
+
+
+def _sharded_gradients(rank, store, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh, ids = init_device_mesh("cpu", (2,)), batch(4)["input_ids"][:2]
+    model = load(path, torch.float32)
+    expected = losses_and_gradients(model, {"input_ids": ids, "labels": ids})[1]
+    fully_shard(model.lm_head, mesh=mesh)  # by itself, so that nobody has gathered it when we need it
+    fully_shard(model, mesh=mesh)
+    patch(model)
+    for _ in range(2):
+        model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), 2 * grad, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_a_sharded_head(checkpoints, tmp_path):
+    """FSDP2 over two processes: the head's gradient is the mean of theirs, like every other."""
+    mp.spawn(_sharded_gradients, args=(tmp_path / "store", checkpoints["llama"]), nprocs=2)
 
 
 EXPERTS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import trl.trainer.grpo_trainer
@@ -185,6 +187,18 @@ def test_variants_are_refused_by_name(checkpoints, tmp_path, variant):
     head = get_peft_model(base, lora).get_output_embeddings()
     with pytest.raises(ValueError, match="Dora" if variant == "use_dora" else variant):
         low_rank_update(head)
+
+
+def test_a_copy_of_a_trainers_model_has_its_own_weights(checkpoints, tmp_path):
+    with memhead_trl.install():
+        model = make_trainer(checkpoints["llama"], tmp_path).model
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        ids = torch.arange(3, 11)[None]
+        loss = copied(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    torch.testing.assert_close(loss, torch.tensor(float(model.config.vocab_size)).log())
 
 
 def test_several_adapters_with_dropout_are_refused(checkpoints):

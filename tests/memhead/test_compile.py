@@ -121,6 +121,20 @@ def test_compiled_without_being_told_that_sizes_change():
     assert len(graphs) == 2
 
 
+def test_compiled_with_columns_of_hidden():
+    """The gradient of half-precision hidden states comes row after row, as the compiler was told."""
+    torch._dynamo.reset()
+    head = make_head(40, 97, 16, dtype=torch.bfloat16)
+    hidden = head.hidden.t().contiguous().t().requires_grad_()
+
+    def loss(h):
+        return linear_logprobs(h, head.weight, head.targets, entropy=True).entropy.sum()
+
+    eager = torch.autograd.grad(loss(hidden), hidden)[0]
+    compiled = torch.compile(loss, backend="aot_eager")(hidden)
+    assert torch.equal(torch.autograd.grad(compiled, hidden)[0], eager)
+
+
 class Counter:
     """A compiler's backend that runs the graph as it is, and counts how often it is given one."""
 

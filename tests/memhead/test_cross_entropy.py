@@ -56,17 +56,31 @@ def test_equals_torch(name, reduction, frozen, ignore_index):
             assert relative_error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}])
 def test_nothing_counts(options):
     head = make_head(5, 11)
     hidden = head.hidden.requires_grad_()
     targets = torch.full((5,), -100)
-    assert linear_cross_entropy(hidden, head.weight, targets, **options).isnan()  # as torch has it
+    leaves = hidden, head.weight.requires_grad_(), head.bias.requires_grad_()
+    mean = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, **options)
+    assert mean.isnan()  # as torch has it
+    assert not any(grad.any() for grad in torch.autograd.grad(mean, leaves))  # zeros, and no NaN
     total = linear_cross_entropy(hidden, head.weight, targets, reduction="sum", **options)
     assert total == 0
     assert not torch.autograd.grad(total, hidden)[0].any()
     each = linear_cross_entropy(hidden, head.weight, targets, reduction="none", **options)
     assert torch.equal(each, torch.zeros(5))
+
+
+def test_bytes_as_targets():
+    """In uint8 the token 156 equals -100."""
+    head = make_head(3, 256)
+    targets = torch.tensor([156, 7, 156])
+    losses = [
+        linear_cross_entropy(head.hidden, head.weight, t, reduction="none") for t in (targets, targets.byte())
+    ]
+    assert torch.equal(*losses)
+    assert losses[0].all()
 
 
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-4}])

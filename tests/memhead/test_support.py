@@ -143,6 +143,25 @@ def test_a_target_outside_the_support():
     assert supported_logprobs(hidden, head.weight, outside, widened).logprobs.isfinite().all()
 
 
+def test_bytes_as_drawn_tokens():
+    head = make_head(3, 256)
+    drawn = torch.tensor([7, 156, 200])
+    supports = [
+        truncation_support(head.hidden, head.weight, top_k=2, include=t) for t in (drawn, drawn.byte())
+    ]
+    assert torch.equal(*supports)
+
+
+def test_temperatures_of_rows_are_positive():
+    head = make_head(3, 31)
+    support = truncation_support(head.hidden, head.weight, top_k=2, include=head.targets)
+    zero = torch.tensor([1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match="temperature contains 0"):
+        truncation_support(head.hidden, head.weight, top_k=2, temperature=zero)
+    with pytest.raises(ValueError, match="temperature contains 0"):
+        supported_logprobs(head.hidden, head.weight, head.targets, support, temperature=zero)
+
+
 def test_a_support_of_one():
     head = make_head(4, 31)
     support = truncation_support(head.hidden, head.weight, top_k=1)

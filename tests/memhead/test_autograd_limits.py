@@ -1,0 +1,63 @@
+"""What cannot be differentiated is refused, not left out of a gradient in silence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import jvp
+
+from memhead import (
+    chunked_linear,
+    linear_cross_entropy,
+    linear_logprobs,
+    supported_logprobs,
+    truncation_support,
+)
+from memhead.integrations.bitsandbytes import Weight8bit, quantized_logprobs
+from tests.memhead.reference import make_head
+
+HEAD = make_head(10, 31)
+
+
+def chunked(hidden, weight):
+    return chunked_linear(hidden, weight, lambda z, t: F.cross_entropy(z, t, reduction="none"), HEAD.targets)
+
+
+def supported(hidden, weight):
+    support = truncation_support(hidden, weight, top_k=3, include=HEAD.targets)
+    return supported_logprobs(hidden, weight, HEAD.targets, support).logprobs.sum()
+
+
+def quantized(hidden, weight):
+    codes = Weight8bit(torch.ones_like(weight, dtype=torch.int8), torch.ones(len(weight)))
+    return quantized_logprobs(hidden, codes, HEAD.targets).logprobs.sum()
+
+
+LOSSES = {
+    "logprobs": lambda h, w: linear_logprobs(h, w, HEAD.targets).logprobs.sum(),
+    "entropy": lambda h, w: linear_logprobs(h, w, HEAD.targets, entropy=True).entropy.sum(),
+    "cross entropy": lambda h, w: linear_cross_entropy(h, w, HEAD.targets),
+    "label smoothing": lambda h, w: linear_cross_entropy(h, w, HEAD.targets, label_smoothing=0.1),
+    "chunked": chunked,
+    "supported": supported,
+    "quantised": quantized,
+}
+
+
+CASES = [(name, ("hidden",)) for name in LOSSES]
+CASES += [(name, (*more, "weight")) for name in LOSSES if name != "quantised" for more in ((), ("hidden",))]
+
+
+@pytest.mark.parametrize(("name", "trained"), CASES)
+def test_a_second_derivative(name, trained):
+    leaves = {key: getattr(HEAD, key).clone().requires_grad_(key in trained) for key in ("hidden", "weight")}
+    loss = LOSSES[name](leaves["hidden"], leaves["weight"])
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, [leaves[key] for key in trained], create_graph=True)
+
+
+def test_forward_mode():
+    hidden, tangent = HEAD.hidden, torch.ones_like(HEAD.hidden)
+    with pytest.raises(ValueError, match="hidden carries a tangent"):
+        jvp(lambda h: linear_logprobs(h, HEAD.weight, HEAD.targets).logprobs, (hidden,), (tangent,))
