@@ -25,7 +25,7 @@
 # `make notebook` brings the two in step.
 
 # %% [markdown]
-# Fetches the repository and what `requirements-cuda.lock` pins, where they are not here already. If an import further
+# Fetches the `repository` and what `requirements-cuda.lock` pins, where they are not here already. If an import further
 # down then complains of a version, restart the session and begin again here.
 
 # %%
@@ -35,11 +35,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-if Path("../train_grpo.py").is_file():
-    os.chdir("..")
-elif not Path("train_grpo.py").is_file():
-    subprocess.run(["git", "clone", "--depth=1", "https://github.com/OWNER/memhead"], check=True)
-    os.chdir("memhead")
+repository = "https://github.com/OWNER/memhead"  # @param {type:"string"}
+
+here = [folder for folder in (Path(".."), Path("."), Path("memhead")) if (folder / "train_grpo.py").is_file()]
+if not here:
+    if "/OWNER/" in repository:
+        raise SystemExit("repository: put in the address that this notebook comes from, in place of OWNER")
+    subprocess.run(["git", "clone", "--depth=1", repository, "memhead"], check=True)
+    here = [Path("memhead")]
+os.chdir(here[0])
 if importlib.util.find_spec("trl") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-qr", "requirements-cuda.lock"], check=True)
 sys.path.insert(0, os.getcwd())

@@ -66,5 +66,7 @@ def _local_files(dataset: str, split: str) -> list[Path]:
             raise ValueError(f"task.dataset: {place} is none of {', '.join(_KINDS)}; convert it")
         return [place]
     if place.suffix in _KINDS or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"task.dataset: no file or folder {dataset!r}; correct the path")
+        raise FileNotFoundError(
+            f"task.dataset: no file or folder {dataset!r}; correct the path, or give an id of the hub such as openai/gsm8k"
+        )
     return []
