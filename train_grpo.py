@@ -6,7 +6,7 @@
 
 One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
 its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C ends the
-run after the step in hand; `--resume` goes on from its last checkpoint.
+run after the step in hand; `--resume` goes on from the last checkpoint, in the latest folder of its name that has one.
 """
 
 from __future__ import annotations
@@ -85,8 +85,13 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     try:
         task = get_task(config.task.name)
         rewards = prepare(config, task)  # first of all: a reward that breaks the contract leaves no folder
-        folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
-        checkpoint = _last_checkpoint(folder) if resume else None
+        if resume:
+            folder = RunFolder.to_resume(config.run.output_root, config.run.name)
+            folder.begin_session(config)
+            print(f"Resuming from {folder.checkpoint}", flush=True)
+        else:
+            folder = RunFolder.create(config.run.output_root, config.run.name, config)
+        checkpoint = folder.checkpoint
         arguments = config.grpo_config(folder.path / "checkpoints")
         start = _start(config, folder)
         model, tokenizer = models.load(
@@ -108,7 +113,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             try:
                 if checkpoint is None:
                     tracker.evaluated(0, evaluate())
-                trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 if not interruption.asked:
                     tracker.evaluated(trainer.state.global_step, evaluate())
             except KeyboardInterrupt:
@@ -202,17 +207,6 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
     path = folder.write_json("head_check.json", found)
     if not found["passed"]:
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
-
-
-def _last_checkpoint(folder: Any) -> str:
-    """The latest checkpoint of the run. Raises RunError if it has none."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    place = folder.path / "checkpoints"
-    found = get_last_checkpoint(str(place)) if place.is_dir() else None
-    if found is None:
-        raise RunError(f"{place} holds no checkpoint to resume from; leave --resume out to begin again")
-    return found
 
 
 def _save(trainer: Any, tokenizer: Any, place: Path) -> None:
