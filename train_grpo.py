@@ -77,6 +77,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
+    from recipes.resume import require_same
     from recipes.rewards import prepare
     from recipes.tasks import get_task
     from recipes.tracking import RunFolder, print_summary, track
@@ -84,11 +85,14 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
 
     try:
         task = get_task(config.task.name)
-        rewards = prepare(config, task)  # first of all: a reward that breaks the contract leaves no folder
-        if resume:
-            folder = RunFolder.to_resume(config.run.output_root, config.run.name)
+        begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
+        if begun is not None:
+            require_same(config, begun)
+            print(f"Resuming from {begun.checkpoint}", flush=True)
+        rewards = prepare(config, task)  # before a folder is written to: a reward may break the contract
+        if begun is not None:
+            folder = begun
             folder.begin_session(config)
-            print(f"Resuming from {folder.checkpoint}", flush=True)
         else:
             folder = RunFolder.create(config.run.output_root, config.run.name, config)
         checkpoint = folder.checkpoint
@@ -126,6 +130,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -58,12 +58,15 @@ class RunFolder:
     def begin_session(self, config: Any = None) -> None:
         """Writes config.yaml from a RunConfig, and versions and machine as environment.json.
 
-        Those of the session before are kept as environment.1.json and so on.
+        Those of the session before are kept as environment.1.json and so on, its configuration where it differs.
         """
         self._keep("environment.json")
-        if config is not None:
-            (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         self.write_json("environment.json", environment())
+        path = self.path / "config.yaml"
+        if config is None or (path.is_file() and path.read_text(encoding="utf-8") == config.to_yaml()):
+            return
+        self._keep("config.yaml")
+        _write_whole(path, config.to_yaml())
 
     @property
     def checkpoint(self) -> Path | None:

@@ -1,0 +1,68 @@
+"""Going on with a run: what may differ from the session before, and what is kept of it."""
+
+import pytest
+from test_quickstart import CONFIG, TINY
+
+import train_grpo
+from recipes.config import ConfigError, load_config
+from recipes.resume import require_same
+from recipes.runfolder import RunFolder
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A function: the configuration with these overrides; and the folder of a run by it, with a checkpoint."""
+
+    def configured(*more):
+        return load_config(CONFIG, [*TINY, f"run.output_root={tmp_path}", *more])
+
+    folder = RunFolder.create(tmp_path, "tiny", configured())
+    state = folder.path / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"global_step": 2}')
+    return configured, folder
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.scratch.heads=2", "model.scratch.heads: 2 differs from the 4 of the run being resumed, "),
+        ("task.eval_problems=100", "task.eval_problems: 100 differs from the 512 of the run being resumed, "),
+        ("lora.r=4", "lora: {'r': 4, "),
+        ("run.seed=1", "run.seed: 1 differs from the 0 of the run being resumed, "),
+    ],
+)
+def test_another_model_task_or_seed_is_refused(begun, override, line):
+    configured, folder = begun
+    with pytest.raises(ConfigError) as error:
+        require_same(configured(override), folder)
+    assert len(error.value.lines) == 1
+    assert error.value.lines[0].startswith(line)
+    assert "leave --resume out" in error.value.lines[0]
+
+
+def test_steps_batches_and_what_concerns_memory_may_change(begun):
+    configured, folder = begun
+    memory = ["model.gradient_checkpointing=true", "model.attn_implementation=eager"]
+    more = ["grpo.learning_rate=1e-3", "run.save_every=1", *memory]
+    require_same(configured(*more), folder)
+
+
+def test_a_refused_resume_leaves_the_folder_alone(begun, tmp_path, capsys):
+    _, folder = begun
+    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    command = ["--config", CONFIG, *TINY[1:], "model.scratch.hidden_size=64", f"run.output_root={tmp_path}"]
+    assert train_grpo.main([*command, "--resume"]) == 2
+    assert capsys.readouterr().err.startswith("model.scratch.hidden_size: 64 differs from the 32 of")
+    assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def test_the_former_configuration_is_kept_where_it_differs(begun):
+    configured, folder = begun
+    before = (folder.path / "config.yaml").read_text()
+    folder.begin_session(configured())
+    assert not (folder.path / "config.1.yaml").exists()
+    folder.begin_session(configured("run.save_every=5"))
+    assert (folder.path / "config.1.yaml").read_text() == before
+    assert load_config(folder.path / "config.yaml").run.save_every == 5
+    assert (folder.path / "environment.2.json").is_file()
