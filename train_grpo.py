@@ -77,7 +77,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
-    from recipes.resume import require_same
+    from recipes.resume import FINISHED, is_finished, is_trained, require_same, restore
     from recipes.rewards import prepare
     from recipes.tasks import get_task
     from recipes.tracking import RunFolder, print_summary, track
@@ -88,6 +88,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
         if begun is not None:
             require_same(config, begun)
+            if is_finished(config, begun):
+                print(f"{begun.path} is finished at step {begun.step}; a larger grpo.max_steps would go on.")
+                return 0
             print(f"Resuming from {begun.checkpoint}", flush=True)
         rewards = prepare(config, task)  # before a folder is written to: a reward may break the contract
         if begun is not None:
@@ -114,14 +117,23 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             evaluate = evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:
                 trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
+            finished = False
             try:
                 if checkpoint is None:
                     tracker.evaluated(0, evaluate())
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-                if not interruption.asked:
-                    tracker.evaluated(trainer.state.global_step, evaluate())
+                    trainer.train()
+                elif is_trained(config, folder):
+                    restore(trainer, checkpoint)
+                    tracker.drop_after(trainer.state.global_step)
+                else:
+                    trainer.train(resume_from_checkpoint=str(checkpoint))
+                if _took_every_step(trainer):
+                    _save(trainer, tokenizer, folder.final)  # first: the evaluation may be cut off
+                    if not interruption.asked:
+                        tracker.evaluated(trainer.state.global_step, evaluate())
+                        finished = True
             except KeyboardInterrupt:
-                interruption.asked = True
+                pass  # a second Ctrl-C
             finally:
                 tracker.close()
                 earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}  # of the sessions before
@@ -137,14 +149,16 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
-    _save(trainer, tokenizer, folder.path / "interrupted" if interruption.asked else folder.final)
+    if not _took_every_step(trainer):
+        _save(trainer, tokenizer, folder.path / "interrupted")
     if trainer.state.log_history:
         write_report(folder)
     print_summary(tracker.summary(), folder)
-    if interruption.asked:
-        print(f"Stopped at step {trainer.state.global_step}. To go on: {command} --resume")
-        return 130
-    return 0
+    if finished:
+        folder.write_json(FINISHED, {"step": trainer.state.global_step})
+        return 0
+    print(f"Stopped at step {trainer.state.global_step}. {_how_to_go_on(folder, command)}")
+    return 130
 
 
 def _start(config: RunConfig, folder: Any) -> Any:
@@ -214,6 +228,16 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
     path = folder.write_json("head_check.json", found)
     if not found["passed"]:
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
+
+
+def _took_every_step(trainer: Any) -> bool:
+    return 0 < trainer.state.max_steps <= trainer.state.global_step
+
+
+def _how_to_go_on(folder: Any, command: str) -> str:
+    if folder.checkpoint is None:  # stopped at once, or after the last step, without run.save_every
+        return f"There is no checkpoint to go on from; to begin again: {command}"
+    return f"To go on: {command} --resume"
 
 
 def _save(trainer: Any, tokenizer: Any, place: Path) -> None:

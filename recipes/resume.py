@@ -1,4 +1,4 @@
-"""Going on with a run: a resumed run must be the same model, adapters, task and data as before.
+"""Going on with a run: it must be the same model, adapters, task and data as before, and something must be left to do.
 
 The rest may change from one session to the next: more steps, another batch, other tracking.
 """
@@ -6,12 +6,16 @@ The rest may change from one session to the next: more steps, another batch, oth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from transformers.trainer_callback import TrainerState
 
 from recipes.config import ConfigError, RunConfig, load_config
 from recipes.config_errors import Problem, join, show
-from recipes.runfolder import RunFolder
+from recipes.runfolder import STATE, RunFolder
 
+FINISHED = "finished.json"  # written last of all, with the step whose model is in final/
 # Within the model and the task: what concerns memory, speed and patience alone, so that another card can take over.
 MAY_CHANGE = {
     "model.attn_implementation",
@@ -37,6 +41,25 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
     problems += _differences("run.seed", before["run"]["seed"], now["run"]["seed"], folder)
     if problems:
         raise ConfigError(problems)
+
+
+def is_trained(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether the last checkpoint is after the last step. Where epochs decide instead, the trainer itself sees it."""
+    return 0 < config.grpo.get("max_steps", -1) <= folder.step
+
+
+def is_finished(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether nothing is missing either: the evaluation, the final model, the report."""
+    written = folder.read_json(FINISHED) == {"step": folder.step}
+    there = folder.final.is_dir() and (folder.path / "report.html").is_file()
+    return is_trained(config, folder) and written and there
+
+
+def restore(trainer: Any, checkpoint: Path) -> None:
+    """The checkpoint's weights and state, as after its last step: `trainer.train` would take one more."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+    trainer.state.max_steps = trainer.args.max_steps
 
 
 def _differences(key: str, before: Any, now: Any, folder: RunFolder) -> Iterator[Problem]:

@@ -20,6 +20,9 @@ PACKAGES = (
 )  # fmt: skip
 
 
+STATE = "trainer_state.json"  # what the trainer writes into a checkpoint last
+
+
 class RunFolder:
     """A run's folder. `.path` is where it is; `.metrics` and `.completions` are its files of lines."""
 
@@ -70,9 +73,16 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The latest whole checkpoint, if there is one: the trainer writes its state into it last."""
-        states = self.path.glob("checkpoints/checkpoint-*/trainer_state.json")
+        """The latest whole checkpoint, if there is one."""
+        states = self.path.glob(f"checkpoints/checkpoint-*/{STATE}")
         return max((state.parent for state in states), key=_number, default=None)
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the latest checkpoint; 0 without one."""
+        if self.checkpoint is None:
+            return 0
+        return int(json.loads((self.checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
     @property
     def final(self) -> Path:

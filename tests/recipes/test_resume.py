@@ -1,5 +1,7 @@
 """Going on with a run: what may differ from the session before, and what is kept of it."""
 
+import shutil
+
 import pytest
 from test_quickstart import CONFIG, TINY
 
@@ -66,3 +68,44 @@ def test_the_former_configuration_is_kept_where_it_differs(begun):
     assert (folder.path / "config.1.yaml").read_text() == before
     assert load_config(folder.path / "config.yaml").run.save_every == 5
     assert (folder.path / "environment.2.json").is_file()
+
+
+def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
+    steady = [
+        "grpo.lr_scheduler_type=constant",
+        "run.save_every=2",
+        "run.warm_start=null",
+        "grpo.max_steps=2",
+    ]
+    changed = ("grpo.max_steps", "run.warm_start.")
+    kept = [setting for setting in TINY if not setting.startswith(changed)]
+    command = ["--config", CONFIG, *kept, *steady, f"run.output_root={tmp_path}"]
+    assert train_grpo.main(command) == 0
+    folder = RunFolder(tmp_path / "tiny")
+    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    assert train_grpo.main([*command, "--resume"]) == 0  # nothing is missing
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder.path} is finished at step 2; a larger grpo.max_steps would go on."
+    ]
+    assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+    (
+        folder.path / "finished.json"
+    ).unlink()  # killed in the evaluation, an older session's step still on record
+    shutil.rmtree(folder.final)
+    folder.metrics.append({"step": 3, "reward": 1.0})
+    assert train_grpo.main([*command, "--resume"]) == 0
+    weights = folder.final / "model.safetensors"
+    assert weights.read_bytes() == files[weights]
+    lines = folder.metrics.read()
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert "accuracy" in lines[-1]
+    assert folder.checkpoint.name == "checkpoint-2"
+    assert folder.read_json("finished.json") == {"step": 2}
+
+    longer = [setting.replace("max_steps=2", "max_steps=3") for setting in command]
+    assert train_grpo.main([*longer, "--resume"]) == 0
+    assert folder.read_json("finished.json") == {"step": 3}
+    assert weights.read_bytes() != files[weights]
