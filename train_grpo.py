@@ -5,8 +5,9 @@
     python train_grpo.py --config … --evaluate runs/quickstart/final
 
 One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
-its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C ends the
-run after the step in hand; `--resume` goes on from the last checkpoint, in the latest folder of its name that has one.
+its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C or
+SIGTERM ends the run after the step in hand; `--resume` goes on from the last checkpoint, in the latest folder of its
+name that has one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class RunError(RuntimeError):
 
 
 def main(arguments: list[str]) -> int:
-    """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 Ctrl-C."""
+    """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

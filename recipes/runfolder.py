@@ -18,8 +18,6 @@ PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors", "numpy",
     "unsloth", "unsloth_zoo", "vllm", "bitsandbytes", "triton",
 )  # fmt: skip
-
-
 STATE = "trainer_state.json"  # what the trainer writes into a checkpoint last
 
 

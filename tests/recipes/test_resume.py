@@ -1,12 +1,15 @@
 """Going on with a run: what may differ from the session before, and what is kept of it."""
 
+import os
 import shutil
+import signal
 
 import pytest
 from test_quickstart import CONFIG, TINY
 
 import train_grpo
 from recipes.config import ConfigError, load_config
+from recipes.guards import BypassGuard, Interruption
 from recipes.resume import require_same
 from recipes.runfolder import RunFolder
 
@@ -109,3 +112,37 @@ def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
     assert train_grpo.main([*longer, "--resume"]) == 0
     assert folder.read_json("finished.json") == {"step": 3}
     assert weights.read_bytes() != files[weights]
+
+
+def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsys, monkeypatch):
+    ended = BypassGuard.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["--config", CONFIG, *TINY, f"run.output_root={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(BypassGuard, "on_step_end", stop)
+        assert train_grpo.main(command) == 130
+    assert "--resume" in capsys.readouterr().out
+    folder = RunFolder(tmp_path / "tiny")
+    assert folder.checkpoint.name == "checkpoint-3"
+    assert "accuracy" not in folder.metrics.read()[-1]
+    weights = (folder.final / "model.safetensors").read_bytes()
+    assert train_grpo.main([*command, "--resume"]) == 0
+    assert [line["step"] for line in folder.metrics.read()] == [0, 1, 2, 3]
+    assert "accuracy" in folder.metrics.read()[-1]
+    assert (folder.final / "model.safetensors").read_bytes() == weights
+
+
+def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
