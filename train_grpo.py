@@ -90,7 +90,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         if begun is not None:
             require_same(config, begun)
             if is_finished(config, begun):
-                print(f"{begun.path} is finished at step {begun.step}; a larger grpo.max_steps would go on.")
+                print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
                 return 0
             print(f"Resuming from {begun.checkpoint}", flush=True)
         rewards = prepare(config, task)  # before a folder is written to: a reward may break the contract

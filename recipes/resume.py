@@ -43,16 +43,24 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
         raise ConfigError(problems)
 
 
-def is_trained(config: RunConfig, folder: RunFolder) -> bool:
-    """Whether the last checkpoint is after the last step. Where epochs decide instead, the trainer itself sees it."""
-    return 0 < config.grpo.get("max_steps", -1) <= folder.step
-
-
 def is_finished(config: RunConfig, folder: RunFolder) -> bool:
-    """Whether nothing is missing either: the evaluation, the final model, the report."""
-    written = folder.read_json(FINISHED) == {"step": folder.step}
+    """Whether nothing is left to do: every step taken and evaluated, the final model and the report written.
+
+    FINISHED counts, not the checkpoint: without run.save_every the last one may be of a step long before.
+    """
+    record = folder.read_json(FINISHED) or {"step": 0}
     there = folder.final.is_dir() and (folder.path / "report.html").is_file()
-    return is_trained(config, folder) and written and there
+    return _is_last(config, record["step"]) and there
+
+
+def is_trained(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether the last checkpoint is after the last step, so that only what follows the training is missing."""
+    return _is_last(config, folder.step)
+
+
+def _is_last(config: RunConfig, step: int) -> bool:
+    """Whether no step comes after this one. Where epochs decide in place of max_steps, the trainer itself sees it."""
+    return 0 < config.grpo.get("max_steps", -1) <= step
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from test_quickstart import CONFIG, TINY
 import train_grpo
 from recipes.config import ConfigError, load_config
 from recipes.guards import BypassGuard, Interruption
-from recipes.resume import require_same
+from recipes.resume import is_finished, require_same
 from recipes.runfolder import RunFolder
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
 
     assert train_grpo.main([*command, "--resume"]) == 0  # nothing is missing
     assert capsys.readouterr().out.splitlines() == [
-        f"{folder.path} is finished at step 2; a larger grpo.max_steps would go on."
+        f"{folder.path} is finished; a larger grpo.max_steps would go on."
     ]
     assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
@@ -112,6 +112,18 @@ def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
     assert train_grpo.main([*longer, "--resume"]) == 0
     assert folder.read_json("finished.json") == {"step": 3}
     assert weights.read_bytes() != files[weights]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_an_early_one_is_finished_too(begun):
+    configured, folder = begun
+    folder.final.mkdir()
+    (folder.path / "report.html").touch()
+    folder.write_json("finished.json", {"step": 3})
+    assert is_finished(
+        configured(), folder
+    )  # of three steps; the checkpoint, where it was stopped once, is of two
+    (folder.path / "report.html").unlink()
+    assert not is_finished(configured(), folder)
 
 
 def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsys, monkeypatch):
