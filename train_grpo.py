@@ -5,8 +5,9 @@
     python train_grpo.py --config … --evaluate runs/quickstart/final
 
 One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
-its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C ends the
-run after the step in hand; `--resume` goes on from its last checkpoint.
+its configuration, metrics, memory by phase, a sample of completions, a report and the final model. Ctrl-C or
+SIGTERM ends the run after the step in hand; `--resume` goes on from the last checkpoint, in the latest folder of its
+name that has one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class RunError(RuntimeError):
 
 
 def main(arguments: list[str]) -> int:
-    """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 Ctrl-C."""
+    """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,6 +78,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.generation import by_trainer, by_transformers
     from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.report import write_report
+    from recipes.resume import FINISHED, is_finished, is_trained, require_same, restore
     from recipes.rewards import prepare
     from recipes.tasks import get_task
     from recipes.tracking import RunFolder, print_summary, track
@@ -84,9 +86,20 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
 
     try:
         task = get_task(config.task.name)
-        rewards = prepare(config, task)  # first of all: a reward that breaks the contract leaves no folder
-        folder = RunFolder.create(config.run.output_root, config.run.name, config, resume=resume)
-        checkpoint = _last_checkpoint(folder) if resume else None
+        begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
+        if begun is not None:
+            require_same(config, begun)
+            if is_finished(config, begun):
+                print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
+                return 0
+            print(f"Resuming from {begun.checkpoint}", flush=True)
+        rewards = prepare(config, task)  # before a folder is written to: a reward may break the contract
+        if begun is not None:
+            folder = begun
+            folder.begin_session(config)
+        else:
+            folder = RunFolder.create(config.run.output_root, config.run.name, config)
+        checkpoint = folder.checkpoint
         arguments = config.grpo_config(folder.path / "checkpoints")
         start = _start(config, folder)
         model, tokenizer = models.load(
@@ -105,14 +118,23 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             evaluate = evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:
                 trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
+            finished = False
             try:
                 if checkpoint is None:
                     tracker.evaluated(0, evaluate())
-                trainer.train(resume_from_checkpoint=checkpoint)
-                if not interruption.asked:
-                    tracker.evaluated(trainer.state.global_step, evaluate())
+                    trainer.train()
+                elif is_trained(config, folder):
+                    restore(trainer, checkpoint)
+                    tracker.drop_after(trainer.state.global_step)
+                else:
+                    trainer.train(resume_from_checkpoint=str(checkpoint))
+                if _took_every_step(trainer):
+                    _save(trainer, tokenizer, folder.final)  # first: the evaluation may be cut off
+                    if not interruption.asked:
+                        tracker.evaluated(trainer.state.global_step, evaluate())
+                        finished = True
             except KeyboardInterrupt:
-                interruption.asked = True
+                pass  # a second Ctrl-C
             finally:
                 tracker.close()
                 earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}  # of the sessions before
@@ -121,18 +143,23 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
-    _save(trainer, tokenizer, folder.path / "interrupted" if interruption.asked else folder.final)
+    if not _took_every_step(trainer):
+        _save(trainer, tokenizer, folder.path / "interrupted")
     if trainer.state.log_history:
         write_report(folder)
     print_summary(tracker.summary(), folder)
-    if interruption.asked:
-        print(f"Stopped at step {trainer.state.global_step}. To go on: {command} --resume")
-        return 130
-    return 0
+    if finished:
+        folder.write_json(FINISHED, {"step": trainer.state.global_step})
+        return 0
+    print(f"Stopped at step {trainer.state.global_step}. {_how_to_go_on(folder, command)}")
+    return 130
 
 
 def _start(config: RunConfig, folder: Any) -> Any:
@@ -204,15 +231,14 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
 
 
-def _last_checkpoint(folder: Any) -> str:
-    """The latest checkpoint of the run. Raises RunError if it has none."""
-    from transformers.trainer_utils import get_last_checkpoint
+def _took_every_step(trainer: Any) -> bool:
+    return 0 < trainer.state.max_steps <= trainer.state.global_step
 
-    place = folder.path / "checkpoints"
-    found = get_last_checkpoint(str(place)) if place.is_dir() else None
-    if found is None:
-        raise RunError(f"{place} holds no checkpoint to resume from; leave --resume out to begin again")
-    return found
+
+def _how_to_go_on(folder: Any, command: str) -> str:
+    if folder.checkpoint is None:  # stopped at once, or after the last step, without run.save_every
+        return f"There is no checkpoint to go on from; to begin again: {command}"
+    return f"To go on: {command} --resume"
 
 
 def _save(trainer: Any, tokenizer: Any, place: Path) -> None:

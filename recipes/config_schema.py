@@ -201,7 +201,9 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seeds weights, data and sampling")
     output_root: str = Field("runs", min_length=1, description="folder that holds the run folders")
     save_every: Positive | None = Field(
-        None, description="steps between two checkpoints; null: at the end only"
+        None,
+        description="steps between two checkpoints, and one at the end; null: none but where Ctrl-C or SIGTERM stops "
+        "the run",
     )
     warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
     evaluation: EvaluationConfig = Field(

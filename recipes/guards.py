@@ -1,5 +1,5 @@
-"""Callbacks of the trainer: a training step that went past memhead stops the run, Ctrl-C ends it in order,
-and the accuracy is measured now and then."""
+"""Callbacks of the trainer: a training step that went past memhead stops the run, Ctrl-C and SIGTERM end it in
+order, and the accuracy is measured now and then."""
 
 from __future__ import annotations
 
@@ -46,24 +46,31 @@ class BypassGuard(TrainerCallback):
 
 
 class Interruption(TrainerCallback):
-    """The first Ctrl-C lets the current step end, saves a checkpoint and stops; the second stops at once."""
+    """Ctrl-C or SIGTERM lets the current step end, saves a checkpoint and stops; a Ctrl-C after it stops at once.
+
+    SIGTERM is how schedulers, containers and Colab announce the end. Some send it twice, to the process and to its
+    group, so it never means "at once".
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked = True
+            print("\nStopping after this step (Ctrl-C from now on: at once).", flush=True)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step (Ctrl-C again: at once).", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer for a checkpoint and for the end."""
@@ -73,7 +80,7 @@ class Interruption(TrainerCallback):
 
 
 class AccuracyEvery(TrainerCallback):
-    """Hands `record(step, evaluate())` the accuracy after every so many steps, but for the last one."""
+    """Hands `record(step, evaluate())` the accuracy after every so many steps, but for the one that is the last."""
 
     def __init__(
         self, steps: int, evaluate: Callable[[], dict[str, Any]], record: Callable[[int, dict[str, Any]], Any]
@@ -81,6 +88,6 @@ class AccuracyEvery(TrainerCallback):
         self._steps, self._evaluate, self._record = steps, evaluate, record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure."""
-        if state.global_step % self._steps == 0 and state.global_step < state.max_steps:
+        """Measure, unless training ends here: after the last step, or since someone asked and waits."""
+        if state.global_step % self._steps == 0 and not control.should_training_stop:
             self._record(state.global_step, self._evaluate())

@@ -18,6 +18,7 @@ PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors", "numpy",
     "unsloth", "unsloth_zoo", "vllm", "bitsandbytes", "triton",
 )  # fmt: skip
+STATE = "trainer_state.json"  # what the trainer writes into a checkpoint last
 
 
 class RunFolder:
@@ -29,27 +30,57 @@ class RunFolder:
         self.completions = LinesFile(self.path / "completions.jsonl")
 
     @classmethod
-    def create(cls, root: str | Path, name: str, config: Any = None, *, resume: bool = False) -> RunFolder:
-        """Makes `root/name`, or `root/name-2`, `-3`, … if that exists; `resume` takes up the latest.
-
-        config: a RunConfig, written as config.yaml. environment.json gets versions and machine, and on a
-        resume the previous ones are kept as environment.1.json and so on. Raises FileNotFoundError if there
-        is nothing to resume.
-        """
-        taken = existing(Path(root), name)
-        if resume:
-            if not taken:
-                raise FileNotFoundError(
-                    f"no run named {name!r} in {root} to resume; leave --resume out to begin one"
-                )
-            folder = cls(taken[-1])
-            folder._keep("environment.json")
-        else:
-            folder = cls(_make_next(Path(root), name, len(taken)))
-        if config is not None:
-            (folder.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        folder.write_json("environment.json", environment())
+    def create(cls, root: str | Path, name: str, config: Any = None) -> RunFolder:
+        """Makes `root/name`, or `root/name-2`, `-3`, … if that exists, and begins its first session."""
+        folder = cls(_make_next(Path(root), name, len(existing(Path(root), name))))
+        folder.begin_session(config)
         return folder
+
+    @classmethod
+    def to_resume(cls, root: str | Path, name: str) -> RunFolder:
+        """The latest of `root/name`, `root/name-2`, … that has a checkpoint; nothing is written yet.
+
+        A folder without one is passed over: a second start by mistake must not hide the first.
+        Raises FileNotFoundError if there is none.
+        """
+        folders = [cls(path) for path in existing(Path(root), name)]
+        if not folders:
+            raise FileNotFoundError(
+                f"no run named {name!r} in {root} to resume; leave --resume out to begin one"
+            )
+        for folder in reversed(folders):
+            if folder.checkpoint is not None:
+                return folder
+        places = ", ".join(str(folder.path / "checkpoints") for folder in folders)
+        raise FileNotFoundError(
+            f"no checkpoint to resume from in {places}; leave --resume out to begin again"
+        )
+
+    def begin_session(self, config: Any = None) -> None:
+        """Writes config.yaml from a RunConfig, and versions and machine as environment.json.
+
+        Those of the session before are kept as environment.1.json and so on, its configuration where it differs.
+        """
+        self._keep("environment.json")
+        self.write_json("environment.json", environment())
+        path = self.path / "config.yaml"
+        if config is None or (path.is_file() and path.read_text(encoding="utf-8") == config.to_yaml()):
+            return
+        self._keep("config.yaml")
+        _write_whole(path, config.to_yaml())
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The latest whole checkpoint, if there is one."""
+        states = self.path.glob(f"checkpoints/checkpoint-*/{STATE}")
+        return max((state.parent for state in states), key=_number, default=None)
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the latest checkpoint; 0 without one."""
+        if self.checkpoint is None:
+            return 0
+        return int(json.loads((self.checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
     @property
     def final(self) -> Path:
@@ -71,6 +102,10 @@ class RunFolder:
         if path.is_file():
             count = len(list(self.path.glob(f"{path.stem}.*{path.suffix}")))
             path.rename(path.with_name(f"{path.stem}.{count + 1}{path.suffix}"))
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def existing(root: Path, name: str) -> list[Path]:

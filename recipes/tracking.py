@@ -97,6 +97,11 @@ class Tracker:
         if self._progress is not None and figures.get("accuracy") is not None:
             self._progress.accuracy(step, figures["accuracy"])
 
+    def drop_after(self, step: int) -> None:
+        """Removes what was recorded of later steps, which a checkpoint after `step` knows nothing of."""
+        self.folder.metrics.drop_after(step)
+        self.folder.completions.drop_after(step)
+
     def summary(self) -> dict[str, Any]:
         """The run so far, a resumed run's earlier sessions included; see `recipes.summary.summarize`."""
         return summarize(self.folder.metrics.read())
@@ -115,8 +120,7 @@ class Tracker:
         attach_optimizer(optimizer, self._clock)
         if self._trainer.is_world_process_zero():
             if step > 0:
-                self.folder.metrics.drop_after(step)
-                self.folder.completions.drop_after(step)
+                self.drop_after(step)
             if self._progress is not None:
                 self._progress.start(step, total_steps)
 

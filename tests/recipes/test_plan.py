@@ -147,6 +147,12 @@ def test_a_config_opens_with_what_its_plan_says(path):
         load_config(ROOT / file, [word for word in rest.split() if "=" in word])
 
 
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
+def test_a_run_of_hours_is_saved_on_its_way(path):
+    config = load_config(path)
+    assert config.run.save_every <= config.grpo["max_steps"] / 5
+
+
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "step_h100.json").read_text())["rows"]
 STACKS = {  # of benchmarks/step_gpu.py
     "trl": {"loader": "transformers"},

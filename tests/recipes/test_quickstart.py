@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
@@ -91,13 +92,14 @@ def test_nothing_to_resume(tmp_path, capsys):
     assert "to begin one" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_the_folder_and_resume_goes_on(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_the_folder_and_resume_goes_on(number, tmp_path, capsys, monkeypatch):
     ended = BypassGuard.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         ended(self, args, state, control, **kwargs)
         if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(BypassGuard, "on_step_end", interrupt)
     assert run(tmp_path) == 130

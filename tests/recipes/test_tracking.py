@@ -164,8 +164,9 @@ def test_interrupted_and_resumed_without_duplicate_steps(memhead_in_trl, tmp_pat
     assert [record["step"] for record in folder.metrics.read()] == [1, 2, 3]
     assert folder.read_json("summary.json")["steps"] == 3
 
-    again = RunFolder.create(tmp_path, "run", resume=True)
+    again = RunFolder.to_resume(tmp_path, "run")
     assert again.path == folder.path
+    again.begin_session()
     assert (again.path / "environment.1.json").is_file()
     trainer = tiny_trainer(folder.path / "checkpoints", **saving)
     tracker = track(trainer, again, progress=False)
@@ -205,9 +206,20 @@ def test_a_phase_within_a_phase_belongs_to_the_outer():
 def test_a_second_run_of_the_name_gets_a_number(tmp_path):
     names = [RunFolder.create(tmp_path, "run").path.name for _ in range(3)]
     assert names == ["run", "run-2", "run-3"]
-    assert RunFolder.create(tmp_path, "run", resume=True).path.name == "run-3"
+
+
+def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):
+    first, *_ = [RunFolder.create(tmp_path, "run") for _ in range(3)]
     with pytest.raises(FileNotFoundError, match="no run named 'other'"):
-        RunFolder.create(tmp_path, "other", resume=True)
+        RunFolder.to_resume(tmp_path, "other")
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        RunFolder.to_resume(tmp_path, "run")
+    for step in (8, 10):
+        (first.path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (first.path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (first.path / "checkpoints" / "checkpoint-12").mkdir()  # cut off while it was written
+    found = RunFolder.to_resume(tmp_path, "run")
+    assert (found.path.name, found.checkpoint.name) == ("run", "checkpoint-10")
 
 
 def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):
