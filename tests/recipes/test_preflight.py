@@ -67,6 +67,8 @@ MISSING = [
     ),
     (CPU, ["grpo.optim=paged_adamw_8bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
     (BARE, ["grpo.optim=adamw_8bit"], "grpo.optim: bitsandbytes is not installed", "requirements-cuda.lock"),
+    (CPU, ["head.impl=trl"], "head.impl: TRL's needs a GPU", "set it to memhead or full"),
+    (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
     (T4, ["model.dtype=bfloat16"], "model.dtype: this GPU has no bfloat16", "set it to float16 or auto"),
 ]
 
