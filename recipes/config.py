@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +169,7 @@ def _check(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
         else:
             found, sections[name] = parse_section(name, SECTIONS[name], value or {}, known)
             problems += found
-    return problems + ([] if problems else _check_across(sections)), sections
+    return problems + ([] if problems else [*_check_across(sections), *_check_task_fits(sections)]), sections
 
 
 def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], TaskConfig | None]:
@@ -300,6 +300,16 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
             Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
         )
     return problems
+
+
+def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """The task beside the other sections."""
+    from recipes.rewards import problems
+    from recipes.tasks import get_task
+
+    task: Any = get_task(sections["task"].name)
+    defaults = getattr(task, "WEIGHTS", None)
+    yield from problems(sections["task"].options, task.rewards, sections["grpo"], defaults)
 
 
 def _unsloths(model: ModelConfig) -> list[Problem]:

@@ -19,13 +19,14 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from recipes.config_errors import Problem
 from recipes.limits import TimeLimitReached, time_limit
 
 if TYPE_CHECKING:
@@ -61,6 +62,20 @@ class Chosen:
 
     functions: dict[str, Reward]
     weights: list[float] | None
+
+
+def problems(
+    options: Any,
+    known: Mapping[str, Reward],
+    grpo: Mapping[str, Any],
+    defaults: Mapping[str, float] | None = None,
+) -> Iterator[Problem]:
+    """What is wrong with the choice, as far as it shows without importing the user's own. Arguments as `choose`."""
+    weights = getattr(options, "rewards", None) or defaults
+    given = grpo.get("reward_weights")
+    if weights is None and given is not None and len(given) != len(known):
+        message = f"weighs {len(given)} reward(s), but this task has {len(known)}"
+        yield Problem("grpo.reward_weights", message, given, f"give one number each: {', '.join(known)}")
 
 
 def choose(

@@ -230,6 +230,7 @@ MISTAKES = {
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
+    "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
