@@ -41,7 +41,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
 
 def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple[str, str]:
     """What the model answers without the training, and with it."""
-    length = config.grpo.get("max_completion_length", 256)
+    length = config.completion_length
 
     def answer(model: Any, tokenizer: Any) -> str:
         return by_transformers(model, tokenizer)([prompt], Sampling(length))[0][0].strip()

@@ -42,7 +42,7 @@ from recipes.config_schema import (
     schema_keys,
 )
 from recipes.config_yaml import dump, merge, read_file, read_overrides
-from recipes.grpo_fields import check_grpo, import_grpo_config, settable
+from recipes.grpo_fields import check_grpo, field_table, import_grpo_config, settable
 from recipes.unsloth_defaults import is_unsloths, trl_meaning
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class RunConfig(Section):
     lora: LoraSection | None
     tracking: TrackingConfig
     run: RunSection
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens of a completion at most."""
+        return completion_length(self.model, self.grpo)
 
     def grpo_config(self, output_dir: str | Path) -> GRPOConfig:
         """TRL's GRPOConfig of this run: the `grpo` section and what the other sections say of TRL's fields.
@@ -111,6 +116,12 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` of it gives an equal RunConfig."""
         return dump(self.to_dict())
+
+
+def completion_length(model: ModelConfig, grpo: Mapping[str, Any]) -> int:
+    """`grpo.max_completion_length`, or the default of the installed GRPOConfig."""
+    default = field_table(import_grpo_config(model.loader, model.vllm_standby))["max_completion_length"][1]
+    return grpo.get("max_completion_length") or default
 
 
 def _precision(dtype: str, grpo: Mapping[str, Any], cuda: bool) -> dict[str, Any]:

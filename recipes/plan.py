@@ -223,7 +223,7 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
     notes = [] if shape.exact else ["this architecture is planned as a Llama of its sizes"]
     cuda = device_bytes is not None or model.loader != "scratch"
     precision = _precision(config, shape, cuda)
-    completion = grpo.get("max_completion_length") or 256
+    completion = config.completion_length
     prompt = (model.max_seq_length or 0) - completion
     if prompt <= 0:
         prompt = max(1, min(PROMPT, shape.positions - completion))

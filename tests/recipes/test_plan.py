@@ -212,6 +212,15 @@ def test_more_makes_more_and_the_longest_fits():
     assert not plan(config, parse_size("8 GB")).fits
 
 
+def test_a_completion_that_is_not_given_is_trls(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "model: {loader: transformers, name: meta-llama/Llama-3.2-1B-Instruct}\ntask: {name: gsm8k}\n"
+    )
+    config = load_config(path)
+    assert plan(config).setting.completion == config.grpo_config(tmp_path).max_completion_length
+
+
 def test_known_totals():
     """Parameters as the model cards give them."""
     table = yaml.safe_load((ROOT / "recipes" / "model_shapes.yaml").read_text())
