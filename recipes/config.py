@@ -44,6 +44,7 @@ from recipes.config_schema import (
 from recipes.config_yaml import dump, merge, read_file, read_overrides
 from recipes.grpo_fields import check_grpo, field_table, import_grpo_config, settable
 from recipes.unsloth_defaults import is_unsloths, trl_meaning
+from recipes.unsloth_loader import MAX_SEQ_LENGTH
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -310,7 +311,25 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(
             Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
         )
-    return problems
+    return problems + list(_check_lengths(model, sections["grpo"]))
+
+
+def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """A completion follows a prompt of one token at least."""
+    limits = {"model.max_seq_length": model.max_seq_length}
+    if model.loader == "scratch":
+        limits["model.scratch.max_positions"] = (model.scratch or ScratchConfig()).max_positions
+    elif model.loader == "unsloth":
+        limits["model.max_seq_length"] = model.max_seq_length or MAX_SEQ_LENGTH
+    length = completion_length(model, grpo)
+    for key, limit in limits.items():
+        if limit is not None and length >= limit:
+            yield Problem(
+                "grpo.max_completion_length",
+                f"leaves no room for a prompt within {key} {limit}",
+                length,
+                f"set it below {limit}, or raise {key}",
+            )
 
 
 def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:

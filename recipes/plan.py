@@ -224,8 +224,9 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
     cuda = device_bytes is not None or model.loader != "scratch"
     precision = _precision(config, shape, cuda)
     completion = config.completion_length
-    prompt = (model.max_seq_length or 0) - completion
-    if prompt <= 0:
+    if model.max_seq_length is not None:
+        prompt = model.max_seq_length - completion
+    else:
         prompt = max(1, min(PROMPT, shape.positions - completion))
         notes.append(f"prompts of {prompt} tokens are assumed; model.max_seq_length would say it")
     batch = grpo.get("per_device_train_batch_size", 8)
