@@ -246,3 +246,27 @@ def test_a_model_that_is_not_here_is_an_error_with_a_remedy():
     )
     with pytest.raises(UnknownShape, match=r"hf download nobody/nothing config\.json"):
         plan(config.model_copy(update={"model": elsewhere}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["norm", "mlp"]], ids=str)
+def test_modules_saved_in_full_are_counted(name, saved):
+    config_class, model_class, rest = MODELS[name]
+    config = config_class(**SIZES, **rest)
+    adapters = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved)
+    model = get_peft_model(model_class(config).to(torch.bfloat16), adapters)
+    copies = [p for n, p in model.named_parameters() if ".modules_to_save." in n]
+    shape = ModelShape.from_config(config.to_dict())
+    assert shape.module_parameters(saved) == sum(p.numel() for p in copies)
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in copies)
+
+
+def test_a_saved_head_has_a_copy_a_gradient_and_states():
+    path = ROOT / "configs" / "llama3.2_1b_gsm8k.yaml"
+    frozen, trained = plan(load_config(path)), plan(load_config(path, ["lora.modules_to_save=[lm_head]"]))
+    head = 128256 * 2048 * 2  # bytes in bfloat16
+    more = {part: size - frozen.parts[part] for part, size in trained.parts.items()}
+    assert more["adapter and saved modules"] == more["gradients"] == head
+    assert more["optimizer"] == 2 * head
+    assert more["head with memhead"] > 0
+    assert trained.peak >= frozen.peak + 4 * head
