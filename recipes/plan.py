@@ -25,11 +25,11 @@ GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
 FRAGMENTATION = 0.05  # share of the device that the allocator cannot use: an estimate
 PROMPT = 256  # tokens, where the config gives no total length to take it from
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24 GiB", "16GB" or "500000". Raises ValueError for anything else."""
+    """Bytes of "24 GiB" or "16GB". Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise ValueError(f"--device: {text!r} is no size; write it as 24 GiB or 16 GB")

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import train_grpo
 from recipes import memory_model as memory
 from recipes.config import load_config
 from recipes.memory_model import Precision
@@ -234,9 +235,16 @@ def test_known_totals():
 def test_sizes_are_read():
     assert parse_size("24 GiB") == 24 * GIB
     assert parse_size("16GB") == 16 * 10**9
-    for wrong in ("24 apples", "", "-1", "0 GiB"):
-        with pytest.raises(ValueError, match="--device"):
+    for wrong in ("24 apples", "24", "", "-1", "0 GiB"):
+        with pytest.raises(ValueError, match=r"--device.*write it as 24 GiB"):
             parse_size(wrong)
+
+
+def test_a_device_without_a_plan_is_a_mistake(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_grpo.main(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--device", "24 GiB"])
+    assert stopped.value.code == 2
+    assert "means nothing without --plan" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here_is_an_error_with_a_remedy():
