@@ -123,6 +123,9 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -340,6 +340,14 @@ def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
     task: Any = get_task(sections["task"].name)
     defaults = getattr(task, "WEIGHTS", None)
     yield from problems(sections["task"].options, task.rewards, sections["grpo"], defaults)
+    model = sections["model"]
+    if model.loader != "scratch":
+        return
+    has = [choice for choice, name in ((None, "CHARACTERS"), ("bpe", "corpus")) if hasattr(task, name)]
+    if model.tokenizer in (None, "bpe") and model.tokenizer not in has:
+        message = f"the task {sections['task'].name} has nothing to make that tokenizer of"
+        remedy = "".join(f"set it to {choice or 'null'}, or " for choice in has) + "name a tokenizer"
+        yield Problem("model.tokenizer", message, model.tokenizer, remedy)
 
 
 def _unsloths(model: ModelConfig) -> list[Problem]:

@@ -82,7 +82,7 @@ def load(
 
     lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
     options: the task's, for a tokenizer trained on its text.
-    Raises ValueError if the loader does not fit the task.
+    That loader and task fit each other, `load_config` has seen to.
     """
     if config.loader == "unsloth":
         return unsloth_loader.load(config, lora, seed)
@@ -97,24 +97,16 @@ def load(
 
 
 def _from_scratch(
-    config: ModelConfig, task: Task, seed: int, options: Any
+    config: ModelConfig, task: Any, seed: int, options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new model; its tokenizer is trained, the named one, or one token for each of the task's characters."""
     shape = config.scratch or ScratchConfig()
     if config.tokenizer == "bpe":
-        if not hasattr(task, "corpus"):
-            raise ValueError(
-                "model.tokenizer: bpe, but this task has no corpus to train it on; name a tokenizer"
-            )
         tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(options, seed), shape.vocabulary)
     elif config.tokenizer is not None:
         tokenizer = _pretrained_tokenizer(config.tokenizer, None)
-    elif hasattr(task, "CHARACTERS"):
-        tokenizer = character_tokenizer(task.CHARACTERS)
     else:
-        raise ValueError(
-            "model.tokenizer: null, but this task has no characters of its own; set bpe, or name a tokenizer"
-        )
+        tokenizer = character_tokenizer(task.CHARACTERS)
     model = scratch_llama(shape, tokenizer, seed)
     return model.to(_dtype(config) or torch.float32), tokenizer
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from recipes.config_errors import Problem
+from recipes.config_errors import ConfigError, Problem, one_of
 from recipes.limits import TimeLimitReached, time_limit
 
 if TYPE_CHECKING:
@@ -71,11 +71,20 @@ def problems(
     defaults: Mapping[str, float] | None = None,
 ) -> Iterator[Problem]:
     """What is wrong with the choice, as far as it shows without importing the user's own. Arguments as `choose`."""
-    weights = getattr(options, "rewards", None) or defaults
-    given = grpo.get("reward_weights")
-    if weights is None and given is not None and len(given) != len(known):
-        message = f"weighs {len(given)} reward(s), but this task has {len(known)}"
-        yield Problem("grpo.reward_weights", message, given, f"give one number each: {', '.join(known)}")
+    weights, given = getattr(options, "rewards", None) or defaults, grpo.get("reward_weights")
+    if weights is None:
+        if given is not None and len(given) != len(known):
+            message = f"weighs {len(given)} reward(s), but this task has {len(known)}"
+            yield Problem("grpo.reward_weights", message, given, f"give one number each: {', '.join(known)}")
+        return
+    if given is not None:
+        yield Problem("grpo.reward_weights", "stands beside the weights of task.rewards", given, "remove it")
+    if not any(weights.values()):
+        yield Problem("task.rewards", "weighs nothing", dict(weights), "give one a weight other than 0")
+    for name, weight in weights.items():
+        if name not in known and "." not in name:
+            remedy = f"use {one_of(known)}, or module.function"
+            yield Problem(f"task.rewards.{name}", "is no reward of this task", weight, remedy)
 
 
 def choose(
@@ -86,28 +95,13 @@ def choose(
 ) -> Chosen:
     """The run's rewards. `known` and `defaults`: the task's functions and weights; `grpo`: that section.
 
-    Raises RewardError: a name that is none, a function that cannot be imported, or weights in two places.
+    Raises ConfigError for a function that cannot be imported; what else may be wrong, `problems` has said.
     """
     weights = getattr(options, "rewards", None) or defaults
     if weights is None:
         return Chosen(dict(known), grpo.get("reward_weights"))
-    if grpo.get("reward_weights") is not None:
-        raise RewardError(
-            f"grpo.reward_weights: {grpo['reward_weights']} beside the weights of task.rewards; remove it"
-        )
-    if not any(weights.values()):
-        raise RewardError(f"task.rewards: {dict(weights)} weighs nothing; give one a weight other than 0")
-    return Chosen({name: _find(name, known) for name in weights}, list(weights.values()))
-
-
-def _find(name: str, known: Mapping[str, Reward]) -> Reward:
-    if name in known:
-        return known[name]
-    if "." not in name:
-        raise RewardError(
-            f"task.rewards: {name!r} is no reward of this task; use one of {', '.join(known)}, or module.function"
-        )
-    return _import(name)
+    functions = {name: known[name] if name in known else _import(name) for name in weights}
+    return Chosen(functions, list(weights.values()))
 
 
 def _import(name: str) -> Reward:
@@ -119,12 +113,12 @@ def _import(name: str) -> Reward:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise RewardError(
-            f"task.rewards: {name!r} cannot be imported ({error}); "
+        remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
-        ) from error
+        )
+        raise ConfigError([Problem("task.rewards", f"cannot be imported ({error})", name, remedy)]) from error
     if not callable(found):
-        raise RewardError(f"task.rewards: {name!r} is no function (value {found!r}); name a function")
+        raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found
 
 
@@ -213,11 +207,12 @@ PROBES = (
 def prepare(config: RunConfig, task: Any) -> tuple[list[Any], list[float] | None]:
     """The run's rewards for the trainer, guarded, and their weights; the contract is checked on a few problems.
 
-    Raises RewardError for a mistake in the choice, or a function that breaks the contract.
+    Raises ConfigError for a function or data that is not there, RewardError for one that breaks the contract.
     """
     options = config.task.options
     chosen = choose(options, task.rewards, config.grpo, getattr(task, "WEIGHTS", None))
     data = task.train_dataset(options, config.run.seed)
+    task.eval_dataset(options, config.run.seed)  # if it is not there, that is said before a folder is made
     rows = [data[index % len(data)] for index in range(len(PROBES))]
     chat = not isinstance(rows[0]["prompt"], str)
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]

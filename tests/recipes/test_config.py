@@ -233,6 +233,7 @@ MISTAKES = {
     "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
     "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
     "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
+    "model.tokenizer=bpe": "countdown has nothing to make that tokenizer of (value 'bpe'); set it to null, or name a",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
@@ -244,6 +245,15 @@ MISTAKES = {
     "grpo.learning_rate": "not an override",
     "=3": "not an override",
 }
+
+
+@pytest.mark.parametrize(
+    ("task", "remedy"),
+    [("{name: gsm8k}", "set it to bpe, or name"), ("{name: math, dataset: x}", "name a tok")],
+)
+def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
+    path = write(tmp_path, "x.yaml", f"model: {{loader: scratch}}\ntask: {task}\n")
+    assert f"(value null); {remedy}" in str(error_of(path))
 
 
 @pytest.mark.parametrize("override", MISTAKES)

@@ -183,5 +183,18 @@ def test_train_stops_with_2_and_leaves_no_folder(configured, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("task.dataset=./nowhere", "task.dataset"), ("task.rewards={nowhere.it: 1}", "task.rewards")],
+)
+def test_data_and_rewards_that_are_not_there(tmp_path, capsys, override, key):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch, tokenizer: bpe}\ntask: {name: gsm8k}\n")
+    config = load_config(path, [override, f"run.output_root={tmp_path / 'runs'}"])
+    assert train_grpo.train(config) == 2
+    assert capsys.readouterr().err.startswith(f"{key}: ")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_unsloth_was_never_imported():
     assert sys.modules.get("unsloth") is None
