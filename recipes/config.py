@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -264,10 +264,19 @@ def _field_at(section: type[BaseModel], words: Sequence[Any]) -> tuple[Any, str]
     for word in words:
         field = section.model_fields.get(str(word))
         if field is None:
+            annotation = _values_of(annotation)
             break
         annotation, description = field.annotation, field.description or ""
         section = nested_section(annotation) or section
     return annotation, description
+
+
+def _values_of(annotation: Any) -> Any:
+    """The type of a mapping's values in `dict[…] | None`; another annotation as it is."""
+    for candidate in (annotation, *get_args(annotation)):
+        if get_origin(candidate) is dict:
+            return get_args(candidate)[1]
+    return annotation
 
 
 def _check_across(sections: Mapping[str, Any]) -> list[Problem]:

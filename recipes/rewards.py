@@ -22,9 +22,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.config_errors import ConfigError, Problem, one_of
 from recipes.limits import TimeLimitReached, time_limit
@@ -40,12 +40,19 @@ class RewardError(ValueError):
     """A reward function breaks the contract; the message names it and shows the completion."""
 
 
+def _no_section(weight: Any) -> Any:
+    """`task.rewards.my_rewards.brevity=0.1` on the command line is a section in a section."""
+    if isinstance(weight, dict):
+        raise ValueError("is a section; write a name with a dot as task.rewards={my_rewards.brevity: 0.1}")
+    return weight
+
+
 class RewardOptions(BaseModel):
     """The keys of a task that say what counts how much. A task's Options build on it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    rewards: dict[str, float] | None = Field(
+    rewards: dict[str, Annotated[float, BeforeValidator(_no_section)]] | None = Field(
         None,
         description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
         "by the task's own weights",

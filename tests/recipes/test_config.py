@@ -256,6 +256,23 @@ def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
     assert f"(value null); {remedy}" in str(error_of(path))
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("task.rewards={correctness: lots}", "task.rewards.correctness: must be a number (value 'lots')"),
+        ("task.rewards.correctness=true", "task.rewards.correctness: must be a number (value true)"),
+        ("task.rewards=3", "task.rewards: must be a mapping or null (value 3)"),
+        (
+            "task.rewards.mine.brevity=0.1",
+            "task.rewards.mine: is a section; write a name with a dot as task.rewards={my_",
+        ),
+    ],
+)
+def test_weights_of_rewards(tmp_path, override, expected):
+    path = write(tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k}\n")
+    assert f"command line: {expected}" in str(error_of(path, override))
+
+
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistakes(good, override):
     error = error_of(good, override)
