@@ -284,7 +284,12 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
     model, lora, run = sections["model"], sections["lora"], sections["run"]
     problems: list[Problem] = []
     if model.loader == "scratch":
-        problems += _check_scratch(model, lora)
+        problems += _check_scratch(model)
+        if lora is not None and run.warm_start is None:  # which saves the model that the adapters belong to
+            remedy = "add run.warm_start, or set lora: null"
+            problems.append(
+                Problem("lora", "a new model's adapters would be all that is kept of it", remedy=remedy)
+            )
     elif model.name is None:
         problems.append(Problem("model.name", "is missing", remedy="set it to a hub id or a local path"))
     elif model.scratch is not None:
@@ -406,7 +411,7 @@ def _check_unsloth(model: ModelConfig, lora: LoraSection | None, grpo: Mapping[s
     return problems
 
 
-def _check_scratch(model: ModelConfig, lora: LoraSection | None) -> list[Problem]:
+def _check_scratch(model: ModelConfig) -> list[Problem]:
     shape = model.scratch or ScratchConfig()
     problems = []
     if model.name is not None:

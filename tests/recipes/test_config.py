@@ -97,7 +97,7 @@ def test_grpo_config_gets_every_field_by_its_name(good, tmp_path):
 
 def test_lora_becomes_a_peft_config(good):
     peft_config = load_config(
-        good, ["lora.r=8", "lora.alpha=8", "lora.target_modules=[q_proj]"]
+        good, ["lora.r=8", "lora.alpha=8", "lora.target_modules=[q_proj]", "run.warm_start.steps=1"]
     ).lora.peft_config()
     assert (peft_config.r, peft_config.lora_alpha, peft_config.target_modules) == (8, 8, {"q_proj"})
     assert peft_config.task_type == "CAUSAL_LM"
@@ -107,7 +107,11 @@ def test_lora_becomes_a_peft_config(good):
 
 
 def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
-    child = write(tmp_path, "child.yaml", "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\n")
+    child = write(
+        tmp_path,
+        "child.yaml",
+        "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\nrun: {warm_start: {}}\n",
+    )
     grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\nlora: null\n")
     assert load_config(child).grpo == {"learning_rate": 5e-6, "num_generations": 8}
     assert load_config(child).lora.r == 4
@@ -240,6 +244,7 @@ MISTAKES = {
     "model.load_in_4bit=true": "add a lora section",
     "model.scratch.hidden_size=130": "not a multiple of 2 × heads 4 (value 130); set it to 128 or 136",
     "model.scratch.kv_heads=3": "does not divide heads 4",
+    "lora.r=4": "lora: a new model's adapters would be all that is kept of it; add run.warm_start, or set lora: null",
     "lora.target_modules=[lm_head]": "remove 'lm_head' from it",
     # overrides themselves
     "grpo.learning_rate": "not an override",
