@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.device is not None and not options.plan:
+        parser.error(f"--device {options.device!r}: means nothing without --plan; add it, or leave this out")
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:

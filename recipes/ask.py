@@ -41,12 +41,12 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
 
 def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple[str, str]:
     """What the model answers without the training, and with it."""
-    length = config.grpo.get("max_completion_length", 256)
+    length = config.completion_length
 
     def answer(model: Any, tokenizer: Any) -> str:
         return by_transformers(model, tokenizer)([prompt], Sampling(length))[0][0].strip()
 
-    model, tokenizer = load_checkpoint(run.final)
+    model, tokenizer = load_checkpoint(run.final, config.model)
     after = answer(model, tokenizer)
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
@@ -60,7 +60,7 @@ def _untrained(config: RunConfig, run: RunFolder, task: Any) -> tuple[Any, Any]:
 
     warm_start = run.path / "warm_start"
     if warm_start.is_dir():
-        return load_checkpoint(warm_start)
+        return load_checkpoint(warm_start, config.model)
     return models.load(config.model, task, config.run.seed)
 
 

@@ -10,16 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recipes.config import RunConfig
+from recipes.config_schema import ModelConfig
 from recipes.evaluation import evaluator
 from recipes.generation import by_transformers
+from recipes.models import quantisation, to_gpu
 
 
-def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
 
+    trained: the run's model section. An adapter's base is quantised as in training; Unsloth's is by its name.
     Raises FileNotFoundError if the folder is no checkpoint.
     """
     from peft import AutoPeftModelForCausalLM
@@ -34,8 +35,8 @@ def load_checkpoint(place: Path, dtype: torch.dtype | str = "auto") -> tuple[Any
         require_base(place)
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
-    model = kind.from_pretrained(place, dtype=dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    options = quantisation(trained) if adapter and trained.loader == "transformers" else {}
+    return to_gpu(kind.from_pretrained(place, dtype="auto", **options)), tokenizer
 
 
 def require_base(place: Path) -> None:
@@ -52,7 +53,7 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems; see `recipes.evaluation.evaluator`."""
     from recipes.tasks import get_task
 
-    model, tokenizer = load_checkpoint(place)
+    model, tokenizer = load_checkpoint(place, config.model)
     measure = evaluator(config, get_task(config.task.name), by_transformers(model, tokenizer))
     return {"checkpoint": str(place), **measure()}
 
@@ -61,7 +62,7 @@ def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
     try:
         print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -42,8 +42,9 @@ from recipes.config_schema import (
     schema_keys,
 )
 from recipes.config_yaml import dump, merge, read_file, read_overrides
-from recipes.grpo_fields import check_grpo, import_grpo_config, settable
+from recipes.grpo_fields import check_grpo, field_table, import_grpo_config, settable
 from recipes.unsloth_defaults import is_unsloths, trl_meaning
+from recipes.unsloth_loader import MAX_SEQ_LENGTH
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -64,6 +65,11 @@ class RunConfig(Section):
     lora: LoraSection | None
     tracking: TrackingConfig
     run: RunSection
+
+    @property
+    def completion_length(self) -> int:
+        """Tokens of a completion at most."""
+        return completion_length(self.model, self.grpo)
 
     def grpo_config(self, output_dir: str | Path) -> GRPOConfig:
         """TRL's GRPOConfig of this run: the `grpo` section and what the other sections say of TRL's fields.
@@ -111,6 +117,12 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` of it gives an equal RunConfig."""
         return dump(self.to_dict())
+
+
+def completion_length(model: ModelConfig, grpo: Mapping[str, Any]) -> int:
+    """`grpo.max_completion_length`, or the default of the installed GRPOConfig."""
+    default = field_table(import_grpo_config(model.loader, model.vllm_standby))["max_completion_length"][1]
+    return grpo.get("max_completion_length") or default
 
 
 def _precision(dtype: str, grpo: Mapping[str, Any], cuda: bool) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def _check(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
         else:
             found, sections[name] = parse_section(name, SECTIONS[name], value or {}, known)
             problems += found
-    return problems + ([] if problems else _check_across(sections)), sections
+    return problems + ([] if problems else [*_check_across(sections), *_check_task_fits(sections)]), sections
 
 
 def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], TaskConfig | None]:
@@ -252,10 +264,19 @@ def _field_at(section: type[BaseModel], words: Sequence[Any]) -> tuple[Any, str]
     for word in words:
         field = section.model_fields.get(str(word))
         if field is None:
+            annotation = _values_of(annotation)
             break
         annotation, description = field.annotation, field.description or ""
         section = nested_section(annotation) or section
     return annotation, description
+
+
+def _values_of(annotation: Any) -> Any:
+    """The type of a mapping's values in `dict[…] | None`; another annotation as it is."""
+    for candidate in (annotation, *get_args(annotation)):
+        if get_origin(candidate) is dict:
+            return get_args(candidate)[1]
+    return annotation
 
 
 def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
@@ -263,7 +284,12 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
     model, lora, run = sections["model"], sections["lora"], sections["run"]
     problems: list[Problem] = []
     if model.loader == "scratch":
-        problems += _check_scratch(model, lora)
+        problems += _check_scratch(model)
+        if lora is not None and run.warm_start is None:  # which saves the model that the adapters belong to
+            remedy = "add run.warm_start, or set lora: null"
+            problems.append(
+                Problem("lora", "a new model's adapters would be all that is kept of it", remedy=remedy)
+            )
     elif model.name is None:
         problems.append(Problem("model.name", "is missing", remedy="set it to a hub id or a local path"))
     elif model.scratch is not None:
@@ -299,7 +325,43 @@ def _check_across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(
             Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
         )
-    return problems
+    return problems + list(_check_lengths(model, sections["grpo"]))
+
+
+def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """A completion follows a prompt of one token at least."""
+    limits = {"model.max_seq_length": model.max_seq_length}
+    if model.loader == "scratch":
+        limits["model.scratch.max_positions"] = (model.scratch or ScratchConfig()).max_positions
+    elif model.loader == "unsloth":
+        limits["model.max_seq_length"] = model.max_seq_length or MAX_SEQ_LENGTH
+    length = completion_length(model, grpo)
+    for key, limit in limits.items():
+        if limit is not None and length >= limit:
+            yield Problem(
+                "grpo.max_completion_length",
+                f"leaves no room for a prompt within {key} {limit}",
+                length,
+                f"set it below {limit}, or raise {key}",
+            )
+
+
+def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """The task beside the other sections."""
+    from recipes.rewards import problems
+    from recipes.tasks import get_task
+
+    task: Any = get_task(sections["task"].name)
+    defaults = getattr(task, "WEIGHTS", None)
+    yield from problems(sections["task"].options, task.rewards, sections["grpo"], defaults)
+    model = sections["model"]
+    if model.loader != "scratch":
+        return
+    has = [choice for choice, name in ((None, "CHARACTERS"), ("bpe", "corpus")) if hasattr(task, name)]
+    if model.tokenizer in (None, "bpe") and model.tokenizer not in has:
+        message = f"the task {sections['task'].name} has nothing to make that tokenizer of"
+        remedy = "".join(f"set it to {choice or 'null'}, or " for choice in has) + "name a tokenizer"
+        yield Problem("model.tokenizer", message, model.tokenizer, remedy)
 
 
 def _unsloths(model: ModelConfig) -> list[Problem]:
@@ -349,7 +411,7 @@ def _check_unsloth(model: ModelConfig, lora: LoraSection | None, grpo: Mapping[s
     return problems
 
 
-def _check_scratch(model: ModelConfig, lora: LoraSection | None) -> list[Problem]:
+def _check_scratch(model: ModelConfig) -> list[Problem]:
     shape = model.scratch or ScratchConfig()
     problems = []
     if model.name is not None:

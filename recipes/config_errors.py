@@ -59,7 +59,10 @@ class ConfigError(ValueError):
 
 
 def location(key: str, locate: Mapping[str, str], file: str) -> str:
-    """Where `key` was written: its own place, else that of the nearest section around it, else the file."""
+    """Where `key` was written: its own place, a key's in it, that of the nearest section around it, or the file."""
+    inside = [place for written, place in locate.items() if written.startswith(f"{key}.")]
+    if key not in locate and inside:
+        return inside[0]
     while key:
         if key in locate:
             return locate[key]

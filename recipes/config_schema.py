@@ -34,7 +34,7 @@ class ScratchConfig(Section):
         None, description="key/value heads, a divisor of `heads`; null: as many as heads"
     )
     intermediate_size: Positive = Field(512, description="width of the gated MLP")
-    max_positions: Positive = Field(512, description="longest prompt plus completion, in tokens")
+    max_positions: Positive = Field(1024, description="longest prompt plus completion, in tokens")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
     tie_embeddings: bool = Field(False, description="share the input embedding with the head")
     vocabulary: int = Field(

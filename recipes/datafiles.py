@@ -13,6 +13,8 @@ from typing import Any
 
 from datasets import load_dataset
 
+from recipes.config_errors import ConfigError, Problem
+
 Rows = list[dict[str, Any]]
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -20,7 +22,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 def read_rows(dataset: str, split: str, config: str | None = None) -> Rows:
     """The rows of a split. `config`: the dataset's configuration on the hub.
 
-    Raises FileNotFoundError or ValueError that begin with `task.dataset` and say what to do.
+    Raises ConfigError if they cannot be had.
     """
     files = _local_files(dataset, split)
     if files:
@@ -28,10 +30,9 @@ def read_rows(dataset: str, split: str, config: str | None = None) -> Rows:
     try:
         return list(load_dataset(dataset, config, split=split))
     except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
-        raise ValueError(
-            f"task.dataset: {dataset!r}, split {split!r}, cannot be loaded from the hub ({type(error).__name__}: "
-            f"{error}); check the network and the id, or give a folder with {split}.jsonl"
-        ) from error
+        message = f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
+        remedy = f"check the network and the id, or give a folder with {split}.jsonl"
+        raise ConfigError([Problem("task.dataset", message, dataset, remedy)]) from error
 
 
 def is_one_file(dataset: str) -> bool:
@@ -57,16 +58,16 @@ def _local_files(dataset: str, split: str) -> list[Path]:
         ]
         found = found or sorted((place / "data").glob(f"{split}-*.parquet"))  # as the hub lays data out
         if not found:
-            raise FileNotFoundError(
-                f"task.dataset: {place} holds no {split}.jsonl and no {split}.parquet; put one there"
-            )
+            message = f"holds no {split}.jsonl and no {split}.parquet"
+            raise ConfigError([Problem("task.dataset", message, dataset, "put one there")])
         return found
     if place.is_file():
         if place.suffix not in _KINDS:
-            raise ValueError(f"task.dataset: {place} is none of {', '.join(_KINDS)}; convert it")
+            raise ConfigError(
+                [Problem("task.dataset", f"is none of {', '.join(_KINDS)}", dataset, "convert it")]
+            )
         return [place]
     if place.suffix in _KINDS or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"task.dataset: no file or folder {dataset!r}; correct the path, or give an id of the hub such as openai/gsm8k"
-        )
+        remedy = "correct the path, or give an id of the hub such as openai/gsm8k"
+        raise ConfigError([Problem("task.dataset", "no such file or folder", dataset, remedy)])
     return []

@@ -40,7 +40,7 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     """
     settings = config.run.evaluation
     rows: list[Row] = list(task.eval_dataset(config.task.options, config.run.seed))[: settings.size]
-    length = config.grpo.get("max_completion_length", 256)
+    length = config.completion_length
 
     def measure(*, sampled: bool = True) -> dict[str, Any]:
         started = time.perf_counter()

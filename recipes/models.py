@@ -82,7 +82,7 @@ def load(
 
     lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
     options: the task's, for a tokenizer trained on its text.
-    Raises ValueError if the loader does not fit the task.
+    That loader and task fit each other, `load_config` has seen to.
     """
     if config.loader == "unsloth":
         return unsloth_loader.load(config, lora, seed)
@@ -90,31 +90,20 @@ def load(
         model, tokenizer = _from_scratch(config, task, seed, options)
     else:
         model, tokenizer = _from_pretrained(config)
-    if torch.cuda.is_available() and getattr(model, "hf_quantizer", None) is None:  # else it is there already
-        own = int(os.environ.get("LOCAL_RANK", "0"))  # as launchers number a machine's processes
-        model = model.to(torch.device("cuda", own))
-    return model, tokenizer
+    return to_gpu(model), tokenizer
 
 
 def _from_scratch(
-    config: ModelConfig, task: Task, seed: int, options: Any
+    config: ModelConfig, task: Any, seed: int, options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new model; its tokenizer is trained, the named one, or one token for each of the task's characters."""
     shape = config.scratch or ScratchConfig()
     if config.tokenizer == "bpe":
-        if not hasattr(task, "corpus"):
-            raise ValueError(
-                "model.tokenizer: bpe, but this task has no corpus to train it on; name a tokenizer"
-            )
         tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(options, seed), shape.vocabulary)
     elif config.tokenizer is not None:
         tokenizer = _pretrained_tokenizer(config.tokenizer, None)
-    elif hasattr(task, "CHARACTERS"):
-        tokenizer = character_tokenizer(task.CHARACTERS)
     else:
-        raise ValueError(
-            "model.tokenizer: null, but this task has no characters of its own; set bpe, or name a tokenizer"
-        )
+        tokenizer = character_tokenizer(task.CHARACTERS)
     model = scratch_llama(shape, tokenizer, seed)
     return model.to(_dtype(config) or torch.float32), tokenizer
 
@@ -126,15 +115,30 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
     options: dict[str, Any] = {"dtype": _dtype(config) or "auto", "revision": config.revision}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if config.load_in_4bit or config.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=config.load_in_4bit,
-            load_in_8bit=config.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=_dtype(config) or torch.bfloat16,
-        )
+    options |= quantisation(config)
     model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
     return model, _pretrained_tokenizer(config.tokenizer or config.name, config.revision)
+
+
+def quantisation(config: ModelConfig) -> dict[str, Any]:
+    """What transformers' `from_pretrained` is told of 4-bit or 8-bit weights."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    kind = BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=_dtype(config) or torch.bfloat16,
+    )
+    return {"quantization_config": kind}
+
+
+def to_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the GPU where there is one; a quantised one is there already, and may not be moved."""
+    if not torch.cuda.is_available() or getattr(model, "hf_quantizer", None) is not None:
+        return model
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # as launchers number a machine's processes
+    return model.to(torch.device("cuda", own))
 
 
 def _pretrained_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:

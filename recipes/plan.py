@@ -25,11 +25,11 @@ GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
 FRAGMENTATION = 0.05  # share of the device that the allocator cannot use: an estimate
 PROMPT = 256  # tokens, where the config gives no total length to take it from
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24 GiB", "16GB" or "500000". Raises ValueError for anything else."""
+    """Bytes of "24 GiB" or "16GB". Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise ValueError(f"--device: {text!r} is no size; write it as 24 GiB or 16 GB")
@@ -43,6 +43,8 @@ class Setting:
     shape: ModelShape
     precision: Precision
     trainable: int  # parameters
+    saved: int  # parameters trained in full beside adapters
+    head_trained: bool
     lora_rank: int  # 0: every weight is trained
     optim: str
     sequences: int  # of one forward pass
@@ -159,10 +161,18 @@ def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:
     shape, e, rows = s.shape, s.precision.e, s.sequences * s.completion
     size = s.precision.adapter if s.lora_rank else s.precision.weights
     chunk = memory.head_chunk(shape, rows, e, s.device_type, s.chunk_rows)
-    states, temporaries = memory.optimizer_bytes(s.trainable, size, s.optim)
+    states, temporaries = (
+        beside + full
+        for beside, full in zip(
+            memory.optimizer_bytes(s.trainable, size, s.optim),
+            memory.optimizer_bytes(s.saved, s.precision.weights, s.optim),
+            strict=True,
+        )
+    )
     weights = memory.weight_bytes(shape, s.precision)
-    adapter = s.trainable * size if s.lora_rank else 0
-    gradients = s.trainable * size
+    saved = s.saved * s.precision.weights
+    adapter = s.trainable * size + saved if s.lora_rank else 0
+    gradients = s.trainable * size + saved
     kv = memory.kv_cache_bytes(shape, s.sampled, s.length, e) + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
@@ -177,13 +187,13 @@ def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:
         for way in (False, True)
     }
     full = memory.full_logits_bytes(shape, rows, e)
-    ours = memory.memhead_bytes(shape, rows, e, chunk, trained=not s.lora_rank)
+    ours = memory.memhead_bytes(shape, rows, e, chunk, trained=s.head_trained)
     copies = shape.linear_parameters() * e if s.precision.autocast and s.precision.weights == 4 else 0
     head = full if s.head == "full" else ours
     parts = {
         "parameters": weights,
         "reference model": weights if s.reference else 0,
-        "adapter": adapter,
+        "adapter and saved modules": adapter,
         "gradients": gradients,
         "optimizer": states,
         "KV cache and sampling": kv,
@@ -223,15 +233,17 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
     notes = [] if shape.exact else ["this architecture is planned as a Llama of its sizes"]
     cuda = device_bytes is not None or model.loader != "scratch"
     precision = _precision(config, shape, cuda)
-    completion = grpo.get("max_completion_length") or 256
-    prompt = (model.max_seq_length or 0) - completion
-    if prompt <= 0:
+    completion = config.completion_length
+    if model.max_seq_length is not None:
+        prompt = model.max_seq_length - completion
+    else:
         prompt = max(1, min(PROMPT, shape.positions - completion))
         notes.append(f"prompts of {prompt} tokens are assumed; model.max_seq_length would say it")
     batch = grpo.get("per_device_train_batch_size", 8)
     steps = grpo.get("steps_per_generation") or grpo.get("gradient_accumulation_steps", 1)
     rank = config.lora.r if config.lora is not None else 0
     targets = config.lora.target_modules if config.lora is not None else []
+    saved = config.lora.modules_to_save or [] if config.lora is not None else []
     if model.loader == "unsloth":
         batch = max(batch, grpo.get("num_generations", 8))
         notes.append(
@@ -252,6 +264,8 @@ def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list
         shape=shape,
         precision=precision,
         trainable=shape.lora_parameters(rank, targets) if rank else shape.parameters(),
+        saved=shape.module_parameters(saved),
+        head_trained=not rank or any("lm_head".endswith(name) for name in saved),
         lora_rank=rank,
         optim=str(grpo.get("optim", "adamw_torch_fused")),
         sequences=batch,

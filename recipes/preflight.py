@@ -65,6 +65,7 @@ def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     yield from _attention(config.model, machine)
     yield from _vllm(config, machine)
     yield from _optimizer(config, machine)
+    yield from _head(config, machine)
     if config.model.dtype == "bfloat16" and not machine.bfloat16:
         yield Problem("model.dtype", "this GPU has no bfloat16", "bfloat16", "set it to float16 or auto")
 
@@ -148,6 +149,16 @@ def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem("grpo.optim", "needs a GPU, and there is none", name, remedy.removeprefix("or "))
     elif "bitsandbytes" not in machine.packages:
         yield Problem("grpo.optim", "bitsandbytes is not installed", name, f"{CUDA_SET}, {remedy}")
+
+
+def _head(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Triton's kernels, which the first step would miss. Unsloth's own head (`impl: trl` there) needs none."""
+    if machine.cuda:
+        return
+    if config.head.impl == "trl" and config.model.loader != "unsloth":
+        yield Problem("head.impl", "TRL's needs a GPU, and there is none", "trl", "set it to memhead or full")
+    if config.head.backend == "triton":
+        yield Problem("head.backend", "needs a GPU, and there is none", "triton", "set it to torch or null")
 
 
 def _checkpoints(model: ModelConfig) -> Iterator[Problem]:

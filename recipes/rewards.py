@@ -19,13 +19,14 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from recipes.config_errors import ConfigError, Problem, one_of
 from recipes.limits import TimeLimitReached, time_limit
 
 if TYPE_CHECKING:
@@ -39,12 +40,19 @@ class RewardError(ValueError):
     """A reward function breaks the contract; the message names it and shows the completion."""
 
 
+def _no_section(weight: Any) -> Any:
+    """`task.rewards.my_rewards.brevity=0.1` on the command line is a section in a section."""
+    if isinstance(weight, dict):
+        raise ValueError("is a section; write a name with a dot as task.rewards={my_rewards.brevity: 0.1}")
+    return weight
+
+
 class RewardOptions(BaseModel):
     """The keys of a task that say what counts how much. A task's Options build on it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    rewards: dict[str, float] | None = Field(
+    rewards: dict[str, Annotated[float, BeforeValidator(_no_section)]] | None = Field(
         None,
         description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
         "by the task's own weights",
@@ -63,6 +71,29 @@ class Chosen:
     weights: list[float] | None
 
 
+def problems(
+    options: Any,
+    known: Mapping[str, Reward],
+    grpo: Mapping[str, Any],
+    defaults: Mapping[str, float] | None = None,
+) -> Iterator[Problem]:
+    """What is wrong with the choice, as far as it shows without importing the user's own. Arguments as `choose`."""
+    weights, given = getattr(options, "rewards", None) or defaults, grpo.get("reward_weights")
+    if weights is None:
+        if given is not None and len(given) != len(known):
+            message = f"weighs {len(given)} reward(s), but this task has {len(known)}"
+            yield Problem("grpo.reward_weights", message, given, f"give one number each: {', '.join(known)}")
+        return
+    if given is not None:
+        yield Problem("grpo.reward_weights", "stands beside the weights of task.rewards", given, "remove it")
+    if not any(weights.values()):
+        yield Problem("task.rewards", "weighs nothing", dict(weights), "give one a weight other than 0")
+    for name, weight in weights.items():
+        if name not in known and "." not in name:
+            remedy = f"use {one_of(known)}, or module.function"
+            yield Problem(f"task.rewards.{name}", "is no reward of this task", weight, remedy)
+
+
 def choose(
     options: Any,
     known: Mapping[str, Reward],
@@ -71,28 +102,13 @@ def choose(
 ) -> Chosen:
     """The run's rewards. `known` and `defaults`: the task's functions and weights; `grpo`: that section.
 
-    Raises RewardError: a name that is none, a function that cannot be imported, or weights in two places.
+    Raises ConfigError for a function that cannot be imported; what else may be wrong, `problems` has said.
     """
     weights = getattr(options, "rewards", None) or defaults
     if weights is None:
         return Chosen(dict(known), grpo.get("reward_weights"))
-    if grpo.get("reward_weights") is not None:
-        raise RewardError(
-            f"grpo.reward_weights: {grpo['reward_weights']} beside the weights of task.rewards; remove it"
-        )
-    if not any(weights.values()):
-        raise RewardError(f"task.rewards: {dict(weights)} weighs nothing; give one a weight other than 0")
-    return Chosen({name: _find(name, known) for name in weights}, list(weights.values()))
-
-
-def _find(name: str, known: Mapping[str, Reward]) -> Reward:
-    if name in known:
-        return known[name]
-    if "." not in name:
-        raise RewardError(
-            f"task.rewards: {name!r} is no reward of this task; use one of {', '.join(known)}, or module.function"
-        )
-    return _import(name)
+    functions = {name: known[name] if name in known else _import(name) for name in weights}
+    return Chosen(functions, list(weights.values()))
 
 
 def _import(name: str) -> Reward:
@@ -104,12 +120,12 @@ def _import(name: str) -> Reward:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise RewardError(
-            f"task.rewards: {name!r} cannot be imported ({error}); "
+        remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
-        ) from error
+        )
+        raise ConfigError([Problem("task.rewards", f"cannot be imported ({error})", name, remedy)]) from error
     if not callable(found):
-        raise RewardError(f"task.rewards: {name!r} is no function (value {found!r}); name a function")
+        raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found
 
 
@@ -198,11 +214,12 @@ PROBES = (
 def prepare(config: RunConfig, task: Any) -> tuple[list[Any], list[float] | None]:
     """The run's rewards for the trainer, guarded, and their weights; the contract is checked on a few problems.
 
-    Raises RewardError for a mistake in the choice, or a function that breaks the contract.
+    Raises ConfigError for a function or data that is not there, RewardError for one that breaks the contract.
     """
     options = config.task.options
     chosen = choose(options, task.rewards, config.grpo, getattr(task, "WEIGHTS", None))
     data = task.train_dataset(options, config.run.seed)
+    task.eval_dataset(options, config.run.seed)  # if it is not there, that is said before a folder is made
     rows = [data[index % len(data)] for index in range(len(PROBES))]
     chat = not isinstance(rows[0]["prompt"], str)
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]

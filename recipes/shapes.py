@@ -7,6 +7,7 @@ biases to q, k and v. Another architecture is planned as a Llama of its sizes, a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,27 @@ class ModelShape:
         names = list(self.linears()) if targets == "all-linear" else targets
         pairs = [self.linears()[name] for name in names if name in self.linears()]
         return self.layers * r * sum(inputs + outputs for inputs, outputs in pairs)
+
+    def module_parameters(self, names: list[str]) -> int:
+        """Parameters of the modules with these names, found as PEFT finds `modules_to_save`: by how a path ends."""
+        return sum(
+            size
+            for path, size in self._modules()
+            if any(f"{name}." in f"{path}." for name in names)  # the module itself, or one around it
+        )
+
+    def _modules(self) -> Iterator[tuple[str, int]]:
+        """The path of every module that has parameters, and how many."""
+        yield "lm_head", self.vocab * self.hidden
+        yield "model.embed_tokens", self.vocab * self.hidden
+        yield "model.norm", self.hidden
+        for layer in range(self.layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                yield f"model.layers.{layer}.{norm}", self.hidden
+            for name, (inputs, outputs) in self.linears().items():
+                part = "self_attn" if name[0] in "qkvo" else "mlp"
+                bias = outputs if self.qkv_bias and name[0] in "qkv" else 0
+                yield f"model.layers.{layer}.{part}.{name}", inputs * outputs + bias
 
 
 def shape_of(config: RunConfig) -> ModelShape:

@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from recipes.ask import ask
+from recipes.checkpoint import load_checkpoint
 from recipes.config import load_config
+from recipes.config_schema import ModelConfig, ScratchConfig
 from recipes.generation import Sampling, by_transformers
 from recipes.models import load
 from recipes.runfolder import RunFolder
@@ -69,3 +71,24 @@ def test_an_adapter_against_its_base_and_another_question(config, tmp_path):
     assert before != after
     expected = {"question": "234>24=", "before training": before, "after training": after}
     assert ask(config, run, "234>24=") == expected
+
+
+def test_an_adapter_is_put_on_the_base_it_was_trained_on(tmp_path):
+    """Of a base in 4 bits; bitsandbytes computes on a CPU too."""
+    pytest.importorskip("bitsandbytes")
+    scratch = ModelConfig(
+        loader="scratch", scratch=ScratchConfig(hidden_size=64, layers=1, intermediate_size=64)
+    )
+    base, tokenizer = load(scratch, countdown, 0)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained = ModelConfig(loader="transformers", name=str(tmp_path / "base"), load_in_4bit=True)
+    quantised, tokenizer = load(trained, countdown, 0)
+    model = changed(get_peft_model(quantised, LoraConfig(r=4, target_modules="all-linear")))
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    again, _ = load_checkpoint(tmp_path / "final", trained)
+    assert again.hf_quantizer is not None  # which keeps it from being moved
+    ids = tokenizer("234>24=", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)

@@ -97,7 +97,7 @@ def test_grpo_config_gets_every_field_by_its_name(good, tmp_path):
 
 def test_lora_becomes_a_peft_config(good):
     peft_config = load_config(
-        good, ["lora.r=8", "lora.alpha=8", "lora.target_modules=[q_proj]"]
+        good, ["lora.r=8", "lora.alpha=8", "lora.target_modules=[q_proj]", "run.warm_start.steps=1"]
     ).lora.peft_config()
     assert (peft_config.r, peft_config.lora_alpha, peft_config.target_modules) == (8, 8, {"q_proj"})
     assert peft_config.task_type == "CAUSAL_LM"
@@ -107,7 +107,11 @@ def test_lora_becomes_a_peft_config(good):
 
 
 def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
-    child = write(tmp_path, "child.yaml", "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\n")
+    child = write(
+        tmp_path,
+        "child.yaml",
+        "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\nrun: {warm_start: {}}\n",
+    )
     grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\nlora: null\n")
     assert load_config(child).grpo == {"learning_rate": 5e-6, "num_generations": 8}
     assert load_config(child).lora.r == 4
@@ -230,17 +234,48 @@ MISTAKES = {
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
+    "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
+    "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
+    "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
+    "model.tokenizer=bpe": "countdown has nothing to make that tokenizer of (value 'bpe'); set it to null, or name a",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
     "model.load_in_4bit=true": "add a lora section",
     "model.scratch.hidden_size=130": "not a multiple of 2 × heads 4 (value 130); set it to 128 or 136",
     "model.scratch.kv_heads=3": "does not divide heads 4",
+    "lora.r=4": "lora: a new model's adapters would be all that is kept of it; add run.warm_start, or set lora: null",
     "lora.target_modules=[lm_head]": "remove 'lm_head' from it",
     # overrides themselves
     "grpo.learning_rate": "not an override",
     "=3": "not an override",
 }
+
+
+@pytest.mark.parametrize(
+    ("task", "remedy"),
+    [("{name: gsm8k}", "set it to bpe, or name"), ("{name: math, dataset: x}", "name a tok")],
+)
+def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
+    path = write(tmp_path, "x.yaml", f"model: {{loader: scratch}}\ntask: {task}\n")
+    assert f"(value null); {remedy}" in str(error_of(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("task.rewards={correctness: lots}", "task.rewards.correctness: must be a number (value 'lots')"),
+        ("task.rewards.correctness=true", "task.rewards.correctness: must be a number (value true)"),
+        ("task.rewards=3", "task.rewards: must be a mapping or null (value 3)"),
+        (
+            "task.rewards.mine.brevity=0.1",
+            "task.rewards.mine: is a section; write a name with a dot as task.rewards={my_",
+        ),
+    ],
+)
+def test_weights_of_rewards(tmp_path, override, expected):
+    path = write(tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k}\n")
+    assert f"command line: {expected}" in str(error_of(path, override))
 
 
 @pytest.mark.parametrize("override", MISTAKES)

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from recipes.answers import boxed, lenient_answer, numbers, strict_answer
+from recipes.config_errors import ConfigError
 from recipes.tasks import get_task, gsm8k
 from recipes.tasks.gsm8k import Options
 
@@ -129,9 +130,9 @@ def test_one_file_is_split_by_the_seed(tmp_path):
 
 
 def test_missing_data_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
         gsm8k.train_dataset(Options(dataset=str(tmp_path)), 0)
-    with pytest.raises(FileNotFoundError, match=r"task\.dataset: no file or folder"):
+    with pytest.raises(ConfigError, match=r"task\.dataset: no such file or folder"):
         gsm8k.train_dataset(Options(dataset="./nowhere.jsonl"), 0)
     (tmp_path / "train.jsonl").write_text('{"problem": "1", "answer": "#### 1"}\n')
     with pytest.raises(ValueError, match=r"lacks 'question'"):

@@ -16,11 +16,10 @@ import train_grpo
 from recipes import export, models
 from recipes.bpe import bpe_tokenizer
 from recipes.config import load_config
-from recipes.config_schema import ModelConfig
 from recipes.evaluation import evaluator
 from recipes.generation import by_transformers
 from recipes.guards import BypassGuard
-from recipes.tasks import countdown, gsm8k
+from recipes.tasks import gsm8k
 from recipes.warmstart import IGNORED, collate
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "gsm8k_scratch.yaml")
@@ -65,11 +64,6 @@ def test_a_chat_is_learnt_on_its_completion_alone():
     whole = tokenizer.decode(batch["input_ids"][0])
     assert whole == "<|user|>How many?<eos><|assistant|>12 apples<eos>"
     assert [tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]] == ["12 apples<eos>", "3<eos>"]
-
-
-def test_a_task_without_a_corpus_says_so():
-    with pytest.raises(ValueError, match=r"model\.tokenizer: bpe, but this task has no corpus"):
-        models.load(ModelConfig(loader="scratch", tokenizer="bpe"), countdown, seed=0)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from recipes.config_errors import ConfigError
 from recipes.math_verifier import Verifier
 from recipes.tasks import get_task, math
 from recipes.tasks.math import Options
@@ -65,5 +66,5 @@ def test_columns_are_named_in_the_options(tmp_path):
         ValueError, match=r"task\.problem_column: no column 'problem'; the data has q, solution"
     ):
         math.train_dataset(Options(dataset=str(file), held_out=4), 0)
-    with pytest.raises(FileNotFoundError, match=r"holds no train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
         math.train_dataset(Options(dataset=str(tmp_path)), 0)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import train_grpo
 from recipes import memory_model as memory
 from recipes.config import load_config
 from recipes.memory_model import Precision
@@ -218,6 +219,15 @@ def test_more_makes_more_and_the_longest_fits():
     assert not plan(config, parse_size("8 GB")).fits
 
 
+def test_a_completion_that_is_not_given_is_trls(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "model: {loader: transformers, name: meta-llama/Llama-3.2-1B-Instruct}\ntask: {name: gsm8k}\n"
+    )
+    config = load_config(path)
+    assert plan(config).setting.completion == config.grpo_config(tmp_path).max_completion_length
+
+
 def test_known_totals():
     """Parameters as the model cards give them."""
     table = yaml.safe_load((ROOT / "recipes" / "model_shapes.yaml").read_text())
@@ -231,9 +241,16 @@ def test_known_totals():
 def test_sizes_are_read():
     assert parse_size("24 GiB") == 24 * GIB
     assert parse_size("16GB") == 16 * 10**9
-    for wrong in ("24 apples", "", "-1", "0 GiB"):
-        with pytest.raises(ValueError, match="--device"):
+    for wrong in ("24 apples", "24", "", "-1", "0 GiB"):
+        with pytest.raises(ValueError, match=r"--device.*write it as 24 GiB"):
             parse_size(wrong)
+
+
+def test_a_device_without_a_plan_is_a_mistake(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_grpo.main(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--device", "24 GiB"])
+    assert stopped.value.code == 2
+    assert "means nothing without --plan" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here_is_an_error_with_a_remedy():
@@ -243,3 +260,27 @@ def test_a_model_that_is_not_here_is_an_error_with_a_remedy():
     )
     with pytest.raises(UnknownShape, match=r"hf download nobody/nothing config\.json"):
         plan(config.model_copy(update={"model": elsewhere}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["norm", "mlp"]], ids=str)
+def test_modules_saved_in_full_are_counted(name, saved):
+    config_class, model_class, rest = MODELS[name]
+    config = config_class(**SIZES, **rest)
+    adapters = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved)
+    model = get_peft_model(model_class(config).to(torch.bfloat16), adapters)
+    copies = [p for n, p in model.named_parameters() if ".modules_to_save." in n]
+    shape = ModelShape.from_config(config.to_dict())
+    assert shape.module_parameters(saved) == sum(p.numel() for p in copies)
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in copies)
+
+
+def test_a_saved_head_has_a_copy_a_gradient_and_states():
+    path = ROOT / "configs" / "llama3.2_1b_gsm8k.yaml"
+    frozen, trained = plan(load_config(path)), plan(load_config(path, ["lora.modules_to_save=[lm_head]"]))
+    head = 128256 * 2048 * 2  # bytes in bfloat16
+    more = {part: size - frozen.parts[part] for part, size in trained.parts.items()}
+    assert more["adapter and saved modules"] == more["gradients"] == head
+    assert more["optimizer"] == 2 * head
+    assert more["head with memhead"] > 0
+    assert trained.peak >= frozen.peak + 4 * head

@@ -67,6 +67,8 @@ MISSING = [
     ),
     (CPU, ["grpo.optim=paged_adamw_8bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
     (BARE, ["grpo.optim=adamw_8bit"], "grpo.optim: bitsandbytes is not installed", "requirements-cuda.lock"),
+    (CPU, ["head.impl=trl"], "head.impl: TRL's needs a GPU", "set it to memhead or full"),
+    (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
     (T4, ["model.dtype=bfloat16"], "model.dtype: this GPU has no bfloat16", "set it to float16 or auto"),
 ]
 
@@ -178,6 +180,19 @@ def test_train_stops_with_2_and_leaves_no_folder(configured, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert error.startswith("model.name: there is no such folder (value '/nowhere/model')")
     assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("task.dataset=./nowhere", "task.dataset"), ("task.rewards={nowhere.it: 1}", "task.rewards")],
+)
+def test_data_and_rewards_that_are_not_there(tmp_path, capsys, override, key):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch, tokenizer: bpe}\ntask: {name: gsm8k}\n")
+    config = load_config(path, [override, f"run.output_root={tmp_path / 'runs'}"])
+    assert train_grpo.train(config) == 2
+    assert capsys.readouterr().err.startswith(f"{key}: ")
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,8 +5,9 @@ import time
 import pytest
 from tiny import tiny_trainer
 
+from recipes.config_errors import ConfigError
 from recipes.limits import TimeLimitReached, time_limit
-from recipes.rewards import FIRST_VERDICT, Guarded, RewardError, RewardOptions, check, choose, guard
+from recipes.rewards import FIRST_VERDICT, Guarded, RewardError, RewardOptions, check, choose, guard, problems
 from recipes.tasks import gsm8k
 
 ROWS = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
@@ -24,14 +25,32 @@ def test_names_and_weights_come_from_one_place():
     every = choose(gsm8k.Options(), gsm8k.rewards, {}, gsm8k.WEIGHTS)
     assert dict(zip(every.functions, every.weights)) == gsm8k.WEIGHTS
     assert choose(None, {"one": one}, {"reward_weights": [0.5]}).weights == [0.5]
-    for options, grpo, message in (
-        ({"correct": 1.0}, {}, "'correct' is no reward of this task; use one of tag_count"),
-        ({"correctness": 0.0}, {}, "weighs nothing"),
-        ({"correctness": 1.0}, {"reward_weights": [1.0]}, "beside the weights of task.rewards; remove it"),
-        ({"nowhere.found": 1.0}, {}, "cannot be imported"),
+
+
+@pytest.mark.parametrize(
+    ("rewards", "grpo", "line"),
+    [
+        (
+            {"correct": 1.0}, {},
+            "task.rewards.correct: is no reward of this task (value 1); use tag_count, soft_format, strict_format",
+        ),
+        ({"correctness": 0.0}, {}, "task.rewards: weighs nothing (value {'correctness': 0.0}); give one"),
+        (
+            {"correctness": 1.0}, {"reward_weights": [1.0]},
+            "grpo.reward_weights: stands beside the weights of task.rewards (value [1.0]); remove it",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_choice_is_one_problem(rewards, grpo, line):
+    (problem,) = problems(gsm8k.Options(rewards=rewards), gsm8k.rewards, grpo)
+    assert problem.line("").startswith(line)
+
+
+def test_a_function_that_is_not_there_is_a_config_error():
+    with pytest.raises(
+        ConfigError, match=r"task\.rewards: cannot be imported .*\(value 'nowhere.found'\); put a fun"
     ):
-        with pytest.raises(RewardError, match=message):
-            choose(gsm8k.Options(rewards=options), gsm8k.rewards, grpo)
+        choose(gsm8k.Options(rewards={"nowhere.found": 1.0}), gsm8k.rewards, {})
 
 
 def test_a_function_of_the_user(tmp_path, monkeypatch):
