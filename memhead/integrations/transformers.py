@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput, MoeCausalLMOutputWithPast
 
 from memhead.cross_entropy import linear_cross_entropy
@@ -244,8 +243,10 @@ def _head(model: Any) -> tuple[Tensor, Tensor | None, LowRankUpdate | None]:
 
 def _whole(parameter: Tensor) -> Tensor:
     """A parameter that FSDP2 has sharded by itself, gathered; its gradient becomes the processes' mean, as FSDP's."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):  # no DTensor
         return parameter
+    from torch.distributed.tensor import Partial
+
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
