@@ -241,10 +241,10 @@ def _head(model: Any) -> tuple[Tensor, Tensor | None, LowRankUpdate | None]:
     return _whole(weight), None if bias is None else _whole(bias), update
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _whole(parameter: Any) -> Tensor:
     """A parameter that FSDP2 has sharded by itself, gathered; its gradient becomes the processes' mean, as FSDP's."""
     if not hasattr(parameter, "full_tensor"):  # no DTensor
-        return parameter
+        return parameter  # type: ignore[no-any-return]
     from torch.distributed.tensor import Partial
 
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
