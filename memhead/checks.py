@@ -142,8 +142,10 @@ def check_targets_in_vocabulary(targets: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_temperatures(temperature: Tensor) -> None:
-    """As :func:`check_targets_in_vocabulary`, for per-row temperatures."""
+def check_temperatures(temperature: Tensor | None) -> None:
+    """As :func:`check_targets_in_vocabulary`, for per-row temperatures, where there are any."""
+    if temperature is None:
+        return
     positive = temperature > 0
     if temperature.device.type != "cpu":
         torch._assert_async(positive.all())

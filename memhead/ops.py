@@ -91,8 +91,7 @@ def logprobs_op(
             x, t = part.take(hidden), part.take(targets)
             temperature = part.take(row_temperature, blank=1)
             check_targets_in_vocabulary(t, weight.shape[0])
-            if temperature is not None:
-                check_temperatures(temperature)
+            check_temperatures(temperature)
             num_rows = len(x)
             if x.device.type == "cpu" and 0 < num_rows < LEAST_ROWS and not chunk:
                 padding = torch.arange(LEAST_ROWS).clamp_max(num_rows - 1)

@@ -92,8 +92,7 @@ def vocab_parallel_logprobs(
         kept, hidden.reshape(-1, hidden.shape[-1]), arguments.targets, arguments.temperature
     )
     checks.check_targets_in_vocabulary(labels, total)
-    if row_temperature is not None:
-        checks.check_temperatures(row_temperature)
+    checks.check_temperatures(row_temperature)
     direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = _Settings(group, total, arguments.spec, arguments.tile, backend, arguments.compute, direction)
 

@@ -30,8 +30,8 @@ TRAINED_ROWS = 128
 # as long): H = 1024, V = 32768, N = 2048: 1.22 (1.17) with 256 rows, 1.17 (1.08) with 512, 1.15 (1.05)
 # with 768; by torch.mm, H = 2048, V = 128256, N = 512: 1.35 with 128, 1.21 with 256, 1.16 with 512.
 # Not done on a GPU: a float32 head of Llama-3.1-8B under autocast, N = 8192, takes an H100 as long as
-# four products do with 1024 rows, and 0.86 of it with 2048, at half a gigabyte more. (Not measured: float32
-# operands, whose products take so long that three of 512 rows should be worth it.)
+# four products do with 1024 rows, and 0.86 of it with 2048, at half a gigabyte more. With float32
+# operands it was not measured.
 KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
 # Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask

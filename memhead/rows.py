@@ -60,7 +60,7 @@ class Part(NamedTuple):
             x = x[self.which] if isinstance(self.which, slice) else x.index_select(0, self.which)
         if self.real is None:
             return x
-        return torch.where(self.real.view(-1, *[1] * (x.dim() - 1)), x, blank)
+        return torch.where(_along(self.real, x), x, blank)
 
     def place(self, into: Tensor | None) -> Tensor | None:
         """The memory of these rows in (N, *), to write results to that :meth:`put` need not copy; None: scattered."""
@@ -69,10 +69,15 @@ class Part(NamedTuple):
     def put(self, rows: Tensor, num_rows: int, into: Tensor | None) -> Tensor:
         """Results (R, *) at their place among ``num_rows``, beside those of other parts, zeros elsewhere."""
         if self.real is not None:
-            rows = rows.masked_fill_(~self.real.view(-1, *[1] * (rows.dim() - 1)), 0)
+            rows = rows.masked_fill_(~_along(self.real, rows), 0)
         if into is None or self.which is None:
             return put_back(self.which, rows, num_rows)
         return _put(rows, self.which, into)
+
+
+def _along(real: Tensor, x: Tensor) -> Tensor:
+    """A mask (R,) in the shape that it takes beside x (R, *)."""
+    return real.view(-1, *[1] * (x.dim() - 1))
 
 
 class KeptRows:
@@ -105,9 +110,9 @@ class KeptRows:
                 yield Part(order[first : self.count])
 
 
-def known_part(mask: Tensor | None, count: int) -> Part:
-    """The rows that the mask keeps, whose number :class:`KeptRows` found."""
-    if mask is None or count == len(mask):
+def known_part(mask: Tensor, count: int) -> Part:
+    """The rows that the mask (N,) keeps, whose number :class:`KeptRows` found."""
+    if count == len(mask):
         return Part()
     return Part(None, mask) if count == ALL else Part(_kept_first(mask)[:count])
 

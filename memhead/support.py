@@ -80,8 +80,7 @@ def truncation_support(
     size = planned if chunk is None else max(1, min(chunk, num_rows))
     flat = hidden.reshape(-1, hidden.shape[-1])
     per_row, number = split_temperature(temperature, hidden, result)
-    if per_row is not None:
-        checks.check_temperatures(per_row)
+    checks.check_temperatures(per_row)
     found = flat.new_full((num_rows, min(max_size, vocab_size)), -1, dtype=torch.long)
     overflow = flat.new_zeros((), dtype=torch.bool)
     buffer = flat.new_empty((size, vocab_size), dtype=result)
@@ -160,8 +159,7 @@ def supported_logprobs(
     kept = kept_rows(None if mask is None else flat_mask(mask, hidden))
     flat, ids, labels, per_row = select(kept, flat, ids, labels, per_row)
     checks.check_targets_in_vocabulary(ids.clamp_min(0), weight.shape[0])
-    if per_row is not None:
-        checks.check_temperatures(per_row)
+    checks.check_temperatures(per_row)
     planned = plan_rows(
         len(flat), max(1, ids.shape[1] * weight.shape[1]), device_type=hidden.device.type, itemsize=4
     )

@@ -200,8 +200,7 @@ def quantized_logprobs(
         kept, hidden.reshape(-1, hidden.shape[-1]), flat_targets, temperatures
     )
     checks.check_targets_in_vocabulary(labels, weight.shape[0])
-    if row_temperature is not None:
-        checks.check_temperatures(row_temperature)
+    checks.check_temperatures(row_temperature)
     direction = torch.is_grad_enabled() and hidden.requires_grad
     settings = _Settings(weight, labels, bias, row_temperature, spec, tile, backend, compute, direction)
     results: Any = _Quantized.apply(settings, x)

@@ -94,9 +94,8 @@ def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
     ]
     assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
-    (
-        folder.path / "finished.json"
-    ).unlink()  # killed in the evaluation, an older session's step still on record
+    # Killed in the evaluation, an older session's step still on record.
+    (folder.path / "finished.json").unlink()
     shutil.rmtree(folder.final)
     folder.metrics.append({"step": 3, "reward": 1.0})
     assert train_grpo.main([*command, "--resume"]) == 0
@@ -119,9 +118,8 @@ def test_a_finished_run_whose_last_checkpoint_is_an_early_one_is_finished_too(be
     folder.final.mkdir()
     (folder.path / "report.html").touch()
     folder.write_json("finished.json", {"step": 3})
-    assert is_finished(
-        configured(), folder
-    )  # of three steps; the checkpoint, where it was stopped once, is of two
+    # Of three steps; the checkpoint, where it was stopped once, is of two.
+    assert is_finished(configured(), folder)
     (folder.path / "report.html").unlink()
     assert not is_finished(configured(), folder)
 
