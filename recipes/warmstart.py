@@ -71,7 +71,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
     """One step of AdamW on one batch; the batch's loss before it."""
-    loss = model(**batch).loss
+    loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -1,6 +1,7 @@
 """The warm start, greedy evaluation and the head's check, on a model of a few thousand parameters."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,31 @@ def test_without_a_target_every_step_is_taken_and_reported(loaded):
     assert result.steps == 5
     assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
     assert all(math.isfinite(loss) for _, loss in seen)
+
+
+class Elsewhere(torch.nn.Module):
+    """A model on a device that this machine lacks: it refuses tensors that are not there, as a GPU's would."""
+
+    device = torch.device("meta")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, **batch):
+        assert {name: tensor.device.type for name, tensor in batch.items()} == {
+            "input_ids": "meta",
+            "labels": "meta",
+            "attention_mask": "meta",
+        }
+        return SimpleNamespace(loss=self.weight.square().sum())
+
+
+def test_the_batch_goes_to_the_models_device():
+    tokenizer = models.character_tokenizer(countdown.CHARACTERS)
+    result = warm_start(Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), probe=lambda: 0.0)
+    assert result.steps == 2
+    assert result.loss < 2.0  # 1 + 1 before the first step
 
 
 def test_more_than_there_is_in_a_batch_is_an_error(loaded):
