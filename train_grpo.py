@@ -24,7 +24,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
     "1"  # before TRL and transformers are imported: they phone home otherwise
 )
 
-from recipes.config import EXIT_STATUS, ConfigError, RunConfig, load_config
+from recipes.config.load import EXIT_STATUS, ConfigError, RunConfig, load_config
 
 WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 
@@ -55,11 +55,11 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return EXIT_STATUS
     if options.plan:
-        from recipes import plan
+        from recipes.plan import plan
 
         return plan.show(config, options.device)
     if options.evaluate is not None:
-        from recipes import checkpoint
+        from recipes.models import checkpoint
 
         return checkpoint.show(config, options.evaluate)
     return train(config, resume=options.resume, command=_command(options))
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     """The run, top to bottom. Returns the exit status."""
-    from recipes import preflight  # the heavy imports wait until the configuration is right
+    from recipes.training import preflight  # the heavy imports wait until the configuration is right
 
     try:
         preflight.check(config)
@@ -75,16 +75,16 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         print(error, file=sys.stderr)
         return EXIT_STATUS
 
-    from recipes import models
-    from recipes.evaluation import evaluator
-    from recipes.generation import by_trainer, by_transformers
-    from recipes.guards import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
-    from recipes.report import write_report
-    from recipes.resume import FINISHED, is_finished, is_trained, require_same, restore
-    from recipes.rewards import prepare
+    from recipes.models import load as models
+    from recipes.models.generation import by_trainer, by_transformers
+    from recipes.report.page import write_report
+    from recipes.rewards.contract import prepare
     from recipes.tasks import get_task
-    from recipes.tracking import RunFolder, print_summary, track
-    from recipes.trainer import install_head, make_trainer
+    from recipes.tracking.tracker import RunFolder, print_summary, track
+    from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
+    from recipes.training.evaluation import evaluator
+    from recipes.training.resume import FINISHED, is_finished, is_trained, require_same, restore
+    from recipes.training.trainer import install_head, make_trainer
 
     try:
         task = get_task(config.task.name)
@@ -180,7 +180,7 @@ def _warm_start(
     config: RunConfig, settings: Any, task: Any, model: Any, tokenizer: Any, evaluate: Any, folder: Any
 ) -> None:
     """Supervised training until the model knows the task well enough for GRPO to find something to reward."""
-    from recipes.warmstart import warm_start
+    from recipes.training.warm_start import warm_start
 
     if not hasattr(task, "warm_start_examples"):
         raise RunError(
@@ -217,7 +217,7 @@ def _warm_start(
 
 def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:
     """The head against full logits in float64 on real rows, kept as head_check.json."""
-    from recipes.headcheck import check_head
+    from recipes.training.head_check import check_head
 
     prompts = list(task.eval_dataset(config.task.options, config.run.seed).select(range(4))["prompt"])
     found = check_head(

@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))  # the script is run by its path
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from recipes.config import RunConfig, load_config  # noqa: E402
-from recipes.evaluation import evaluate  # noqa: E402
-from recipes.generation import by_transformers  # noqa: E402
-from recipes.runfolder import RunFolder, environment  # noqa: E402
+from recipes.config.load import RunConfig, load_config  # noqa: E402
+from recipes.models.generation import by_transformers  # noqa: E402
 from recipes.tasks import get_task  # noqa: E402
-from recipes.warmstart import warm_start  # noqa: E402
+from recipes.tracking.run_folder import RunFolder, environment  # noqa: E402
+from recipes.training.evaluation import evaluate  # noqa: E402
+from recipes.training.warm_start import warm_start  # noqa: E402
 
 CONFIG = "configs/quickstart.yaml"
 RESULTS = ROOT / "benchmarks" / "results"

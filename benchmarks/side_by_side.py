@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.contestants import Head, full_contestant, memhead_contestant
 from benchmarks.head import MIB, make_head
 from benchmarks.measure import Function, interleaved_seconds, peak_bytes
-from recipes.memory import TensorMeter
+from recipes.tracking.meters import TensorMeter
 
 
 def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) -> Table:

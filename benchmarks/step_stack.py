@@ -71,7 +71,7 @@ def new_model(toy: bool) -> Any:
 
 def save_checkpoint(folder: Path) -> None:
     """What Unsloth loads."""
-    from recipes.models import character_tokenizer
+    from recipes.models.load import character_tokenizer
 
     new_model(toy=False).save_pretrained(folder)
     character_tokenizer("0123456789").save_pretrained(folder)
@@ -79,22 +79,22 @@ def save_checkpoint(folder: Path) -> None:
 
 def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, ModuleType]:
     """Model, tokenizer, adapters still to be put on, and the module whose ``install`` puts a head in."""
-    from recipes.config_schema import LoraSection, ModelConfig
-    from recipes.unsloth_loader import import_unsloth
+    from recipes.config.schema import LoraSection, ModelConfig
+    from recipes.models.unsloth import import_unsloth
 
     lora = LoraSection(r=16, alpha=16, target_modules=LAYERS)
     if stack != "trl":
         import_unsloth()
     from memhead.integrations import trl as trl_head
     from memhead.integrations import unsloth as unsloth_head
-    from recipes.models import character_tokenizer
+    from recipes.models.load import character_tokenizer
 
     tokenizer = character_tokenizer("0123456789")
     if stack == "trl":
         return new_model(toy), tokenizer, lora.peft_config(), trl_head
     if toy:
         return _unsloths_trainer_on_cpu(lora), tokenizer, None, unsloth_head
-    from recipes import unsloth_loader
+    from recipes.models import unsloth as unsloth_loader
 
     config = ModelConfig(
         loader="unsloth",
@@ -131,7 +131,7 @@ def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tupl
     import trl
     from datasets import Dataset
 
-    from recipes.unsloth_defaults import is_unsloths, trl_meaning
+    from recipes.config.unsloth import is_unsloths, trl_meaning
 
     options: dict[str, Any] = {
         "per_device_train_batch_size": 2,

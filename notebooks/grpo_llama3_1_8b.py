@@ -68,7 +68,7 @@ smoke = False  # @param {type:"boolean"}
 # above are not used.
 
 # %%
-from recipes.apart import configure, run_apart
+from recipes.notebook import configure, run_apart
 
 path = "notebooks/smoke.yaml" if smoke else "configs/llama3.1_8b_gsm8k.yaml"
 settings = {"run.output_root": output, "head.impl": "memhead" if use_memhead else "full"}
@@ -83,7 +83,7 @@ config = configure(path, settings)
 # Memory by part and by phase, from the sizes alone, and whether it fits the GPU that is here.
 
 # %%
-from recipes.plan import GIB, plan
+from recipes.plan.plan import GIB, plan
 
 planned, full = plan(config), plan(configure(path, settings | {"head.impl": "full"}))
 planned.print()
@@ -150,7 +150,7 @@ display(side_by_side(*size))
 # Then the same short run with each, from the same seed, with completions short enough for full logits too.
 
 # %%
-from recipes.compare import compare
+from recipes.report.compare import compare
 
 short = settings | {"grpo.max_steps": compare_steps, "run.evaluation.size": 16}
 if not smoke:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from recipes.checkpoint import load_checkpoint
-from recipes.config import RunConfig
-from recipes.generation import Sampling, by_transformers
-from recipes.runfolder import RunFolder
+from recipes.config.load import RunConfig
+from recipes.models.checkpoint import load_checkpoint
+from recipes.models.generation import Sampling, by_transformers
 from recipes.tasks import get_task
+from recipes.tracking.run_folder import RunFolder
 
 
 def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]:
@@ -56,7 +56,7 @@ def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple
 
 def _untrained(config: RunConfig, run: RunFolder, task: Any) -> tuple[Any, Any]:
     """The model with which GRPO began, where every weight was trained."""
-    from recipes import models
+    from recipes.models import load as models
 
     warm_start = run.path / "warm_start"
     if warm_start.is_dir():

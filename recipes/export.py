@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from recipes.checkpoint import require_base
-from recipes.model_card import model_card
+from recipes.models.checkpoint import require_base
+from recipes.report.model_card import model_card
 
 LOGITS_TOLERANCE = {
     "float32": 1e-4,

@@ -33,8 +33,6 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HELPERS = {"arithmetic"}  # modules here that tasks use and that are no tasks
-
 
 class Task(Protocol):
     """What `train_grpo.py` asks of a task's module."""
@@ -51,7 +49,7 @@ class Task(Protocol):
 
 def task_names() -> list[str]:
     """The names that `task.name` may have."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HELPERS)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get_task(name: str) -> Task:

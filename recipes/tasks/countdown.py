@@ -20,7 +20,7 @@ from typing import Any
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field
 
-from recipes.tasks.arithmetic import Expression, ExpressionError, expressions, parse
+from recipes.rewards.arithmetic import Expression, ExpressionError, expressions, parse
 
 CHARACTERS = "0123456789+-*()>="  # everything a prompt or a completion is made of
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field, model_validator
 
-from recipes.answers import answer_tag, boxed, text_of
-from recipes.datafiles import Rows, hold_out, read_rows
-from recipes.rewards import RewardOptions
-from recipes.tasks.arithmetic import Expression, ExpressionError, parse
+from recipes.data import Rows, hold_out, read_rows
+from recipes.rewards.arithmetic import Expression, ExpressionError, parse
+from recipes.rewards.contract import RewardOptions
+from recipes.rewards.final_answer import answer_tag, boxed, text_of
 
 WEIGHTS = {"correct": 1.0, "format": 0.1}
 TARGETS = range(10, 100)  # of the problems made here

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.answers import lenient_answer, numbers, strict_answer, text_of
-from recipes.datafiles import Rows, hold_out, is_one_file, read_rows
-from recipes.rewards import RewardOptions
+from recipes.data import Rows, hold_out, is_one_file, read_rows
+from recipes.rewards.contract import RewardOptions
+from recipes.rewards.final_answer import lenient_answer, numbers, strict_answer, text_of
 
 SYSTEM_PROMPT = """\
 Write your reply in exactly this form:

@@ -3,7 +3,7 @@ r"""Mathematics with a LaTeX answer: any dataset that has a column of problems a
     prompt      the problem, and the wish for a final `\boxed{…}`
     right       math-verify finds the boxed answer equal to the known one: 1/2, 0.5 and \frac{1}{2} are one
 
-Each comparison has a time limit and its own process (recipes/math_verifier.py); one that runs out is no answer.
+Each comparison has a time limit and its own process (recipes/rewards/math_verifier.py); one that runs out is no answer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.answers import boxed, text_of
-from recipes.datafiles import Rows, hold_out, is_one_file, read_rows
-from recipes.math_verifier import Verifier
-from recipes.rewards import RewardOptions
+from recipes.data import Rows, hold_out, is_one_file, read_rows
+from recipes.rewards.contract import RewardOptions
+from recipes.rewards.final_answer import boxed, text_of
+from recipes.rewards.math_verifier import Verifier
 
 SYSTEM_PROMPT = r"Reason step by step and put the final answer, and nothing else, into \boxed{}."
 WEIGHTS = {"correctness": 1.0, "boxed_once": 0.1}

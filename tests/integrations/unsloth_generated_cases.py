@@ -14,7 +14,7 @@ import warnings
 
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    from recipes.grpo_fields import import_grpo_config
+    from recipes.config.grpo import import_grpo_config
 
     import_grpo_config("unsloth")  # as the configuration's check does: unsloth first, then trl
 
@@ -36,13 +36,13 @@ from unsloth_files import write_files
 from unsloth_zoo import rl_replacements
 
 from memhead.integrations import unsloth as memhead_unsloth
-from recipes.config import load_config
-from recipes.preflight import Machine, missing
-from recipes.runfolder import RunFolder
+from recipes.config.load import load_config
+from recipes.config.unsloth import TRL_DEFAULTS, is_unsloths
 from recipes.tasks import get_task
-from recipes.tracking import track
-from recipes.trainer import install_head, make_trainer
-from recipes.unsloth_defaults import TRL_DEFAULTS, is_unsloths
+from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.tracker import track
+from recipes.training.preflight import Machine, missing
+from recipes.training.trainer import install_head, make_trainer
 
 TRLS_OWN = trl.GRPOConfig
 # Defaults that Unsloth changes with no effect on what is trained: logging, evaluation by TRL (ours is apart), caches.

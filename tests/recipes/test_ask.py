@@ -7,13 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from recipes.ask import ask
-from recipes.checkpoint import load_checkpoint
-from recipes.config import load_config
-from recipes.config_schema import ModelConfig, ScratchConfig
-from recipes.generation import Sampling, by_transformers
-from recipes.models import load
-from recipes.runfolder import RunFolder
+from recipes.config.load import load_config
+from recipes.config.schema import ModelConfig, ScratchConfig
+from recipes.models.checkpoint import load_checkpoint
+from recipes.models.generation import Sampling, by_transformers
+from recipes.models.load import load
 from recipes.tasks import countdown
+from recipes.tracking.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from recipes.config import load_config
+from recipes.config.load import load_config
 from recipes.export import main
-from recipes.model_card import model_card
-from recipes.models import character_tokenizer
+from recipes.models.load import character_tokenizer
+from recipes.report.model_card import model_card
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

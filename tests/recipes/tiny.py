@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.models import character_tokenizer
+from recipes.models.load import character_tokenizer
 
 
 def digits_reward(completions, **kwargs):

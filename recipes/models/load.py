@@ -1,0 +1,156 @@
+"""Where a run's model and tokenizer come from: one loader for each value of `model.loader`.
+
+scratch        a small Llama with random weights, its tokenizer single characters or BPE; nothing is downloaded
+transformers   `AutoModelForCausalLM.from_pretrained`, a local folder or a hub name
+unsloth        `FastLanguageModel.from_pretrained`, with its adapters on (recipes.models.unsloth)
+"""
+
+import os
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
+from recipes.models import unsloth as unsloth_loader
+from recipes.models.tokenizers import bpe_tokenizer
+from recipes.tasks import Task
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each of `characters`, and `<pad>`, `<eos>`, `<unk>` as ids 0, 1, 2.
+
+    It pads on the left, as generation needs. Raises ValueError if a character comes twice.
+    """
+    if len(set(characters)) != len(characters):
+        raise ValueError(f"characters: {characters!r} holds a character twice; give each once")
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = Fuse()  # characters are put together again without blanks
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama of that shape for the tokenizer's vocabulary, float32; the same seed gives the same weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load(
+    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None, options: Any = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The run's model and tokenizer, by `model.loader`, on the GPU where there is one.
+
+    lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
+    options: the task's, for a tokenizer trained on its text.
+    That loader and task fit each other, `load_config` has seen to.
+    """
+    if config.loader == "unsloth":
+        return unsloth_loader.load(config, lora, seed)
+    if config.loader == "scratch":
+        model, tokenizer = _from_scratch(config, task, seed, options)
+    else:
+        model, tokenizer = _from_pretrained(config)
+    return to_gpu(model), tokenizer
+
+
+def _from_scratch(
+    config: ModelConfig, task: Any, seed: int, options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new model; its tokenizer is trained, the named one, or one token for each of the task's characters."""
+    shape = config.scratch or ScratchConfig()
+    if config.tokenizer == "bpe":
+        tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(options, seed), shape.vocabulary)
+    elif config.tokenizer is not None:
+        tokenizer = _pretrained_tokenizer(config.tokenizer, None)
+    else:
+        tokenizer = character_tokenizer(task.CHARACTERS)
+    model = scratch_llama(shape, tokenizer, seed)
+    return model.to(_dtype(config) or torch.float32), tokenizer
+
+
+def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint from a local folder or the hub. Code that comes with a checkpoint is never run."""
+    if config.name is None:
+        raise ValueError("model.name: is missing; set it to a hub id or a local path")
+    options: dict[str, Any] = {"dtype": _dtype(config) or "auto", "revision": config.revision}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    options |= quantisation(config)
+    model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
+    return model, _pretrained_tokenizer(config.tokenizer or config.name, config.revision)
+
+
+def quantisation(config: ModelConfig) -> dict[str, Any]:
+    """What transformers' `from_pretrained` is told of 4-bit or 8-bit weights."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    kind = BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=_dtype(config) or torch.bfloat16,
+    )
+    return {"quantization_config": kind}
+
+
+def to_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the GPU where there is one; a quantised one is there already, and may not be moved."""
+    if not torch.cuda.is_available() or getattr(model, "hf_quantizer", None) is not None:
+        return model
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # as launchers number a machine's processes
+    return model.to(torch.device("cuda", own))
+
+
+def _pretrained_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A saved tokenizer that pads on the left; without a padding token of its own the end token serves."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, padding_side="left", trust_remote_code=False
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _dtype(config: ModelConfig) -> torch.dtype | None:
+    """The dtype asked for, None for auto."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -1,0 +1,77 @@
+"""A run in a process of its own, for notebooks: its end gives back all of its memory, the GPU's and vLLM's too.
+
+folder = run_apart(train_grpo.main, "configs/quickstart.yaml", {"grpo.max_steps": 20})
+"""
+
+from __future__ import annotations
+
+import codecs
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from recipes.config.load import RunConfig, load_config
+from recipes.tracking.run_folder import RunFolder, existing
+
+
+class RunFailed(RuntimeError):
+    """The run did not end well; its own message has been shown."""
+
+
+def configure(path: str, settings: Mapping[str, Any]) -> RunConfig:
+    """The checked configuration of a file with `settings`, dotted keys and their values, in place of its own."""
+    return load_config(path, _overrides(settings))
+
+
+def run_apart(main: Callable[[list[str]], int], path: str, settings: Mapping[str, Any]) -> RunFolder:
+    """Trains by `main`, train_grpo's own, and returns the run's folder; shows what the run says as it says it.
+
+    Raises RunFailed if the run ends with a status other than 0.
+    """
+    config = configure(path, settings)
+    status = apart(main, ["--config", path, *_overrides(settings)])
+    if status:
+        raise RunFailed(f"{config.run.name} ended with exit status {status}; its own message is above")
+    return RunFolder(existing(Path(config.run.output_root), config.run.name)[-1])
+
+
+def apart(function: Callable[..., int], *arguments: Any) -> int:
+    """`function(*arguments)` in a fresh process whose output is printed here as it comes; its exit status.
+
+    function: importable by name. Ctrl-C is left to the process, which receives it too. To be called from the main
+    thread.
+    """
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_speak_into, args=(writer, function, arguments))
+    process.start()
+    writer.close()
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a run ends by itself, after the step in hand
+    try:
+        chunks = iter(lambda: os.read(reader.fileno(), 1 << 16), b"")
+        for text in codecs.iterdecode(chunks, "utf-8", "replace"):
+            print(text, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.join()
+    return process.exitcode or 0
+
+
+def _speak_into(writer: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    """The new process: everything it prints, by whichever library, goes through `writer`."""
+    os.dup2(writer.fileno(), 1)
+    os.dup2(writer.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # A notebook sets FORCE_COLOR, with which rich takes what only scrolls for a terminal and redraws its bar.
+    os.environ.pop("FORCE_COLOR", None)
+    os.environ["COLUMNS"] = "110"
+    sys.exit(function(*arguments))
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]

@@ -1,0 +1,1 @@
+"""The plan: what memory a run will need, before anything is loaded."""

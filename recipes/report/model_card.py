@@ -1,0 +1,97 @@
+"""The model card of a run: what was trained on what, its figures, and what it takes to run it again.
+
+`python -m recipes.export RUN` writes it as README.md beside the weights. What was not measured is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.report.page import environment_rows
+from recipes.tracking.meters import MEANING
+from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.summary import figures_before_and_after, summarize
+from recipes.tracking.terminal import format_mib
+
+
+def model_card(run: Path) -> str:
+    """The card of the run in that folder, as Markdown with the hub's front matter."""
+    folder = RunFolder(run)
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    parts = [
+        _front_matter(config),
+        f"# {run.name}",
+        _opening(config),
+        _figures(summarize(folder.metrics.read())),
+        _head(folder),
+        _table(("where it ran", ""), environment_rows(folder.read_json("environment.json") or {})),
+        f"## Configuration\n\n```yaml\n{text}```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(config: dict[str, Any]) -> str:
+    """What the hub reads: a path of this machine is neither a base model nor a dataset there."""
+    found: dict[str, Any] = {"library_name": "transformers", "tags": ["grpo", "trl", "memhead"]}
+    for key, name in (
+        ("base_model", config["model"].get("name")),
+        ("datasets", config["task"].get("dataset")),
+    ):
+        if name and name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists():
+            found[key] = [name] if key == "datasets" else name
+    return f"---\n{yaml.safe_dump(found, sort_keys=False)}---"
+
+
+def _opening(config: dict[str, Any]) -> str:
+    model, adapters = config["model"], config.get("lora")
+    what = model.get("name") or "A small Llama made from nothing"
+    how = f"adapters of rank {adapters['r']}" if adapters else "every weight"
+    warm = " after a supervised start on right answers" if config["run"].get("warm_start") else ""
+    return (
+        f"{what}, trained by GRPO{warm} on the task `{config['task']['name']}` ({how}), with TRL's trainer; the "
+        f"log-probabilities were computed by `head.impl: {config['head']['impl']}` (memhead)."
+    )
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    if not summary["steps"]:
+        return ""
+    evaluated = summary["after"] or summary["before"]
+    problems = evaluated.get("accuracy_problems")
+    said = f"{summary['steps']} optimizer steps"
+    if problems:
+        said += f"; greedy accuracy on {problems} problems that training never saw, with its 95 % interval"
+    rows = figures_before_and_after(summary)
+    phases = [
+        (phase, f"{seconds:.1f}", _peak(summary, phase)) for phase, seconds in summary["seconds"].items()
+    ]
+    phases.append(("all", f"{summary['seconds_total']:.1f}", ""))
+    memory = MEANING[summary["memory_figure"]]
+    return f"{said}.\n\n{_table(('', 'before', 'after'), rows)}\n\n{_table(('phase', 'seconds', memory), phases)}"
+
+
+def _peak(summary: dict[str, Any], phase: str) -> str:
+    value = summary["memory"].get(phase, {}).get(summary["memory_figure"])
+    return "–" if value is None else format_mib(value)
+
+
+def _head(folder: RunFolder) -> str:
+    """The head's own proof: how often it was called, and its errors against float64 when the run began."""
+    calls, check = folder.read_json("head.json"), folder.read_json("head_check.json")
+    if not calls or not check:
+        return ""
+    errors = check["memhead"]
+    return (
+        f"The head was called {calls['calls']} times. Against full logits in float64 at the start: largest error of a "
+        f"log-probability {errors['logprob_error']:.1e}, error of the gradient {errors['gradient_error']:.1e}."
+    )
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    return "\n".join([cells[0], "|" + "---|" * len(header), *cells[1:]])

@@ -1,0 +1,1 @@
+"""Tracking: the run folder, time and memory by phase, the terminal."""

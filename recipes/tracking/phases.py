@@ -1,0 +1,136 @@
+"""Time and memory of a trainer's phases, by wrapping the methods of the one trainer object.
+
+Nothing is subclassed: Unsloth writes a trainer class of its own, with the same methods. A phase is
+
+    generation   sampling the completions
+    rewards      the reward functions
+    scoring      log-probabilities without gradient: old policy and reference
+    forward      forward pass and loss
+    backward     gradients
+    optimizer    the optimizer's step
+
+and `other` is the rest of the step. On CUDA the device is synchronised at both ends of a phase, so that its
+time is its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from recipes.tracking.meters import Meter, persistent_tensors
+
+PHASES = ("generation", "rewards", "scoring", "forward", "backward", "optimizer", "other")
+_METHODS = {  # method of the trainer -> its phase
+    "_generate": "generation",
+    "_calculate_rewards": "rewards",
+    "_get_per_token_logps_and_entropies": "scoring",
+    "compute_loss": "forward",
+}
+
+
+class PhaseClock:
+    """Seconds (summed) and MiB (maximum) by phase since the last `take`."""
+
+    def __init__(self, device: torch.device, meter: Meter | None) -> None:
+        self._device = device
+        self._meter = meter
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._peaks: dict[str, dict[str, float]] = defaultdict(dict)
+        self._inside = False
+        self._steps = 0
+        self._step_began: float | None = None
+
+    def begin_step(self, step: int, model: torch.nn.Module, optimizer: Any) -> None:
+        """An optimizer step begins; `step` counts from 0."""
+        if self._meter is not None:
+            self._meter.begin_step(step, persistent_tensors(model, optimizer))
+        self._step_began = time.perf_counter()
+
+    def end_step(self) -> None:
+        """The step is over: its time outside every phase is `other`."""
+        if self._step_began is None:
+            return
+        self._seconds["step"] += time.perf_counter() - self._step_began
+        self._steps += 1
+        self._step_began = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures what runs inside. A phase within a phase belongs to the outer one."""
+        if self._inside or self._step_began is None:
+            yield
+            return
+        self._inside = True
+        figures: dict[str, float] = {}
+        self._synchronize()
+        began = time.perf_counter()
+        try:
+            if self._meter is None:
+                yield
+            else:
+                with self._meter.measure(figures):
+                    yield
+            self._synchronize()
+        finally:
+            self._inside = False
+        self._seconds[name] += time.perf_counter() - began
+        for figure, value in figures.items():
+            peaks = self._peaks[name]
+            peaks[figure] = max(peaks.get(figure, 0.0), value)
+
+    def take(self) -> tuple[dict[str, float], dict[str, dict[str, float]], int]:
+        """Seconds by phase, MiB by phase and figure, and the steps they cover; then starts anew."""
+        seconds, peaks, steps = dict(self._seconds), {k: dict(v) for k, v in self._peaks.items()}, self._steps
+        if "step" in seconds:
+            seconds["other"] = max(0.0, seconds.pop("step") - sum(seconds.values()))
+        self._seconds.clear()
+        self._peaks.clear()
+        self._steps = 0
+        return seconds, peaks, steps
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def attach(trainer: Any, clock: PhaseClock) -> None:
+    """Wraps the trainer's methods so that each phase runs on the clock; the optimizer is `attach_optimizer`'s.
+
+    Raises AttributeError, naming the method, for a trainer that lacks one of them.
+    """
+    for method, name in _METHODS.items():
+        original = getattr(trainer, method, None)
+        if original is None:
+            raise AttributeError(
+                f"{type(trainer).__name__} has no method {method!r}, so the phase {name!r} is unknown; "
+                "install the versions of requirements.lock"
+            )
+        setattr(trainer, method, _timed(original, clock, name))
+    trainer.accelerator.backward = _timed(trainer.accelerator.backward, clock, "backward")
+
+
+def attach_optimizer(optimizer: Any, clock: PhaseClock) -> None:
+    """Wraps `optimizer.step`, once the trainer has made its optimizer."""
+    if not getattr(optimizer.step, "on_a_clock", False):
+        optimizer.step = _timed(optimizer.step, clock, "optimizer")
+
+
+def _timed(original: Callable, clock: PhaseClock, name: str) -> Callable:
+    """`original`, measured as the phase `name`. Scoring is a phase only where no gradient is taken."""
+
+    @functools.wraps(original)  # with its attributes: the scheduler looks for one on optimizer.step
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if name == "scoring" and torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        with clock.phase(name):
+            return original(*args, **kwargs)
+
+    timed.on_a_clock = True  # type: ignore[attr-defined]
+    return timed

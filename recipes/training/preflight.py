@@ -1,0 +1,216 @@
+"""What a run needs of this machine, looked for before anything is loaded: one line for each thing that is missing.
+
+preflight.check(config)     ConfigError: key, what is missing, value, the command that mends it
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from recipes.config.load import RunConfig
+from recipes.config.schema import ModelConfig
+from recipes.models.unsloth import import_unsloth
+from recipes.problems import ConfigError, Problem
+from recipes.tracking.reporters import missing as missing_tracker
+
+CUDA_SET = "install it: pip install -r requirements-cuda.lock"
+_ATTENTION = {  # attn_implementation -> (its package, how to get it)
+    "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attention_3": ("flash_attn_3", "build flash_attn_3 from its repository"),
+}
+_OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "paged")  # parts of transformers' names for them
+_LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: a CUDA device, whether it computes in bfloat16, the packages out of those looked for."""
+
+    cuda: bool
+    bfloat16: bool
+    packages: frozenset[str]
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        return cls(
+            cuda=cuda,
+            bfloat16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
+            packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
+        )
+
+
+def check(config: RunConfig, machine: Machine | None = None) -> None:
+    """Raises ConfigError with everything that is missing. machine: None for this one."""
+    problems = [
+        *missing(config, machine or Machine.here()),
+        *missing_tracker(config.tracking.report_to),
+        *_checkpoints(config.model),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What the machine lacks for this configuration."""
+    yield from _unsloth(config, machine)
+    yield from _quantised(config.model, machine)
+    yield from _attention(config.model, machine)
+    yield from _vllm(config, machine)
+    yield from _optimizer(config, machine)
+    yield from _head(config, machine)
+    if config.model.dtype == "bfloat16" and not machine.bfloat16:
+        yield Problem("model.dtype", "this GPU has no bfloat16", "bfloat16", "set it to float16 or auto")
+
+
+def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """That it can be imported, and that its trainer will come to memhead."""
+    if config.model.loader != "unsloth":
+        return
+    if "unsloth" not in machine.packages:
+        remedy = f"{CUDA_SET}, or set model.loader: transformers"
+        yield Problem("model.loader", "Unsloth is not installed", "unsloth", remedy)
+        return
+    try:
+        import_unsloth(config.model.vllm_standby)
+    except ValueError as error:
+        yield Problem("", str(error))
+        return
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        remedy = "mend what it names, or set model.loader: transformers"
+        yield Problem("model.loader", f"Unsloth does not start here: {error}", "unsloth", remedy)
+        return
+    if config.head.impl != "trl":
+        from memhead.integrations.unsloth import refuse_bypasses
+
+        try:
+            refuse_bypasses(SimpleNamespace(**config.grpo))
+        except ValueError as error:
+            yield Problem("", str(error))
+
+
+def _quantised(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if not getattr(model, key):
+            continue
+        if not machine.cuda:
+            remedy = f"run it where there is an NVIDIA GPU, or set model.{key}: false"
+            yield Problem(f"model.{key}", "needs a GPU, and there is none", True, remedy)
+        elif "bitsandbytes" not in machine.packages:
+            yield Problem(f"model.{key}", "bitsandbytes is not installed", True, CUDA_SET)
+
+
+def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
+    chosen = model.attn_implementation
+    if chosen not in _ATTENTION:
+        return
+    package, command = _ATTENTION[chosen]
+    if not machine.cuda:
+        remedy = "set it to sdpa"
+        yield Problem("model.attn_implementation", "needs a GPU, and there is none", chosen, remedy)
+    elif package not in machine.packages:
+        remedy = f"{command}; or set it to sdpa"
+        yield Problem("model.attn_implementation", f"{package} is not installed", chosen, remedy)
+
+
+def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Inside the process, that is; a server has a machine of its own."""
+    if config.model.fast_inference:
+        key = "model.fast_inference"
+    elif config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server":
+        key = "grpo.use_vllm"
+    else:
+        return
+    if not machine.cuda:
+        remedy = f"run it where there is an NVIDIA GPU, or set {key}: false"
+        yield Problem(key, "vLLM needs a GPU, and there is none", True, remedy)
+    elif "vllm" not in machine.packages:
+        yield Problem(key, "vLLM is not installed", True, f"{CUDA_SET}, or set {key}: false")
+    elif config.model.load_in_4bit and "vllm_bnb_plugin" not in machine.packages:
+        message = "vLLM reads 4-bit weights by vllm-bnb-plugin, which is not installed"  # since 0.28
+        yield Problem(
+            key, message, True, "pip install vllm-bnb-plugin==0.0.3, or set model.load_in_4bit: false"
+        )
+
+
+def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    name = config.grpo.get("optim") or ""
+    if not any(part in name for part in _OPTIMIZERS_OF_BITSANDBYTES):
+        return
+    remedy = "or set it to adamw_torch_fused"
+    if not machine.cuda:
+        yield Problem("grpo.optim", "needs a GPU, and there is none", name, remedy.removeprefix("or "))
+    elif "bitsandbytes" not in machine.packages:
+        yield Problem("grpo.optim", "bitsandbytes is not installed", name, f"{CUDA_SET}, {remedy}")
+
+
+def _head(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Triton's kernels, which the first step would miss. Unsloth's own head (`impl: trl` there) needs none."""
+    if machine.cuda:
+        return
+    if config.head.impl == "trl" and config.model.loader != "unsloth":
+        yield Problem("head.impl", "TRL's needs a GPU, and there is none", "trl", "set it to memhead or full")
+    if config.head.backend == "triton":
+        yield Problem("head.backend", "needs a GPU, and there is none", "triton", "set it to torch or null")
+
+
+def _checkpoints(model: ModelConfig) -> Iterator[Problem]:
+    """The model, and a tokenizer of another name: each a local folder, in the hub's cache, or on the hub."""
+    if model.name is not None:
+        yield from _checkpoint("model.name", model.name, model.revision, "config.json")
+    if model.tokenizer not in (None, "bpe"):
+        revision = model.revision if model.loader != "scratch" else None
+        yield from _checkpoint("model.tokenizer", model.tokenizer, revision, "tokenizer_config.json")
+
+
+def _checkpoint(key: str, name: str, revision: str | None, file: str) -> Iterator[Problem]:
+    place = Path(name).expanduser()
+    if place.exists():
+        if not (place / file).is_file():
+            yield Problem(key, f"holds no {file}", name, "give the folder of a saved model, or a hub id")
+    elif place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        yield Problem(key, "there is no such folder", name, "give a local folder that exists, or a hub id")
+    else:
+        yield from _on_the_hub(key, name, revision, file)
+
+
+def _on_the_hub(key: str, name: str, revision: str | None, file: str) -> Iterator[Problem]:
+    """One question to the hub, unless its cache has the file. Nothing is downloaded."""
+    from httpx import HTTPError  # what huggingface_hub asks with
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(name, file, revision=revision))
+    except HFValidationError:
+        yield Problem(key, "is neither a local folder nor a hub id", name, "write it as owner/name")
+    except (HTTPError, OSError) as error:
+        message, remedy = explain(error, name, revision, file)
+        yield Problem(key, message, name, f"{remedy}, or give a local folder")
+
+
+def explain(error: Exception, name: str, revision: str | None, file: str) -> tuple[str, str]:
+    """What the hub's answer means for a person who wants this file of this model, and the remedy."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return "is gated, and you have no access", "accept its licence on its page and log in: hf auth login"
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"has no revision {revision!r}", "set model.revision to a branch, tag or commit that it has"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return "the hub knows no such model", "check the spelling; if it is private, log in: hf auth login"
+    if isinstance(error, hub.EntryNotFoundError):
+        return f"has no {file} on the hub", "name a model in transformers' format"
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        remedy = f"unset HF_HUB_OFFLINE, fetch it first: hf download {name}"
+        return "is not in the cache, and the hub is switched off", remedy
+    remedy = f"mend the connection, fetch it elsewhere: hf download {name}"
+    return f"is not in the cache, and the hub cannot be reached ({error})", remedy

@@ -1,0 +1,52 @@
+"""The trainer of a run: TRL's GRPOTrainer, or the one that Unsloth leaves in its place, and the head in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memhead.integrations.handle import Handle
+from recipes.config.load import RunConfig
+
+
+def install_head(config: RunConfig, arguments: Any) -> Handle:
+    """Put `head.impl` where the trainer looks for it. arguments: the run's GRPOConfig.
+
+    Raises ValueError for an option that would bypass memhead, naming it.
+    """
+    if config.model.loader == "unsloth":
+        from memhead.integrations import unsloth
+
+        return unsloth.install(
+            config.head.impl, args=arguments, chunk=config.head.chunk, backend=config.head.backend
+        )
+    from memhead.integrations import trl
+
+    return trl.install(config.head.impl, chunk=config.head.chunk, backend=config.head.backend)
+
+
+def make_trainer(
+    config: RunConfig,
+    arguments: Any,
+    rewards: tuple[list[Any], list[float] | None],
+    task: Any,
+    model: Any,
+    tokenizer: Any,
+) -> Any:
+    """The trainer. rewards: the functions and their weights."""
+    import trl
+
+    functions, arguments.reward_weights = rewards
+    unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
+    trainer = trl.GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=arguments,
+        train_dataset=task.train_dataset(config.task.options, config.run.seed),
+        reward_funcs=functions,
+        peft_config=config.lora.peft_config() if config.lora is not None and not unsloth else None,
+    )
+    if unsloth and "ref" in getattr(model, "peft_config", {}):
+        # TRL's trainer copies adapters that a model comes with, as reference. These are new: without them is the
+        # same. And of a checkpoint with a copy transformers resumes the copy alone.
+        model.delete_adapter("ref")
+    return trainer

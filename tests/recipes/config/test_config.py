@@ -1,0 +1,433 @@
+"""The configuration: what it accepts, and that each mistake is one readable line and exit status 2."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes.config.grpo import field_table, import_grpo_config, loss_types
+from recipes.config.grpo_fields import GONE, OWNED, REFUSED
+from recipes.config.load import ConfigError, load_config
+from recipes.config.reference import markdown
+from recipes.config.source import dump, read_text
+
+ROOT = Path(__file__).parents[3]
+GOOD = """\
+model:
+  loader: scratch
+task:
+  name: countdown
+grpo:
+  learning_rate: 5e-6
+  num_generations: 4
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def error_of(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    return caught.value
+
+
+def test_reads_numbers_as_yaml_1_2(good):
+    config = load_config(good, ["grpo.weight_decay=1e-3", "run.name=no"])
+    assert config.grpo["learning_rate"] == 5e-6
+    assert config.grpo["weight_decay"] == 1e-3
+    assert config.run.name == "no"  # YAML 1.1 reads false
+
+
+def test_defaults_and_name(good):
+    config = load_config(good)
+    assert config.run.name == "good"
+    assert config.head.impl == "memhead"
+    assert config.lora is None
+    assert config.model.scratch.hidden_size == 128
+
+
+def test_resolved_yaml_gives_an_equal_config(good, tmp_path):
+    overrides = ["lora.r=8", "run.warm_start.steps=10", "grpo.loss_type=dr_grpo", "head.chunk=128"]
+    config = load_config(good, overrides)
+    again = load_config(write(tmp_path, "resolved.yaml", config.to_yaml()))
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+    assert config != load_config(good)
+
+
+@pytest.mark.parametrize(
+    "value", ["5e-6", "no", "010", "1:30", "null", "", "a: b", "true", "2026-01-01", "é"]
+)
+def test_dump_keeps_texts_texts(value):
+    assert read_text(dump({"key": value}), "x").data == {"key": value}
+
+
+def test_grpo_config_gets_every_field_by_its_name(good, tmp_path):
+    overrides = [
+        "grpo.beta=0",
+        "grpo.scale_rewards=none",
+        "run.seed=7",
+        "tracking.logging_every=3",
+        "run.save_every=5",
+    ]
+    arguments = load_config(good, overrides).grpo_config(tmp_path)
+    assert arguments.learning_rate == 5e-6
+    assert arguments.num_generations == 4
+    assert arguments.seed == 7
+    assert arguments.logging_steps == 3
+    assert arguments.save_steps == 5
+    assert arguments.report_to == []
+    assert arguments.output_dir == str(tmp_path)
+    assert arguments.gradient_checkpointing is False
+
+
+def test_lora_becomes_a_peft_config(good):
+    peft_config = load_config(
+        good, ["lora.r=8", "lora.alpha=8", "lora.target_modules=[q_proj]", "run.warm_start.steps=1"]
+    ).lora.peft_config()
+    assert (peft_config.r, peft_config.lora_alpha, peft_config.target_modules) == (8, 8, {"q_proj"})
+    assert peft_config.task_type == "CAUSAL_LM"
+
+
+# base: files
+
+
+def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
+    child = write(
+        tmp_path,
+        "child.yaml",
+        "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\nrun: {warm_start: {}}\n",
+    )
+    grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\nlora: null\n")
+    assert load_config(child).grpo == {"learning_rate": 5e-6, "num_generations": 8}
+    assert load_config(child).lora.r == 4
+    assert load_config(grandchild).lora is None
+
+
+def test_base_that_leads_back_to_itself(tmp_path):
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    path = write(tmp_path, "b.yaml", "base: a.yaml\n")
+    assert "base: goes round in a circle: b.yaml -> a.yaml -> b.yaml" in str(error_of(path))
+
+
+def test_base_that_is_missing(tmp_path):
+    path = write(tmp_path, "a.yaml", "base: none.yaml\n")
+    assert str(error_of(path)) == f"{path}:1: base: no such file (value 'none.yaml'); " + (
+        "the path is relative to the file that names it"
+    )
+
+
+def test_an_error_in_a_base_names_the_base(good, tmp_path):
+    write(tmp_path, "wrong.yaml", GOOD + "  learning_rte: 1\n")
+    path = write(tmp_path, "child.yaml", "base: wrong.yaml\n")
+    assert str(error_of(path)).startswith(f"{tmp_path / 'wrong.yaml'}:8: grpo.learning_rte: unknown key")
+
+
+def test_another_task_drops_the_options_of_the_base(tmp_path):
+    write(tmp_path, "base.yaml", GOOD.replace("countdown", "other\n  nothing: 3"))
+    path = write(tmp_path, "child.yaml", "base: base.yaml\ntask: {name: countdown}\n")
+    assert load_config(path).task.name == "countdown"
+
+
+# mistakes in the file
+
+
+def test_the_whole_line(tmp_path):
+    path = write(tmp_path, "x.yaml", GOOD.replace("learning_rate", "learning_rte"))
+    expected = f"{path}:6: grpo.learning_rte: unknown key (value 5e-6); did you mean grpo.learning_rate?"
+    assert str(error_of(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD + "  num_generations: 8\n", "x.yaml:8: grpo.num_generations: written twice"),
+        (GOOD + "model: {}\n", "x.yaml:8: model: written twice"),
+        ("model: [1\n", "not valid YAML"),
+        ("- 1\n", "must be a mapping of sections"),
+        (GOOD + "  beta: !!python/object/apply:os.getcwd []\n", "is not read; write a plain value"),
+        (GOOD + "  1: 2\n", "a key must be text"),
+        ("", "model.loader: is missing"),
+        (GOOD.replace("  name: countdown", "  {}"), "task.name: is missing; use countdown"),
+        (GOOD + "head: 3\n", "x.yaml:8: head: must be a section of keys (value 3)"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path, text, expected):
+    assert expected in str(error_of(write(tmp_path, "x.yaml", text)))
+
+
+def test_a_file_that_is_missing(tmp_path):
+    assert "cannot be read: No such file" in str(error_of(tmp_path / "none.yaml"))
+
+
+# mistakes in a value, by override: each message names key, value and remedy
+
+MISTAKES = {
+    # unknown keys
+    "grpo.learning_rte=2e-5": "grpo.learning_rte: unknown key (value 2e-5); did you mean grpo.learning_rate?",
+    "learning_rate=2e-5": "learning_rate: unknown key (value 2e-5); did you mean grpo.learning_rate?",
+    "model.learning_rate=1": "did you mean grpo.learning_rate?",
+    "tracing.memory=true": "tracing: unknown key",
+    "model.scratch.hiden_size=2": "did you mean model.scratch.hidden_size?",
+    "run.warm_start.stepz=3": "did you mean run.warm_start.steps?",
+    "task.eval_problemz=3": "did you mean task.eval_problems?",
+    "task.name=countdwn": "task.name: unknown task (value 'countdwn'); use ",
+    # types
+    "grpo.learning_rate=abc": "grpo.learning_rate: must be a number (value 'abc')",
+    "grpo.learning_rate=true": "must be a number (value true)",
+    "grpo.learning_rate='2e-5'": "must be a number (value '2e-5')",
+    "grpo.learning_rate=.nan": "must be a number (value nan)",
+    "grpo.num_generations=4.5": "must be an integer",
+    "grpo.num_generations=null": "must be an integer",
+    "grpo.mask_truncated_completions=1": "must be true or false (value 1)",
+    "grpo.reward_weights=[a]": "must be a list of numbers or null",
+    "model.scratch.hidden_size=2.5": "must be an integer (value 2.5)",
+    "model.load_in_4bit=yes": "must be true or false (value 'yes')",
+    "task.eval_problems=many": "task.eval_problems: must be an integer (value 'many')",
+    "lora=3": "lora: must be a section of keys (value 3)",
+    "run.evaluation=null": "run.evaluation: must be a section of keys (value null)",
+    # ranges and choices
+    "grpo.learning_rate=0": "grpo.learning_rate: out of range (value 0); must be > 0",
+    "grpo.num_generations=1": "out of range (value 1); must be >= 2",
+    "grpo.temperature=0": "must be > 0",
+    "grpo.epsilon=-0.1": "must be >= 0",
+    "grpo.beta=-1": "must be >= 0",
+    "grpo.max_completion_length=0": "must be >= 1",
+    "grpo.top_p=1.5": "must be > 0 and <= 1",
+    "grpo.loss_type=ppo": "grpo.loss_type: unknown choice (value 'ppo'); use grpo, dr_grpo, dapo",
+    "grpo.lr_scheduler_type=cosin": "use linear, cosine",
+    "grpo.scale_rewards=batches": "use group, batch, none, true or false",
+    "grpo.optim=adam": "use adamw_torch",
+    "model.loader=hf": "model.loader: unknown choice (value 'hf'); use scratch, transformers or unsloth",
+    "head.impl=liger": "use memhead, trl or full",
+    "head.chunk=0": "head.chunk: out of range (value 0); must be >= 1",
+    "task.eval_problems=0": "task.eval_problems: out of range (value 0); must be >= 1",
+    "run.warm_start.target_accuracy=1.5": "must be <= 1",
+    "run.name=a/b": "run.name: is no folder name (value 'a/b')",
+    # fields that TRL no longer has, that are ours, that are refused
+    "grpo.max_prompt_length=256": "no longer exists in the installed TRL (value 256); prompts are no longer truncated",
+    "grpo.warmup_ratio=0.1": "set grpo.warmup_steps: a value below 1 is a share of all steps",
+    "grpo.evaluation_strategy=steps": "set run.evaluation.every",
+    "grpo.no_cuda=true": "set grpo.use_cpu: true",
+    "grpo.seed=1": "grpo.seed: is not set here (value 1); set run.seed",
+    "grpo.output_dir=x": "set run.output_root and run.name",
+    "grpo.report_to=wandb": "set tracking.report_to",
+    "grpo.run_name=x": "set run.name",
+    "grpo.trust_remote_code=true": "grpo.trust_remote_code: is refused",
+    "grpo.auto_find_batch_size=true": "lower per_device_train_batch_size",
+    # combinations
+    "grpo.num_generations=6": "a generation batch of 8 cannot be cut into groups of 6",
+    "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
+    "grpo.sync_ref_model=true": "set grpo.beta above 0",
+    "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
+    "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
+    "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
+    "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
+    "model.tokenizer=bpe": "countdown has nothing to make that tokenizer of (value 'bpe'); set it to null, or name a",
+    "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
+    "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
+    "model.fast_inference=true": "remove it, or set model.loader: unsloth",
+    "model.load_in_4bit=true": "add a lora section",
+    "model.scratch.hidden_size=130": "not a multiple of 2 × heads 4 (value 130); set it to 128 or 136",
+    "model.scratch.kv_heads=3": "does not divide heads 4",
+    "lora.r=4": "lora: a new model's adapters would be all that is kept of it; add run.warm_start, or set lora: null",
+    "lora.target_modules=[lm_head]": "remove 'lm_head' from it",
+    # overrides themselves
+    "grpo.learning_rate": "not an override",
+    "=3": "not an override",
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "remedy"),
+    [("{name: gsm8k}", "set it to bpe, or name"), ("{name: math, dataset: x}", "name a tok")],
+)
+def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
+    path = write(tmp_path, "x.yaml", f"model: {{loader: scratch}}\ntask: {task}\n")
+    assert f"(value null); {remedy}" in str(error_of(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("task.rewards={correctness: lots}", "task.rewards.correctness: must be a number (value 'lots')"),
+        ("task.rewards.correctness=true", "task.rewards.correctness: must be a number (value true)"),
+        ("task.rewards=3", "task.rewards: must be a mapping or null (value 3)"),
+        (
+            "task.rewards.mine.brevity=0.1",
+            "task.rewards.mine: is a section; write a name with a dot as task.rewards={my_",
+        ),
+    ],
+)
+def test_weights_of_rewards(tmp_path, override, expected):
+    path = write(tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k}\n")
+    assert f"command line: {expected}" in str(error_of(path, override))
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes(good, override):
+    error = error_of(good, override)
+    assert MISTAKES[override] in str(error)
+    assert all(line.startswith(("command line: ", str(good))) for line in error.lines)
+    assert "\n" not in error.lines[0]
+
+
+def test_every_problem_is_listed_one_a_line(good):
+    error = error_of(good, "grpo.learning_rte=1", "model.loader=hf", "run.seed=-1", "x=1")
+    assert len(error.lines) == 4
+    assert str(error) == "\n".join(error.lines)
+
+
+def test_an_override_given_twice(good):
+    assert "given twice" in str(error_of(good, "run.seed=1", "run.seed=2"))
+
+
+# batches
+
+
+def test_batch_message_gives_values_that_work(good):
+    line = str(error_of(good, "grpo.num_generations=6"))
+    assert "per_device_train_batch_size 8 × gradient_accumulation_steps 1 × 1 process(es)" in line
+    assert "set num_generations to 4 or 8, or per_device_train_batch_size to 6 or 12" in line
+    for remedy in (
+        ["grpo.num_generations=8"],
+        ["grpo.num_generations=6", "grpo.per_device_train_batch_size=12"],
+    ):
+        load_config(good, remedy).grpo_config("x")  # TRL agrees
+
+
+def test_batch_counts_processes(good, monkeypatch):
+    load_config(good, ["grpo.per_device_train_batch_size=4", "grpo.num_generations=4"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_config(good, ["grpo.per_device_train_batch_size=2", "grpo.num_generations=4"])
+    line = str(error_of(good, "grpo.per_device_train_batch_size=1", "grpo.num_generations=4"))
+    assert "1 × gradient_accumulation_steps 1 × 2 process(es)" in line
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("generations", [2, 3, 4])
+def test_batches_agree_with_trl(good, batch, accumulation, generations, tmp_path):
+    fields = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "num_generations": generations,
+    }
+    overrides = [f"grpo.{name}={value}" for name, value in fields.items()]
+    try:
+        import_grpo_config("")(output_dir=str(tmp_path), use_cpu=True, bf16=False, **fields)
+    except ValueError:
+        error_of(good, *overrides)
+    else:
+        load_config(good, overrides)
+
+
+# the tables against the installed TRL
+
+
+def test_every_loss_type_of_trl_is_known():
+    listed = loss_types(field_table(import_grpo_config("")))
+    assert set(listed) == {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
+
+
+def test_history_is_disjoint_from_the_installed_fields():
+    fields = set(field_table(import_grpo_config("")))
+    assert not fields & set(GONE)
+    assert set(OWNED) <= fields
+    assert set(REFUSED) <= fields
+
+
+def test_trl_defaults_pass_our_checks(good):
+    """No range or type of ours may refuse what TRL itself starts from."""
+    skipped = {*OWNED, *REFUSED, "num_generations", "learning_rate"}
+    fields = field_table(import_grpo_config(""))
+    overrides = [
+        f"grpo.{name}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"
+        for name, (_, default, _) in fields.items()
+        if name not in skipped and isinstance(default, (bool, int, float, str))
+    ]
+    assert len(overrides) > 80
+    load_config(good, overrides)
+
+
+UNSLOTH = ["model.loader=unsloth", "model.name=some/model"]
+VLLM = "model.fast_inference=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.attn_implementation=sdpa"], "model.attn_implementation: is Unsloth's to choose"),
+        (["model.vllm_standby=true"], "model.vllm_standby: is vLLM's"),
+        (["model.gpu_memory_utilization=0.5"], "set model.fast_inference: true"),
+        (["grpo.use_vllm=true"], "grpo.use_vllm: is model.fast_inference here"),
+        ([VLLM, "model.revision=v1"], "model.revision: vLLM loads the main branch"),
+        ([VLLM, "model.load_in_8bit=true"], "model.load_in_8bit: vLLM has no such weights"),
+        ([VLLM, "lora.modules_to_save=[embed_tokens]"], "lora.modules_to_save: vLLM takes adapters alone"),
+        ([VLLM, "lora=null"], "lora: vLLM shares frozen weights alone"),
+        (
+            ["run.warm_start={steps: 5}", "grpo.beta=0.1"],
+            "run.warm_start: Unsloth's KL is to the model before it",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
+    given = UNSLOTH if any(text.startswith("lora") for text in overrides) else [*UNSLOTH, "lora.r=4"]
+    error = error_of(good, *given, *overrides)
+    assert len(error.lines) == 1
+    assert expected in error.lines[0]
+
+
+# the reference and the repo's own configurations
+
+
+def test_reference_is_current():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run: python -m recipes.config --markdown > docs/configuration.md"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_configs_of_the_repo_resolve(path, tmp_path, without_unsloth):
+    config = load_config(path)
+    assert load_config(write(tmp_path, path.name, config.to_yaml())) == config
+
+
+# the command lines
+
+
+def run_module(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_command_line_prints_the_resolved_configuration(good):
+    result = run_module("-m", "recipes.config", str(good), "run.seed=3")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["run"]["seed"] == 3
+
+
+def test_telemetry_is_off_for_whoever_imports_the_recipes():
+    code = "import recipes, huggingface_hub.constants as c; raise SystemExit(not c.HF_HUB_DISABLE_TELEMETRY)"
+    assert run_module("-c", code).returncode == 0
+
+
+def test_train_grpo_exits_with_2_before_anything_is_loaded(good):
+    result = run_module("train_grpo.py", "--config", str(good), "grpo.learning_rte=2e-5")
+    assert result.returncode == 2
+    expected = "command line: grpo.learning_rte: unknown key (value 2e-5); did you mean grpo.learning_rate?"
+    assert result.stderr.strip() == expected
+    assert not re.search(r"Traceback|Loading", result.stderr + result.stdout)

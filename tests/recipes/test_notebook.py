@@ -1,0 +1,65 @@
+"""A run in a process of its own: its output, its status and its interruption reach the one who started it."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import train_grpo
+from recipes.config.load import ConfigError
+from recipes.notebook import RunFailed, apart, run_apart
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def speak(status):
+    print("out ×")
+    print("err", file=sys.stderr)
+    os.system("echo from below")
+    return status
+
+
+def work_until_interrupted(begun):
+    try:
+        Path(begun).touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("finishing the step")
+    return 130
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_output_of_every_kind_and_the_status_arrive(capsys, status):
+    assert apart(speak, status) == status
+    assert sorted(capsys.readouterr().out.splitlines()) == ["err", "from below", "out ×"]
+
+
+def test_what_it_says_after_ctrl_c_is_still_shown(tmp_path, capsys):
+    begun = tmp_path / "begun"
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.05)
+        for pid in (os.getpid(), multiprocessing.active_children()[0].pid):  # as a notebook does: both
+            os.kill(pid, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert apart(work_until_interrupted, str(begun)) == 130
+    assert "finishing the step" in capsys.readouterr().out
+
+
+def test_a_mistake_is_found_before_a_process_starts(tmp_path):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        run_apart(train_grpo.main, CONFIG, {"grpo.learning_rat": 1})
+
+
+def test_a_run_that_fails_says_so(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match="quickstart ended with exit status 1"):
+        run_apart(train_grpo.main, CONFIG, {"run.output_root": tmp_path / "file"})
+    assert "file" in capsys.readouterr().out

@@ -1,0 +1,299 @@
+"""Tracking of a real GRPO run of TRL: lines, phases, memory, resume, interruption."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_trainer
+from transformers import TrainerCallback
+
+from recipes.config.schema import LoraSection, TrackingConfig
+from recipes.tracking import reporters as trackers
+from recipes.tracking.phases import PHASES, PhaseClock, attach
+from recipes.tracking.run_folder import LinesFile, MetricsFile, RunFolder
+from recipes.tracking.summary import summarize
+from recipes.tracking.tracker import print_summary, track
+from recipes.training.callbacks import AccuracyEvery
+
+
+def recorded_run(root, *, steps=4, tracking=None, **overrides):
+    """A run of the tiny trainer; its folder, its tracker and what the terminal showed."""
+    folder = RunFolder.create(root, "run")
+    trainer = tiny_trainer(folder.path / "checkpoints", steps=steps, **overrides)
+    console = Console(file=io.StringIO(), width=120)
+    tracker = track(trainer, folder, tracking, console=console)
+    tracker.evaluated(0, {"accuracy": 0.25})
+    trainer.train()
+    tracker.evaluated(trainer.state.global_step, {"accuracy": 0.5})
+    tracker.close()
+    print_summary(tracker.summary(), folder, console)
+    return folder, tracker, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from memhead.integrations import trl as memhead_trl
+
+    adapters = LoraSection(
+        r=4
+    ).peft_config()  # with adapters the reference policy, for beta, needs no second model
+    settings = {"beta": 0.04, "gradient_accumulation_steps": 2, "peft_config": adapters}
+    with memhead_trl.install():
+        yield recorded_run(tmp_path_factory.mktemp("runs"), **settings)
+
+
+def test_one_line_a_step_with_every_figure(run):
+    records = run[0].metrics.read()
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[0] == {"step": 0, "accuracy": 0.25}
+    for record in records[1:]:
+        names = {
+            "reward",
+            "reward_std",
+            "entropy",
+            "kl",
+            "completion_length",
+            "clipped_share",
+            "zero_std_share",
+        }
+        assert names | {"step_time", "loss", "grad_norm", "learning_rate"} <= set(record)
+        assert set(record["rewards"]) == {"digits_reward", "length_reward"}
+        assert record["reward"] == pytest.approx(sum(record["rewards"].values()), abs=1e-4)
+    assert records[-1]["accuracy"] == 0.5
+
+
+def test_time_by_phase_adds_up(run):
+    for record in run[0].metrics.read()[1:]:
+        assert {"generation", "rewards", "scoring", "forward", "backward", "optimizer", "other"} == set(
+            record["time"]
+        )
+        assert set(record["time"]) == set(PHASES)
+        # TRL's own clock leaves out the optimizer
+        inside = sum(seconds for phase, seconds in record["time"].items() if phase != "optimizer")
+        assert inside >= 0.9 * record["step_time"]
+
+
+def test_memory_by_phase(run):
+    first, *_, last = run[0].metrics.read()[1:]
+    for phase in ("generation", "scoring", "forward", "backward", "optimizer"):
+        assert first["memory"][phase]["tensor_peak_mib"] > 0
+        assert first["memory"][phase]["resident_mib"] > 50
+    assert set(last["memory"]["backward"]) == {"resident_mib"}  # step 4 is not a metered one
+
+
+def test_completions_with_their_rewards(run):
+    records = run[0].completions.read()
+    assert len(records) == 4 * 4
+    assert {"step", "prompt", "completion", "rewards", "advantage"} == set(records[0])
+    assert set(records[0]["rewards"]) == {"digits_reward", "length_reward"}
+    assert records[0]["prompt"].endswith(">")
+
+
+def test_environment_and_summary_are_written(run):
+    environment = run[0].read_json("environment.json")
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["cores"] >= 1
+    assert environment["memory_gib"] > 0
+    summary = run[0].read_json("summary.json")
+    assert (summary["accuracy_before"], summary["accuracy_after"], summary["steps"]) == (0.25, 0.5, 4)
+    assert summary["seconds"]["backward"] > 0
+    assert summary["memory"]["backward"]["tensor_peak_mib"] > 0
+
+
+def test_the_terminal_shows_reward_accuracy_memory_and_the_table(run):
+    shown = run[2]
+    assert "step 4/4: reward" in shown
+    assert "accuracy 0.250" in shown
+    assert "MiB" in shown
+    for word in ("accuracy", "0.250", "0.500", "backward", "peak of live tensor bytes", "run folder:"):
+        assert word in shown
+
+
+def test_tracking_changes_no_number(memhead_in_trl, tmp_path):
+    def losses(trainer):
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    plain = losses(tiny_trainer(tmp_path / "plain", steps=3))
+    trainer = tiny_trainer(tmp_path / "tracked", steps=3)
+    tracker = track(
+        trainer, RunFolder.create(tmp_path, "run"), TrackingConfig(memory_every=1), progress=False
+    )
+    assert losses(trainer) == plain
+    tracker.close()
+
+
+def test_peaks_are_maxima_over_the_logged_steps(memhead_in_trl, tmp_path):
+    tracking = TrackingConfig(memory_every=1, logging_every=2)
+    folder, _, _ = recorded_run(tmp_path, tracking=tracking, logging_steps=2)
+    records = [record for record in folder.metrics.read() if "reward" in record]
+    assert [record["step"] for record in records] == [2, 4]
+    assert [record["steps"] for record in records] == [2, 2]
+    each, _, _ = recorded_run(tmp_path, tracking=TrackingConfig(memory_every=1))
+    single = {
+        r["step"]: r["memory"]["forward"]["tensor_peak_mib"] for r in each.metrics.read() if "reward" in r
+    }
+    assert records[0]["memory"]["forward"]["tensor_peak_mib"] == pytest.approx(
+        max(single[1], single[2]), rel=0.02
+    )
+
+
+def test_memory_switched_off(memhead_in_trl, tmp_path):
+    folder, tracker, _ = recorded_run(tmp_path, steps=2, tracking=TrackingConfig(memory=False))
+    assert all(not record.get("memory") for record in folder.metrics.read())
+    assert tracker.summary()["seconds"]["backward"] > 0
+
+
+def test_interrupted_and_resumed_without_duplicate_steps(memhead_in_trl, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    folder = RunFolder.create(tmp_path, "run")
+    saving = {"save_strategy": "steps", "save_steps": 2, "steps": 5}
+    trainer = tiny_trainer(folder.path / "checkpoints", **saving)
+    tracker = track(trainer, folder, progress=False)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    tracker.close()
+    assert [record["step"] for record in folder.metrics.read()] == [1, 2, 3]
+    assert folder.read_json("summary.json")["steps"] == 3
+
+    again = RunFolder.to_resume(tmp_path, "run")
+    assert again.path == folder.path
+    again.begin_session()
+    assert (again.path / "environment.1.json").is_file()
+    trainer = tiny_trainer(folder.path / "checkpoints", **saving)
+    tracker = track(trainer, again, progress=False)
+    trainer.train(resume_from_checkpoint=True)
+    tracker.close()
+    assert [record["step"] for record in again.metrics.read()] == [1, 2, 3, 4, 5]
+    steps = [record["step"] for record in again.completions.read()]
+    assert steps == sorted(steps)
+    assert len(steps) == 5 * 4
+
+
+def test_a_trainer_without_a_phase_is_named(tmp_path):
+    class Odd:
+        pass
+
+    with pytest.raises(AttributeError, match="Odd has no method '_generate'"):
+        attach(Odd(), PhaseClock(torch.device("cpu"), None))
+
+
+def test_a_phase_within_a_phase_belongs_to_the_outer():
+    clock = PhaseClock(torch.device("cpu"), None)
+    with clock.phase("forward"):
+        pass  # outside a step: not counted
+    clock.begin_step(0, torch.nn.Linear(1, 1), None)
+    with clock.phase("forward"), clock.phase("scoring"):
+        pass
+    clock.end_step()
+    seconds, peaks, steps = clock.take()
+    assert set(seconds) == {"forward", "other"}
+    assert (peaks, steps) == ({}, 1)
+    assert clock.take() == ({}, {}, 0)
+
+
+# The folder and its files
+
+
+def test_a_second_run_of_the_name_gets_a_number(tmp_path):
+    names = [RunFolder.create(tmp_path, "run").path.name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+
+
+def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):
+    first, *_ = [RunFolder.create(tmp_path, "run") for _ in range(3)]
+    with pytest.raises(FileNotFoundError, match="no run named 'other'"):
+        RunFolder.to_resume(tmp_path, "other")
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        RunFolder.to_resume(tmp_path, "run")
+    for step in (8, 10):
+        (first.path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (first.path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (first.path / "checkpoints" / "checkpoint-12").mkdir()  # cut off while it was written
+    found = RunFolder.to_resume(tmp_path, "run")
+    assert (found.path.name, found.checkpoint.name) == ("run", "checkpoint-10")
+
+
+def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):
+    file = LinesFile(tmp_path / "x.jsonl")
+    file.append({"step": 1, "value": float("nan")})
+    file.append({"step": 2, "value": torch.tensor(2.5)})
+    with file.path.open("a") as handle:
+        handle.write('{"step": 3, "val')
+    assert file.read() == [{"step": 1, "value": None}, {"step": 2, "value": 2.5}]
+
+
+def test_an_evaluation_joins_the_line_of_its_step(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "reward": 0.1})
+    file.write({"step": 2, "reward": 0.2})
+    file.write({"step": 2, "accuracy": 0.5})
+    file = MetricsFile(tmp_path / "metrics.jsonl")  # as a resumed run opens it
+    file.write({"step": 2, "accuracy": 0.6})
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert lines == [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2, "accuracy": 0.6}]
+
+
+def test_summary_of_nothing():
+    summary = summarize([])
+    assert summary["reward_first"] is None
+    assert summary["steps"] == 0
+
+
+# Trackers
+
+
+def test_tensorboard_gets_reward_memory_and_accuracy(memhead_in_trl, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder.create(tmp_path, "run")
+    trainer = tiny_trainer(folder.path / "checkpoints", steps=3, report_to="tensorboard")
+    tracker = track(trainer, folder, TrackingConfig(memory_every=1), progress=False)
+    trainer.add_callback(
+        AccuracyEvery(2, lambda: {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, tracker.evaluated)
+    )
+    trainer.train()
+    tracker.close()
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    records = [record for record in folder.metrics.read() if "reward" in record]
+    assert [record["step"] for record in records] == [1, 2, 3]  # an evaluation costs no step its line
+    for tag, values in (
+        ("train/reward", [record["reward"] for record in records]),
+        (
+            "train/memory/backward/tensor_peak_mib",
+            [r["memory"]["backward"]["tensor_peak_mib"] for r in records],
+        ),
+        ("train/time/generation", [record["time"]["generation"] for record in records]),
+    ):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in zip((1, 2, 3), values, strict=True)
+        ]
+    for tag, value in (("accuracy", 0.5), ("accuracy_interval_low", 0.4), ("accuracy_interval_high", 0.6)):
+        assert [(e.step, e.value) for e in events.Scalars(f"eval/{tag}")] == [(2, pytest.approx(value))]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (problem,) = trackers.missing(package)
+    assert (problem.key, problem.value) == ("tracking.report_to", package)
+    assert problem.remedy.startswith(f"pip install {package}, or")
+    assert not list(trackers.missing("none"))
+
+
+def test_completions_are_printed_once_a_logged_step(memhead_in_trl, tmp_path, capsys):
+    tracking = {"log_completions": True, "num_completions_to_print": 2}
+    recorded_run(tmp_path, steps=3, **tracking)
+    shown = capsys.readouterr().out
+    assert [shown.count(f" Step {step} ") for step in (1, 2, 3)] == [1, 1, 1]
+    for word in ("Prompt", "Completion", "digits_reward", "Advantage"):
+        assert shown.count(word) == 3

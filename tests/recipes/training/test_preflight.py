@@ -1,0 +1,200 @@
+"""What is missing is said before anything is loaded: key, what, value, remedy, one line each."""
+
+import sys
+
+import httpx
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import hf_raise_for_status
+
+import train_grpo
+from recipes.config.load import ConfigError, load_config
+from recipes.training.preflight import Machine, check, explain, missing
+
+ALL = frozenset({"unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3"})
+GPU = Machine(cuda=True, bfloat16=True, packages=ALL)
+T4 = Machine(cuda=True, bfloat16=False, packages=ALL)
+CPU = Machine(cuda=False, bfloat16=True, packages=ALL)
+NO_PLUGIN = Machine(cuda=True, bfloat16=True, packages=ALL - {"vllm_bnb_plugin"})
+BARE = Machine(cuda=True, bfloat16=True, packages=frozenset())
+FILE = """\
+model:
+  loader: transformers
+  name: {name}
+task:
+  name: countdown
+lora:
+  r: 4
+"""
+
+
+@pytest.fixture
+def configured(tmp_path, without_unsloth):
+    """A function: the configuration with these overrides."""
+
+    def configure(*overrides, name="some/model"):
+        path = tmp_path / "run.yaml"
+        path.write_text(FILE.format(name=name))
+        return load_config(path, list(overrides))
+
+    return configure
+
+
+MISSING = [
+    (CPU, ["model.load_in_4bit=true"], "model.load_in_4bit: needs a GPU", "set model.load_in_4bit: false"),
+    (CPU, ["model.load_in_8bit=true"], "model.load_in_8bit: needs a GPU", "set model.load_in_8bit: false"),
+    (BARE, ["model.load_in_4bit=true"], "model.load_in_4bit: bitsandbytes is not", "requirements-cuda.lock"),
+    (CPU, ["grpo.use_vllm=true"], "grpo.use_vllm: vLLM needs a GPU", "set grpo.use_vllm: false"),
+    (BARE, ["grpo.use_vllm=true"], "grpo.use_vllm: vLLM is not installed", "requirements-cuda.lock"),
+    (
+        NO_PLUGIN,
+        ["grpo.use_vllm=true", "model.load_in_4bit=true"],
+        "grpo.use_vllm: vLLM reads 4-bit",
+        "pip install",
+    ),
+    (BARE, ["model.loader=unsloth"], "model.loader: Unsloth is not installed", "requirements-cuda.lock"),
+    (
+        CPU,
+        ["model.attn_implementation=flash_attention_2"],
+        "model.attn_implementation: needs a GPU",
+        "set it to sdpa",
+    ),
+    (
+        BARE,
+        ["model.attn_implementation=flash_attention_2"],
+        "model.attn_implementation: flash_attn is not installed",
+        "pip install flash-attn",
+    ),
+    (CPU, ["grpo.optim=paged_adamw_8bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
+    (BARE, ["grpo.optim=adamw_8bit"], "grpo.optim: bitsandbytes is not installed", "requirements-cuda.lock"),
+    (CPU, ["head.impl=trl"], "head.impl: TRL's needs a GPU", "set it to memhead or full"),
+    (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
+    (T4, ["model.dtype=bfloat16"], "model.dtype: this GPU has no bfloat16", "set it to float16 or auto"),
+]
+
+
+@pytest.mark.parametrize(("machine", "overrides", "what", "remedy"), MISSING, ids=lambda x: str(x)[:40])
+def test_what_the_machine_lacks(configured, machine, overrides, what, remedy):
+    (problem,) = missing(configured(*overrides), machine)
+    line = problem.line("")
+    assert line.startswith(what)
+    assert remedy in line
+    assert overrides[0].partition("=")[2] in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "overrides", sorted({tuple(case[1]) for case in MISSING if "unsloth" not in case[1][0]})
+)
+def test_nothing_is_missing_where_all_is_there(configured, overrides):
+    assert list(missing(configured(*overrides), GPU)) == []
+
+
+def test_a_server_of_vllm_needs_none_here(configured):
+    assert list(missing(configured("grpo.use_vllm=true", "grpo.vllm_mode=server"), CPU)) == []
+
+
+def test_every_problem_is_listed(configured):
+    config = configured("model.load_in_4bit=true", "grpo.use_vllm=true", name="/nowhere/at/all")
+    with pytest.raises(ConfigError) as caught:
+        check(config, CPU)
+    assert [line.partition(":")[0] for line in caught.value.lines] == [
+        "model.load_in_4bit",
+        "grpo.use_vllm",
+        "model.name",
+    ]
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+def test_a_folder_that_is_not_there(configured, name):
+    with pytest.raises(ConfigError, match=r"model\.name: there is no such folder"):
+        check(configured(name=name), GPU)
+
+
+def test_a_folder_without_a_model(configured, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.name: holds no config\.json.*folder of a saved model"):
+        check(configured(name=str(tmp_path)), GPU)
+
+
+def test_a_folder_needs_no_hub(configured, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "config.json").write_text("{}")
+    check(configured(name=str(tmp_path)), GPU)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: holds no tokenizer_config\.json"):
+        check(configured(f"model.tokenizer={tmp_path}", name=str(tmp_path)), GPU)
+
+
+def test_the_hub_switched_off(configured, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as caught:
+        check(configured(), GPU)
+    (line,) = caught.value.lines
+    assert line.startswith(
+        "model.name: is not in the cache, and the hub is switched off (value 'some/model')"
+    )
+    assert "unset HF_HUB_OFFLINE" in line
+    assert "hf download some/model" in line
+
+
+def test_no_network(configured, monkeypatch):
+    """A port of this machine that nobody listens on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+    )
+    with pytest.raises(ConfigError, match=r"model\.name: is not in the cache, and the hub cannot be reached"):
+        check(configured(), GPU)
+
+
+def test_a_name_that_is_none(configured):
+    with pytest.raises(ConfigError, match=r"model\.name: is neither a local folder nor a hub id.*owner/name"):
+        check(configured(name="'no name'"), GPU)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "what", "remedy"),
+    [
+        (403, "GatedRepo", "is gated", "hf auth login"),
+        (404, "RepoNotFound", "the hub knows no such model", "check the spelling"),
+        (401, "RepoNotFound", "the hub knows no such model", "hf auth login"),
+        (404, "RevisionNotFound", "has no revision 'v9'", "set model.revision"),
+        (404, "EntryNotFound", "has no config.json on the hub", "transformers' format"),
+        (503, None, "the hub cannot be reached", "hf download some/model"),
+    ],
+)
+def test_answers_of_the_hub(status, code, what, remedy):
+    """huggingface_hub itself turns the answer into its error."""
+    request = httpx.Request("HEAD", "https://hub.example/some/model/resolve/v9/config.json")
+    answer = httpx.Response(status, headers={"X-Error-Code": code} if code else {}, request=request)
+    with pytest.raises(HfHubHTTPError) as caught:
+        hf_raise_for_status(answer)
+    said = explain(caught.value, "some/model", "v9", "config.json")
+    assert what in said[0]
+    assert remedy in said[1]
+
+
+def test_train_stops_with_2_and_leaves_no_folder(configured, tmp_path, capsys):
+    config = configured(f"run.output_root={tmp_path / 'runs'}", name="/nowhere/model")
+    assert train_grpo.train(config) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("model.name: there is no such folder (value '/nowhere/model')")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("task.dataset=./nowhere", "task.dataset"), ("task.rewards={nowhere.it: 1}", "task.rewards")],
+)
+def test_data_and_rewards_that_are_not_there(tmp_path, capsys, override, key):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch, tokenizer: bpe}\ntask: {name: gsm8k}\n")
+    config = load_config(path, [override, f"run.output_root={tmp_path / 'runs'}"])
+    assert train_grpo.train(config) == 2
+    assert capsys.readouterr().err.startswith(f"{key}: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unsloth_was_never_imported():
+    assert sys.modules.get("unsloth") is None

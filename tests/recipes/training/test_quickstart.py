@@ -1,0 +1,117 @@
+"""The run end to end, tiny: its folder, its errors, its interruption."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_grpo
+from recipes.training.callbacks import BypassGuard
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+TINY = [
+    "model.scratch.hidden_size=32",
+    "model.scratch.layers=1",
+    "model.scratch.intermediate_size=32",
+    "grpo.max_steps=3",
+    "grpo.per_device_train_batch_size=16",
+    "grpo.num_generations=4",
+    "run.warm_start.steps=2",
+    "run.warm_start.batch_size=8",
+    "run.evaluation.size=16",
+    "run.evaluation.every=2",
+    "run.name=tiny",
+]
+
+
+def run(tmp_path, *more):
+    return train_grpo.main(["--config", CONFIG, *TINY, f"run.output_root={tmp_path}", *more])
+
+
+def test_leaves_a_whole_run_folder(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    folder = tmp_path / "tiny"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all("accuracy" in lines[step] for step in (0, 2, 3))
+    assert set(lines[1]["rewards"]) == {"correct", "well_formed"}
+    for name in ("config.yaml", "environment.json", "warm_start.json", "completions.jsonl", "report.png"):
+        assert (folder / name).stat().st_size > 0
+    assert json.loads((folder / "head_check.json").read_text())["passed"]
+    assert json.loads((folder / "head.json").read_text())["calls"] >= 3
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "final"))
+    assert (folder / "final" / "model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert "generation" in printed
+
+
+def test_the_resolved_config_runs_again_alike(tmp_path):
+    assert run(tmp_path) == 0
+    again = ["--config", str(tmp_path / "tiny" / "config.yaml"), "run.name=again"]
+    assert train_grpo.main(again) == 0
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("tiny", "again")
+    )
+    for key in ("reward", "loss", "entropy", "accuracy", "grad_norm"):
+        assert [line.get(key) for line in first] == [line.get(key) for line in second]
+
+
+def test_a_mistake_in_the_configuration_is_one_line_and_status_2(tmp_path, capsys):
+    assert run(tmp_path, "grpo.learning_rat=1e-3") == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "learning_rate" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_past_the_head_stops_the_run(tmp_path, capsys, monkeypatch):
+    from trl import GRPOTrainer
+
+    def elsewhere(self, model, input_ids, attention_mask, logits_to_keep, *rest, **more):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1][:, -logits_to_keep:]
+        logps = logits.log_softmax(-1)
+        return (
+            logps.gather(-1, input_ids[:, -logits_to_keep:, None])[..., 0],
+            -(logps.exp() * logps).sum(-1),
+            None,
+        )
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", elsewhere)
+    assert run(tmp_path) == 1
+    assert "never reached memhead" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+    assert run(tmp_path, "--resume") == 1
+    assert "to begin one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_the_folder_and_resume_goes_on(number, tmp_path, capsys, monkeypatch):
+    ended = BypassGuard.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(BypassGuard, "on_step_end", interrupt)
+    assert run(tmp_path) == 130
+    assert "--resume" in capsys.readouterr().out
+    folder = tmp_path / "tiny"
+    AutoModelForCausalLM.from_pretrained(folder / "interrupted")
+    assert (folder / "report.png").is_file()
+    stopped = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert stopped == 1
+
+    monkeypatch.setattr(BypassGuard, "on_step_end", ended)
+    assert run(tmp_path, "--resume") == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+    assert (folder / "final" / "model.safetensors").is_file()

@@ -1,0 +1,158 @@
+"""Going on with a run: what may differ from the session before, and what is kept of it."""
+
+import os
+import shutil
+import signal
+
+import pytest
+from test_quickstart import CONFIG, TINY
+
+import train_grpo
+from recipes.config.load import ConfigError, load_config
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.callbacks import BypassGuard, Interruption
+from recipes.training.resume import is_finished, require_same
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A function: the configuration with these overrides; and the folder of a run by it, with a checkpoint."""
+
+    def configured(*more):
+        return load_config(CONFIG, [*TINY, f"run.output_root={tmp_path}", *more])
+
+    folder = RunFolder.create(tmp_path, "tiny", configured())
+    state = folder.path / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"global_step": 2}')
+    return configured, folder
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.scratch.heads=2", "model.scratch.heads: 2 differs from the 4 of the run being resumed, "),
+        ("task.eval_problems=100", "task.eval_problems: 100 differs from the 512 of the run being resumed, "),
+        ("lora.r=4", "lora: {'r': 4, "),
+        ("run.seed=1", "run.seed: 1 differs from the 0 of the run being resumed, "),
+    ],
+)
+def test_another_model_task_or_seed_is_refused(begun, override, line):
+    configured, folder = begun
+    with pytest.raises(ConfigError) as error:
+        require_same(configured(override), folder)
+    assert len(error.value.lines) == 1
+    assert error.value.lines[0].startswith(line)
+    assert "leave --resume out" in error.value.lines[0]
+
+
+def test_steps_batches_and_what_concerns_memory_may_change(begun):
+    configured, folder = begun
+    memory = ["model.gradient_checkpointing=true", "model.attn_implementation=eager"]
+    more = ["grpo.learning_rate=1e-3", "run.save_every=1", *memory]
+    require_same(configured(*more), folder)
+
+
+def test_a_refused_resume_leaves_the_folder_alone(begun, tmp_path, capsys):
+    _, folder = begun
+    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    command = ["--config", CONFIG, *TINY[1:], "model.scratch.hidden_size=64", f"run.output_root={tmp_path}"]
+    assert train_grpo.main([*command, "--resume"]) == 2
+    assert capsys.readouterr().err.startswith("model.scratch.hidden_size: 64 differs from the 32 of")
+    assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def test_the_former_configuration_is_kept_where_it_differs(begun):
+    configured, folder = begun
+    before = (folder.path / "config.yaml").read_text()
+    folder.begin_session(configured())
+    assert not (folder.path / "config.1.yaml").exists()
+    folder.begin_session(configured("run.save_every=5"))
+    assert (folder.path / "config.1.yaml").read_text() == before
+    assert load_config(folder.path / "config.yaml").run.save_every == 5
+    assert (folder.path / "environment.2.json").is_file()
+
+
+def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
+    steady = [
+        "grpo.lr_scheduler_type=constant",
+        "run.save_every=2",
+        "run.warm_start=null",
+        "grpo.max_steps=2",
+    ]
+    changed = ("grpo.max_steps", "run.warm_start.")
+    kept = [setting for setting in TINY if not setting.startswith(changed)]
+    command = ["--config", CONFIG, *kept, *steady, f"run.output_root={tmp_path}"]
+    assert train_grpo.main(command) == 0
+    folder = RunFolder(tmp_path / "tiny")
+    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    assert train_grpo.main([*command, "--resume"]) == 0  # nothing is missing
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder.path} is finished; a larger grpo.max_steps would go on."
+    ]
+    assert files == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+    # Killed in the evaluation, an older session's step still on record.
+    (folder.path / "finished.json").unlink()
+    shutil.rmtree(folder.final)
+    folder.metrics.append({"step": 3, "reward": 1.0})
+    assert train_grpo.main([*command, "--resume"]) == 0
+    weights = folder.final / "model.safetensors"
+    assert weights.read_bytes() == files[weights]
+    lines = folder.metrics.read()
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert "accuracy" in lines[-1]
+    assert folder.checkpoint.name == "checkpoint-2"
+    assert folder.read_json("finished.json") == {"step": 2}
+
+    longer = [setting.replace("max_steps=2", "max_steps=3") for setting in command]
+    assert train_grpo.main([*longer, "--resume"]) == 0
+    assert folder.read_json("finished.json") == {"step": 3}
+    assert weights.read_bytes() != files[weights]
+
+
+def test_a_finished_run_whose_last_checkpoint_is_an_early_one_is_finished_too(begun):
+    configured, folder = begun
+    folder.final.mkdir()
+    (folder.path / "report.html").touch()
+    folder.write_json("finished.json", {"step": 3})
+    # Of three steps; the checkpoint, where it was stopped once, is of two.
+    assert is_finished(configured(), folder)
+    (folder.path / "report.html").unlink()
+    assert not is_finished(configured(), folder)
+
+
+def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsys, monkeypatch):
+    ended = BypassGuard.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["--config", CONFIG, *TINY, f"run.output_root={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(BypassGuard, "on_step_end", stop)
+        assert train_grpo.main(command) == 130
+    assert "--resume" in capsys.readouterr().out
+    folder = RunFolder(tmp_path / "tiny")
+    assert folder.checkpoint.name == "checkpoint-3"
+    assert "accuracy" not in folder.metrics.read()[-1]
+    weights = (folder.final / "model.safetensors").read_bytes()
+    assert train_grpo.main([*command, "--resume"]) == 0
+    assert [line["step"] for line in folder.metrics.read()] == [0, 1, 2, 3]
+    assert "accuracy" in folder.metrics.read()[-1]
+    assert (folder.final / "model.safetensors").read_bytes() == weights
+
+
+def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

@@ -1,0 +1,137 @@
+"""The warm start, greedy evaluation and the head's check, on a model of a few thousand parameters."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recipes.config.schema import ModelConfig, ScratchConfig, WarmStartConfig
+from recipes.models import load as models
+from recipes.models.generation import by_transformers
+from recipes.tasks import countdown
+from recipes.training.evaluation import evaluate
+from recipes.training.head_check import check_head
+from recipes.training.warm_start import IGNORED, collate, warm_start
+
+CONFIG = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=32, layers=2, intermediate_size=64))
+EXAMPLES = [("111>03=", "1+1+1"), ("222>06=", "2+2+2"), ("333>09=", "3+3+3"), ("444>12=", "4+4+4")]
+
+
+@pytest.fixture
+def loaded():
+    return models.load(CONFIG, countdown, seed=0)
+
+
+def settings(**changes):
+    given = {"steps": 5, "target_accuracy": None, "batch_size": 4, "learning_rate": 1e-2, "check_every": 5}
+    return WarmStartConfig(**(given | changes))
+
+
+def test_loss_is_taken_on_the_completion_and_its_end_alone():
+    tokenizer = models.character_tokenizer(countdown.CHARACTERS)
+    batch = collate(tokenizer, [("111>03=", "1+1+1"), ("1>", "1")])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, 13)
+    kept = batch["labels"][0][batch["labels"][0] != IGNORED]
+    assert tokenizer.decode(kept) == "1+1+1<eos>"
+    assert tokenizer.decode(batch["labels"][1][batch["labels"][1] != IGNORED]) == "1<eos>"
+    assert batch["attention_mask"][1].sum() == 4
+
+
+def test_it_learns_what_it_is_shown_and_stops_at_the_target(loaded):
+    model, tokenizer = loaded
+    rows = [{"prompt": p, "numbers": [int(p[0])] * 3, "target": int(p[4:6])} for p, _ in EXAMPLES]
+
+    def probe():
+        return evaluate(
+            by_transformers(model, tokenizer), rows, countdown.is_correct, max_new_tokens=6
+        ).accuracy
+
+    result = warm_start(
+        model, tokenizer, EXAMPLES, settings(steps=200, target_accuracy=1.0, check_every=10), probe=probe
+    )
+    assert result.accuracy == probe() == 1.0
+    assert result.steps < 200
+    assert result.examples == result.steps * 4
+
+
+def test_without_a_target_every_step_is_taken_and_reported(loaded):
+    seen = []
+    result = warm_start(
+        *loaded,
+        EXAMPLES,
+        settings(),
+        probe=lambda: 1.0,
+        on_step=lambda step, loss, accuracy: seen.append((step, loss)),
+    )
+    assert result.steps == 5
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(loss) for _, loss in seen)
+
+
+class Elsewhere(torch.nn.Module):
+    """A model on a device that this machine lacks: it refuses tensors that are not there, as a GPU's would."""
+
+    device = torch.device("meta")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, **batch):
+        assert {name: tensor.device.type for name, tensor in batch.items()} == {
+            "input_ids": "meta",
+            "labels": "meta",
+            "attention_mask": "meta",
+        }
+        return SimpleNamespace(loss=self.weight.square().sum())
+
+
+def test_the_batch_goes_to_the_models_device():
+    tokenizer = models.character_tokenizer(countdown.CHARACTERS)
+    result = warm_start(Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), probe=lambda: 0.0)
+    assert result.steps == 2
+    assert result.loss < 2.0  # 1 + 1 before the first step
+
+
+def test_more_than_there_is_in_a_batch_is_an_error(loaded):
+    with pytest.raises(ValueError, match="batch_size: 5"):
+        warm_start(*loaded, EXAMPLES, settings(batch_size=5), probe=lambda: 0.0)
+
+
+def test_evaluation_keeps_order_mode_and_random_state(loaded):
+    model, tokenizer = loaded
+    rows = [{"prompt": prompt} for prompt in ("111>03=", "2>", "333>09=")]
+    model.train()
+    state = torch.get_rng_state()
+    together = evaluate(
+        by_transformers(model, tokenizer), rows, lambda text, row: row["prompt"] == "2>", max_new_tokens=4
+    )
+    singly = evaluate(
+        by_transformers(model, tokenizer), rows, lambda text, row: False, max_new_tokens=4, batch_size=1
+    )
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert together.completions == singly.completions  # padding of the short prompt changes nothing
+    assert together.correct == [False, True, False]
+    assert together.accuracy == pytest.approx(1 / 3)
+    assert singly.accuracy == 0.0
+
+
+def test_evaluation_of_nothing_is_an_error(loaded):
+    with pytest.raises(ValueError, match="rows"):
+        evaluate(by_transformers(*loaded), [], lambda text, row: True, max_new_tokens=4)
+
+
+def test_head_check_passes_and_finds_a_wrong_head(loaded, monkeypatch):
+    model, tokenizer = loaded
+    found = check_head(model, tokenizer, ["357>26=", "12>"], temperature=0.7)
+    assert found["passed"]
+    assert found["rows"] == 6 + 2
+    assert found["memhead"]["logprob_error"] < 1e-5
+
+    from recipes.training import head_check as headcheck
+
+    right = headcheck.linear_logprobs
+    monkeypatch.setattr(headcheck, "linear_logprobs", lambda *a, **k: right(*a, **(k | {"temperature": 1.0})))
+    assert not check_head(model, tokenizer, ["357>26="], temperature=0.7)["passed"]
