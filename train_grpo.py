@@ -77,6 +77,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
 
     from recipes.models import load as models
     from recipes.models.generation import by_trainer, by_transformers
+    from recipes.models.precision import Precision
     from recipes.report.page import write_report
     from recipes.rewards.contract import prepare
     from recipes.tasks import get_task
@@ -109,7 +110,8 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         )
         if config.run.warm_start is not None and checkpoint is None:
             probe = evaluator(config, task, by_transformers(model, tokenizer))
-            _warm_start(config, config.run.warm_start, task, model, tokenizer, probe, folder)
+            precision = Precision.of(arguments)
+            _warm_start(config, config.run.warm_start, task, model, tokenizer, precision, probe, folder)
         _check_head(config, task, model, tokenizer, folder)
 
         with install_head(config, arguments) as handle, Interruption() as interruption:
@@ -177,10 +179,18 @@ def _start(config: RunConfig, folder: Any) -> Any:
 
 
 def _warm_start(
-    config: RunConfig, settings: Any, task: Any, model: Any, tokenizer: Any, evaluate: Any, folder: Any
+    config: RunConfig,
+    settings: Any,
+    task: Any,
+    model: Any,
+    tokenizer: Any,
+    precision: Any,
+    evaluate: Any,
+    folder: Any,
 ) -> None:
     """Supervised training until the model knows the task well enough for GRPO to find something to reward."""
-    from recipes.training.warm_start import warm_start
+    from recipes.training.trainer import head_of_warm_start
+    from recipes.training.warm_start import WarmStartStep, warm_start
 
     if not hasattr(task, "warm_start_examples"):
         raise RunError(
@@ -190,22 +200,26 @@ def _warm_start(
     examples = task.warm_start_examples(config.task.options, config.run.seed, count)
     started = time.perf_counter()
 
-    def report(step: int, loss: float, accuracy: float) -> None:
-        if step % settings.check_every == 0:
+    def report(taken: WarmStartStep) -> None:
+        folder.metrics.append({"warm_start": asdict(taken)})
+        if taken.step % settings.check_every == 0:
             seconds = time.perf_counter() - started
             print(
-                f"warm start  step {step}  loss {loss:.3f}  accuracy {accuracy:.3f}  {seconds:.0f} s",
+                f"warm start  step {taken.step}  loss {taken.loss:.3f}  accuracy {taken.accuracy:.3f}  "
+                f"{seconds:.0f} s",
                 flush=True,
             )
 
-    result = warm_start(
-        model,
-        tokenizer,
-        examples,
-        settings,
-        probe=lambda: evaluate(sampled=False)["accuracy"],
-        on_step=report,
-    )
+    with head_of_warm_start(config, model):
+        result = warm_start(
+            model,
+            tokenizer,
+            examples,
+            settings,
+            precision=precision,
+            probe=lambda: evaluate(sampled=False)["accuracy"],
+            on_step=report,
+        )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
     place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision
     model.save_pretrained(place)

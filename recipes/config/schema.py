@@ -179,6 +179,14 @@ class WarmStartConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     batch_size: Positive = Field(128, description="examples a step")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    adam_beta2: float = Field(0.99, ge=0, lt=1, description="decay of AdamW's second moment")
+    warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises to its peak")
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="how the learning rate falls from its peak until the last of `steps`"
+    )
+    final_rate: float = Field(
+        0.05, ge=0, le=1, description="the share of the peak below which the learning rate does not fall"
+    )
 
 
 class EvaluationConfig(Section):

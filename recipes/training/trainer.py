@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from memhead.integrations.handle import Handle
@@ -22,6 +23,18 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
     from memhead.integrations import trl
 
     return trl.install(config.head.impl, chunk=config.head.chunk, backend=config.head.backend)
+
+
+def head_of_warm_start(config: RunConfig, model: Any) -> AbstractContextManager[Any]:
+    """memhead in the supervised loss as well, where it is the run's head; Unsloth's own loss has no full logits either.
+
+    Raises ValueError for a model whose loss memhead does not know.
+    """
+    if config.head.impl != "memhead" or config.model.loader == "unsloth":
+        return nullcontext()
+    from memhead.integrations import transformers
+
+    return transformers.patch(model, chunk=config.head.chunk, backend=config.head.backend)
 
 
 def make_trainer(

@@ -4,6 +4,8 @@ It stops as soon as the greedy accuracy on the held-out problems reaches a targe
 and flatters the accuracy *before* GRPO, so what GRPO adds is, if anything, understated.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +17,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config.schema import WarmStartConfig
 from recipes.models.generation import rendered
+from recipes.models.precision import Precision
 
 IGNORED = -100  # the label that transformers leaves out of its loss
 
 Examples = list[tuple[Any, str]]  # (prompt: text or chat messages, right completion)
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WarmStartStep:
+    """One optimizer step of it."""
+
+    step: int
+    loss: float  # mean cross entropy a completion token, before the step
+    learning_rate: float
+    accuracy: float  # at the last probe; nan before the first
 
 
 @dataclass(frozen=True)
@@ -37,51 +51,88 @@ def warm_start(
     examples: Examples,
     settings: WarmStartConfig,
     *,
+    precision: Precision,
     probe: Callable[[], float],
-    on_step: Callable[[int, float, float], Any] = lambda step, loss, accuracy: None,
+    on_step: Callable[[WarmStartStep], Any] = lambda step: None,
 ) -> WarmStartResult:
     """Train on `examples` in their order, from the start again when they end, until `probe()` reaches the target.
 
-    The learning rate rises for 20 steps and then falls in a straight line to a twentieth at `settings.steps`.
-    `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end; `on_step(step, loss, last
-    accuracy)` is called after each step. Raises ValueError if there are fewer examples than one batch.
+    `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end; `on_step` is called after each step.
+    A batch that does not fit is cut, with the same gradient. Raises ValueError if there are fewer examples than one
+    batch.
     """
     batches = _batches(tokenizer, examples, settings.batch_size)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(0.9, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
     )
-    accuracy, loss, step = math.nan, math.nan, 0
+    gradient = _Gradient(model, precision)
+    taken = WarmStartStep(0, math.nan, math.nan, math.nan)
     model.train()
     for step in range(1, settings.steps + 1):
+        rate = settings.learning_rate * rate_share(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _rate(step, settings.steps)
-        loss = _train_step(model, optimizer, next(batches))
-        if step % settings.check_every == 0 or step == settings.steps:
-            accuracy = probe()
-        on_step(step, loss, accuracy)
-        if settings.target_accuracy is not None and accuracy >= settings.target_accuracy:
+            group["lr"] = rate
+        loss = gradient(next(batches))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        looked = step % settings.check_every == 0 or step == settings.steps
+        taken = WarmStartStep(step, loss, rate, probe() if looked else taken.accuracy)
+        on_step(taken)
+        if settings.target_accuracy is not None and taken.accuracy >= settings.target_accuracy:
             break
-    return WarmStartResult(steps=step, examples=step * settings.batch_size, accuracy=accuracy, loss=loss)
+    return WarmStartResult(taken.step, taken.step * settings.batch_size, taken.accuracy, taken.loss)
 
 
-def _rate(step: int, steps: int) -> float:
-    """The learning rate at a step, in proportion to its peak."""
-    return min(1.0, step / 20) * max(0.05, 1.0 - step / steps)
+def rate_share(step: int, settings: WarmStartConfig) -> float:
+    """The learning rate at a step, counted from 1, as a share of its peak: up, then down to `final_rate`."""
+    up = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+    done = step / settings.steps
+    if settings.schedule == "cosine":
+        half = (1.0 - settings.final_rate) / 2
+        return up * (settings.final_rate + half * (1.0 + math.cos(math.pi * done)))
+    return up * max(settings.final_rate, 1.0 - done)
 
 
-def _train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
-    """One step of AdamW on one batch; the batch's loss before it."""
-    loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
+class _Gradient:
+    """Adds up the gradient of a batch's mean loss, in as few parts as fit the memory."""
+
+    def __init__(self, model: PreTrainedModel, precision: Precision) -> None:
+        self._model, self._precision = model, precision
+        self._rows: int | None = None  # of a part, once a whole batch did not fit
+
+    def __call__(self, batch: Batch) -> float:
+        """The batch's loss; its gradient is in the parameters."""
+        part = self._rows or len(batch["input_ids"])
+        while True:
+            try:
+                return self._in_parts(batch, part)
+            except torch.OutOfMemoryError:
+                if part == 1:
+                    raise
+            self._model.zero_grad()  # outside the handler, which would keep the failed pass's tensors alive
+            torch.cuda.empty_cache()
+            print(f"warm start: {part} rows at a time do not fit, going on with {part // 2}", flush=True)
+            part = self._rows = part // 2
+
+    def _in_parts(self, batch: Batch, part: int) -> float:
+        tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+        total = 0.0
+        for start in range(0, len(batch["input_ids"]), part):
+            rows = {
+                name: tensor[start : start + part].to(self._model.device) for name, tensor in batch.items()
+            }
+            with self._precision.autocast(self._model.device):
+                loss = self._model(**rows, num_items_in_batch=tokens.to(self._model.device)).loss
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
+def _batches(tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int) -> Iterator[Batch]:
     """Batches of `batch_size` without end; the examples left over by the last whole batch of a round are dropped."""
     if len(examples) < batch_size:
         raise ValueError(
@@ -90,15 +141,13 @@ def _batches(
     return _endless(tokenizer, examples, batch_size)
 
 
-def _endless(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
+def _endless(tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int) -> Iterator[Batch]:
     while True:
         for start in range(0, len(examples) - batch_size + 1, batch_size):
             yield collate(tokenizer, examples[start : start + batch_size])
 
 
-def collate(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> dict[str, Tensor]:
+def collate(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> Batch:
     """Prompt, completion, end token, padded on the right: three tensors (B, longest).
 
     Labels are the completion and its end token; prompt and padding are left out of the loss.

@@ -9,10 +9,11 @@ import torch
 from recipes.config.schema import ModelConfig, ScratchConfig, WarmStartConfig
 from recipes.models import load as models
 from recipes.models.generation import by_transformers
+from recipes.models.precision import Precision
 from recipes.tasks import countdown
 from recipes.training.evaluation import evaluate
 from recipes.training.head_check import check_head
-from recipes.training.warm_start import IGNORED, collate, warm_start
+from recipes.training.warm_start import IGNORED, _Gradient, collate, rate_share, warm_start
 
 CONFIG = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=32, layers=2, intermediate_size=64))
 EXAMPLES = [("111>03=", "1+1+1"), ("222>06=", "2+2+2"), ("333>09=", "3+3+3"), ("444>12=", "4+4+4")]
@@ -48,7 +49,12 @@ def test_it_learns_what_it_is_shown_and_stops_at_the_target(loaded):
         ).accuracy
 
     result = warm_start(
-        model, tokenizer, EXAMPLES, settings(steps=200, target_accuracy=1.0, check_every=10), probe=probe
+        model,
+        tokenizer,
+        EXAMPLES,
+        settings(steps=200, target_accuracy=1.0, check_every=10),
+        precision=Precision(),
+        probe=probe,
     )
     assert result.accuracy == probe() == 1.0
     assert result.steps < 200
@@ -61,12 +67,72 @@ def test_without_a_target_every_step_is_taken_and_reported(loaded):
         *loaded,
         EXAMPLES,
         settings(),
+        precision=Precision(),
         probe=lambda: 1.0,
-        on_step=lambda step, loss, accuracy: seen.append((step, loss)),
+        on_step=seen.append,
     )
     assert result.steps == 5
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
-    assert all(math.isfinite(loss) for _, loss in seen)
+    assert [taken.step for taken in seen] == [1, 2, 3, 4, 5]
+    assert [taken.learning_rate for taken in seen] == pytest.approx(
+        [1e-2 / 20 * 0.8, 1e-2 / 10 * 0.6, 1e-2 * 0.15 * 0.4, 1e-2 * 0.2 * 0.2, 1e-2 * 0.25 * 0.05]
+    )
+    assert all(math.isfinite(taken.loss) for taken in seen)
+    assert [taken.accuracy for taken in seen] == pytest.approx([math.nan] * 4 + [1.0], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [(1, 0.5 * 0.9779754), (2, 0.9140576), (5, 0.55), (10, 0.1)],  # 0.1 + 0.45 (1 + cos(pi step / 10))
+)
+def test_the_rate_may_fall_as_a_cosine(step, share):
+    cosine = settings(steps=10, schedule="cosine", warmup_steps=2, final_rate=0.1)
+    assert rate_share(step, cosine) == pytest.approx(share, rel=1e-6)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys):
+    model, tokenizer = loaded
+    model.double()
+    batch = collate(tokenizer, [*EXAMPLES, ("1>", "1"), ("22>", "2+2")])  # rows of unequal length
+    whole = _Gradient(model, Precision())
+    expected = whole(batch)
+    wanted = gradients(model)
+    model.zero_grad()
+
+    forward = model.forward
+
+    def cramped(**rows):
+        if len(rows["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return forward(**rows)
+
+    model.forward = cramped
+    cut = _Gradient(model, Precision())
+    assert cut(batch) == pytest.approx(expected, rel=1e-6)  # transformers takes the loss in float32
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-8)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "warm start: 6 rows at a time do not fit, going on with 3",
+        "warm start: 3 rows at a time do not fit, going on with 1",
+    ]
+    cut(batch)
+    assert capsys.readouterr().out == ""  # it remembers
+    model.forward = lambda **rows: (_ for _ in ()).throw(torch.OutOfMemoryError("none left"))
+    with pytest.raises(torch.OutOfMemoryError):
+        cut(batch)
+
+
+def test_it_computes_in_the_precision_of_the_run(loaded):
+    model, tokenizer = loaded
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for precision in (Precision(), Precision(torch.bfloat16)):
+        warm_start(model, tokenizer, EXAMPLES, settings(steps=1), precision=precision, probe=lambda: 0.0)
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 class Elsewhere(torch.nn.Module):
@@ -79,24 +145,22 @@ class Elsewhere(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(2))
 
     def forward(self, **batch):
-        assert {name: tensor.device.type for name, tensor in batch.items()} == {
-            "input_ids": "meta",
-            "labels": "meta",
-            "attention_mask": "meta",
-        }
+        assert {tensor.device.type for tensor in batch.values()} == {"meta"}
         return SimpleNamespace(loss=self.weight.square().sum())
 
 
 def test_the_batch_goes_to_the_models_device():
     tokenizer = models.character_tokenizer(countdown.CHARACTERS)
-    result = warm_start(Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), probe=lambda: 0.0)
+    result = warm_start(
+        Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), precision=Precision(), probe=lambda: 0.0
+    )
     assert result.steps == 2
     assert result.loss < 2.0  # 1 + 1 before the first step
 
 
 def test_more_than_there_is_in_a_batch_is_an_error(loaded):
     with pytest.raises(ValueError, match="batch_size: 5"):
-        warm_start(*loaded, EXAMPLES, settings(batch_size=5), probe=lambda: 0.0)
+        warm_start(*loaded, EXAMPLES, settings(batch_size=5), precision=Precision(), probe=lambda: 0.0)
 
 
 def test_evaluation_keeps_order_mode_and_random_state(loaded):
