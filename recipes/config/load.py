@@ -49,6 +49,8 @@ from recipes.problems import (
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
+    from recipes.tasks import Task
+
 __all__ = ["EXIT_STATUS", "ConfigError", "RunConfig", "load_config"]
 
 _BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
@@ -86,6 +88,12 @@ class RunConfig(Section):
             raise ConfigError(
                 [Problem("grpo", str(error), remedy="change the fields that it names")]
             ) from error
+
+    def make_task(self) -> Task:
+        """The run's task. To be made once and handed on: it keeps what it has read."""
+        from recipes.tasks import get_task
+
+        return get_task(self.task.name)(self.task.options, self.run.seed)
 
     def _derived_fields(self) -> dict[str, Any]:
         """Fields of GRPOConfig that follow from other sections and from the device."""
@@ -351,17 +359,12 @@ def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
     from recipes.rewards.contract import problems
     from recipes.tasks import get_task
 
-    task: Any = get_task(sections["task"].name)
-    defaults = getattr(task, "WEIGHTS", None)
-    yield from problems(sections["task"].options, task.rewards, sections["grpo"], defaults)
+    task = get_task(sections["task"].name)(sections["task"].options, sections["run"].seed)
+    yield from problems(task.reward_weights, task.rewards)
     model = sections["model"]
-    if model.loader != "scratch":
-        return
-    has = [choice for choice, name in ((None, "CHARACTERS"), ("bpe", "corpus")) if hasattr(task, name)]
-    if model.tokenizer in (None, "bpe") and model.tokenizer not in has:
-        message = f"the task {sections['task'].name} has nothing to make that tokenizer of"
-        remedy = "".join(f"set it to {choice or 'null'}, or " for choice in has) + "name a tokenizer"
-        yield Problem("model.tokenizer", message, model.tokenizer, remedy)
+    if model.loader == "scratch" and model.tokenizer is None and not task.characters:
+        message = f"the task {task.name} has no list of characters to make one of"
+        yield Problem("model.tokenizer", message, None, "set it to bpe, or name a tokenizer")
 
 
 def _unsloths(model: ModelConfig) -> list[Problem]:

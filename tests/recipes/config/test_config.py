@@ -194,7 +194,6 @@ MISTAKES = {
     "grpo.num_generations=4.5": "must be an integer",
     "grpo.num_generations=null": "must be an integer",
     "grpo.mask_truncated_completions=1": "must be true or false (value 1)",
-    "grpo.reward_weights=[a]": "must be a list of numbers or null",
     "model.scratch.hidden_size=2.5": "must be an integer (value 2.5)",
     "model.load_in_4bit=yes": "must be true or false (value 'yes')",
     "task.eval_problems=many": "task.eval_problems: must be an integer (value 'many')",
@@ -234,10 +233,10 @@ MISTAKES = {
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
-    "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
+    "grpo.reward_weights=[1]": "grpo.reward_weights: is not set here (value [1]); set task.rewards, by name",
+    "task.rewards={correct: 0.0, well_formed: 0.0}": "task.rewards: weighs nothing",
     "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
     "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
-    "model.tokenizer=bpe": "countdown has nothing to make that tokenizer of (value 'bpe'); set it to null, or name a",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
@@ -252,13 +251,16 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("task", "remedy"),
-    [("{name: gsm8k}", "set it to bpe, or name"), ("{name: math, dataset: x}", "name a tok")],
-)
-def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
-    path = write(tmp_path, "x.yaml", f"model: {{loader: scratch}}\ntask: {task}\n")
-    assert f"(value null); {remedy}" in str(error_of(path))
+def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
+    path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: gsm8k}\n")
+    assert "gsm8k has no list of characters to make one of (value null); set it to bpe" in str(error_of(path))
+
+
+def test_no_rewards_are_not_the_defaults(tmp_path):
+    path = write(tmp_path, "x.yaml", "model: {name: x}\ntask: {name: gsm8k, rewards: {}}\n")
+    assert "task.rewards: weighs nothing (value {}); give one" in str(error_of(path))
+    null = write(tmp_path, "null.yaml", "model: {name: x}\ntask: {name: gsm8k, rewards: null}\n")
+    assert load_config(null).make_task().reward_weights == Gsm8k.weights
 
 
 @pytest.mark.parametrize(

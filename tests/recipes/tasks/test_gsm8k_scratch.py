@@ -18,7 +18,6 @@ from recipes.config.load import load_config
 from recipes.models import load as models
 from recipes.models.generation import by_transformers
 from recipes.models.tokenizers import bpe_tokenizer
-from recipes.tasks import gsm8k
 from recipes.training.callbacks import BypassGuard
 from recipes.training.evaluation import evaluator
 from recipes.training.warm_start import IGNORED, collate
@@ -145,8 +144,9 @@ def test_interrupted_resumed_evaluated_and_exported(command, tmp_path, capsys, m
 
 def test_samples_leave_the_random_state_and_may_be_left_out(command, tmp_path):
     config = load_config("mine.yaml", command[2:])
-    model, tokenizer = models.load(config.model, gsm8k, seed=0, options=config.task.options)
-    measure = evaluator(config, gsm8k, by_transformers(model, tokenizer))
+    task = config.make_task()
+    model, tokenizer = models.load(config.model, task, seed=0)
+    measure = evaluator(config, task, by_transformers(model, tokenizer))
     before = torch.get_rng_state()
     first, second = measure(), measure()
     assert torch.equal(torch.get_rng_state(), before)

@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
+from recipes.training.accuracy import majority, pass_at_k, sampled_figures, wilson
 
 from recipes.tasks import gsm8k
 from recipes.tracking.summary import figures_before_and_after, summarize
-from recipes.training.accuracy import majority, pass_at_k, sampled_figures, wilson
 
 
 def test_wilson_known_values():
