@@ -13,6 +13,7 @@ from recipes.config.grpo_fields import GONE, OWNED, REFUSED
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.source import dump, read_text
+from recipes.tasks.gsm8k import Gsm8k
 
 ROOT = Path(__file__).parents[3]
 GOOD = """\

@@ -80,7 +80,7 @@ def test_columns_must_be_there(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3}\n' * 3)
     with pytest.raises(ValueError, match=r"task\.dataset: .* lacks 'nums'"):
-        make(dataset=str(file), held_out=1).train
+        _ = make(dataset=str(file), held_out=1).train
 
 
 def test_both_forms_of_the_prompt_say_the_problem():
