@@ -163,7 +163,7 @@ def test_the_whole_line(tmp_path):
         (GOOD + "  beta: !!python/object/apply:os.getcwd []\n", "is not read; write a plain value"),
         (GOOD + "  1: 2\n", "a key must be text"),
         ("", "model.loader: is missing"),
-        (GOOD.replace("  name: countdown", "  {}"), "task.name: is missing; use countdown"),
+        (GOOD.replace("  name: countdown", "  {}"), "task.name: is missing; use char_count, countdown"),
         (GOOD + "head: 3\n", "x.yaml:8: head: must be a section of keys (value 3)"),
     ],
 )
@@ -258,9 +258,13 @@ def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
 
 
 def test_no_rewards_are_not_the_defaults(tmp_path):
-    path = write(tmp_path, "x.yaml", "model: {name: x}\ntask: {name: gsm8k, rewards: {}}\n")
+    path = write(
+        tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k, rewards: {}}\n"
+    )
     assert "task.rewards: weighs nothing (value {}); give one" in str(error_of(path))
-    null = write(tmp_path, "null.yaml", "model: {name: x}\ntask: {name: gsm8k, rewards: null}\n")
+    null = write(
+        tmp_path, "null.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k, rewards: null}\n"
+    )
     assert load_config(null).make_task().reward_weights == Gsm8k.weights
 
 

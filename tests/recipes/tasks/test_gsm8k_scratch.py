@@ -18,6 +18,7 @@ from recipes.config.load import load_config
 from recipes.models import load as models
 from recipes.models.generation import by_transformers
 from recipes.models.tokenizers import bpe_tokenizer
+from recipes.tasks import gsm8k
 from recipes.training.callbacks import BypassGuard
 from recipes.training.evaluation import evaluator
 from recipes.training.warm_start import IGNORED, collate
@@ -101,10 +102,15 @@ def test_interrupted_resumed_evaluated_and_exported(command, tmp_path, capsys, m
         if state.global_step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
+    reads = []
+    read_rows = gsm8k.read_rows
+    monkeypatch.setattr(gsm8k, "read_rows", lambda *what: reads.append(what[1]) or read_rows(*what))
     monkeypatch.setattr(BypassGuard, "on_step_end", interrupt)
     assert train_grpo.main(command) == 130
+    assert reads == ["train", "test"]  # by tokenizer, warm start, rewards, GRPO and evaluation together
     monkeypatch.setattr(BypassGuard, "on_step_end", ended)
     assert train_grpo.main([*command, "--resume"]) == 0
+    assert reads == ["train", "test"] * 2
     run = tmp_path / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
