@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from recipes.config.load import RunConfig, load_config  # noqa: E402
 from recipes.models.generation import by_transformers  # noqa: E402
+from recipes.models.precision import Precision  # noqa: E402
 from recipes.tracking.run_folder import RunFolder, environment  # noqa: E402
 from recipes.training.evaluation import evaluator  # noqa: E402
 from recipes.training.warm_start import warm_start  # noqa: E402
@@ -68,7 +69,7 @@ def run(config: RunConfig, seed: int, overrides: list[str]) -> dict:
     return {
         "seed": seed,
         "folder": str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path),
-        "problems": lines[0]["accuracy_problems"],
+        "problems": next(line["accuracy_problems"] for line in lines if "accuracy" in line),
         "accuracy_before": summary["accuracy_before"],
         "accuracy_after": summary["accuracy_after"],
         "reward_first": summary["reward_first"],
@@ -106,9 +107,10 @@ def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
         tokenizer,
         drawn,
         longer,
+        precision=Precision(),
         probe=accuracy,
-        on_step=lambda step, loss, found: (
-            curve.append((step, found)) if step % longer.check_every == 0 else None
+        on_step=lambda taken: (
+            curve.append((taken.step, taken.accuracy)) if taken.step % longer.check_every == 0 else None
         ),
     )
     return {
