@@ -35,6 +35,10 @@ def test_leaves_a_whole_run_folder(tmp_path, capsys):
     assert run(tmp_path) == 0
     folder = tmp_path / "tiny"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    started = [line.pop("warm_start") for line in lines if "warm_start" in line]
+    assert [line["step"] for line in started] == list(range(1, len(started) + 1))
+    assert all(0 < line["loss"] < 4 and 0 < line["learning_rate"] <= 2e-3 for line in started)
+    lines = lines[len(started) :]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all("accuracy" in lines[step] for step in (0, 2, 3))
     assert set(lines[1]["rewards"]) == {"correct", "well_formed"}
@@ -120,6 +124,7 @@ def test_a_stop_keeps_the_folder_and_resume_goes_on(number, tmp_path, capsys, mo
 
     monkeypatch.setattr(BypassGuard, "on_step_end", ended)
     assert run(tmp_path, "--resume") == 0
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "warm_start" not in line]
     assert steps == [0, 1, 2, 3]
     assert (folder / "final" / "model.safetensors").is_file()
