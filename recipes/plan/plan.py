@@ -72,13 +72,14 @@ class Memory:
 class Storage:
     """Bytes beside the device's.
 
-    download: the checkpoint that the hub sends, 0 for a model made here or lying here. checkpoint: one on the way;
-    kept: how many stay, None where the number of steps is not given. final: the model or adapter at the end.
+    download: the weights that the hub sends, 0 for a model made here or lying here. download_4bit: where Unsloth keeps
+    a 4-bit copy, these instead; else 0. checkpoint: one on the way; kept: how many stay, None where the number of steps is not given. final: the model or adapter at the end.
     warm_start: the model after it. merge: main memory of recipes.export's merge, 0 without adapters. host: main memory
     of the layer inputs that Unsloth moves there.
     """
 
     download: int
+    download_4bit: int
     checkpoint: int
     kept: int | None
     final: int
@@ -88,14 +89,20 @@ class Storage:
 
     def lines(self) -> list[str]:
         """In words: disk, then main memory if it takes any."""
-        downloaded = f"{_gib(self.download)} to download unless the hub's cache has it; " if self.download else ""
-        number = "" if self.kept is None else f"{self.kept} × "
-        before = f"{_gib(self.warm_start)} for the model after the warm start, " if self.warm_start else ""
-        found = [
-            f"disk: {downloaded}{before}{_gib(self.final)} for the final model, "
-            f"checkpoints {number}{_gib(self.checkpoint)}"
-        ]
-        uses = [f"{_gib(self.merge)} to merge the adapter, in 16 or 32 bits as the base comes"] if self.merge else []
+        parts = []
+        if self.download_4bit:
+            parts.append(
+                f"{_gib(self.download_4bit)} to download if Unsloth has a 4-bit copy, else {_gib(self.download)}"
+            )
+        elif self.download:
+            parts.append(f"{_gib(self.download)} to download")
+        if self.warm_start:
+            parts.append(f"{_gib(self.warm_start)} for the model after the warm start")
+        parts.append(f"{_gib(self.final)} for the final {'adapter' if self.merge else 'model'}")
+        number = "each checkpoint" if self.kept is None else f"{self.kept} checkpoints of"
+        parts.append(f"{number} {_gib(self.checkpoint)}" if self.kept != 0 else "no checkpoints")
+        found = [f"disk: {'; '.join(parts)}"]
+        uses = [f"{_gib(self.merge)} to merge the adapter into the unquantised base"] if self.merge else []
         uses += [f"{_gib(self.host)} for layer inputs while it trains"] if self.host else []
         return [*found, f"main memory: {'; '.join(uses)}"] if uses else found
 
@@ -138,6 +145,8 @@ class Plan:
             table.add_column(title)
             table.add_column("GiB", justify="right")
             for name, size in rows.items():
+                if not size:
+                    continue
                 mark = "  ← peak" if rows is self.memory.phases and size == self.peak else ""
                 table.add_row(name + mark, f"{size / GIB:.3f}")
             console.print(table)
@@ -283,13 +292,14 @@ def store(config: RunConfig, s: Setting) -> Storage:
     shape, model = s.shape, config.model
     as_it_comes = replace(s.precision, weights=memory.DTYPE_BYTES.get(shape.dtype, 4), quantised=shape.quantised)
     here = model.loader == "scratch" or Path(model.name or "").expanduser().is_dir()
-    unquantised = shape.parameters * as_it_comes.weights
+    unsloths = model.loader == "unsloth" and model.load_in_4bit and not shape.quantised
     trained = _trained_bytes(s)
     steps, every, limit = config.grpo.get("max_steps", -1), config.run.save_every, config.grpo.get("save_total_limit")
     kept = 0 if every is None else ceil(steps / every) if steps > 0 else None
     layer_inputs = s.sequences * s.length * s.precision.e * shape.hidden
     return Storage(
         download=0 if here else memory.weight_bytes(shape, as_it_comes),
+        download_4bit=memory.weight_bytes(shape, s.precision) if unsloths and not here else 0,
         checkpoint=trained + _optimizer_bytes(s)[0],
         kept=kept if kept is None or limit is None else min(kept, limit),
         final=trained,

@@ -8,6 +8,7 @@ the model's config.json: in a local folder, in the hub's cache, or in model_shap
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,9 @@ class Trained:
 
         lora.init_lora_weights = False  # there is nothing to fill, and it takes a second
         try:
-            adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
+            with warnings.catch_warnings():  # of what PEFT sets right by itself: a plan prints the plan
+                warnings.simplefilter("ignore")
+                adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
         except ValueError as error:
             remedy = "name layers that the model has, or write all-linear"
             raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
@@ -142,7 +145,7 @@ class Trained:
         return cls(
             adapters=adapters,
             whole=sum(size for _, size in trained) - adapters,
-            adapted=sum(m.base_layer.weight.numel() for m in adapted.modules() if hasattr(m, "lora_A")),
+            adapted=sum(_under(module).numel() for module in adapted.modules() if hasattr(module, "lora_A")),
             head=adapted.get_output_embeddings().weight.requires_grad,
         )
 
@@ -269,6 +272,11 @@ def _cache_layer(layer: Any) -> CacheLayer:
         window=None if window is None else window - 1,  # beside the token in hand
         fixed=sum(t.numel() for t in states),
     )
+
+
+def _under(adapter: Any) -> torch.Tensor:
+    """The weight that an adapter of PEFT's lies on: a linear's, or one of fused experts."""
+    return adapter.get_param() if hasattr(adapter, "get_param") else adapter.get_base_layer().weight
 
 
 def _name(dtype: torch.dtype) -> str:
