@@ -70,22 +70,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes beside the device's.
+    """Bytes of disk and of main memory."""
 
-    download: the weights that the hub sends, 0 for a model made here or lying here. download_4bit: where Unsloth keeps
-    a 4-bit copy, these instead; else 0. checkpoint: one on the way; kept: how many stay, None where the number of steps is not given. final: the model or adapter at the end.
-    warm_start: the model after it. merge: main memory of recipes.export's merge, 0 without adapters. host: main memory
-    of the layer inputs that Unsloth moves there.
-    """
-
-    download: int
-    download_4bit: int
-    checkpoint: int
-    kept: int | None
-    final: int
-    warm_start: int
-    merge: int
-    host: int
+    download: int  # weights that the hub sends; 0 for a model made here or lying here
+    download_4bit: int  # the same where Unsloth keeps a 4-bit copy; 0 unless it is asked for
+    checkpoint: int  # one on the way
+    kept: int | None  # how many of them stay; None: the number of steps is not given
+    final: int  # the model, or the adapter, at the end
+    warm_start: int  # the model after it
+    merge: int  # main memory of recipes.export's merge; 0 without adapters
+    host: int  # main memory of the layer inputs that Unsloth moves there
 
     def lines(self) -> list[str]:
         """In words: disk, then main memory if it takes any."""
@@ -270,10 +264,14 @@ def measure(s: Setting) -> Memory:
     }
     otherwise = "with memhead" if s.head == "full" else "with full logits"
     instead = {
-        f"activations {'without' if s.checkpointing else 'with'} checkpointing": activations[not s.checkpointing],
+        f"activations {'without' if s.checkpointing else 'with'} checkpointing": activations[
+            not s.checkpointing
+        ],
         f"head {otherwise}": ours if s.head == "full" else full,
     }
-    resting = sum(parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer"))
+    resting = sum(
+        parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer")
+    )
     inference = memory.inference_bytes(shape, precision, s.sequences, s.length)
     if s.offloaded:
         inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
@@ -290,11 +288,17 @@ def measure(s: Setting) -> Memory:
 def store(config: RunConfig, s: Setting) -> Storage:
     """Bytes on the disk, and of main memory."""
     shape, model = s.shape, config.model
-    as_it_comes = replace(s.precision, weights=memory.DTYPE_BYTES.get(shape.dtype, 4), quantised=shape.quantised)
+    as_it_comes = replace(
+        s.precision, weights=memory.DTYPE_BYTES.get(shape.dtype, 4), quantised=shape.quantised
+    )
     here = model.loader == "scratch" or Path(model.name or "").expanduser().is_dir()
     unsloths = model.loader == "unsloth" and model.load_in_4bit and not shape.quantised
     trained = _trained_bytes(s)
-    steps, every, limit = config.grpo.get("max_steps", -1), config.run.save_every, config.grpo.get("save_total_limit")
+    steps, every, limit = (
+        config.grpo.get("max_steps", -1),
+        config.run.save_every,
+        config.grpo.get("save_total_limit"),
+    )
     kept = 0 if every is None else ceil(steps / every) if steps > 0 else None
     layer_inputs = s.sequences * s.length * s.precision.e * shape.hidden
     return Storage(

@@ -84,8 +84,8 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
     found = []
     if shape.layer is None:
         found.append(
-            f"NOT counted: what the layers of {shape.kind} keep for the backward pass, but for their inputs; no formula "
-            "covers this architecture. Parameters, adapters, optimizer, cache and head are exact"
+            f"NOT counted: what the layers of {shape.kind} keep for the backward pass, beside their inputs: no "
+            "formula covers this architecture"
         )
     if shape.cache is None:
         found.append(f"NOT counted: the KV cache of {shape.kind}, which does not run on the meta device")
@@ -123,7 +123,9 @@ def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:
     return Precision(
         weights=2 if quantised else weights,
         e=2 if cuda else weights,
-        adapter=2 if quantised and model.loader == "transformers" else 4,  # TRL halves those of quantised weights
+        adapter=2
+        if quantised and model.loader == "transformers"
+        else 4,  # TRL halves those of quantised weights
         quantised=quantised,
         autocast=cuda,
     )

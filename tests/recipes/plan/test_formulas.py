@@ -8,9 +8,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from recipes.plan import formulas as memory
 from recipes.plan.formulas import Precision
-from recipes.plan.shapes import ModelShape, Trained
+from recipes.plan.shapes import ModelShape
 
-SIZES = {"vocab_size": 103, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 103,
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+}
 MODELS = {
     "llama, grouped keys": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama, tied, wide heads": {

@@ -13,6 +13,7 @@ from peft import get_peft_model
 import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
+from recipes.plan import setting
 from recipes.plan.plan import CARDS, GIB, measure, parse_device, plan, usable
 from recipes.problems import ConfigError
 from recipes.tasks import get_task
@@ -20,6 +21,21 @@ from recipes.tasks import get_task
 pytestmark = pytest.mark.usefixtures("without_unsloth")
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+COUNTED = {}
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch):
+    """The same model with the same adapters is counted once for all tests: it takes a second, and is tested itself."""
+    count = setting.sizes
+
+    def remembered(config, lora):
+        key = config.to_json_string(), str(lora)
+        if key not in COUNTED:
+            COUNTED[key] = count(config, lora)
+        return COUNTED[key]
+
+    monkeypatch.setattr(setting, "sizes", remembered)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -91,8 +107,8 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
             }
         )
     )
-    setting = plan(load_config(path), parse_device("80 GiB")).setting
-    phases = measure(replace(setting, sequences=row["sequences"], sampled=0)).phases
+    found = plan(load_config(path), parse_device("80 GiB")).setting
+    phases = measure(replace(found, sequences=row["sequences"], sampled=0)).phases
     if "error" in row:
         assert row["error"] == "out of memory"
         assert max(phases.values()) > usable(80 * GIB)
@@ -103,7 +119,7 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
     ):
         assert measured / 1.06 <= planned / 2**20 <= measured * 1.08
     if row["stack"] == "trl":
-        mask = row["sequences"] * setting.length**2 * setting.precision.e
+        mask = row["sequences"] * found.length**2 * found.precision.e
         peak = max(row["peak_mib"].values())
         assert (max(phases.values()) - mask) / 2**20 == pytest.approx(peak, rel=0.03)
 
@@ -113,8 +129,8 @@ def test_more_makes_more_and_the_longest_fits():
     found = plan(config, parse_device("24 GiB"))
     longest = found.longest_completion
     for step, fits in ((0, True), (1, False)):
-        setting = replace(found.setting, completion=longest + step)
-        assert (measure(setting).peak <= usable(found.device_bytes)) is fits
+        stretched = replace(found.setting, completion=longest + step)
+        assert (measure(stretched).peak <= usable(found.device_bytes)) is fits
     full = plan(config.model_copy(update={"head": config.head.model_copy(update={"impl": "full"})}), 24 * GIB)
     assert full.peak > found.peak
     assert full.longest_completion < longest
@@ -134,7 +150,9 @@ def test_sizes_and_cards_are_read():
     assert parse_device("24 GiB") == 24 * GIB
     assert parse_device("16GB") == 16 * 10**9
     for wrong in ("24 apples", "24", "", "-1", "0 GiB", "A100"):
-        with pytest.raises(ConfigError, match=r"^--device: .*write it as 24 GiB .*T4, L4, 4090, A100-40, A100-80"):
+        with pytest.raises(
+            ConfigError, match=r"^--device: .*write it as 24 GiB .*T4, L4, 4090, A100-40, A100-80"
+        ):
             parse_device(wrong)
     nominal = {"T4": 15, "L4": 22.5, "4090": 24, "A100-40": 40, "A100-80": 80, "h100": 79.6, "h200": 140.4}
     for card, gib in nominal.items():
@@ -273,8 +291,9 @@ def test_disk_and_main_memory_of_the_8b():
     assert found.storage.merge == 2 * 2 * 8_030_261_248 + 2 * 6_979_321_856 + 4 * 41_943_040
     assert found.storage.host == 29 * 6 * 1024 * 4096 * 2  # all layers' inputs but three
     lines = found.lines()
-    assert "disk: 5.31 GiB to download if Unsloth has a 4-bit copy, else 14.96 GiB; 0.16 GiB for the final" in (
-        next(line for line in lines if line.startswith("disk"))
+    assert (
+        "disk: 5.31 GiB to download if Unsloth has a 4-bit copy, else 14.96 GiB; 0.16 GiB for the final"
+        in (next(line for line in lines if line.startswith("disk")))
     )
     assert any(line.startswith("main memory: 43.07 GiB to merge the adapter") for line in lines)
 

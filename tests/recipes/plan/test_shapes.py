@@ -47,7 +47,9 @@ def small_config(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_and_adapters_are_transformers_and_pefts(kind):
-    shape, trained = sizes(small_config(kind), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    shape, trained = sizes(
+        small_config(kind), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     model = AutoModelForCausalLM.from_config(small_config(kind))
     assert shape.parameters == model.num_parameters()
     assert (shape.vocab, shape.hidden) == tuple(model.get_output_embeddings().weight.shape)
@@ -88,7 +90,9 @@ def test_modules_saved_in_full_are_counted(kind, saved):
         return LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
 
     trained = sizes(small_config(kind), adapters())[1]
-    model = get_peft_model(AutoModelForCausalLM.from_config(small_config(kind)).to(torch.bfloat16), adapters())
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(small_config(kind)).to(torch.bfloat16), adapters()
+    )
     copies = [p for n, p in model.named_parameters() if ".modules_to_save." in n]
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in copies)
     assert trained.whole == sum(p.numel() for p in copies)
@@ -105,7 +109,9 @@ def test_adapted_weights_are_those_that_a_merge_changes():
 
 
 def test_layers_that_are_not_there_are_an_error_with_the_key():
-    with pytest.raises(ConfigError, match=r"^lora\.target_modules: .*gate_proj.*; name layers that the model has"):
+    with pytest.raises(
+        ConfigError, match=r"^lora\.target_modules: .*gate_proj.*; name layers that the model has"
+    ):
         sizes(small_config("gpt2"), LoraConfig(r=4, target_modules=["gate_proj"]))
 
 
@@ -139,7 +145,9 @@ def test_known_totals():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table[name]))
         assert model.num_parameters() == total
-    ours = {yaml.safe_load(path.read_text())["model"].get("name") for path in (ROOT / "configs").glob("*.yaml")}
+    ours = {
+        yaml.safe_load(path.read_text())["model"].get("name") for path in (ROOT / "configs").glob("*.yaml")
+    }
     assert ours - {None} <= set(table)
 
 
