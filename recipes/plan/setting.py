@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipes.config.load import RunConfig
 from recipes.plan.formulas import DTYPE_BYTES, Precision
@@ -49,6 +49,8 @@ class Setting:
         """
         model, grpo, lora = config.model, config.grpo, config.lora
         shape, trained = sizes(model_config(config), None if lora is None else lora.peft_config())
+        if model.attn_implementation == "eager":  # keeps its scores, which no formula counts
+            shape = replace(shape, layer=None)
         cuda = device or model.loader != "scratch"
         completion = config.completion_length
         if model.max_seq_length is not None:
@@ -83,14 +85,13 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
     model, grpo, shape = config.model, config.grpo, setting.shape
     found = []
     if shape.layer is None:
+        eager = " with eager attention" if model.attn_implementation == "eager" else ""
         found.append(
-            f"NOT counted: what the layers of {shape.kind} keep for the backward pass, beside their inputs: no "
-            "formula covers this architecture"
+            f"NOT counted: what the layers of {shape.kind}{eager} keep for the backward pass, beside their inputs: no "
+            "formula covers them"
         )
     if shape.cache is None:
         found.append(f"NOT counted: the KV cache of {shape.kind}, which does not run on the meta device")
-    if model.attn_implementation == "eager":
-        found.append("NOT counted: the attention scores that attn_implementation: eager keeps")
     if setting.lora_rank and shape.layer is not None and setting.trained.adapted != shape.linear:
         found.append("activations are counted as if every linear of the layers were adapted, no other weight")
     if model.max_seq_length is None:
