@@ -150,15 +150,20 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The conclusions in words."""
-        s, rows = self.setting, self.setting.sequences * self.setting.completion
+        s, rows = self.setting, self.setting.batch.scored
         tile = self.chunk.rows * self.chunk.columns * 4 / MIB
         why = (
             "head.chunk asks for its rows"
             if s.chunk_rows
             else f"memhead's tile for {s.device_type}, the size that was fastest when measured"
         )
+        passes = (
+            f"{s.sequences} sequences"
+            if s.bin_tokens is None
+            else f"a bin of {s.bin_tokens} tokens, prompts shared by {s.generations} completions,"
+        )
         found = [
-            f"{self.name}: {s.sequences} sequences of {s.prompt} + {s.completion} tokens a forward pass, "
+            f"{self.name}: {passes} of {s.prompt} + {s.completion} tokens a forward pass, "
             f"{s.sampled} sampled at a time",
             f"chunk: {self.chunk.rows} rows × {self.chunk.columns} vocabulary entries = {tile:.1f} MiB of logits in "
             f"place of {rows} × {s.shape.vocab} = {rows * s.shape.vocab * 4 / MIB:.1f} MiB: {why}",
@@ -171,15 +176,12 @@ class Plan:
         peak = f"peak {'' if self.setting.complete else 'at least '}{self.peak / GIB:.2f} GiB"
         if self.device_bytes is None:
             return [] if self.setting.complete else [f"{peak}: not everything could be counted"]
-        verdict = {
-            True: "fits",
-            False: "does NOT fit",
-            None: "and what is not counted, see below: whether it fits is not known of",
-        }[self.fits]
-        found = [
-            f"{peak} {verdict} {self.device_bytes / GIB:.1f} GiB, of which "
-            f"{usable(self.device_bytes) / GIB:.1f} are counted as usable"
-        ]
+        of = f"{self.device_bytes / GIB:.1f} GiB, of which {usable(self.device_bytes) / GIB:.1f} are counted as usable"
+        if self.fits is None:
+            return [
+                f"{peak}, more with what is not counted (see below): whether it fits is not known; there are {of}"
+            ]
+        found = [f"{peak} {'fits' if self.fits else 'does NOT fit'} {of}"]
         if self.setting.complete:
             longest = self.longest_completion
             found.append(f"longest completion that fits: {f'{longest} tokens' if longest else 'none'}")
@@ -231,25 +233,19 @@ def show(config: RunConfig, device: str | None) -> int:
 def measure(s: Setting) -> Memory:
     """Bytes on the device, by part and by phase."""
     shape, trained, precision, e = s.shape, s.trained, s.precision, s.precision.e
-    rows, chunk = s.sequences * s.completion, _chunk(s)
+    batch, chunk = s.batch, _chunk(s)
     weights = memory.weight_bytes(shape, precision)
     gradients = _trained_bytes(s)
     states, temporaries = _optimizer_bytes(s)
     kv = memory.kv_cache_bytes(shape, s.sampled, s.length, e) + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
-            shape,
-            precision,
-            s.sequences,
-            s.length,
-            r=s.lora_rank,
-            checkpointing=way,
-            offloaded=s.offloaded,
+            shape, precision, batch, r=s.lora_rank, checkpointing=way, offloaded=s.offloaded
         )
         for way in (False, True)
     }
-    full = memory.full_logits_bytes(shape, rows, e)
-    ours = memory.memhead_bytes(shape, rows, e, chunk, trained=trained.head)
+    full = memory.full_logits_bytes(shape, batch.scored, e)
+    ours = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=trained.head)
     copies = shape.linear * e if precision.autocast and precision.weights == 4 else 0
     parts = {
         "parameters": weights,
@@ -272,12 +268,12 @@ def measure(s: Setting) -> Memory:
     resting = sum(
         parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer")
     )
-    inference = memory.inference_bytes(shape, precision, s.sequences, s.length)
+    inference = memory.inference_bytes(shape, precision, batch.tokens)
     if s.offloaded:
         inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
-    scoring = memory.memhead_bytes(shape, rows, e, chunk, trained=False) if s.head != "full" else full
+    scoring = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=False) if s.head != "full" else full
     phases = {
-        "generation": resting + kv + memory.inference_bytes(shape, precision, s.sampled, s.prompt),
+        "generation": resting + kv + memory.inference_bytes(shape, precision, s.sampled * s.prompt),
         "scoring without gradient": resting + inference + scoring + copies,
         "forward, loss and backward": resting + gradients + copies + parts["activations"] + parts["head"],
         "optimizer": resting + gradients + temporaries,
@@ -300,7 +296,7 @@ def store(config: RunConfig, s: Setting) -> Storage:
         config.grpo.get("save_total_limit"),
     )
     kept = 0 if every is None else ceil(steps / every) if steps > 0 else None
-    layer_inputs = s.sequences * s.length * s.precision.e * shape.hidden
+    layer_inputs = s.batch.tokens * s.precision.e * shape.hidden
     return Storage(
         download=0 if here else memory.weight_bytes(shape, as_it_comes),
         download_4bit=memory.weight_bytes(shape, s.precision) if unsloths and not here else 0,
@@ -321,6 +317,25 @@ def longest_completion(s: Setting, available: int) -> int:
     )
 
 
+def plan_token_budget(s: Setting, device_bytes: int) -> int:
+    """The largest bin of the packed step, in tokens, whose peak fits the device; 0 if none does.
+
+    At most what is sampled at a time. It fits whatever the completions' length: per token, short ones gather more keys
+    and long ones have more rows in the head, and what the two add up to is largest at one of the ends.
+
+    Raises ValueError for a setting that the formulas do not cover.
+    """
+    if not s.complete:
+        raise ValueError(f"no formula covers the layers of {s.shape.kind}; set step.token_budget")
+    groups = max(1, s.sampled // s.generations)
+
+    def fits(tokens: int) -> bool:
+        bins = [replace(s, bin_tokens=tokens, completion=length) for length in (1, s.completion)]
+        return all(measure(one).peak <= usable(device_bytes) for one in bins)
+
+    return _largest(groups * memory.Group(s.prompt, s.completion, s.generations).tokens, fits)
+
+
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `limit` that fits, where every smaller one does; 0 if none."""
     low = 0
@@ -331,7 +346,7 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _chunk(s: Setting) -> Chunk:
-    return memory.head_chunk(s.shape, s.sequences * s.completion, s.precision.e, s.device_type, s.chunk_rows)
+    return memory.head_chunk(s.shape, s.batch.scored, s.precision.e, s.device_type, s.chunk_rows)
 
 
 def _trained_bytes(s: Setting) -> int:

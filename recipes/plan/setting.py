@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recipes.config.load import RunConfig
-from recipes.plan.formulas import DTYPE_BYTES, Precision
+from recipes.plan.formulas import DTYPE_BYTES, Batch, Group, Precision
 from recipes.plan.shapes import ModelShape, Trained, model_config, sizes
 
 PROMPT = 256  # tokens, where the config gives no total length to take it from
@@ -24,17 +24,27 @@ class Setting:
     sampled: int  # sequences generated at a time
     prompt: int
     completion: int
+    generations: int  # completions of a prompt
     checkpointing: bool
     offloaded: bool  # layer inputs in host memory
     reference: bool  # a second copy of the weights: beta above 0 without an adapter to switch off
     head: str
     chunk_rows: int | None
     device_type: str
+    bin_tokens: int | None = None  # of the packed step's bins; None: padded batches
 
     @property
     def length(self) -> int:
         """Prompt and completion, in tokens."""
         return self.prompt + self.completion
+
+    @property
+    def batch(self) -> Batch:
+        """One forward pass with a gradient."""
+        if self.bin_tokens is None:
+            return Batch.padded(self.sequences, self.prompt, self.completion)
+        group = Group(self.prompt, self.completion, self.generations)
+        return group.varlen(self.bin_tokens) if self.device_type == "cuda" else group.dense(self.bin_tokens)
 
     @property
     def complete(self) -> bool:
@@ -57,10 +67,10 @@ class Setting:
             prompt = model.max_seq_length - completion
         else:
             prompt = max(1, min(PROMPT, shape.positions - completion))
-        batch = grpo.get("per_device_train_batch_size", 8)
+        batch, generations = grpo.get("per_device_train_batch_size", 8), grpo.get("num_generations", 8)
         steps = grpo.get("steps_per_generation") or grpo.get("gradient_accumulation_steps", 1)
         if model.loader == "unsloth":
-            batch = max(batch, grpo.get("num_generations", 8))
+            batch = max(batch, generations)
         return cls(
             shape=shape,
             trained=trained,
@@ -71,6 +81,7 @@ class Setting:
             sampled=grpo.get("generation_batch_size") or batch * steps,
             prompt=prompt,
             completion=completion,
+            generations=generations,
             checkpointing=model.gradient_checkpointing,
             offloaded=model.loader == "unsloth" and model.gradient_checkpointing and cuda,
             reference=bool(grpo.get("beta", 0.0)) and lora is None,

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from recipes.plan import formulas as memory
-from recipes.plan.formulas import Precision
+from recipes.plan.formulas import Batch, Group, Precision
 from recipes.plan.shapes import ModelShape
 
 SIZES = {
@@ -139,8 +139,9 @@ def saved_bytes(model, padded):
 def test_activations(name, dtype, rank, padded):
     model, shape = build(name, dtype, rank)
     precision = Precision(dtype.itemsize, dtype.itemsize)
-    one = memory.layer_bytes(shape.hidden, shape.layer, precision, B, T, r=rank, padded=padded)
-    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, B, T, trained=not rank)
+    batch = Batch.padded(B, T - 4, 4, mask=padded)
+    one = memory.layer_bytes(shape.hidden, shape.layer, precision, batch, r=rank)
+    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not rank)
     planned = shape.layers * one + ends
     assert saved_bytes(model, padded) == pytest.approx(planned, rel=0.01)
 
@@ -151,7 +152,7 @@ def test_checkpointing_keeps_the_layers_inputs(name):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     precision = Precision(4, 4)
     inputs = shape.layers * B * T * 4 * shape.hidden
-    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, B, T, trained=True)
+    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, Batch.padded(B, T - 4, 4), trained=True)
     assert saved_bytes(model, padded=True) == pytest.approx(inputs + ends, rel=0.1)
 
 
@@ -160,5 +161,7 @@ def test_layers_without_a_formula_count_their_inputs_alone(name):
     _, shape = build(name, torch.float32)
     assert shape.layer is None
     for way in (True, False):
-        found = memory.activation_bytes(shape, Precision(4, 4), B, T, r=0, checkpointing=way)
+        found = memory.activation_bytes(
+            shape, Precision(4, 4), Batch.padded(B, T - 4, 4), r=0, checkpointing=way
+        )
         assert found == 3 * B * T * 48 * 4
