@@ -45,7 +45,7 @@ class Precision:
 class Batch:
     """The tokens of one forward pass, in numbers.
 
-    scored: tokens whose log-probability the head computes. keys: what attention reads, counted as often as it is copied.
+    scored: tokens whose log-probability the head computes. keys: those that attention reads, a copied one again.
     repeated: keys and values are copied for every query head, as scaled-dot-product attention does under a mask.
     mask: its elements, in every layer. angles: positions that the rotary tables hold.
     """

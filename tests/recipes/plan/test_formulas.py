@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.plan import formulas as memory
 from recipes.plan.formulas import Batch, Group, Precision
@@ -115,8 +116,16 @@ def test_kv_cache(name, dtype):
 
 
 def saved_bytes(model, padded):
-    """What autograd keeps of the transformer without the head, parameters aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    """What autograd keeps of the transformer of a padded batch."""
+    ids, mask = torch.randint(0, 100, (B, T)), torch.ones(B, T, dtype=torch.long)
+    mask[0, : 5 if padded else 0] = 0
+    return saved_in(model, input_ids=ids, attention_mask=mask)
+
+
+def saved_in(model, **inputs):
+    """What autograd keeps of the transformer without the head, parameters and `seen` aside."""
+    indices = [inputs["seen"]] if "seen" in inputs else []
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *indices)}
     kept = []
 
     def pack(tensor):
@@ -124,11 +133,9 @@ def saved_bytes(model, padded):
             kept.append(tensor)
         return tensor
 
-    ids, mask = torch.randint(0, 100, (B, T)), torch.ones(B, T, dtype=torch.long)
-    mask[0, : 5 if padded else 0] = 0
     backbone = model.get_base_model().model if hasattr(model, "peft_config") else model.model
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone(ids, attention_mask=mask, use_cache=False)
+        backbone(**inputs, use_cache=False)
     return size_of(kept)
 
 
@@ -138,11 +145,7 @@ def saved_bytes(model, padded):
 @pytest.mark.parametrize("name", MODELS)
 def test_activations(name, dtype, rank, padded):
     model, shape = build(name, dtype, rank)
-    precision = Precision(dtype.itemsize, dtype.itemsize)
-    batch = Batch.padded(B, T - 4, 4, mask=padded)
-    one = memory.layer_bytes(shape.hidden, shape.layer, precision, batch, r=rank)
-    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not rank)
-    planned = shape.layers * one + ends
+    planned = planned_bytes(shape, dtype, Batch.padded(B, T - 4, 4, mask=padded), rank)
     assert saved_bytes(model, padded) == pytest.approx(planned, rel=0.01)
 
 
@@ -165,3 +168,66 @@ def test_layers_without_a_formula_count_their_inputs_alone(name):
             shape, Precision(4, 4), Batch.padded(B, T - 4, 4), r=0, checkpointing=way
         )
         assert found == 3 * B * T * 48 * 4
+
+
+class Varlen(torch.autograd.Function):
+    """What torch's varlen_attn keeps for its backward pass, with its keys gathered before; it computes nothing."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out, log_sum_exp = query.clone(), torch.zeros(query.shape[:2])
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        return out
+
+
+def gathered(module, query, key, value, attention_mask, **options):
+    keys, values = (x[0].transpose(0, 1).index_select(0, options["seen"]) for x in (key, value))
+    return Varlen.apply(query[0].transpose(0, 1).contiguous(), keys, values)[None], None
+
+
+PROMPT, COMPLETION, GENERATIONS, GROUPS = 7, 4, 3, 2  # (7 + 3 · 3) tokens a row, 7 + 3 · (7 + 3) keys
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_of_packed_groups_in_one_row(name, dtype, rank, monkeypatch):
+    model, shape = build(name, dtype, rank)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gathered", gathered)
+    model.config._attn_implementation = "gathered"
+    tokens, keys = GROUPS * 16, GROUPS * 37
+    inputs = {
+        "input_ids": torch.zeros(1, tokens, dtype=torch.long),
+        "position_ids": torch.arange(tokens)[None],
+    }
+    seen = torch.arange(keys) % tokens
+    found = saved_in(model, **inputs, attention_mask=torch.zeros(1, 1, 1, 1), seen=seen)
+    batch = Group(PROMPT, COMPLETION, GENERATIONS).varlen(tokens)
+    assert (batch.tokens, batch.keys, batch.scored) == (32, 74, 24)
+    assert found == pytest.approx(planned_bytes(shape, dtype, batch, rank), rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_of_packed_groups_a_row_each(name, dtype, rank):
+    model, shape = build(name, dtype, rank)
+    ids = torch.zeros(GROUPS, 16, dtype=torch.long)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril().expand(GROUPS, 1, 16, 16).clone()
+    found = saved_in(model, input_ids=ids, position_ids=torch.arange(32).view(2, 16), attention_mask=mask)
+    batch = Group(PROMPT, COMPLETION, GENERATIONS).dense(40)
+    assert (batch.tokens, batch.mask, batch.scored) == (32, 2 * 16 * 16, 24)
+    assert found == pytest.approx(planned_bytes(shape, dtype, batch, rank), rel=0.01)
+
+
+def test_a_bin_smaller_than_a_group_is_a_part_of_it():
+    group = Group(prompt=7, completion=4, generations=3)
+    assert group.dense(8) == Batch(8, 6, 8, repeated=True, mask=64, angles=8)
+    assert group.varlen(8) == Batch(8, 6, 19, repeated=False, mask=0, angles=8)
+
+
+def planned_bytes(shape, dtype, batch, rank):
+    precision = Precision(dtype.itemsize, dtype.itemsize)
+    one = memory.layer_bytes(shape.hidden, shape.layer, precision, batch, r=rank)
+    ends = memory.ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not rank)
+    return shape.layers * one + ends

@@ -14,7 +14,7 @@ import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
 from recipes.plan import setting
-from recipes.plan.plan import CARDS, GIB, measure, parse_device, plan, usable
+from recipes.plan.plan import CARDS, GIB, measure, parse_device, plan, plan_token_budget, usable
 from recipes.problems import ConfigError
 from recipes.tasks import get_task
 
@@ -310,3 +310,52 @@ def test_a_saved_head_has_a_copy_a_gradient_and_states():
     assert more["optimizer"] == 2 * head
     assert more["head"] > 0
     assert trained.peak >= frozen.peak + 4 * head
+
+
+def in_bins(tokens, *overrides):
+    """Setting of the 1B run: 8 completions of at most 512 tokens a prompt of 256, four such groups sampled at a time."""
+    found = plan(load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", overrides), 24 * GIB).setting
+    return replace(found, bin_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["head.impl=full"], ["model.gradient_checkpointing=false"]], ids=str
+)
+def test_the_token_budget_is_the_largest_that_fits(overrides):
+    s, device = in_bins(None, *overrides), 8 * GIB
+    budget = plan_token_budget(s, device)
+
+    def peak(tokens, completion):
+        return measure(replace(s, bin_tokens=tokens, completion=completion)).peak
+
+    assert 0 < budget < 4 * (256 + 8 * 511)
+    assert max(peak(budget, length) for length in (1, 20, 100, 300, 512)) <= usable(device)
+    assert max(peak(budget + 1, length) for length in (1, 512)) > usable(device)
+    assert plan_token_budget(s, 9 * GIB) > budget
+
+
+def test_the_token_budget_has_bounds():
+    s = in_bins(None)
+    assert plan_token_budget(s, 80 * GIB) == 4 * (256 + 8 * 511)  # all that is sampled
+    assert plan_token_budget(s, 3 * GIB) == 0
+    with pytest.raises(ValueError, match=r"gpt2; set step\.token_budget"):
+        plan_token_budget(replace(s, shape=replace(s.shape, layer=None, kind="gpt2")), 80 * GIB)
+
+
+def test_a_bin_of_as_many_tokens_takes_no_more_than_a_padded_batch():
+    padded = in_bins(None)
+    packed = replace(padded, bin_tokens=padded.sequences * padded.length)
+    ours, trls = measure(packed), measure(padded)
+    assert ours.parts["activations"] < trls.parts["activations"]
+    assert ours.phases["generation"] == trls.phases["generation"]
+    assert packed.batch.scored > padded.batch.scored  # the prompt is there once
+
+
+def test_a_plan_says_what_a_bin_is():
+    found = plan(load_config(QUICKSTART))
+    lines = replace(found, setting=replace(found.setting, bin_tokens=4096)).lines()
+    generations = found.setting.generations
+    assert (
+        f"quickstart: a bin of 4096 tokens, prompts shared by {generations} completions, of 58 + 6"
+        in lines[0]
+    )
