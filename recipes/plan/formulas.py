@@ -6,7 +6,7 @@ in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -94,6 +94,17 @@ class Group:
         length = min(self.tokens, tokens)
         grid = tokens // length * length
         return Batch(grid, self._scored(grid), grid, repeated=True, mask=grid * length, angles=grid)
+
+    def most(self, tokens: int, *, varlen: bool) -> Batch:
+        """No bin of so many tokens takes more, if no completion is longer: short ones have more keys a token, long ones
+        more rows in the head and the wider mask."""
+        shortest = Group(self.prompt, 1, self.generations)
+        scored = max(self._scored(tokens), shortest._scored(tokens))
+        if varlen:
+            return replace(shortest.varlen(tokens), scored=scored)
+        return Batch(
+            tokens, scored, tokens, repeated=True, mask=tokens * min(self.tokens, tokens), angles=tokens
+        )
 
     def _scored(self, tokens: int) -> int:
         return self._share(self.generations * self.completion, tokens)

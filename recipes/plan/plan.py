@@ -213,7 +213,7 @@ def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
         setting=setting,
         memory=measure(setting),
         storage=store(config, setting),
-        chunk=_chunk(setting),
+        chunk=_chunk(setting, setting.batch),
         device_bytes=device_bytes,
         longest_completion=longest,
         notes=notes(config, setting),
@@ -230,10 +230,11 @@ def show(config: RunConfig, device: str | None) -> int:
     return 0
 
 
-def measure(s: Setting) -> Memory:
-    """Bytes on the device, by part and by phase."""
+def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
+    """Bytes on the device, by part and by phase; `batch` in place of the setting's own."""
     shape, trained, precision, e = s.shape, s.trained, s.precision, s.precision.e
-    batch, chunk = s.batch, _chunk(s)
+    batch = batch or s.batch
+    chunk = _chunk(s, batch)
     weights = memory.weight_bytes(shape, precision)
     gradients = _trained_bytes(s)
     states, temporaries = _optimizer_bytes(s)
@@ -320,20 +321,16 @@ def longest_completion(s: Setting, available: int) -> int:
 def plan_token_budget(s: Setting, device_bytes: int) -> int:
     """The largest bin of the packed step, in tokens, whose peak fits the device; 0 if none does.
 
-    At most what is sampled at a time. It fits whatever the completions' length: per token, short ones gather more keys
-    and long ones have more rows in the head, and what the two add up to is largest at one of the ends.
+    At most what is sampled at a time. It fits however short the completions are.
 
     Raises ValueError for a setting that the formulas do not cover.
     """
     if not s.complete:
         raise ValueError(f"no formula covers the layers of {s.shape.kind}; set step.token_budget")
-    groups = max(1, s.sampled // s.generations)
-
-    def fits(tokens: int) -> bool:
-        bins = [replace(s, bin_tokens=tokens, completion=length) for length in (1, s.completion)]
-        return all(measure(one).peak <= usable(device_bytes) for one in bins)
-
-    return _largest(groups * memory.Group(s.prompt, s.completion, s.generations).tokens, fits)
+    return _largest(
+        max(1, s.sampled // s.generations) * s.group.tokens,
+        lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).peak <= usable(device_bytes),
+    )
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -345,8 +342,8 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _chunk(s: Setting) -> Chunk:
-    return memory.head_chunk(s.shape, s.batch.scored, s.precision.e, s.device_type, s.chunk_rows)
+def _chunk(s: Setting, batch: memory.Batch) -> Chunk:
+    return memory.head_chunk(s.shape, batch.scored, s.precision.e, s.device_type, s.chunk_rows)
 
 
 def _trained_bytes(s: Setting) -> int:

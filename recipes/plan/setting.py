@@ -43,8 +43,17 @@ class Setting:
         """One forward pass with a gradient."""
         if self.bin_tokens is None:
             return Batch.padded(self.sequences, self.prompt, self.completion)
-        group = Group(self.prompt, self.completion, self.generations)
-        return group.varlen(self.bin_tokens) if self.device_type == "cuda" else group.dense(self.bin_tokens)
+        return (self.group.varlen if self.varlen else self.group.dense)(self.bin_tokens)
+
+    @property
+    def group(self) -> Group:
+        """A prompt and its completions, as long as they may be."""
+        return Group(self.prompt, self.completion, self.generations)
+
+    @property
+    def varlen(self) -> bool:
+        """Whether the packed step lays its groups in one row."""
+        return self.device_type == "cuda"
 
     @property
     def complete(self) -> bool:

@@ -226,6 +226,18 @@ def test_a_bin_smaller_than_a_group_is_a_part_of_it():
     assert group.varlen(8) == Batch(8, 6, 19, repeated=False, mask=0, angles=8)
 
 
+@pytest.mark.parametrize("varlen", [True, False])
+@pytest.mark.parametrize("prompt", [2, 40])
+@pytest.mark.parametrize("tokens", [30, 100, 1000])
+def test_no_bin_takes_more_than_the_most(varlen, prompt, tokens):
+    most = Group(prompt, 20, 8).most(tokens, varlen=varlen)
+    for completion in range(1, 21):
+        group = Group(prompt, completion, 8)
+        batch = group.varlen(tokens) if varlen else group.dense(tokens)
+        for field in ("tokens", "scored", "keys", "mask", "angles"):
+            assert getattr(batch, field) <= getattr(most, field)
+
+
 def planned_bytes(shape, dtype, batch, rank):
     precision = Precision(dtype.itemsize, dtype.itemsize)
     one = memory.layer_bytes(shape.hidden, shape.layer, precision, batch, r=rank)
