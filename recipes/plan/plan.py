@@ -260,12 +260,10 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
         "head": full if s.head == "full" else ours,
     }
     otherwise = "with memhead" if s.head == "full" else "with full logits"
-    instead = {
-        f"activations {'without' if s.checkpointing else 'with'} checkpointing": activations[
-            not s.checkpointing
-        ],
-        f"head {otherwise}": ours if s.head == "full" else full,
-    }
+    instead = {f"head {otherwise}": ours if s.head == "full" else full}
+    if shape.layer is not None:
+        way = "without" if s.checkpointing else "with"
+        instead[f"activations {way} checkpointing"] = activations[not s.checkpointing]
     resting = sum(
         parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer")
     )

@@ -194,6 +194,7 @@ def test_what_no_formula_covers_is_said(name, tmp_path, capsys):
     assert "longest completion" not in shown
     inputs = found.setting.shape.layers * 2 * 128 * 2 * found.setting.shape.hidden
     assert found.memory.parts["activations"] == inputs
+    assert list(found.memory.instead) == ["head with full logits"]
     small = plan(config, parse_device("1 GiB"))
     assert small.fits is False
     assert "does NOT fit" in "\n".join(small.lines())
