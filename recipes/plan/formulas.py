@@ -1,15 +1,17 @@
 """How many bytes each part of a GRPO step takes, from the shape of the model. docs/memory.md derives every formula.
 
-All functions return bytes and take tokens as `sequences` × `length`, the padded batch of one forward pass. `e` is the
-size of an element in the compute dtype: 2 under autocast or in half precision, 4 in float32.
+All functions return bytes. `e` is the size of an element in the compute dtype: 2 under autocast or in half precision, 4
+in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from memhead.planning import Chunk, plan_chunk
-from recipes.plan.shapes import ModelShape
+import torch
+
+from memhead.planning import Chunk, resolve_chunk
+from recipes.plan.shapes import LayerShape, ModelShape, Trained
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
@@ -39,17 +41,89 @@ class Precision:
     autocast: bool = False
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward pass, in numbers.
+
+    scored: tokens whose log-probability the head computes. keys: those that attention reads, a copied one again.
+    repeated: keys and values are copied for every query head, as scaled-dot-product attention does under a mask.
+    mask: its elements, in every layer. angles: positions that the rotary tables hold.
+    """
+
+    tokens: int
+    scored: int
+    keys: int
+    repeated: bool
+    mask: int
+    angles: int
+
+    @classmethod
+    def padded(cls, sequences: int, prompt: int, completion: int, *, mask: bool = True) -> Batch:
+        """TRL's: sequences of one length. mask: some of it is padding."""
+        length = prompt + completion
+        tokens = sequences * length
+        elements = tokens * length if mask else 0
+        return cls(tokens, sequences * completion, tokens, repeated=mask, mask=elements, angles=length)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions as the packed step lays them out: [prompt | c1 | … | cG], in tokens.
+
+    A completion's first token is scored by the prompt's last state, and its last token scores none and is left out.
+    """
+
+    prompt: int
+    completion: int
+    generations: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the row."""
+        return self.prompt + self.generations * (self.completion - 1)
+
+    def varlen(self, tokens: int) -> Batch:
+        """So many tokens of such groups in one row: the prompt's keys are gathered before each completion's own."""
+        keys = self.prompt + self.generations * (self.prompt + self.completion - 1)
+        return Batch(
+            tokens, self._scored(tokens), self._share(keys, tokens), repeated=False, mask=0, angles=tokens
+        )
+
+    def dense(self, tokens: int) -> Batch:
+        """The same with one group a row, and a mask over each row's tokens."""
+        length = min(self.tokens, tokens)
+        grid = tokens // length * length
+        return Batch(grid, self._scored(grid), grid, repeated=True, mask=grid * length, angles=grid)
+
+    def most(self, tokens: int, *, varlen: bool) -> Batch:
+        """No bin of so many tokens takes more, if no completion is longer: short ones have more keys a token, long ones
+        more rows in the head and the wider mask."""
+        shortest = Group(self.prompt, 1, self.generations)
+        scored = max(self._scored(tokens), shortest._scored(tokens))
+        if varlen:
+            return replace(shortest.varlen(tokens), scored=scored)
+        return Batch(
+            tokens, scored, tokens, repeated=True, mask=tokens * min(self.tokens, tokens), angles=tokens
+        )
+
+    def _scored(self, tokens: int) -> int:
+        return self._share(self.generations * self.completion, tokens)
+
+    def _share(self, count: int, tokens: int) -> int:
+        """Of a count for the whole group, what falls to `tokens` of its tokens."""
+        return -(-count * tokens // self.tokens)
+
+
 def weight_bytes(shape: ModelShape, precision: Precision) -> int:
     """The model at rest. Quantisation takes the transformer layers' linears; embedding, head and norms stay."""
-    kept = shape.other_parameters() * precision.weights
-    linear = shape.linear_parameters()
+    kept = (shape.parameters - shape.linear) * precision.weights
     per_weight = {
         "": precision.weights,
         "8bit": 1.0,
         "4bit": 0.5 + 4 / BLOCK,
         "4bit-double": 0.5 + 1 / BLOCK + 4 / (BLOCK * 256),
     }[precision.quantised]
-    return round(kept + linear * per_weight)
+    return round(kept + shape.linear * per_weight)
 
 
 def optimizer_bytes(parameters: int, size: int, optim: str) -> tuple[int, int]:
@@ -58,9 +132,15 @@ def optimizer_bytes(parameters: int, size: int, optim: str) -> tuple[int, int]:
     return round(parameters * per_element), parameters * size * TEMPORARIES.get(optim, 0)
 
 
+def merge_bytes(shape: ModelShape, trained: Trained, size: int) -> int:
+    """Main memory of recipes.export's merge, weights of `size` bytes: the base, the merged model read again to be
+    compared, a copy of the weights that change, and the adapter."""
+    return (2 * shape.parameters + trained.adapted + trained.whole) * size + trained.adapters * 4
+
+
 def kv_cache_bytes(shape: ModelShape, sequences: int, length: int, e: int) -> int:
-    """Keys and values of every layer for every token of every sequence."""
-    return 2 * shape.layers * shape.kv_width * e * sequences * length
+    """What every layer keeps of every sequence; 0 where that is not known."""
+    return sequences * e * sum(layer.elements(length) for layer in shape.cache or ())
 
 
 def sampling_bytes(shape: ModelShape, sequences: int) -> int:
@@ -68,22 +148,21 @@ def sampling_bytes(shape: ModelShape, sequences: int) -> int:
     return 3 * 4 * sequences * shape.vocab
 
 
-def layer_bytes(
-    shape: ModelShape, precision: Precision, sequences: int, length: int, *, r: int, padded: bool = True
-) -> int:
+def layer_bytes(hidden: int, layer: LayerShape, precision: Precision, batch: Batch, *, r: int) -> int:
     """What one transformer layer keeps for the backward pass. r: rank of LoRA on all linears, 0 without.
 
-    padded: the batch has a padding mask, which makes scaled-dot-product attention repeat the keys for every query
-    head and keep the mask. A single key head is repeated without a copy.
+    A single key head is repeated without a copy.
     """
-    h, i, e, query = shape.hidden, shape.intermediate, precision.e, shape.attention_width
-    keys = query if padded and shape.kv_heads > 1 else shape.kv_width
+    h, i, e, query = hidden, layer.intermediate, precision.e, layer.attention_width
     norms = 2 * (4 * h + 4)  # the float32 input and one float32 a token
-    attention = e * (2 * query + 2 * keys) + 4 * shape.heads  # q, output, k, v, log-sum-exp
-    mask = e * length if padded else 0
+    if layer.head_norms:
+        norms += 4 * (query + layer.kv_width) + 4 * (layer.heads + layer.kv_heads)
+    attention = e * 2 * query + 4 * layer.heads  # q, output, log-sum-exp
+    keys = batch.keys * e * 2 * (query if batch.repeated and layer.kv_heads > 1 else layer.kv_width)
     mlp = e * 3 * i  # gate, silu(gate), up
     if not r:
         inputs = e * (4 * h + i)  # each norm's output before and after its weight; the product
+        inputs += e * (query + layer.kv_width) if layer.head_norms else 0
     else:
         # PEFT casts each adapted linear's input to the adapter's dtype: six of hidden width, one of the MLP's.
         cast = precision.adapter != precision.weights or precision.autocast
@@ -91,23 +170,22 @@ def layer_bytes(
             (5 * h + query + i) if cast else (2 * h + i)
         )
         inputs += (e if precision.autocast else precision.adapter) * 7 * r
-    return sequences * length * (norms + attention + mask + mlp + inputs)
+    return batch.tokens * (norms + attention + mlp + inputs) + keys + batch.mask * e
 
 
-def ends_bytes(shape: ModelShape, precision: Precision, sequences: int, length: int, *, trained: bool) -> int:
+def ends_bytes(hidden: int, layer: LayerShape, precision: Precision, batch: Batch, *, trained: bool) -> int:
     """What the embedding, the rotary tables and the last norm keep. trained: their weights get gradients.
 
     Frozen, the first norm's input needs no gradient and is not kept, which pays for the last norm's.
     """
-    last = 4 * shape.hidden + 4 + precision.e * shape.hidden + 8 if trained else 0
-    return sequences * length * last + 2 * precision.e * shape.head_dim * length
+    last = 4 * hidden + 4 + precision.e * hidden + 8 if trained else 0
+    return batch.tokens * last + 2 * precision.e * layer.head_dim * batch.angles
 
 
 def activation_bytes(
     shape: ModelShape,
     precision: Precision,
-    sequences: int,
-    length: int,
+    batch: Batch,
     *,
     r: int,
     checkpointing: bool,
@@ -117,21 +195,22 @@ def activation_bytes(
 
     With checkpointing: every layer's input (offloaded: three), and one layer's own while it is computed again. To
     either come the gradients that move through one layer: three of the MLP's width and two of the hidden width.
+    Of layers that no formula describes the inputs alone are counted.
     """
-    one = layer_bytes(shape, precision, sequences, length, r=r)
-    ends = ends_bytes(shape, precision, sequences, length, trained=not r)
-    moving = sequences * length * precision.e * (3 * shape.intermediate + 2 * shape.hidden)
-    if not checkpointing:
-        return shape.layers * one + ends + moving
-    kept = min(shape.layers, OFFLOADED_INPUTS) if offloaded else shape.layers
-    inputs = kept * sequences * length * precision.e * shape.hidden
-    return inputs + one + ends + moving
+    kept = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
+    inputs = kept * batch.tokens * precision.e * shape.hidden
+    if shape.layer is None:
+        return inputs
+    one = layer_bytes(shape.hidden, shape.layer, precision, batch, r=r)
+    ends = ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not r)
+    moving = batch.tokens * precision.e * (3 * shape.layer.intermediate + 2 * shape.hidden)
+    return (inputs + one if checkpointing else shape.layers * one) + ends + moving
 
 
-def inference_bytes(shape: ModelShape, precision: Precision, sequences: int, length: int) -> int:
+def inference_bytes(shape: ModelShape, precision: Precision, tokens: int) -> int:
     """One layer's transients without a graph: residual, normed and float32 hidden, gate, up and product."""
-    e = precision.e
-    return sequences * length * (e * (3 * shape.hidden + 3 * shape.intermediate) + 4 * shape.hidden)
+    e, intermediate = precision.e, shape.layer.intermediate if shape.layer is not None else 0
+    return tokens * (e * (3 * shape.hidden + 3 * intermediate) + 4 * shape.hidden)
 
 
 def full_logits_bytes(shape: ModelShape, rows: int, e: int) -> int:
@@ -148,5 +227,5 @@ def memhead_bytes(shape: ModelShape, rows: int, e: int, chunk: Chunk, *, trained
 
 def head_chunk(shape: ModelShape, rows: int, e: int, device_type: str, chunk_rows: int | None) -> Chunk:
     """The tile that memhead takes; `chunk_rows` is head.chunk."""
-    found = plan_chunk(rows, shape.vocab, shape.hidden, device_type=device_type, operand_itemsize=e)
-    return found if chunk_rows is None else Chunk(min(chunk_rows, rows), found.columns)
+    device = torch.device(device_type)
+    return resolve_chunk(chunk_rows, rows, shape.vocab, device, 4, widen=False)

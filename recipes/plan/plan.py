@@ -1,6 +1,6 @@
-"""What a run will need, before anything of it is loaded: memory by part and by phase, and whether it fits.
+"""What a run will need, before anything of it is loaded: memory by part and by phase, whether it fits, and disk.
 
-    plan = plan(load_config("configs/llama3.1_8b_gsm8k.yaml"), device_bytes=parse_size("24 GiB"))
+    plan = plan(load_config("configs/llama3.1_8b_gsm8k.yaml"), device_bytes=parse_device("L4"))
     plan.print()
 
 Reads config files only: no weights, no network. The formulas are in recipes/plan/formulas.py and docs/memory.md.
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,60 +21,94 @@ from rich.table import Table
 from memhead.planning import Chunk
 from recipes.config.load import EXIT_STATUS, RunConfig
 from recipes.plan import formulas as memory
-from recipes.plan.formulas import DTYPE_BYTES, Precision
-from recipes.plan.shapes import ModelShape, shape_of
+from recipes.plan.setting import Setting, notes
+from recipes.problems import ConfigError, Problem
 
 GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
 FRAGMENTATION = 0.05  # share of the device that the allocator cannot use: an estimate
-PROMPT = 256  # tokens, where the config gives no total length to take it from
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CARDS = {  # MiB, as nvidia-smi gives the total
+    "T4": 15360,
+    "L4": 23034,
+    "4090": 24564,
+    "A100-40": 40960,
+    "A100-80": 81920,
+    "H100": 81559,
+    "H200": 143771,
+}
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "24 GiB" or "16GB". Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+def parse_device(text: str) -> int:
+    """Bytes of a card ("L4") or of a size ("24 GiB", "16GB"). Raises ConfigError for anything else."""
+    if (card := text.strip().upper()) in CARDS:
+        return CARDS[card] * MIB
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise ValueError(f"--device: {text!r} is no size; write it as 24 GiB or 16 GB")
+        remedy = f"write it as 24 GiB or 16 GB, or name a card: {', '.join(CARDS)}"
+        raise ConfigError([Problem("--device", "no size and no card", text, remedy)])
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The sizes of a run that decide its memory."""
+class Memory:
+    """Bytes on the device.
 
-    shape: ModelShape
-    precision: Precision
-    trainable: int  # parameters
-    saved: int  # parameters trained in full beside adapters
-    head_trained: bool
-    lora_rank: int  # 0: every weight is trained
-    optim: str
-    sequences: int  # of one forward pass
-    sampled: int  # sequences generated at a time
-    prompt: int
-    completion: int
-    checkpointing: bool
-    offloaded: bool  # layer inputs in host memory
-    reference: bool  # a second copy of the weights: beta above 0 without an adapter to switch off
-    head: str
-    chunk_rows: int | None
-    device_type: str
+    parts: of this run. phases: what of them is live at each phase's height. instead: parts as they would be with the
+    other choice of checkpointing and head.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+    instead: dict[str, int]
 
     @property
-    def length(self) -> int:
-        """Prompt and completion, in tokens."""
-        return self.prompt + self.completion
+    def peak(self) -> int:
+        """The largest phase, in bytes."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of disk and of main memory."""
+
+    download: int  # weights that the hub sends; 0 for a model made here or lying here
+    download_4bit: int  # the same where Unsloth keeps a 4-bit copy; 0 unless it is asked for
+    checkpoint: int  # one on the way
+    kept: int | None  # how many of them stay; None: the number of steps is not given
+    final: int  # the model, or the adapter, at the end
+    warm_start: int  # the model after it
+    merge: int  # main memory of recipes.export's merge; 0 without adapters
+    host: int  # main memory of the layer inputs that Unsloth moves there
+
+    def lines(self) -> list[str]:
+        """In words: disk, then main memory if it takes any."""
+        parts = []
+        if self.download_4bit:
+            parts.append(
+                f"{_gib(self.download_4bit)} to download if Unsloth has a 4-bit copy, else {_gib(self.download)}"
+            )
+        elif self.download:
+            parts.append(f"{_gib(self.download)} to download")
+        if self.warm_start:
+            parts.append(f"{_gib(self.warm_start)} for the model after the warm start")
+        parts.append(f"{_gib(self.final)} for the final {'adapter' if self.merge else 'model'}")
+        number = "each checkpoint" if self.kept is None else f"{self.kept} checkpoints of"
+        parts.append(f"{number} {_gib(self.checkpoint)}" if self.kept != 0 else "no checkpoints")
+        found = [f"disk: {'; '.join(parts)}"]
+        uses = [f"{_gib(self.merge)} to merge the adapter into the unquantised base"] if self.merge else []
+        uses += [f"{_gib(self.host)} for layer inputs while it trains"] if self.host else []
+        return [*found, f"main memory: {'; '.join(uses)}"] if uses else found
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part and by phase (what is live at that phase's height), and what follows from them."""
+    """What a run takes, and what follows from it on a device of `device_bytes`."""
 
     name: str
     setting: Setting
-    parts: dict[str, int]
-    phases: dict[str, int]
+    memory: Memory
+    storage: Storage
     chunk: Chunk
     device_bytes: int | None
     longest_completion: int | None
@@ -79,23 +116,32 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The largest phase, in bytes."""
-        return max(self.phases.values())
+        """The largest phase, in bytes; the least that it can be, unless `setting.complete`."""
+        return self.memory.peak
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak fits the device with its reserve; None without a device."""
-        return None if self.device_bytes is None else self.peak <= usable(self.device_bytes)
+        """Whether the peak fits the device with its reserve; None if that is not known, as without a device."""
+        if self.device_bytes is None:
+            return None
+        within = self.peak <= usable(self.device_bytes)
+        return within if self.setting.complete or not within else None
 
     def print(self, console: Console | None = None) -> None:
         """The tables, in the terminal."""
         console = console or Console()
-        for title, rows in (("part", self.parts), ("phase, with all that is live in it", self.phases)):
+        for title, rows in (
+            ("part", self.memory.parts),
+            ("phase, with all that is live in it", self.memory.phases),
+            ("instead, with another choice", self.memory.instead),
+        ):
             table = Table(title=None)
             table.add_column(title)
             table.add_column("GiB", justify="right")
             for name, size in rows.items():
-                mark = "  ← peak" if rows is self.phases and size == self.peak else ""
+                if not size:
+                    continue
+                mark = "  ← peak" if rows is self.memory.phases and size == self.peak else ""
                 table.add_row(name + mark, f"{size / GIB:.3f}")
             console.print(table)
         for line in self.lines():
@@ -104,28 +150,46 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The conclusions in words."""
-        s, rows = self.setting, self.setting.sequences * self.setting.completion
+        s, rows = self.setting, self.setting.batch.scored
         tile = self.chunk.rows * self.chunk.columns * 4 / MIB
         why = (
             "head.chunk asks for its rows"
             if s.chunk_rows
             else f"memhead's tile for {s.device_type}, the size that was fastest when measured"
         )
+        passes = (
+            f"{s.sequences} sequences"
+            if s.bin_tokens is None
+            else f"a bin of {s.bin_tokens} tokens, prompts shared by {s.generations} completions,"
+        )
         found = [
-            f"{self.name}: {s.sequences} sequences of {s.prompt} + {s.completion} tokens a forward pass, "
+            f"{self.name}: {passes} of {s.prompt} + {s.completion} tokens a forward pass, "
             f"{s.sampled} sampled at a time",
             f"chunk: {self.chunk.rows} rows × {self.chunk.columns} vocabulary entries = {tile:.1f} MiB of logits in "
             f"place of {rows} × {s.shape.vocab} = {rows * s.shape.vocab * 4 / MIB:.1f} MiB: {why}",
+            *self._verdict(),
+            *self.storage.lines(),
         ]
-        if self.device_bytes is not None:
-            verdict = "fits" if self.fits else "does NOT fit"
-            found.append(
-                f"peak {self.peak / GIB:.2f} GiB {verdict} {self.device_bytes / GIB:.1f} GiB, of which "
-                f"{usable(self.device_bytes) / GIB:.1f} are counted as usable"
-            )
+        return found + [f"note: {note}" for note in self.notes]
+
+    def _verdict(self) -> list[str]:
+        peak = f"peak {'' if self.setting.complete else 'at least '}{self.peak / GIB:.2f} GiB"
+        if self.device_bytes is None:
+            return [] if self.setting.complete else [f"{peak}: not everything could be counted"]
+        of = f"{self.device_bytes / GIB:.1f} GiB, of which {usable(self.device_bytes) / GIB:.1f} are counted as usable"
+        if self.fits is None:
+            return [
+                f"{peak}, more with what is not counted (see below): whether it fits is not known; there are {of}"
+            ]
+        found = [f"{peak} {'fits' if self.fits else 'does NOT fit'} {of}"]
+        if self.setting.complete:
             longest = self.longest_completion
             found.append(f"longest completion that fits: {f'{longest} tokens' if longest else 'none'}")
-        return found + [f"note: {note}" for note in self.notes]
+        return found
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / MIB:.2f} MiB"
 
 
 def usable(device_bytes: int) -> int:
@@ -136,161 +200,160 @@ def usable(device_bytes: int) -> int:
 def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
     """The plan of a run; `device_bytes` None takes the GPU that is here, if any.
 
-    Raises recipes.plan.shapes.UnknownShape if the model's sizes are not at hand.
+    Raises ConfigError if the model's sizes are not at hand, or its adapters do not fit it.
     """
     if device_bytes is None:
         device_bytes = _device_here()
-    setting, notes = _setting(config, device_bytes)
-    parts, phases, chunk = measure(setting)
-    longest = None if device_bytes is None else longest_completion(setting, usable(device_bytes))
-    return Plan(config.run.name, setting, parts, phases, chunk, device_bytes, longest, notes)
+    setting = Setting.of(config, device=device_bytes is not None)
+    longest = None
+    if device_bytes is not None and setting.complete:
+        longest = longest_completion(setting, usable(device_bytes))
+    return Plan(
+        name=config.run.name,
+        setting=setting,
+        memory=measure(setting),
+        storage=store(config, setting),
+        chunk=_chunk(setting, setting.batch),
+        device_bytes=device_bytes,
+        longest_completion=longest,
+        notes=notes(config, setting),
+    )
 
 
 def show(config: RunConfig, device: str | None) -> int:
     """The command line's `--plan --device`: prints the plan; the exit status is 2 for a mistake, else 0."""
     try:
-        plan(config, None if device is None else parse_size(device)).print()
-    except ValueError as error:
+        plan(config, None if device is None else parse_device(device)).print()
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
     return 0
 
 
-def measure(s: Setting) -> tuple[dict[str, int], dict[str, int], Chunk]:
-    """Bytes by part, bytes by phase, and the head's chunk."""
-    shape, e, rows = s.shape, s.precision.e, s.sequences * s.completion
-    size = s.precision.adapter if s.lora_rank else s.precision.weights
-    chunk = memory.head_chunk(shape, rows, e, s.device_type, s.chunk_rows)
-    states, temporaries = (
-        beside + full
-        for beside, full in zip(
-            memory.optimizer_bytes(s.trainable, size, s.optim),
-            memory.optimizer_bytes(s.saved, s.precision.weights, s.optim),
-            strict=True,
-        )
-    )
-    weights = memory.weight_bytes(shape, s.precision)
-    saved = s.saved * s.precision.weights
-    adapter = s.trainable * size + saved if s.lora_rank else 0
-    gradients = s.trainable * size + saved
+def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
+    """Bytes on the device, by part and by phase; `batch` in place of the setting's own."""
+    shape, trained, precision, e = s.shape, s.trained, s.precision, s.precision.e
+    batch = batch or s.batch
+    chunk = _chunk(s, batch)
+    weights = memory.weight_bytes(shape, precision)
+    gradients = _trained_bytes(s)
+    states, temporaries = _optimizer_bytes(s)
     kv = memory.kv_cache_bytes(shape, s.sampled, s.length, e) + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
-            shape,
-            s.precision,
-            s.sequences,
-            s.length,
-            r=s.lora_rank,
-            checkpointing=way,
-            offloaded=s.offloaded,
+            shape, precision, batch, r=s.lora_rank, checkpointing=way, offloaded=s.offloaded
         )
         for way in (False, True)
     }
-    full = memory.full_logits_bytes(shape, rows, e)
-    ours = memory.memhead_bytes(shape, rows, e, chunk, trained=s.head_trained)
-    copies = shape.linear_parameters() * e if s.precision.autocast and s.precision.weights == 4 else 0
-    head = full if s.head == "full" else ours
+    full = memory.full_logits_bytes(shape, batch.scored, e)
+    ours = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=trained.head)
+    copies = shape.linear * e if precision.autocast and precision.weights == 4 else 0
     parts = {
         "parameters": weights,
         "reference model": weights if s.reference else 0,
-        "adapter and saved modules": adapter,
+        "adapter and saved modules": gradients if s.lora_rank else 0,
         "gradients": gradients,
         "optimizer": states,
         "KV cache and sampling": kv,
         "weights cast by autocast": copies,
-        "activations without checkpointing": activations[False],
-        "activations with checkpointing": activations[True],
-        "head with full logits": full,
-        "head with memhead": ours,
+        "activations": activations[s.checkpointing],
+        "head": full if s.head == "full" else ours,
     }
-    resting = weights * (2 if s.reference else 1) + adapter + states
-    inference = memory.inference_bytes(shape, s.precision, s.sequences, s.length)
+    otherwise = "with memhead" if s.head == "full" else "with full logits"
+    instead = {f"head {otherwise}": ours if s.head == "full" else full}
+    if shape.layer is not None:
+        way = "without" if s.checkpointing else "with"
+        instead[f"activations {way} checkpointing"] = activations[not s.checkpointing]
+    resting = sum(
+        parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer")
+    )
+    inference = memory.inference_bytes(shape, precision, batch.tokens)
     if s.offloaded:
         inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
-    graph = resting + gradients + activations[s.checkpointing] + copies
-    scoring = memory.memhead_bytes(shape, rows, e, chunk, trained=False) if s.head != "full" else full
+    scoring = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=False) if s.head != "full" else full
     phases = {
-        "generation": resting + kv + memory.inference_bytes(shape, s.precision, s.sampled, s.prompt),
+        "generation": resting + kv + memory.inference_bytes(shape, precision, s.sampled * s.prompt),
         "scoring without gradient": resting + inference + scoring + copies,
-        "forward, loss and backward": graph + head,
+        "forward, loss and backward": resting + gradients + copies + parts["activations"] + parts["head"],
         "optimizer": resting + gradients + temporaries,
     }
-    return parts, phases, chunk
+    return Memory(parts, phases, instead)
+
+
+def store(config: RunConfig, s: Setting) -> Storage:
+    """Bytes on the disk, and of main memory."""
+    shape, model = s.shape, config.model
+    as_it_comes = replace(
+        s.precision, weights=memory.DTYPE_BYTES.get(shape.dtype, 4), quantised=shape.quantised
+    )
+    here = model.loader == "scratch" or Path(model.name or "").expanduser().is_dir()
+    unsloths = model.loader == "unsloth" and model.load_in_4bit and not shape.quantised
+    trained = _trained_bytes(s)
+    steps, every, limit = (
+        config.grpo.get("max_steps", -1),
+        config.run.save_every,
+        config.grpo.get("save_total_limit"),
+    )
+    kept = 0 if every is None else ceil(steps / every) if steps > 0 else None
+    layer_inputs = s.batch.tokens * s.precision.e * shape.hidden
+    return Storage(
+        download=0 if here else memory.weight_bytes(shape, as_it_comes),
+        download_4bit=memory.weight_bytes(shape, s.precision) if unsloths and not here else 0,
+        checkpoint=trained + _optimizer_bytes(s)[0],
+        kept=kept if kept is None or limit is None else min(kept, limit),
+        final=trained,
+        warm_start=0 if config.run.warm_start is None else memory.weight_bytes(shape, s.precision),
+        merge=memory.merge_bytes(shape, s.trained, as_it_comes.weights) if s.lora_rank else 0,
+        host=max(0, shape.layers - memory.OFFLOADED_INPUTS) * layer_inputs if s.offloaded else 0,
+    )
 
 
 def longest_completion(s: Setting, available: int) -> int:
     """The longest completion whose peak stays within `available` bytes, 0 if none; at most what the model takes."""
-    low, high = 0, max(0, s.shape.positions - s.prompt)
-    while low < high:
-        middle = (low + high + 1) // 2
-        peak = max(measure(replace(s, completion=middle))[1].values())
-        low, high = (middle, high) if peak <= available else (low, middle - 1)
+    return _largest(
+        max(0, s.shape.positions - s.prompt),
+        lambda completion: measure(replace(s, completion=completion)).peak <= available,
+    )
+
+
+def plan_token_budget(s: Setting, device_bytes: int) -> int:
+    """The largest bin of the packed step, in tokens, whose peak fits the device; 0 if none does.
+
+    At most what is sampled at a time. It fits however short the completions are.
+
+    Raises ValueError for a setting that the formulas do not cover.
+    """
+    if not s.complete:
+        raise ValueError(f"no formula covers the layers of {s.shape.kind}; set step.token_budget")
+    return _largest(
+        max(1, s.sampled // s.generations) * s.group.tokens,
+        lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).peak <= usable(device_bytes),
+    )
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits, where every smaller one does; 0 if none."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if fits(middle) else (low, middle - 1)
     return low
 
 
-def _setting(config: RunConfig, device_bytes: int | None) -> tuple[Setting, list[str]]:
-    shape, grpo, model = shape_of(config), config.grpo, config.model
-    notes = [] if shape.exact else ["this architecture is planned as a Llama of its sizes"]
-    cuda = device_bytes is not None or model.loader != "scratch"
-    precision = _precision(config, shape, cuda)
-    completion = config.completion_length
-    if model.max_seq_length is not None:
-        prompt = model.max_seq_length - completion
-    else:
-        prompt = max(1, min(PROMPT, shape.positions - completion))
-        notes.append(f"prompts of {prompt} tokens are assumed; model.max_seq_length would say it")
-    batch = grpo.get("per_device_train_batch_size", 8)
-    steps = grpo.get("steps_per_generation") or grpo.get("gradient_accumulation_steps", 1)
-    rank = config.lora.r if config.lora is not None else 0
-    targets = config.lora.target_modules if config.lora is not None else []
-    saved = config.lora.modules_to_save or [] if config.lora is not None else []
-    if model.loader == "unsloth":
-        batch = max(batch, grpo.get("num_generations", 8))
-        notes.append(
-            "Unsloth raises the batch to one group and keeps checkpointed layer inputs in host memory; that it scores "
-            "a few sequences at a time where memory is short is not counted"
-        )
-    if model.fast_inference or grpo.get("use_vllm"):
-        share = model.gpu_memory_utilization or grpo.get("vllm_gpu_memory_utilization") or 0.3
-        sleeps = model.vllm_standby or grpo.get("vllm_enable_sleep_mode")
-        meanwhile = "it frees the cache" if sleeps else "it keeps both: training must fit beside them"
-        notes.append(
-            f"vLLM takes up to {share:.0%} of the device for weights and KV cache, under Unsloth the weights that are "
-            f"trained on; while the model trains {meanwhile}. Counted here is the cache that one batch needs"
-        )
-    if config.head.impl == "trl":
-        notes.append("head.impl: trl is counted as memhead; both hold one chunk of logits")
-    setting = Setting(
-        shape=shape,
-        precision=precision,
-        trainable=shape.lora_parameters(rank, targets) if rank else shape.parameters(),
-        saved=shape.module_parameters(saved),
-        head_trained=not rank or any("lm_head".endswith(name) for name in saved),
-        lora_rank=rank,
-        optim=str(grpo.get("optim", "adamw_torch_fused")),
-        sequences=batch,
-        sampled=grpo.get("generation_batch_size") or batch * steps,
-        prompt=prompt,
-        completion=completion,
-        checkpointing=model.gradient_checkpointing,
-        offloaded=model.loader == "unsloth" and model.gradient_checkpointing and cuda,
-        reference=bool(grpo.get("beta", 0.0)) and not rank,
-        head=config.head.impl,
-        chunk_rows=config.head.chunk,
-        device_type="cuda" if cuda else "cpu",
-    )
-    return setting, notes
+def _chunk(s: Setting, batch: memory.Batch) -> Chunk:
+    return memory.head_chunk(s.shape, batch.scored, s.precision.e, s.device_type, s.chunk_rows)
 
 
-def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:
-    model = config.model
-    dtype = shape.dtype if model.dtype == "auto" else model.dtype
-    weights = DTYPE_BYTES.get(dtype, 4)
-    four = "4bit-double" if model.loader == "unsloth" else "4bit"
-    quantised = four if model.load_in_4bit else "8bit" if model.load_in_8bit else ""
-    return Precision(
-        weights=2 if quantised else weights, e=2 if cuda else weights, quantised=quantised, autocast=cuda
-    )
+def _trained_bytes(s: Setting) -> int:
+    """Of the trained parameters, and so of their gradients."""
+    return s.trained.adapters * s.precision.adapter + s.trained.whole * s.precision.weights
+
+
+def _optimizer_bytes(s: Setting) -> tuple[int, int]:
+    """States that stay, and temporaries of the step, of all that is trained."""
+    beside = memory.optimizer_bytes(s.trained.adapters, s.precision.adapter, s.optim)
+    whole = memory.optimizer_bytes(s.trained.whole, s.precision.weights, s.optim)
+    return beside[0] + whole[0], beside[1] + whole[1]
 
 
 def _device_here() -> int | None:

@@ -1,66 +1,63 @@
-"""The sizes of a model, from its config.json: parameters and their bytes without loading a weight.
+"""The sizes of a model, counted on the model itself: built on the meta device, where a tensor has a shape and no bytes.
 
-Counted are the parts of a Llama: embedding, attention with grouped keys, gated MLP, two norms a layer, head. Qwen2 adds
-biases to q, k and v. Another architecture is planned as a Llama of its sizes, and `exact` is False.
+    shape, trained = sizes(model_config(config), config.lora.peft_config())
+
+So any architecture that transformers knows is counted exactly, with its adapters as PEFT puts them on. What it needs is
+the model's config.json: in a local folder, in the hub's cache, or in model_shapes.yaml. There is no network in it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from recipes.config.load import RunConfig
+from recipes.problems import ConfigError, Problem
 
-_EXACT = {"llama", "mistral", "qwen2"}
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
 _TABLE = Path(__file__).with_name("model_shapes.yaml")
-
-
-class UnknownShape(ValueError):
-    """No config.json of the model is at hand; the message says what to do."""
+# Architectures whose layers formulas.layer_bytes describes, as tests/recipes/plan counts: a Llama's, and with its
+# queries and keys normed head by head.
+_LLAMAS = {"llama", "mistral", "qwen2", "granite", "smollm3"}
+_HEAD_NORMS = {"qwen3"}
+_UNLIMITED = 2**20  # tokens: of models whose config names no longest sequence
+_PROBE = 3  # tokens that go through the model to see what its cache keeps
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """A model's sizes. `dtype` is the checkpoint's, as torch names it."""
+class CacheLayer:
+    """What one layer keeps of a sequence while it is generated, in elements.
 
-    vocab: int
-    hidden: int
+    width: of every token (keys and values). window: tokens kept at most, None for all of them. fixed: of a sequence of
+    any length, as a recurrent state is.
+    """
+
+    width: int
+    window: int | None = None
+    fixed: int = 0
+
+    def elements(self, length: int) -> int:
+        """Of a sequence of `length` tokens."""
+        return self.fixed + self.width * (length if self.window is None else min(length, self.window))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A transformer layer as a Llama has it. head_norms: queries and keys are normed, each head by itself."""
+
     intermediate: int
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    positions: int
-    tied: bool
-    qkv_bias: bool
-    dtype: str
-    exact: bool = True
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """From the keys of a config.json."""
-        heads = config["num_attention_heads"]
-        kind = config.get("model_type", "")
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        return cls(
-            vocab=config["vocab_size"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            positions=config.get("max_position_embeddings", 2048),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2",
-            dtype=str(dtype).removeprefix("torch."),
-            exact=kind in _EXACT,
-        )
+    head_norms: bool = False
 
     @property
     def attention_width(self) -> int:
@@ -72,87 +69,130 @@ class ModelShape:
         """All key heads side by side, or all value heads."""
         return self.kv_heads * self.head_dim
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one transformer layer: name -> (inputs, outputs)."""
-        h, i, q, kv = self.hidden, self.intermediate, self.attention_width, self.kv_width
-        return {
-            "q_proj": (h, q),
-            "k_proj": (h, kv),
-            "v_proj": (h, kv),
-            "o_proj": (q, h),
-            "gate_proj": (h, i),
-            "up_proj": (h, i),
-            "down_proj": (i, h),
-        }
 
-    def linear_parameters(self) -> int:
-        """Weights of the transformer layers' linears: what is quantised."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears().values())
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's sizes. `dtype` and `quantised` are the checkpoint's: torch's name, and Precision.quantised.
 
-    def other_parameters(self) -> int:
-        """Embedding, norms, biases, and the head unless it is the embedding."""
-        biases = self.attention_width + 2 * self.kv_width if self.qkv_bias else 0
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * (2 * self.hidden + biases) + self.hidden
+    parameters: all of them, a tied head once. linear: those of them that quantisation takes.
+    cache: by layer, None if it could not be seen. layer: None if no formula covers what a layer keeps for the backward.
+    """
 
-    def parameters(self) -> int:
-        """All of them, a tied head counted once."""
-        return self.linear_parameters() + self.other_parameters()
+    kind: str
+    vocab: int
+    hidden: int
+    layers: int
+    positions: int
+    parameters: int
+    linear: int
+    cache: tuple[CacheLayer, ...] | None
+    layer: LayerShape | None
+    dtype: str = "float32"
+    quantised: str = ""
 
-    def lora_parameters(self, r: int, targets: list[str] | str) -> int:
-        """Adapters of rank r: r × (inputs + outputs) for each adapted linear."""
-        names = list(self.linears()) if targets == "all-linear" else targets
-        pairs = [self.linears()[name] for name in names if name in self.linears()]
-        return self.layers * r * sum(inputs + outputs for inputs, outputs in pairs)
-
-    def module_parameters(self, names: list[str]) -> int:
-        """Parameters of the modules with these names, found as PEFT finds `modules_to_save`: by how a path ends."""
-        return sum(
-            size
-            for path, size in self._modules()
-            if any(f"{name}." in f"{path}." for name in names)  # the module itself, or one around it
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """Counted on a model of any device, which is left as it is."""
+        text = model.config.get_text_config()
+        vocab, hidden = model.get_output_embeddings().weight.shape
+        return cls(
+            kind=text.model_type,
+            vocab=vocab,
+            hidden=hidden,
+            layers=text.num_hidden_layers,
+            positions=getattr(text, "max_position_embeddings", None) or _UNLIMITED,
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=sum(module.weight.numel() for module in _quantised_modules(model)),
+            cache=_cache_layers(model),
+            layer=_layer_shape(text),
+            dtype=_name(model.dtype),
+            quantised=_quantised(getattr(model.config, "quantization_config", None)),
         )
 
-    def _modules(self) -> Iterator[tuple[str, int]]:
-        """The path of every module that has parameters, and how many."""
-        yield "lm_head", self.vocab * self.hidden
-        yield "model.embed_tokens", self.vocab * self.hidden
-        yield "model.norm", self.hidden
-        for layer in range(self.layers):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                yield f"model.layers.{layer}.{norm}", self.hidden
-            for name, (inputs, outputs) in self.linears().items():
-                part = "self_attn" if name[0] in "qkvo" else "mlp"
-                bias = outputs if self.qkv_bias and name[0] in "qkv" else 0
-                yield f"model.layers.{layer}.{part}.{name}", inputs * outputs + bias
 
+@dataclass(frozen=True)
+class Trained:
+    """Parameters that get a gradient: `adapters`, and `whole` ones (all, or those of lora.modules_to_save).
 
-def shape_of(config: RunConfig) -> ModelShape:
-    """The shape of the run's model: made from scratch, local, in the hub's cache, or in model_shapes.yaml.
-
-    Raises UnknownShape if it is nowhere.
+    adapted: weights that carry an adapter. head: the head's weight is trained itself.
     """
+
+    adapters: int
+    whole: int
+    adapted: int
+    head: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, lora: LoraConfig | None) -> Trained:
+        """Counted after PEFT has put the adapters on the model; None trains every weight.
+
+        Raises ConfigError if PEFT refuses, for layers that the model does not have.
+        """
+        if lora is None:
+            return cls(adapters=0, whole=sum(p.numel() for p in model.parameters()), adapted=0, head=True)
+        from peft import get_peft_model
+
+        lora.init_lora_weights = False  # there is nothing to fill, and it takes a second
+        try:
+            with warnings.catch_warnings():  # of what PEFT sets right by itself: a plan prints the plan
+                warnings.simplefilter("ignore")
+                adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        except ValueError as error:
+            remedy = "name layers that the model has, or write all-linear"
+            raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
+        trained = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
+        adapters = sum(size for name, size in trained if ".lora_" in name)
+        return cls(
+            adapters=adapters,
+            whole=sum(size for _, size in trained) - adapters,
+            adapted=sum(_under(module).numel() for module in adapted.modules() if hasattr(module, "lora_A")),
+            head=adapted.get_output_embeddings().weight.requires_grad,
+        )
+
+
+def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape, Trained]:
+    """A model's sizes and what of it is trained, from its configuration.
+
+    Raises ConfigError: see Trained.of.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = _name(config.dtype or torch.float32)
+    with torch.device("meta"):  # in bfloat16, the only dtype that grouped experts take there
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return replace(ModelShape.of(model), dtype=dtype), Trained.of(model, lora)
+
+
+def model_config(config: RunConfig) -> PretrainedConfig:
+    """transformers' configuration of the run's model: made from scratch, local, in the hub's cache, or in the table.
+
+    Raises ConfigError if it is nowhere, or of an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
     if config.model.loader == "scratch":
         return _scratch(config)
     name = config.model.name or ""
-    local = Path(name).expanduser() / "config.json"
-    if local.is_file():
-        return ModelShape.from_config(json.loads(local.read_text(encoding="utf-8")))
+    try:
+        return AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=True)
+    except OSError:
+        pass
+    except ValueError as error:
+        message = str(error).splitlines()[0]
+        raise ConfigError(
+            [Problem("model.name", message, name, "plan a model that transformers knows")]
+        ) from error
     table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
     if name in table:
-        return ModelShape.from_config(table[name])
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision or "main")
-    if isinstance(cached, str):
-        return ModelShape.from_config(json.loads(Path(cached).read_text(encoding="utf-8")))
-    raise UnknownShape(
-        f"model.name: no config.json of {name!r} on this machine; fetch it: hf download {name} config.json, "
-        "or give a local folder"
-    )
+        return AutoConfig.for_model(**table[name])
+    remedy = f"fetch it: hf download {name} config.json, or give a local folder"
+    raise ConfigError([Problem("model.name", "no config.json of it on this machine", name, remedy)])
 
 
-def _scratch(config: RunConfig) -> ModelShape:
+def _scratch(config: RunConfig) -> PretrainedConfig:
+    """What decides sizes in recipes.models.load.scratch_llama, without its tokenizer."""
+    from transformers import LlamaConfig
+
     from recipes.config.schema import ScratchConfig
     from recipes.tasks import get_task
 
@@ -165,16 +205,90 @@ def _scratch(config: RunConfig) -> ModelShape:
         vocab = len(AutoTokenizer.from_pretrained(config.model.tokenizer, local_files_only=True))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
-    return ModelShape(
-        vocab=vocab,
-        hidden=made.hidden_size,
-        intermediate=made.intermediate_size,
-        layers=made.layers,
-        heads=made.heads,
-        kv_heads=made.kv_heads or made.heads,
-        head_dim=made.hidden_size // made.heads,
-        positions=made.max_positions,
-        tied=made.tie_embeddings,
-        qkv_bias=False,
-        dtype="float32",
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=made.hidden_size,
+        intermediate_size=made.intermediate_size,
+        num_hidden_layers=made.layers,
+        num_attention_heads=made.heads,
+        num_key_value_heads=made.kv_heads or made.heads,
+        max_position_embeddings=made.max_positions,
+        tie_word_embeddings=made.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
     )
+
+
+def _layer_shape(text: PretrainedConfig) -> LayerShape | None:
+    """None for layers that formulas.layer_bytes does not describe."""
+    if text.model_type not in _LLAMAS | _HEAD_NORMS or text.hidden_act != "silu":
+        return None
+    return LayerShape(
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_norms=text.model_type in _HEAD_NORMS,
+    )
+
+
+def _quantised_modules(model: PreTrainedModel) -> list[Any]:
+    """The linears that bitsandbytes replaces: all but the head. Fused experts are no linears, and stay."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        module
+        for module in model.modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
+    ]
+
+
+def _cache_layers(model: PreTrainedModel) -> tuple[CacheLayer, ...] | None:
+    """What each layer of the cache holds after a few tokens; None for a model that cannot run without its weights."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    tokens = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            model(tokens, past_key_values=cache, use_cache=True)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return None
+    return tuple(_cache_layer(layer) for layer in cache.layers)
+
+
+def _cache_layer(layer: Any) -> CacheLayer:
+    grown = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+    states = [
+        tensor
+        for name in ("conv_states", "recurrent_states")
+        for tensor in getattr(layer, name, {}).values()
+        if tensor is not None
+    ]
+    window = getattr(layer, "sliding_window", None)
+    return CacheLayer(
+        width=sum(t.numel() // t.shape[-2] for t in grown),  # (1, heads, tokens, head_dim)
+        window=None if window is None else window - 1,  # beside the token in hand
+        fixed=sum(t.numel() for t in states),
+    )
+
+
+def _under(adapter: Any) -> torch.Tensor:
+    """The weight that an adapter of PEFT's lies on: a linear's, or one of fused experts."""
+    return adapter.get_param() if hasattr(adapter, "get_param") else adapter.get_base_layer().weight
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As torch names it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantised(written: Any) -> str:
+    """Precision.quantised of a checkpoint's quantization_config; "" if there is none, or not bitsandbytes'."""
+    if written is None:
+        return ""
+    options = written if isinstance(written, dict) else written.to_dict()
+    if options.get("load_in_4bit"):
+        return "4bit-double" if options.get("bnb_4bit_use_double_quant") else "4bit"
+    return "8bit" if options.get("load_in_8bit") else ""
