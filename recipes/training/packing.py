@@ -11,7 +11,7 @@ prompt's last state scores the first token of each of its completions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -38,12 +38,6 @@ class Lengths(NamedTuple):
     completion: Tensor  # (B,)
     group: Tensor  # (B,) rows with the same prompt have the same number, counted from 0
 
-    def cost(self, rows: Sequence[int]) -> int:
-        """Tokens of these rows when packed."""
-        index = torch.as_tensor([r for r in rows if self.completion[r] > 0], dtype=torch.long)
-        prompts = dict(zip(self.group[index].tolist(), self.prompt[index].tolist(), strict=True))
-        return sum(prompts.values()) + int((self.completion[index] - 1).sum())
-
 
 class VarlenKeys(NamedTuple):
     """A packed row as segments: every segment's queries, and the keys that it sees, prompt first."""
@@ -67,6 +61,20 @@ class Packed:
     scores: Tensor  # (M,) its place in (B, K)
     tokens: int  # computed, padding of the grid not counted
     varlen: VarlenKeys | None  # for one long row
+
+    def to(self, device: torch.device) -> Packed:
+        """The same with its tensors on ``device``."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        keys = self.varlen
+        if keys is not None:
+            moved["varlen"] = keys._replace(
+                **{name: getattr(keys, name).to(device) for name in ("keys", "query_ends", "key_ends")}
+            )
+        return replace(self, **moved)
 
 
 def measure(batch: PaddedBatch) -> Lengths:
@@ -133,38 +141,37 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     )
 
 
-def plan_bins(lengths: Lengths, slots: Sequence[Sequence[int]], budget: int) -> list[int]:
+def plan_bins(lengths: Lengths, slots: Sequence[Sequence[int]], budget: int) -> list[range]:
     """Cut consecutive micro-batches into bins of at most ``budget`` packed tokens.
 
     Args:
-        slots: rows to compute of each micro-batch.
+        slots: rows to compute of each micro-batch, of which some may be empty, but not all.
         budget: a micro-batch that needs more is a bin of its own.
 
     Returns:
-        Where each bin ends: the index after its last micro-batch. A cut falls between groups where it can.
+        The micro-batches of each bin. None is without rows, and a cut falls between groups where it can.
     """
-    ends: list[int] = []
+    prompt, completion, group = (x.tolist() for x in lengths)
+    bins: list[range] = []
     begin = 0
     while begin < len(slots):
-        end, rows = begin + 1, list(slots[begin])
-        whole = begin  # the last place so far where no group is cut
+        tokens, seen = 0, set[int]()
+        between_groups, end = begin, begin
         while end < len(slots):
-            if not _share(lengths, slots[end - 1], slots[end]):
-                whole = end
-            if lengths.cost(rows + list(slots[end])) > budget:
+            groups = {group[r] for r in slots[end]}
+            if seen and not groups & {group[r] for r in slots[end - 1]}:
+                between_groups = end
+            more = sum(max(0, completion[r] - 1) for r in slots[end])
+            more += sum({group[r]: prompt[r] for r in slots[end] if group[r] not in seen}.values())
+            if seen and groups and tokens + more > budget:
                 break
-            rows += slots[end]
-            end += 1
+            tokens, seen, end = tokens + more, seen | groups, end + 1
         else:
-            whole = end
-        begin = whole if whole > begin else end
-        ends.append(begin)
-    return ends
-
-
-def _share(lengths: Lengths, left: Sequence[int], right: Sequence[int]) -> bool:
-    """Whether two neighbouring micro-batches have a prompt in common."""
-    return bool(set(lengths.group[list(left)].tolist()) & set(lengths.group[list(right)].tolist()))
+            between_groups = end
+        end = between_groups if between_groups > begin else end
+        bins.append(range(begin, end))
+        begin = end
+    return bins
 
 
 def _groups(group: Tensor) -> tuple[int, Tensor, Tensor]:
