@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trl.trainer.utils import disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing
 
 from recipes.training import packed_attention
 from recipes.training.packing import Lengths, PaddedBatch, measure, pack, plan_bins
@@ -198,9 +198,9 @@ class PackedStep(_Trainer):
         rows = lengths.group.argsort(stable=True).tolist()
         rows = [r for r in rows if lengths.completion[r] > 0]
         budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
+        bins = plan_bins(lengths, [[r] for r in rows], budget) or [range(0)]
         found = [
-            self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
-            for run in plan_bins(lengths, [[r] for r in rows], budget)
+            self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy) for run in bins
         ]
         logps = torch.stack([scores.logps for scores in found]).sum(0)  # each row is computed once, 0 elsewhere
         entropies = [scores.entropies for scores in found if scores.entropies is not None]
@@ -210,6 +210,12 @@ class PackedStep(_Trainer):
         self, model: Any, batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, entropy: bool
     ) -> Scores:
         """One packed forward of ``rows``, through the module that was wrapped for training."""
+        if not rows:  # every completion masked: zeros that hang on the model, by TRL's forward of one row
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                model, batch.input_ids[:1], batch.attention_mask[:1], batch.completion_width, compute_entropy=entropy
+            )
+            shape = len(batch.input_ids), batch.completion_width
+            return Scores(logps.expand(shape), None if entropies is None else entropies.expand(shape))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
         tokens = batch.input_ids.flatten()
         causal = self._causal_model(model)
