@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig
-from recipes.training.in_double import InDouble
-from recipes.training.rollouts import Fed, PackedFed, model_of, rollout, trainer_of
+from in_double import InDouble
+from rollouts import Fed, PackedFed, model_of, rollout, trainer_of
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models import character_tokenizer
+from recipes.models.load import character_tokenizer
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 TOLERANCE = 1e-10
