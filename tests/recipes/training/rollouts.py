@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class Fed(GRPOTrainer):
                 old, _, _ = self._get_per_token_logps_and_entropies(self.model, *arguments)
                 if old is not None:
                     output["old_per_token_logps"] = old
+                if self.use_vllm and self.vllm_importance_sampling_correction:
+                    output["importance_sampling_ratio"] = self._ratios(output)
             if self.beta != 0.0:
                 if self.ref_model is not None:
                     ref, _, _ = self._get_per_token_logps_and_entropies(self.ref_model, *arguments)
@@ -92,6 +95,29 @@ class Fed(GRPOTrainer):
                         ref, _, _ = self._get_per_token_logps_and_entropies(self.model, *arguments)
                 output["ref_per_token_logps"] = ref
         return output
+
+    def _ratios(self, output: dict[str, Any]) -> Tensor:
+        """The importance ratio as TRL's documentation has it, token by token, and TRL's metrics of it."""
+        old, sampled = output["old_per_token_logps"].tolist(), output["sampling_per_token_logps"].tolist()
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        level, treatment = self.vllm_importance_sampling_mode.split("_")
+        gaps, seen, rows = [], [], []
+        for row, mask in enumerate(output["completion_mask"].tolist()):
+            differences = [a - b if m else 0.0 for a, b, m in zip(old[row], sampled[row], mask, strict=True)]
+            gaps += [abs(d) for d, m in zip(differences, mask, strict=True) if m and d == d]
+            differences = [d if d == d else 0.0 for d in differences]
+            ratios = [math.exp(d) for d in (differences if level == "token" else [sum(differences)])]
+            if treatment == "truncate":
+                ratios = [min(max(r, low), high) for r in ratios]
+            else:
+                ratios = [r if low <= r <= high else 0.0 for r in ratios]
+            rows.append(ratios)
+            seen += ratios if level == "sequence" else [r for r, m in zip(ratios, mask, strict=True) if m]
+        for name, values in (("sampling_logp_difference", gaps), ("importance_sampling_ratio", seen)):
+            metrics = {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+            for figure in ("mean", "max") if values is gaps else ("min", "mean", "max"):
+                self._metrics["train"][f"sampling/{name}/{figure}"].append(metrics[figure])
+        return torch.tensor(rows, dtype=torch.float64)
 
 
 PackedFed = packed(Fed)
