@@ -18,5 +18,5 @@ class InDouble(TorchFunctionMode):
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         if function is torch.Tensor.backward:  # gradient checkpointing runs layers within it
             with self:
-                return function(*args, **kwargs)
+                return torch.autograd.backward(args[0])
         return function(*args, **kwargs)
