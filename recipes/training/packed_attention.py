@@ -83,7 +83,12 @@ def no_mask(device: torch.device) -> Tensor:
 
 def _attention_or(before: str) -> Any:
     def attention(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         keys = options.pop(PACKED_ARGUMENT, None)
         if keys is not None:

@@ -82,7 +82,9 @@ class PackedStep(_Trainer):
             return self._generate_and_score_completions(generation_batch)
         count = self.args.steps_per_generation
         index = self._step % count
-        end = min(count, index + self.current_gradient_accumulation_steps - self._place)  # of window, or rollout
+        end = min(
+            count, index + self.current_gradient_accumulation_steps - self._place
+        )  # of window, or rollout
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
             self._rollout = Rollout.shuffled(sampled, count, self._only_by_advantage(), self._token_budget)
@@ -106,8 +108,9 @@ class PackedStep(_Trainer):
         for start in range(begin, rollout.count, window):
             for run in rollout.cut(range(start, min(start + window, rollout.count))):
                 part = Bin(rollout, run)
-                with torch.no_grad(), disable_gradient_checkpointing(
-                    self.model, self.args.gradient_checkpointing_kwargs
+                with (
+                    torch.no_grad(),
+                    disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
                 ):
                     scores = self._score_bin(self.model, part, entropy=False)
                 self._remember_old(part, scores)
@@ -133,7 +136,9 @@ class PackedStep(_Trainer):
         self._remember_old(inputs, scores)
         loss = torch.zeros((), device=scores.logps.device)
         for part, rows in inputs.parts:
-            self._scores = Scores(scores.logps[rows], None if scores.entropies is None else scores.entropies[rows])
+            self._scores = Scores(
+                scores.logps[rows], None if scores.entropies is None else scores.entropies[rows]
+            )
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
         if mode == "eval" or self.accelerator.sync_gradients:
@@ -171,7 +176,9 @@ class PackedStep(_Trainer):
             )
             micro_batch["importance_sampling_ratio"] = ratio.masked_fill(left_out, 1.0)
             seen = micro_batch["completion_mask"].bool() & ~left_out
-            self._gap.add((old - sampled).abs()[seen], ratio[~left_out] if ratio.shape[1] == 1 else ratio[seen])
+            self._gap.add(
+                (old - sampled).abs()[seen], ratio[~left_out] if ratio.shape[1] == 1 else ratio[seen]
+            )
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -200,9 +207,12 @@ class PackedStep(_Trainer):
         budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
         bins = plan_bins(lengths, [[r] for r in rows], budget) or [range(0)]
         found = [
-            self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy) for run in bins
+            self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
+            for run in bins
         ]
-        logps = torch.stack([scores.logps for scores in found]).sum(0)  # each row is computed once, 0 elsewhere
+        logps = torch.stack([scores.logps for scores in found]).sum(
+            0
+        )  # each row is computed once, 0 elsewhere
         entropies = [scores.entropies for scores in found if scores.entropies is not None]
         return logps, torch.stack(entropies).sum(0) if entropies else None, None
 
@@ -212,7 +222,11 @@ class PackedStep(_Trainer):
         """One packed forward of ``rows``, through the module that was wrapped for training."""
         if not rows:  # every completion masked: zeros that hang on the model, by TRL's forward of one row
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model, batch.input_ids[:1], batch.attention_mask[:1], batch.completion_width, compute_entropy=entropy
+                model,
+                batch.input_ids[:1],
+                batch.attention_mask[:1],
+                batch.completion_width,
+                compute_entropy=entropy,
             )
             shape = len(batch.input_ids), batch.completion_width
             return Scores(logps.expand(shape), None if entropies is None else entropies.expand(shape))
@@ -240,9 +254,7 @@ class PackedStep(_Trainer):
             flat = values.new_zeros(shape[0] * shape[1]).index_copy(0, packed.scores, values[0])
             return flat.view(shape)
 
-        return Scores(
-            unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens
-        )
+        return Scores(unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens)
 
     def _causal_model(self, model: Any) -> Any:
         """The causal language model in all that wraps it."""

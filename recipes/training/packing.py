@@ -105,9 +105,9 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # unordered -> ordered
     segment_group = torch.cat([torch.arange(groups), group])[order]
     length = torch.cat([prompt, own - 1])[order]
-    start = torch.cat(
-        [row[first] * width + batch.prompt_width - prompt, row * width + batch.prompt_width]
-    )[order]
+    start = torch.cat([row[first] * width + batch.prompt_width - prompt, row * width + batch.prompt_width])[
+        order
+    ]
     first_position = torch.cat([torch.zeros_like(prompt), prompt[group]])[order]
     begin = length.cumsum(0) - length
     prompt_segment = rank[:groups]  # (G,)
@@ -137,7 +137,9 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
         targets=scored_row * width + batch.prompt_width + place,
         scores=scored_row * completion_width + place,
         tokens=len(here),
-        varlen=_varlen(length, slot, number, segment_group, prompt, slot[prompt_segment]) if one_row else None,
+        varlen=_varlen(length, slot, number, segment_group, prompt, slot[prompt_segment])
+        if one_row
+        else None,
     )
 
 

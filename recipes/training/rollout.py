@@ -33,7 +33,9 @@ class Rollout:
         return cls(tensors, [tensors], lengths, lengths.completion > 0, budget=0)
 
     @classmethod
-    def shuffled(cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None) -> Rollout:
+    def shuffled(
+        cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None
+    ) -> Rollout:
         """``count`` micro-batches of whole groups, in random order, as far as groups fit.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -285,7 +286,8 @@ def test_masked_completions(pairs):
 def test_gradient_checkpointing(pairs):
     """The layout is there again when the backward runs the layers a second time."""
     pair = pairs("llama")
-    pair.trl.model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), InDouble())}
+    pair.trl.model.gradient_checkpointing_enable(again)
     try:
         compare(pair, rollout("shared", "some"), windows=1, left_out=True)
     finally:
