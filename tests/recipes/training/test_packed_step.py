@@ -16,6 +16,7 @@ from rollouts import Fed, PackedFed, model_of, rollout, trainer_of
 
 from memhead.integrations import trl as memhead_trl
 from recipes.models.load import character_tokenizer
+from recipes.training.packed_attention import use_varlen
 from recipes.training.rollout import Rollout
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
@@ -264,7 +265,7 @@ def test_evaluation(pairs):
         trainer.fed = fed
         trainer._metrics["eval"] = defaultdict(list)
         losses.append(float(trainer.prediction_step(trainer.model, None, True)[0]))
-        metrics.append({k: v for k, v in trainer._metrics["eval"].items()})
+        metrics.append(dict(trainer._metrics["eval"]))
         trainer.model.train()
     assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
     assert metrics[1].keys() == metrics[0].keys()
@@ -292,3 +293,38 @@ def test_gradient_checkpointing(pairs):
         compare(pair, rollout("shared", "some"), windows=1, left_out=True)
     finally:
         pair.trl.model.gradient_checkpointing_disable()
+
+
+def varlen_by_segment(query, key, value, query_ends, key_ends, longest_query, longest_keys, *, scale, window_size):
+    """What torch's varlen_attn computes, a segment at a time: causal from the bottom right, with a window to the left."""
+    pieces = []
+    for (q0, q1), (k0, k1) in zip(
+        itertools.pairwise(query_ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
+    ):
+        q, (k, v) = query[q0:q1].transpose(0, 1), (x[k0:k1].transpose(0, 1) for x in (key, value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        seen = (distance >= 0) if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        pieces.append((scores.softmax(-1) @ v).transpose(0, 1))
+        assert q1 - q0 <= longest_query
+        assert k1 - k0 <= longest_keys
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("prompts", ["shared", "single", "partly"])
+def test_one_row_with_variable_length_attention(pairs, monkeypatch, name, prompts):
+    """The layout of a GPU, with its kernel written out."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_segment)
+    pair = pairs(name)
+    config = pair.packed.model.config
+    monkeypatch.setattr(pair.packed, "_varlen", True)
+    before = config._attn_implementation
+    use_varlen(pair.packed.model)
+    try:
+        compare(pair, rollout(prompts, "some"), windows=1, left_out=True)
+    finally:
+        config._attn_implementation = before
