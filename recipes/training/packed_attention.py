@@ -23,9 +23,9 @@ PREFIX = "packed_"
 PACKED_ARGUMENT = "packed_keys"  # the keyword argument that carries VarlenKeys to the attention
 
 
-def varlen_available(device: torch.device) -> bool:
-    """Whether torch has variable-length attention for this device: torch >= 2.10, compute capability 8 and later."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+def varlen_available(device: torch.device, *, half: bool) -> bool:
+    """Whether torch has variable-length attention here: torch >= 2.10, compute capability 8 and later, 16 bits."""
+    if not half or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn

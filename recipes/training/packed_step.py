@@ -28,6 +28,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from recipes.training import packed_attention
+from recipes.training.packed_support import half_precision
 from recipes.training.packing import Lengths, PaddedBatch, measure, pack, plan_bins
 from recipes.training.rollout import Bin, MicroBatch, Rollout
 from recipes.training.step_metrics import SamplingGap, StepMeter, importance_ratio
@@ -58,7 +59,8 @@ class PackedStep(_Trainer):
         self._skip_old_pass = False  # TRL is about to ask for the old log-probabilities
         self._meter = StepMeter()
         self._gap = SamplingGap()
-        self._varlen = packed_attention.varlen_available(self.accelerator.device)
+        half = half_precision(self.model, self.args)
+        self._varlen = packed_attention.varlen_available(self.accelerator.device, half=half)
         if self._varlen:
             for model in (self.model, self.ref_model):
                 if model is not None:
