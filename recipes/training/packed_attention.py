@@ -122,7 +122,7 @@ def varlen_attention(
     rows = query[0].transpose(0, 1).contiguous()  # (T, heads, D)
     seen_keys, seen_values = (x[0].transpose(0, 1).index_select(0, keys.keys) for x in (key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = varlen_attn(
+    out: Any = varlen_attn(  # a tensor, unless more is asked for
         rows, seen_keys, seen_values, keys.query_ends, keys.key_ends, keys.longest_query, keys.longest_keys,
         scale=scaling, window_size=window,
     )  # fmt: skip

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-
 from trl.models.utils import disable_gradient_checkpointing
 
 from recipes.training import packed_attention
@@ -72,7 +71,8 @@ class PackedStep(_Trainer):
         """TRL's, without its pass for the old log-probabilities."""
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
-        corrected, self.vllm_importance_sampling_correction = self.vllm_importance_sampling_correction, False
+        corrected: bool = self.vllm_importance_sampling_correction
+        self.vllm_importance_sampling_correction = False
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -204,8 +204,8 @@ class PackedStep(_Trainer):
             return None, None, None
         batch = PaddedBatch(input_ids, attention_mask, logits_to_keep)
         lengths = measure(batch)
-        rows = lengths.group.argsort(stable=True).tolist()
-        rows = [r for r in rows if lengths.completion[r] > 0]
+        order = lengths.group.argsort(stable=True)
+        rows = order[lengths.completion[order] > 0].tolist()
         budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
         bins = plan_bins(lengths, [[r] for r in rows], budget) or [range(0)]
         found = [

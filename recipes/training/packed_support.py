@@ -57,7 +57,9 @@ def _reasons(model: Any, arguments: Any, lora: Any, varlen: bool) -> Iterator[st
     if not varlen and implementation not in ("sdpa", "eager"):
         yield f"{implementation} takes no dense mask; set model.attn_implementation: sdpa"
     if varlen:
-        if getattr(text, "attn_logit_softcapping", None) and implementation != "sdpa":  # sdpa does not cap either
+        if (
+            getattr(text, "attn_logit_softcapping", None) and implementation != "sdpa"
+        ):  # sdpa does not cap either
             yield "torch's variable-length attention has no softcap"
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if head > _LARGEST_HEAD:

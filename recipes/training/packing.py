@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,16 +64,13 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same with its tensors on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        keys = self.varlen
-        if keys is not None:
-            moved["varlen"] = keys._replace(
-                **{name: getattr(keys, name).to(device) for name in ("keys", "query_ends", "key_ends")}
-            )
+        if self.varlen is not None:
+            moved["varlen"] = VarlenKeys(*(x.to(device) if isinstance(x, Tensor) else x for x in self.varlen))
         return replace(self, **moved)
 
 
@@ -92,11 +89,11 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     """Lay out ``rows`` of a padded batch.
 
     Args:
-        rows: the rows to compute; those without a completion token take no place.
+        rows: the rows to compute, each with a completion token at least.
         one_row: all groups in one row, with :class:`VarlenKeys`; else a row a group, as long as the longest.
     """
     width, completion_width = batch.input_ids.shape[1], batch.completion_width
-    row = torch.as_tensor([r for r in rows if lengths.completion[r] > 0], dtype=torch.long)
+    row = torch.as_tensor(rows, dtype=torch.long)
     groups, first, group = _groups(lengths.group[row])
     own, prompt = lengths.completion[row], lengths.prompt[row[first]]  # (N,), (G,)
 

@@ -75,7 +75,8 @@ class Rollout:
             length = self.lengths.completion[rows]
             shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
             self.live[shortest] = self.lengths.completion[shortest] > 0
-        slots = [[r for r in range(i * self.size, (i + 1) * self.size) if self.live[r]] for i in run]
+        live, size = self.live.tolist(), self.size
+        slots = [[r for r in range(i * size, (i + 1) * size) if live[r]] for i in run]
         bins = plan_bins(self.lengths, slots, self.budget)
         return [range(run.start + b.start, run.start + b.stop) for b in bins]
 

@@ -21,10 +21,12 @@ class StepMeter:
     left_out: int = 0
 
     def begin(self) -> None:
+        """A window begins."""
         self.began = time.perf_counter()
         self.computed = self.real = self.rows = self.left_out = 0
 
     def add(self, *, computed: int, real: int, rows: int, left_out: int) -> None:
+        """The counts of one bin."""
         self.computed += computed
         self.real += real
         self.rows += rows

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig
 from in_double import InDouble
+from peft import LoraConfig
 from rollouts import Fed, PackedFed, model_of, rollout, trainer_of
 
 from memhead.integrations import trl as memhead_trl
@@ -295,8 +295,10 @@ def test_gradient_checkpointing(pairs):
         pair.trl.model.gradient_checkpointing_disable()
 
 
-def varlen_by_segment(query, key, value, query_ends, key_ends, longest_query, longest_keys, *, scale, window_size):
-    """What torch's varlen_attn computes, a segment at a time: causal from the bottom right, with a window to the left."""
+def varlen_by_segment(
+    query, key, value, query_ends, key_ends, longest_query, longest_keys, *, scale, window_size
+):
+    """What torch's varlen_attn computes: segments, each causal from the bottom right, with a window to the left."""
     pieces = []
     for (q0, q1), (k0, k1) in zip(
         itertools.pairwise(query_ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
