@@ -49,6 +49,8 @@ class Scores(NamedTuple):
 class PackedStep(_Trainer):
     """To be put before TRL's trainer: :func:`packed`."""
 
+    vllm_importance_sampling_correction: bool
+
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._token_budget = token_budget
@@ -71,7 +73,7 @@ class PackedStep(_Trainer):
         """TRL's, without its pass for the old log-probabilities."""
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
-        corrected: bool = self.vllm_importance_sampling_correction
+        corrected = self.vllm_importance_sampling_correction
         self.vllm_importance_sampling_correction = False
         try:
             return super()._generate_and_score_completions(inputs)
@@ -120,6 +122,7 @@ class PackedStep(_Trainer):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's, with an eye on where an accumulation window begins and ends."""
         if self._place == 0:
             self._meter.begin()
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -11,7 +11,7 @@ prompt's last state scores the first token of each of its completions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ class PaddedBatch:
 
     @property
     def prompt_width(self) -> int:
+        """P."""
         return self.input_ids.shape[1] - self.completion_width
 
 
@@ -64,14 +65,12 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same with its tensors on ``device``."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        if self.varlen is not None:
-            moved["varlen"] = VarlenKeys(*(x.to(device) if isinstance(x, Tensor) else x for x in self.varlen))
-        return replace(self, **moved)
+
+        def tensors_of(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+
+        varlen = self.varlen and self.varlen._replace(**tensors_of(self.varlen._asdict()))
+        return replace(self, **tensors_of(vars(self)), varlen=varlen)
 
 
 def measure(batch: PaddedBatch) -> Lengths:

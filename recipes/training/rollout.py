@@ -98,6 +98,7 @@ class Bin:
 
     @property
     def rows(self) -> slice:
+        """Of the rollout."""
         return slice(self.run.start * self.rollout.size, self.run.stop * self.rollout.size)
 
     @property
@@ -109,6 +110,7 @@ class Bin:
 
     @cached_property
     def batch(self) -> PaddedBatch:
+        """Its rows, padded."""
         whole = padded(self.rollout.tensors)
         return PaddedBatch(
             whole.input_ids[self.rows], whole.attention_mask[self.rows], whole.completion_width
@@ -116,6 +118,7 @@ class Bin:
 
     @cached_property
     def lengths(self) -> Lengths:
+        """Of its rows."""
         return Lengths(*(x[self.rows] for x in self.rollout.lengths))
 
     @cached_property
