@@ -12,7 +12,6 @@ Under `agreement`: losses, and gradients against those of TRL's way in float32 w
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import statistics
@@ -209,12 +208,11 @@ def gradient(trainer: Any) -> Tensor:
     return torch.cat(found)
 
 
-def exact_gradient(model: Any, fed: dict[str, Any], shape: Shape, toy: bool) -> Tensor:
-    """TRL's padded way on a float32 copy, without autocast."""
+def exact_gradient(name: str, fed: dict[str, Any], shape: Shape, toy: bool) -> Tensor:
+    """TRL's padded way in float32 without autocast, on the same weights: made anew, since autocast stays on a model."""
     from trl import GRPOTrainer
 
-    single = copy.deepcopy(model).float()
-    trainer = make_trainer(GRPOTrainer, single, toy, shape, bf16=False)
+    trainer = make_trainer(GRPOTrainer, make_model(name, toy).float(), toy, shape, bf16=False)
     trainer.fed = fed
     window(trainer)
     return gradient(trainer)
@@ -289,7 +287,7 @@ def measure(
         if name != "llama-8b" and shape.name == "gsm8k" and time.time() < until:
             with memhead_trl.install("memhead"):
                 exact = exact_gradient(
-                    model, rollout(shape, vocab_size, 0.0, device), shape, options.toy
+                    name, rollout(shape, vocab_size, 0.0, device), shape, options.toy
                 ).cpu()
             agreement |= {
                 f"{way}_against_float32": float((found - exact).norm() / exact.norm())
