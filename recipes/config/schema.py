@@ -108,6 +108,21 @@ class HeadConfig(Section):
     )
 
 
+class StepConfig(Section):
+    """How the completions of a generation become gradients."""
+
+    impl: Literal["packed", "trl"] = Field(
+        "packed",
+        description="packed: every prompt once, no padding, nothing computed that has no gradient, the same gradients; "
+        "trl: TRL's padded batches. Unsloth's trainer has a step of its own",
+    )
+    token_budget: Positive | None = Field(
+        None,
+        description="tokens computed at a time (packed only), a micro-batch at least; null: as many as a padded "
+        "micro-batch has",
+    )
+
+
 class TaskConfig(Section):
     """The task and its options. In the YAML the options stand beside `name`."""
 
@@ -224,6 +239,7 @@ class RunSection(Section):
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "head": HeadConfig,
+    "step": StepConfig,
     "task": TaskConfig,
     "lora": LoraSection,
     "tracking": TrackingConfig,
@@ -232,6 +248,7 @@ SECTIONS: dict[str, type[Section]] = {
 ORDER = (
     "model",
     "head",
+    "step",
     "task",
     "grpo",
     "lora",

@@ -48,20 +48,39 @@ def make_trainer(
     tokenizer: Any,
 ) -> Any:
     """The trainer. arguments: the run's GRPOConfig, which gets the rewards' weights."""
-    import trl
-
     arguments.reward_weights = rewards.weights
     unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
-    trainer = trl.GRPOTrainer(
+    adapters = config.lora.peft_config() if config.lora is not None and not unsloth else None
+    trainer_class, options = _step(config, arguments, model, adapters)
+    trainer = trainer_class(
         model=model,
         processing_class=tokenizer,
         args=arguments,
         train_dataset=task.train,
         reward_funcs=rewards.functions,
-        peft_config=config.lora.peft_config() if config.lora is not None and not unsloth else None,
+        peft_config=adapters,
+        **options,
     )
     if unsloth and "ref" in getattr(model, "peft_config", {}):
         # TRL's trainer copies adapters that a model comes with, as reference. These are new: without them is the
         # same. And of a checkpoint with a copy transformers resumes the copy alone.
         model.delete_adapter("ref")
     return trainer
+
+
+def _step(config: RunConfig, arguments: Any, model: Any, adapters: Any) -> tuple[type, dict[str, Any]]:
+    """The trainer's class by `step.impl`, and what it takes beside TRL's arguments. Says so where it cannot pack."""
+    import trl
+
+    if config.step.impl == "trl" or config.model.loader == "unsloth":  # whose trainer has a step of its own
+        return trl.GRPOTrainer, {}
+    from recipes.training.packed_attention import varlen_available
+    from recipes.training.packed_step import packed
+    from recipes.training.packed_support import half_precision, why_not
+
+    varlen = varlen_available(arguments.device, half=half_precision(model, arguments))
+    reason = why_not(model, arguments, adapters, varlen=varlen)
+    if reason is not None:
+        print(f"step.impl: packed would not be exact, so TRL's step is used: {reason}", flush=True)
+        return trl.GRPOTrainer, {}
+    return packed(trl.GRPOTrainer), {"token_budget": config.step.token_budget}

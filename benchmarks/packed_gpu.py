@@ -1,0 +1,368 @@
+"""A loss step of GRPO on a GPU: TRL's padded way with its own head and with memhead, and the packed step.
+
+    python -m benchmarks.packed_gpu --output DIR           # under 9 minutes on an H100
+    python -m benchmarks.packed_gpu --output DIR --toy     # the same code on a tiny model, on a CPU
+
+The same rollouts go to each in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
+window, forward and backward; `scoring` the pass for old log-probabilities that TRL makes before it where vLLM samples
+and the packed step does not. Zero groups cost TRL the same as others, so they are measured for the packed step alone.
+Under `agreement`: losses, and gradients against those of TRL's way in float32 where the model is small enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recipes.training.packed_attention import PREFIX
+from recipes.training.packed_step import packed
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHARED = {
+    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+}  # fmt: skip
+MODELS = {
+    "llama-1b": SHARED | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "llama-8b": SHARED | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+    "toy": SHARED | {
+        "vocab_size": 503, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+SIZE = 8  # completions a group
+MIB = 2**20
+
+
+class Shape(NamedTuple):
+    """Prompts uniform between two lengths; completions log-normal around `completion`, or all of it."""
+
+    name: str
+    groups: int
+    prompts: tuple[int, int]
+    completion: int
+    longest: int
+    spread: float  # of the logarithm
+
+
+SHAPES = {
+    "gsm8k": Shape("gsm8k", 16, (120, 280), 180, 512, 0.5),
+    "256+256": Shape("256+256", 16, (256, 256), 256, 256, 0.0),
+    "3072+256": Shape("3072+256", 10, (3072, 3072), 256, 256, 0.0),
+    "512+2048": Shape("512+2048", 10, (512, 512), 600, 2048, 0.5),
+}
+TOY_SHAPES = {
+    "gsm8k": Shape("gsm8k", 4, (12, 28), 18, 51, 0.5),
+    "3072+256": Shape("3072+256", 2, (60, 60), 8, 8, 0.0),
+}
+
+
+def rollout(shape: Shape, vocab_size: int, zeros: float, device: Any) -> dict[str, Any]:
+    """What the trainer's generation would return: groups of random tokens, padded as TRL pads them."""
+    from trl.trainer.utils import pad
+
+    draw = torch.Generator().manual_seed(1)
+    prompts, completions = [], []
+    for _ in range(shape.groups):
+        low, high = shape.prompts
+        prompt = torch.randint(
+            2, vocab_size, (int(torch.randint(low, high + 1, (), generator=draw)),), generator=draw
+        )
+        for noise in torch.randn(SIZE, generator=draw).tolist():
+            length = round(
+                min(max(shape.completion * 2.718281828 ** (shape.spread * noise), 4), shape.longest)
+            )
+            prompts.append(prompt)
+            completions.append(torch.randint(2, vocab_size, (length,), generator=draw))
+    advantages = torch.randn(shape.groups, SIZE, generator=draw)
+    advantages[: round(zeros * shape.groups)] = 0.0
+
+    def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+        ones = [torch.ones_like(row) for row in rows]
+        return tuple(pad(x, padding_value=0, padding_side=side).to(device) for x in (rows, ones))  # type: ignore
+
+    prompt_ids, prompt_mask = padded(prompts, "left")
+    completion_ids, completion_mask = padded(completions, "right")
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": advantages.flatten().to(device),
+        "num_items_in_batch": completion_mask.sum(),
+    }
+
+
+def make_model(name: str, toy: bool) -> Any:
+    """Random weights and adapters that are not zero, so that every layer has a gradient."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    with torch.device("cpu" if toy else "cuda"):
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**MODELS[name]),
+            dtype=torch.float32 if toy else torch.bfloat16,
+            attn_implementation="sdpa",
+        )
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=16, target_modules=LAYERS, task_type="CAUSAL_LM")
+    )
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, **settings: Any) -> Any:
+    """A trainer as `train()` leaves it before the first step; one group a micro-batch, one window a generation."""
+    import tempfile
+
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from recipes.models.load import character_tokenizer
+
+    class Fed(kind):  # type: ignore[misc, valid-type]
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            return dict(self.fed)
+
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=toy, per_device_train_batch_size=SIZE,
+        gradient_accumulation_steps=shape.groups, num_generations=SIZE, max_completion_length=shape.longest,
+        **{"bf16": not toy, "gradient_checkpointing": False, **settings},
+    )  # fmt: skip
+    trainer = Fed(
+        model=model,
+        processing_class=character_tokenizer("0123456789"),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * SIZE),
+        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+    )
+    if arguments.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.create_optimizer()
+    trainer.wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = shape.groups
+    trainer.model.train()
+    return trainer
+
+
+def window(trainer: Any) -> float:
+    """Forward and backward of one accumulation window; the loss."""
+    trainer._step, trainer._buffered_inputs = 0, None
+    count = trainer.args.gradient_accumulation_steps
+    losses = []
+    for place in range(count):
+        trainer.accelerator.gradient_state._set_sync_gradients(place == count - 1)
+        losses.append(trainer.training_step(trainer.wrapped, None, None))
+    return float(torch.stack(losses).sum())
+
+
+def score(trainer: Any) -> None:
+    """Old log-probabilities of the whole generation, as TRL computes them under vLLM."""
+    fed = trainer.fed
+    ids, mask = (torch.cat([fed[f"prompt_{x}"], fed[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(
+            trainer.wrapped, ids, mask, fed["completion_ids"].shape[1], batch_size=SIZE
+        )
+
+
+def timed(function: Any, rounds: int) -> tuple[float, float]:
+    """Median seconds of a function that has been called before, fewer rounds where it is slow; the peak in MiB."""
+    seconds: list[float] = []
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    while len(seconds) < rounds and sum(seconds) < 8:
+        began = time.perf_counter()
+        function()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() / MIB if on_gpu else 0.0
+
+
+def gradient(trainer: Any) -> Tensor:
+    """Of every adapter, in one float32 vector, which the trainer's parameters then no longer hold."""
+    found = [p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None]
+    trainer.model.zero_grad(set_to_none=True)
+    return torch.cat(found)
+
+
+def exact_gradient(name: str, fed: dict[str, Any], shape: Shape, toy: bool) -> Tensor:
+    """TRL's padded way in float32 without autocast, on the same weights: made anew, since autocast stays on a model."""
+    from trl import GRPOTrainer
+
+    trainer = make_trainer(GRPOTrainer, make_model(name, toy).float(), toy, shape, bf16=False)
+    trainer.fed = fed
+    window(trainer)
+    return gradient(trainer)
+
+
+def measure(
+    name: str, model: Any, shape: Shape, options: argparse.Namespace, rows: list[dict], until: float
+) -> None:
+    """All contestants at one shape."""
+    from trl import GRPOTrainer
+
+    from memhead.integrations import trl as memhead_trl
+
+    device = next(model.parameters()).device
+    vocab_size = MODELS[name]["vocab_size"]
+    config = model.get_base_model().config
+    checkpointing = {"gradient_checkpointing": name == "llama-8b"}
+    stock = "full" if options.toy else "trl"  # TRL 1.15 has no head for a CPU
+    gradients: dict[str, Tensor] = {}
+    contestants = [("packed", "memhead", 0.0), ("packed", "memhead", 0.3), ("padded", stock, 0.0)]
+    if name != "llama-8b" or shape.name == "gsm8k":  # where the head is a hundredth of the step, time is dear
+        contestants.append(("padded", "memhead", 0.0))
+    for way, head, zeros in contestants:
+        if time.time() > until:
+            return
+        row: dict[str, Any] = {
+            "model": name,
+            "shape": shape.name,
+            "way": way,
+            "head": head,
+            "zeros": round(zeros * shape.groups) / shape.groups,
+        }
+        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+        try:
+            with memhead_trl.install(head):
+                kind = packed(GRPOTrainer) if way == "packed" else GRPOTrainer
+                trainer = make_trainer(kind, model, options.toy, shape, **checkpointing)
+                trainer.fed = rollout(shape, vocab_size, zeros, device)
+                row["loss"] = window(trainer)
+                if zeros == 0.0:
+                    gradients[f"{way} {head}"] = gradient(trainer).cpu()
+                trainer.model.zero_grad(set_to_none=True)
+
+                def run(trainer: Any = trainer) -> None:
+                    window(trainer)
+                    trainer.model.zero_grad(set_to_none=True)
+
+                row["seconds"], row["peak_mib"] = timed(run, options.rounds)
+                if way == "padded":
+                    row["scoring"], _ = timed(lambda t=trainer: score(t), 1)
+                real = int(trainer.fed["prompt_mask"].sum() + trainer.fed["completion_mask"].sum())
+                slots = trainer.fed["prompt_mask"].numel() + trainer.fed["completion_mask"].numel()
+                computed = trainer._metrics["train"].get("step/tokens_computed", [slots])[-1]
+                row |= {"real": real, "computed": computed, "real_per_second": real / row["seconds"]}
+        except torch.OutOfMemoryError as error:
+            row["error"] = f"out of memory: {error}".splitlines()[0][:120]
+        except Exception as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        trainer = run = None  # type: ignore[assignment]
+        gc.collect()
+    config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+    if "packed memhead" in gradients and f"padded {stock}" in gradients:
+        ours, theirs = gradients["packed memhead"], gradients[f"padded {stock}"]
+        agreement = {
+            "model": name,
+            "shape": shape.name,
+            "packed_against_padded": float((ours - theirs).norm() / theirs.norm()),
+        }
+        if name != "llama-8b" and shape.name == "gsm8k" and time.time() < until:
+            with memhead_trl.install("memhead"):
+                exact = exact_gradient(
+                    name, rollout(shape, vocab_size, 0.0, device), shape, options.toy
+                ).cpu()
+            agreement |= {
+                f"{way}_against_float32": float((found - exact).norm() / exact.norm())
+                for way, found in gradients.items()
+            }
+        rows.append({"agreement": agreement})
+        print(json.dumps(agreement), flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: seconds as a share of TRL's own, with and without its scoring pass."""
+    lines = [
+        "| model | shape | way | zero groups | seconds | scoring | of TRL's loss | of TRL's with scoring | peak GiB |"
+        " tokens computed | real tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    stock = {
+        (r["model"], r["shape"]): r
+        for r in rows
+        if r.get("way") == "padded" and r["head"] != "memhead" and "seconds" in r
+    }
+    for r in rows:
+        if "agreement" in r:
+            continue
+        start = f"| {r['model']} | {r['shape']} | {r['way']}, {r['head']} | {r['zeros']:.0%} |"
+        if "seconds" not in r:
+            lines.append(f"{start} {r.get('error', '')} |||||||")
+            continue
+        base = stock.get((r["model"], r["shape"]))
+        scoring = r.get("scoring", 0.0)
+        shares = ("", "") if base is None else (
+            f"{r['seconds'] / base['seconds']:.2f}",
+            f"{(r['seconds'] + scoring) / (base['seconds'] + base['scoring']):.2f}",
+        )  # fmt: skip
+        lines.append(
+            f"{start} {r['seconds']:.3f} | {scoring:.3f} | {shares[0]} | {shares[1]} | {r['peak_mib'] / 1024:.1f} |"
+            f" {r['computed']:.0f} | {r['real_per_second']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--models", nargs="+", default=["llama-1b", "llama-8b"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing more is begun")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args(argv)
+    until = time.time() + options.limit
+    shapes = TOY_SHAPES if options.toy else {name: SHAPES[name] for name in options.shapes}
+    models = ["toy"] if options.toy else options.models
+    rows: list[dict] = []
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"packed_{'toy' if options.toy else 'gpu'}.json"
+    for name in models:
+        model = make_model(name, options.toy)
+        for shape in shapes.values():
+            if name == "llama-8b" and shape.name != "gsm8k":
+                shape = shape._replace(groups=4)
+            measure(name, model, shape, options, rows, until)
+            device = "cpu" if options.toy else torch.cuda.get_device_name()
+            path.write_text(
+                json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
+            )
+            path.with_suffix(".md").write_text(table(rows))
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(table(rows))
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Attention over packed rows, through transformers' registry: no model's code is touched.
+
+    CPU    one group a row and a dense mask, which the model's own attention takes as it is
+    CUDA   all groups in one row, torch's varlen_attn: a segment's keys are its prompt's, gathered, and its own
+
+A layout that attention needs travels with the call as a keyword argument, not in a global: gradient checkpointing runs
+the attention again during the backward, long after the forward returned.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from recipes.training.packing import Packed, VarlenKeys
+
+PREFIX = "packed_"
+PACKED_ARGUMENT = "packed_keys"  # the keyword argument that carries VarlenKeys to the attention
+
+
+def varlen_available(device: torch.device, *, half: bool) -> bool:
+    """Whether torch has variable-length attention here: torch >= 2.10, compute capability 8 and later, 16 bits."""
+    if not half or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def use_varlen(model: Any) -> None:
+    """Let ``model``'s attention take packed rows; every other call goes to the attention it had."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        before = config._attn_implementation
+        if before.startswith(PREFIX):
+            continue
+        name = PREFIX + before
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention_or(before))
+        if before in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+        config._attn_implementation = name
+
+
+def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
+    """What to pass as ``attention_mask`` with one group a row: (R, 1, L, L), by kind of layer where there are two.
+
+    Args:
+        packed: on the model's device.
+        config: of the text model: its kinds of layers and its window.
+        dtype: of the mask that eager attention adds; the others take booleans.
+    """
+    slot = torch.arange(packed.source.shape[1], device=packed.source.device)
+    segment = packed.segments
+    same = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
+    sees = same & (slot[:, None] >= slot[None, :])  # (R, L, L): query, key
+
+    def ready(sees: Tensor) -> Tensor:
+        if config._attn_implementation == "eager":
+            return torch.zeros((), dtype=dtype).masked_fill(~sees[:, None], torch.finfo(dtype).min)
+        return sees[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return ready(sees)
+    distance = packed.positions[:, :, None] - packed.positions[:, None, :]
+    near = ready(sees & (distance < window))
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return near  # all layers alike (Mistral, Phi 3)
+    return {kind: near if kind == "sliding_attention" else ready(sees) for kind in kinds}
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions, which models hand on as it is instead of making one; varlen does not look at it."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+def _attention_or(before: str) -> Any:
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        keys = options.pop(PACKED_ARGUMENT, None)
+        if keys is not None:
+            return varlen_attention(query, key, value, keys, **options), None
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(before, _eager(module))
+        return own(module, query, key, value, attention_mask, **options)
+
+    return attention
+
+
+def _eager(module: torch.nn.Module) -> Any:
+    """The plain attention in the file of the model's own code."""
+    return getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+
+
+def varlen_attention(
+    query: Tensor,  # (1, heads, T, D)
+    key: Tensor,  # (1, key heads, T, D)
+    value: Tensor,  # (1, key heads, T, D)
+    keys: VarlenKeys,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """(1, T, heads, D). Causal from the bottom right: a segment's last query sees all of its keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if torch.is_autocast_enabled(query.device.type):  # which knows torch's own attention, but not this one
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    rows = query[0].transpose(0, 1).contiguous()  # (T, heads, D)
+    seen_keys, seen_values = (x[0].transpose(0, 1).index_select(0, keys.keys) for x in (key, value))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out: Any = varlen_attn(  # a tensor, unless more is asked for
+        rows, seen_keys, seen_values, keys.query_ends, keys.key_ends, keys.longest_query, keys.longest_keys,
+        scale=scaling, window_size=window,
+    )  # fmt: skip
+    return out[None]

@@ -1,0 +1,167 @@
+"""The completions of one generation, as a packed step sees them: micro-batches, joined to bins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.training.packing import Lengths, PaddedBatch, measure, plan_bins
+
+MicroBatch = dict[str, Any]  # what TRL's loss takes
+
+
+@dataclass
+class Rollout:
+    """Rows of TRL's output in the order of training, and which of them a step has to compute."""
+
+    tensors: MicroBatch  # all rows
+    parts: list[MicroBatch]  # the same, by micro-batch
+    lengths: Lengths
+    live: Tensor  # (B,) bool, on the host: rows to compute
+    budget: int  # tokens of a bin
+    _bins: dict[int, range] = field(default_factory=dict)  # by last micro-batch
+
+    @classmethod
+    def whole(cls, tensors: MicroBatch) -> Rollout:
+        """One micro-batch, every row of it computed."""
+        lengths = measure(padded(tensors))
+        return cls(tensors, [tensors], lengths, lengths.completion > 0, budget=0)
+
+    @classmethod
+    def shuffled(
+        cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None
+    ) -> Rollout:
+        """``count`` micro-batches of whole groups, in random order, as far as groups fit.
+
+        Args:
+            only_by_advantage: rows whose advantage is zero need not be computed.
+            budget: None for as many tokens as a micro-batch has slots when padded, which is what fits TRL's way.
+        """
+        from trl.trainer.utils import split_tensor_dict
+
+        lengths = measure(padded(tensors))
+        order = _shuffled(lengths.group)
+        moved = {
+            key: value[order.to(value.device)] if isinstance(value, Tensor) and value.ndim > 0 else value
+            for key, value in tensors.items()
+        }
+        lengths = Lengths(*(x[order] for x in lengths))
+        live = lengths.completion > 0
+        if only_by_advantage:
+            live &= (moved["advantages"].reshape(len(order), -1) != 0).any(1).cpu()
+        if budget is None:
+            budget = padded(moved).input_ids.numel() // count
+        return cls(moved, split_tensor_dict(moved, count), lengths, live, budget)
+
+    @property
+    def count(self) -> int:
+        """Micro-batches."""
+        return len(self.parts)
+
+    @property
+    def size(self) -> int:
+        """Rows of a micro-batch."""
+        return len(self.live) // self.count
+
+    def cut(self, run: range) -> list[range]:
+        """Bins of consecutive micro-batches without an update between them. A row at least is computed."""
+        rows = torch.arange(run.start * self.size, run.stop * self.size)
+        if not self.live[rows].any():  # gradients of zero are to be computed, by as little as possible
+            length = self.lengths.completion[rows]
+            shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
+            self.live[shortest] = self.lengths.completion[shortest] > 0
+        live, size = self.live.tolist(), self.size
+        slots = [[r for r in range(i * size, (i + 1) * size) if live[r]] for i in run]
+        bins = plan_bins(self.lengths, slots, self.budget)
+        return [range(run.start + b.start, run.start + b.stop) for b in bins]
+
+    def plan(self, run: range) -> None:
+        """Cut ``run`` and remember its bins."""
+        self._bins = {bin_[-1]: bin_ for bin_ in self.cut(run)}
+
+    def bin_ending_with(self, index: int) -> Bin:
+        """The bin to compute at micro-batch ``index``; an empty one where it goes with a later micro-batch."""
+        return Bin(self, self._bins.get(index, range(0)))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Some consecutive micro-batches of a rollout, whose log-probabilities are computed together."""
+
+    rollout: Rollout
+    run: range
+
+    @property
+    def rows(self) -> slice:
+        """Of the rollout."""
+        return slice(self.run.start * self.rollout.size, self.run.stop * self.rollout.size)
+
+    @property
+    def parts(self) -> Iterator[tuple[MicroBatch, slice]]:
+        """The micro-batches, with their rows counted from the bin's first."""
+        size = self.rollout.size
+        for place, index in enumerate(self.run):
+            yield self.rollout.parts[index], slice(place * size, (place + 1) * size)
+
+    @cached_property
+    def batch(self) -> PaddedBatch:
+        """Its rows, padded."""
+        whole = padded(self.rollout.tensors)
+        return PaddedBatch(
+            whole.input_ids[self.rows], whole.attention_mask[self.rows], whole.completion_width
+        )
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of its rows."""
+        return Lengths(*(x[self.rows] for x in self.rollout.lengths))
+
+    @cached_property
+    def live(self) -> list[int]:
+        """Rows to compute, counted from the bin's first."""
+        return self.rollout.live[self.rows].nonzero()[:, 0].tolist()
+
+    @cached_property
+    def left_out(self) -> Tensor:
+        """(rows,) bool, on the device: rows with tokens that are not computed."""
+        left_out = ~self.rollout.live[self.rows] & (self.lengths.completion > 0)
+        return left_out.to(self.rollout.tensors["completion_mask"].device)
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether nothing is left out."""
+        return bool(self.rollout.live[self.rows].sum() == (self.lengths.completion > 0).sum())
+
+    @property
+    def computed_mask(self) -> Tensor:
+        """(rows, K) bool: completion tokens that are computed."""
+        mask = self.rollout.tensors["completion_mask"][self.rows].bool()
+        return mask & ~self.left_out[:, None]
+
+    def counts(self) -> dict[str, int]:
+        """For the log: real tokens, rows, rows left out."""
+        lengths = self.lengths
+        left_out = (~self.rollout.live[self.rows] & (lengths.completion > 0)).sum()
+        real = int((lengths.prompt + lengths.completion).sum())
+        return {"real": real, "rows": len(lengths.group), "left_out": int(left_out)}
+
+
+def padded(tensors: MicroBatch) -> PaddedBatch:
+    """Prompts and completions side by side."""
+    return PaddedBatch(
+        torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1),
+        torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1),
+        tensors["completion_ids"].shape[1],
+    )
+
+
+def _shuffled(group: Tensor) -> Tensor:
+    """An order of rows with groups together, by the same draw from torch's generator as TRL's shuffle."""
+    draw = torch.randperm(len(group))
+    first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce_(0, group, draw, reduce="amin")
+    return first[group].argsort(stable=True)

@@ -1,0 +1,332 @@
+"""The packed step against TRL's padded way, in float64: every gradient and every metric."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from in_double import InDouble
+from peft import LoraConfig
+from rollouts import Fed, PackedFed, model_of, rollout, trainer_of
+
+from memhead.integrations import trl as memhead_trl
+from recipes.models.load import character_tokenizer
+from recipes.training.packed_attention import use_varlen
+from recipes.training.rollout import Rollout
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
+TOLERANCE = 1e-10
+
+
+class Pair(NamedTuple):
+    """Two trainers of one model."""
+
+    trl: Any
+    packed: Any
+
+    def set(self, **settings: Any) -> None:
+        """A setting, as trainer's attribute and as argument, wherever TRL reads it."""
+        for trainer in self:
+            for name, value in settings.items():
+                for owner in (trainer, trainer.args):
+                    if hasattr(owner, name):
+                        setattr(owner, name, value)
+            trainer._entropy_bonus_enabled = trainer.entropy_coef != 0.0
+
+
+class Step(NamedTuple):
+    """What came of one accumulation window."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def head():
+    with memhead_trl.install(), InDouble():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Trainers by architecture, made once."""
+    made: dict[Any, Pair] = {}
+
+    def get(name: str, attention: str = "sdpa", lora: bool = False) -> Pair:
+        key = (name, attention, lora)
+        if key not in made:
+            model = model_of(name, attention)
+            tokenizer = character_tokenizer("0123456789+-*=>abcdef")
+            adapters = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if lora else None
+            place = tmp_path_factory.mktemp(name)
+            trl = trainer_of(Fed, model, place, tokenizer, peft_config=adapters)
+            ours = trainer_of(PackedFed, trl.model if lora else model, place, tokenizer)
+            if lora:
+                ours.model.double()
+            else:
+                reference = copy.deepcopy(model)
+                with torch.no_grad():
+                    for parameter in reference.parameters():
+                        parameter.mul_(1.05)
+                trl.ref_model = ours.ref_model = reference
+            made[key] = Pair(trl, ours)
+        pair = made[key]
+        pair.set(
+            loss_type="dapo", importance_sampling_level="token", beta=0.0, num_iterations=1, entropy_coef=0.0,
+            top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, delta=None,
+            gradient_accumulation_steps=2, steps_per_generation=2, use_bias_correction_kl=False,
+        )  # fmt: skip
+        pair.packed._token_budget = None
+        return pair
+
+    return get
+
+
+def run(trainer: Any, fed: dict[str, Any], windows: int) -> list[Step]:
+    """Train `windows` windows on one rollout, with plain steps along the gradient; the model is put back after it."""
+    model = trainer.model
+    before = [p.detach().clone() for p in model.parameters()]
+    model.train()
+    trainer.fed, trainer._step, trainer._place, trainer._rollout = fed, 0, 0, None
+    trainer._buffered_inputs = None
+    trainer.current_gradient_accumulation_steps = window = trainer.args.gradient_accumulation_steps
+    steps = []
+    for _ in range(windows):
+        trainer._metrics["train"] = defaultdict(list)
+        loss = 0.0
+        for place in range(window):
+            trainer.accelerator.gradient_state._set_sync_gradients(place == window - 1)
+            loss += float(trainer.training_step(model, None, None))
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        metrics = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
+        steps.append(Step(loss, gradients, metrics))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.02 * p.grad / (1e-3 + p.grad.abs().max())
+        model.zero_grad()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.copy_(value)
+    return steps
+
+
+def compare(pair: Pair, fed: dict[str, Any], *, windows: int, left_out: bool = False) -> list[Step]:
+    """Run both on the same micro-batches. `left_out`: the entropy metric covers less than TRL's."""
+    torch.manual_seed(3)
+    fed = Rollout.shuffled(fed, 1, False, None).tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", torch.arange)  # neither shuffles again
+        ours, theirs = run(pair.packed, fed, windows), run(pair.trl, fed, windows)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=TOLERANCE, abs=1e-13)
+        assert mine.gradients.keys() == other.gradients.keys()
+        whole = sum(g.square().sum() for g in other.gradients.values()).sqrt()
+        for name, gradient in other.gradients.items():
+            error = (mine.gradients[name] - gradient).norm()
+            scale = max(gradient.norm(), 1e-4 * whole)
+            assert error <= TOLERANCE * scale, f"{name}: {error} of {gradient.norm()}"
+        for name, value in other.metrics.items():
+            if name == "step_time" or (left_out and name == "entropy"):
+                continue
+            assert mine.metrics[name] == pytest.approx(value, rel=TOLERANCE, abs=1e-12, nan_ok=True), name
+        assert set(mine.metrics) - set(other.metrics) == {
+            "step/tokens_computed", "step/tokens_real", "step/left_out", "step/tokens_per_second",
+        }  # fmt: skip
+    return ours
+
+
+CASES = [
+    pytest.param(*case, prompts, id="-".join(map(str, (*case, prompts))))
+    for number, case in enumerate(
+        itertools.product(LOSSES, ("token", "sequence"), (0.0, 0.04), (1, 2), ("none", "some", "all"))
+    )
+    for prompts in [("shared", "single", "partly")[number % 3]]
+]
+
+
+@pytest.mark.parametrize(("loss", "level", "beta", "iterations", "zeros", "prompts"), CASES)
+def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts):
+    pair = pairs("llama")
+    pair.set(loss_type=loss, importance_sampling_level=level, beta=beta, num_iterations=iterations)
+    left_out = zeros != "none" and beta == 0.0 and loss != "vespo"
+    steps = compare(pair, rollout(prompts, zeros), windows=iterations, left_out=left_out)
+    assert (steps[0].metrics["step/left_out"] > 0) == left_out
+
+
+ARCHITECTURES = (
+    "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2", "granite", "smollm3",
+    "cohere",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(pairs, name):
+    pair = pairs(name)
+    pair.set(beta=0.04, num_iterations=2)
+    compare(pair, rollout("partly", "some"), windows=2)
+    pair.set(beta=0.0)
+    compare(pair, rollout("shared", "some"), windows=2, left_out=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_eager_attention(pairs, name):
+    """Which adds its mask, and is the one that caps Gemma 2's attention."""
+    compare(pairs(name, "eager"), rollout("shared", "none"), windows=1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_lora(pairs, name, beta):
+    """The reference is the model with its adapter off."""
+    pair = pairs(name, lora=True)
+    pair.set(beta=beta, num_iterations=2, loss_type="grpo")
+    steps = compare(pair, rollout("shared", "some"), windows=2, left_out=beta == 0.0)
+    assert all("lora_" in parameter for parameter in steps[0].gradients)
+
+
+@pytest.mark.parametrize(("accumulation", "generation"), [(1, 1), (2, 4), (4, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize("loss", ["bnpo", "grpo", "dapo"])
+def test_windows_and_generations_of_other_lengths(pairs, loss, accumulation, generation):
+    """More updates than one a generation, more generations than one an update, and across each other."""
+    pair = pairs("llama")
+    pair.set(loss_type=loss, gradient_accumulation_steps=accumulation, steps_per_generation=generation)
+    groups = 4 if 16 % generation == 0 else 6
+    windows = max(2, generation)
+    compare(pair, rollout("shared", "some", groups=groups), windows=windows, left_out=True)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_token_budget_changes_nothing_but_the_bins(pairs, budget):
+    pair = pairs("llama")
+    pair.set(loss_type="bnpo", gradient_accumulation_steps=8, steps_per_generation=8, beta=0.04)
+    pair.packed._token_budget = budget
+    compare(pair, rollout("shared", "some"), windows=1)
+
+
+def test_entropy_bonus_and_quantile(pairs):
+    pair = pairs("llama")
+    pair.set(entropy_coef=0.1)
+    compare(pair, rollout("shared", "some"), windows=1)
+    pair.set(entropy_coef=0.0, top_entropy_quantile=0.4)
+    compare(pair, rollout("shared", "some"), windows=1)
+
+
+def test_off_policy_mask_and_delta(pairs):
+    pair = pairs("llama")
+    pair.set(off_policy_mask_threshold=1e-3, delta=1.1, num_iterations=2)
+    compare(pair, rollout("shared", "none"), windows=2)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss", ["dapo", "vespo"])
+def test_importance_ratio_of_another_engine(pairs, loss, mode):
+    """Formed in the loss pass, from log-probabilities that nobody computed before; a NaN counts as no difference."""
+    pair = pairs("llama")
+    pair.set(
+        loss_type=loss, use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,
+    )  # fmt: skip
+    fed = rollout("shared", "none")
+    noise = torch.randn(fed["completion_ids"].shape, dtype=torch.float64)
+    fed["sampling_per_token_logps"] = noise - 4
+    fed["sampling_per_token_logps"][1, 0] = float("nan")
+    compare(pair, fed, windows=1)
+
+
+def test_ratios_are_one_to_the_bit(pairs):
+    """Scored before an update in the bins of the loss: the first loss of a later window sees a ratio of exactly 1."""
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=1, steps_per_generation=2)
+    trainer = pair.packed
+    trainer.model.train()
+    trainer.fed, trainer._step, trainer._place, trainer._rollout = rollout("shared", "some"), 0, 0, None
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._prepare_inputs(None)
+    trainer._step = 1
+    later = trainer._prepare_inputs(None)
+    old = later.rollout.parts[1]["old_per_token_logps"]
+    assert torch.equal(trainer._score_bin(trainer.model, later, entropy=True).logps, old)
+    assert "old_per_token_logps" not in later.rollout.parts[0]
+
+
+def test_evaluation(pairs):
+    pair = pairs("llama")
+    fed = rollout("partly", "some")
+    losses, metrics = [], []
+    for trainer in pair:
+        trainer.model.eval()
+        trainer.fed = fed
+        trainer._metrics["eval"] = defaultdict(list)
+        losses.append(float(trainer.prediction_step(trainer.model, None, True)[0]))
+        metrics.append(dict(trainer._metrics["eval"]))
+        trainer.model.train()
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
+    assert metrics[1].keys() == metrics[0].keys()
+    for name, values in metrics[0].items():
+        assert metrics[1][name] == pytest.approx(values, rel=TOLERANCE), name
+
+
+def test_masked_completions(pairs):
+    """mask_truncated_completions leaves rows, or a whole window, without a token to score."""
+    pair = pairs("llama")
+    fed = rollout("shared", "none")
+    fed["completion_mask"][::2] = 0
+    compare(pair, fed, windows=1)
+    fed["completion_mask"][:] = 0
+    steps = compare(pair, fed, windows=1)
+    assert all((g == 0).all() for g in steps[0].gradients.values())
+
+
+def test_gradient_checkpointing(pairs):
+    """The layout is there again when the backward runs the layers a second time."""
+    pair = pairs("llama")
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), InDouble())}
+    pair.trl.model.gradient_checkpointing_enable(again)
+    try:
+        compare(pair, rollout("shared", "some"), windows=1, left_out=True)
+    finally:
+        pair.trl.model.gradient_checkpointing_disable()
+
+
+def varlen_by_segment(
+    query, key, value, query_ends, key_ends, longest_query, longest_keys, *, scale, window_size
+):
+    """What torch's varlen_attn computes: segments, each causal from the bottom right, with a window to the left."""
+    pieces = []
+    for (q0, q1), (k0, k1) in zip(
+        itertools.pairwise(query_ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
+    ):
+        q, (k, v) = query[q0:q1].transpose(0, 1), (x[k0:k1].transpose(0, 1) for x in (key, value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        seen = (distance >= 0) if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        pieces.append((scores.softmax(-1) @ v).transpose(0, 1))
+        assert q1 - q0 <= longest_query
+        assert k1 - k0 <= longest_keys
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("prompts", ["shared", "single", "partly"])
+def test_one_row_with_variable_length_attention(pairs, monkeypatch, name, prompts):
+    """The layout of a GPU, with its kernel written out."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_segment)
+    pair = pairs(name)
+    config = pair.packed.model.config
+    monkeypatch.setattr(pair.packed, "_varlen", True)
+    before = config._attn_implementation
+    use_varlen(pair.packed.model)
+    try:
+        compare(pair, rollout(prompts, "some"), windows=1, left_out=True)
+    finally:
+        config._attn_implementation = before
