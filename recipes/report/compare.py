@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
-from recipes.report.page import document, figures_table, image, summary_rows, table
+from recipes.report.page import document, image
 from recipes.report.plots import plot_overlay
+from recipes.tracking import escape
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import summarize
+from recipes.tracking.summary import main_figures, summarize
+from recipes.tracking.table import Table
 
 
 def compare(
@@ -40,32 +41,34 @@ def compare(
         name = folder.path.name if folder.path.name not in runs else str(folder.path)
         runs[name] = records
     summaries = [(name, summarize(records)) for name, records in runs.items()]
-    differences = config_differences([Path(path) / "config.yaml" for path in paths])
-    for part in (_figures(summaries), _differences(list(runs), differences)):
-        console.print(part)
+    figures = main_figures(summaries, "figures")
+    differences = config_differences(list(runs), [Path(path) / "config.yaml" for path in paths])
+    for part in (figures, differences):
+        console.print(part.terminal())
     if out is None:
         return None
     picture = plot_overlay(runs, out.with_name(out.name + ".png"))
     page = out.with_name(out.name + ".html")
+    title = " against ".join(runs)
     parts = [
-        f"<h1>{' against '.join(runs)}</h1>",
-        figures_table(summaries),
+        f"<h1>{escape.html(title)}</h1>",
+        figures.html(),
         image(picture, "the runs laid over each other"),
-        "<h2>What differs in their configurations</h2>",
-        table(["key", *runs], [[key, *values] for key, values in differences.items()]),
+        differences.html(),
     ]
-    page.write_text(document(" against ".join(runs), parts), encoding="utf-8")
+    page.write_text(document(title, parts), encoding="utf-8")
     return page
 
 
-def config_differences(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Dotted key -> its value in each configuration, for the keys in which they differ."""
+def config_differences(names: Sequence[str], paths: Sequence[Path]) -> Table:
+    """The keys in which configurations differ, with the value in each of them, a column a run."""
     flat = [
         _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {} for path in paths
     ]
-    keys = dict.fromkeys(key for data in flat for key in data)
-    rows = {key: [str(data.get(key, "–")) for data in flat] for key in keys if key != "run.name"}
-    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+    keys = dict.fromkeys(key for data in flat for key in data if key != "run.name")
+    rows = [(key, *(str(data.get(key, "–")) for data in flat)) for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    return Table(("key", *names), differing, "what differs in the configurations", numbers=False)
 
 
 def _flatten(data: Any, key: str = "") -> dict[str, Any]:
@@ -75,21 +78,6 @@ def _flatten(data: Any, key: str = "") -> dict[str, Any]:
     for word, value in data.items():
         found |= _flatten(value, f"{key}.{word}" if key else str(word))
     return found
-
-
-def _figures(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    rich_table = Table("", *(name for name, _ in summaries), title="figures", title_justify="left")
-    columns = [summary_rows(summary) for _, summary in summaries]
-    for rows in zip(*columns, strict=True):
-        rich_table.add_row(rows[0][0], *(value for _, value in rows))
-    return rich_table
-
-
-def _differences(names: list[str], differences: dict[str, list[str]]) -> Table:
-    rich_table = Table("key", *names, title="what differs in the configurations", title_justify="left")
-    for key, values in differences.items():
-        rich_table.add_row(key, *values)
-    return rich_table
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -75,6 +75,24 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     assert "data:image/png;base64," in out.with_name("both.html").read_text()
 
 
+def test_memory_is_labelled_by_each_runs_own_kind(tmp_path, capsys):
+    one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
+    lines = two.metrics.path.read_text().replace("tensor_peak_mib", "allocated_peak_mib")
+    two.metrics.path.write_text(lines.replace('"device": "cpu"', '"device": "cuda"'))
+    compare_module.compare([one.path, two.path])
+    shown = capsys.readouterr().out
+    assert re.search(r"highest peak of live tensor\W+300\.0 MiB\W+–", shown)
+    assert re.search(r"highest peak of the CUDA\W+–\W+300\.0 MiB", shown)
+
+
+def test_a_value_with_tags_stays_text(tmp_path):
+    one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
+    (two.path / "config.yaml").write_text("task: {prompt: 'think in <reasoning>[bold]'}")
+    page = compare_module.compare([one.path, two.path], tmp_path / "both").read_text()
+    assert "think in &lt;reasoning&gt;[bold]" in page
+    assert "<reasoning>" not in page
+
+
 def test_comparison_names_the_folder_that_is_no_run(tmp_path):
     one = folder_of(tmp_path, "one", "memhead")
     with pytest.raises(FileNotFoundError, match="nothing"):
