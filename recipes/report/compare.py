@@ -1,8 +1,8 @@
-"""Two runs, or a few, side by side: a table in the terminal, and one picture and one HTML page of them together.
+"""Two to five runs side by side: tables in the terminal, and one picture and one HTML page of them together.
 
     python -m recipes.report.compare runs/quickstart runs/quickstart-full --out comparison
 
-writes comparison.png and comparison.html; without --out only the table is printed.
+writes comparison.png and comparison.html; without --out only the tables are printed, and from which step the trajectories part.
 """
 
 from __future__ import annotations
@@ -16,48 +16,69 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from recipes.report.page import document, image
+from recipes.problems import visible
+from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
+from recipes.report.verdict import parting, verdict
 from recipes.tracking import escape
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import main_figures, summarize
 from recipes.tracking.table import Table
 
+MOST = 5  # runs whose lines can still be told apart
+
 
 def compare(
     paths: Sequence[str | Path], out: Path | None = None, console: Console | None = None
 ) -> Path | None:
-    """Prints the comparison; with `out` also writes out.png and out.html, and returns the page's path.
+    """Prints the comparison of two to five runs; with `out` also writes out.png and out.html, and returns the page's path.
 
-    Raises FileNotFoundError, naming the folder, if one has no metrics.
+    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more than that.
     """
     console = console or Console()
-    runs = {}
+    runs = _read(paths)
+    summaries = [(name, summarize(records)) for name, records in runs.items()]
+    tables = [
+        main_figures(summaries, "figures"),
+        config_differences(list(runs), [Path(path) / "config.yaml" for path in paths]),
+    ]
+    for table in tables:
+        console.print(table.terminal())
+    (first, records), *others = runs.items()
+    partings = [parting(first, records, name, other) for name, other in others]
+    for sentence in partings:
+        console.print(escape.terminal(sentence))
+    if out is None:
+        return None
+    plot_overlay(runs, out.with_name(out.name + ".png"))
+    page = out.with_name(out.name + ".html")
+    text = render(
+        "comparison",
+        title=" against ".join(runs),
+        partings=partings,
+        runs=[(name, verdict(run)) for name, run in runs.items()],
+        figures=figures(runs),
+        tables=tables,
+    )
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each run, by a name that no other of them has."""
+    if not 2 <= len(paths) <= MOST:
+        raise ValueError(f"runs: {len(paths)} given; give two to {MOST} run folders")
+    runs: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         folder = RunFolder(path)
         records = folder.metrics.read()
         if not records:
             raise FileNotFoundError(f"{path}: no metrics.jsonl with a line in it; give the folders of runs")
         name = folder.path.name if folder.path.name not in runs else str(folder.path)
+        if name in runs:
+            raise ValueError(f"runs: {name} is given twice")
         runs[name] = records
-    summaries = [(name, summarize(records)) for name, records in runs.items()]
-    figures = main_figures(summaries, "figures")
-    differences = config_differences(list(runs), [Path(path) / "config.yaml" for path in paths])
-    for part in (figures, differences):
-        console.print(part.terminal())
-    if out is None:
-        return None
-    picture = plot_overlay(runs, out.with_name(out.name + ".png"))
-    page = out.with_name(out.name + ".html")
-    title = " against ".join(runs)
-    parts = [
-        f"<h1>{escape.html(title)}</h1>",
-        figures.html(),
-        image(picture, "the runs laid over each other"),
-        differences.html(),
-    ]
-    page.write_text(document(title, parts), encoding="utf-8")
-    return page
+    return runs
 
 
 def config_differences(names: Sequence[str], paths: Sequence[Path]) -> Table:
@@ -88,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     try:
         page = compare(options.runs, options.out)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
+    except (FileNotFoundError, ValueError) as error:
+        print(visible(str(error)), file=sys.stderr)
         return 2
     if page is not None:
         print(page)

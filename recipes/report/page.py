@@ -1,30 +1,34 @@
-"""A run's report: report.png, and report.html in one self-contained file.
+"""A run's report: report.html in one self-contained file, and report.png for a README.
 
 python -m recipes.report runs/quickstart
 """
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.problems import visible
+from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
-from recipes.tracking import escape
+from recipes.report.verdict import verdict
 from recipes.tracking.environment import environment_table
+from recipes.tracking.meters import MEANING
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import before_and_after, by_phase, format_figure, main_figures, summarize
-from recipes.tracking.table import Table
+from recipes.tracking.summary import (
+    before_and_after,
+    by_phase,
+    format_figure,
+    format_mib,
+    highest_peak,
+    summarize,
+)
 
-_SAMPLES = 12  # completions shown: the first logged steps' and the last ones'
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}img{max-width:100%}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;
-vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-pre,code{font:13px/1.45 ui-monospace,monospace}pre{background:#f6f6f6;padding:.8rem;overflow:auto}
-td{white-space:pre-wrap;overflow-wrap:anywhere}"""
+_SAMPLES = 3  # completions shown of a step
+_LONG, _HEAD = 400, 200  # characters from which a text is folded, and those that stay in sight
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -37,54 +41,91 @@ def write_report(folder: RunFolder) -> Path:
         raise FileNotFoundError(
             f"{folder.path}: no metrics.jsonl with a line in it; give the folder of a run"
         )
-    picture = plot_run(records, folder.path.name, folder.path / "report.png")
-    page = folder.path / "report.html"
-    page.write_text(_page(folder, records, picture), encoding="utf-8")
-    return page
-
-
-def _page(folder: RunFolder, records: list[dict[str, Any]], picture: Path) -> str:
+    plot_run(records, folder.path.name, folder.path / "report.png")
     summary = summarize(records)
     config = folder.path / "config.yaml"
-    parts = [
-        f"<h1>{escape.html(folder.path.name)}</h1>",
-        main_figures([("", summary)]).html(),
-        "<h2>Before and after</h2>",
-        before_and_after(summary).html(),
-        image(picture, "reward, accuracy and memory over the steps"),
-        "<h2>Time and memory by phase</h2>",
-        by_phase(summary).html(),
-        "<h2>Completions</h2>",
-        _completions(folder.completions.read()),
-        "<h2>Where it ran</h2>",
-        environment_table(folder.read_json("environment.json") or {}).html(),
-        "<h2>Configuration</h2>",
-        f"<pre>{escape.html(config.read_text(encoding='utf-8'))}</pre>" if config.is_file() else "",
-    ]
-    return document(folder.path.name, parts)
+    page = render(
+        "report",
+        title=folder.path.name,
+        verdict=verdict(records),
+        facts=_facts(summary),
+        figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
+        tables=[before_and_after(summary), by_phase(summary)],
+        samples=list(_samples(folder.completions.read())),
+        environment=environment_table(folder.read_json("environment.json") or {}),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+    path = folder.path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML page that needs no other file."""
-    head = f'<meta charset="utf-8"><title>{escape.html(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few figures that stand below the verdict."""
+    steps, seconds, figure = summary["steps"], summary["seconds_total"], summary["memory_figure"]
+    found = [("optimizer steps", str(steps))]
+    if summary["reward_first"] is not None:
+        reward = f"{format_figure(summary['reward_first'])} → {format_figure(summary['reward_last'])}"
+        found.append(("reward, first and last tenth", reward))
+    if steps and seconds:
+        found += [("training time", duration(seconds)), ("a step", f"{seconds / steps:.2f} s")]
+    peak = highest_peak(summary, figure)
+    return found if peak is None else [*found, (MEANING[figure], format_mib(peak))]
 
 
-def image(path: Path, alternative: str) -> str:
-    """The picture, inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<p><img alt="{escape.html(alternative)}" src="data:image/png;base64,{data}"></p>'
+def duration(seconds: float) -> str:
+    """Seconds in readable units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def _completions(records: list[dict[str, Any]]) -> str:
-    shown = records if len(records) <= _SAMPLES else records[: _SAMPLES // 2] + records[-_SAMPLES // 2 :]
-    if not shown:
-        return "<p>None were kept.</p>"
-    rows = []
-    for record in shown:
-        rewards = ", ".join(f"{name} {format_figure(value)}" for name, value in record["rewards"].items())
-        rows.append((str(record["step"]), _text(record["prompt"]), _text(record["completion"]), rewards))
-    return Table(("step", "prompt", "completion", "rewards"), rows, numbers=False).html()
+@dataclass(frozen=True)
+class Text:
+    """A prompt or completion; a long one is folded behind its beginning."""
+
+    whole: str
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is long."""
+        return len(self.whole) > _LONG
+
+    @property
+    def head(self) -> str:
+        """What stays in sight of a folded one."""
+        return self.whole[:_HEAD].rstrip()
+
+    @property
+    def length(self) -> str:
+        """Characters in all."""
+        return f"{len(self.whole):,}"
+
+
+def _samples(records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Completions of the first, a middle and the last step that has some."""
+    steps = sorted({record["step"] for record in records})
+    chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]) if steps else {}
+    names = ["First", "Middle", "Last"] if len(chosen) == 3 else ["First", "Last"]
+    for name, step in zip(names, chosen, strict=False):
+        found = [record for record in records if record["step"] == step][:_SAMPLES]
+        completions = [
+            {
+                "prompt": Text(_text(record["prompt"])),
+                "completion": Text(_text(record["completion"])),
+                "rewards": _judged(record),
+            }
+            for record in found
+        ]
+        yield {"heading": f"{name}: step {step}", "completions": completions}
+
+
+def _judged(record: dict[str, Any]) -> str:
+    rewards = [f"{name} {format_figure(value)}" for name, value in record["rewards"].items()]
+    advantage = record.get("advantage")
+    return " · ".join(rewards if advantage is None else [*rewards, f"advantage {advantage:+.2f}".replace("-", "−")])
 
 
 def _text(value: Any) -> str:
@@ -103,6 +144,6 @@ def main(arguments: Sequence[str]) -> int:
         try:
             print(write_report(RunFolder(path)))
         except FileNotFoundError as error:
-            print(error, file=sys.stderr)
+            print(visible(str(error)), file=sys.stderr)
             return 2
     return 0
