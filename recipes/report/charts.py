@@ -48,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """A chart of lines over steps. unit: "" or "%", for shares of 0 to 1. named: the lines' names stand at their ends."""
+    """Lines over steps. unit: "" or "%", for shares of 0 to 1. named: the lines' names stand at their ends."""
 
     title: str
     note: str
@@ -97,12 +97,16 @@ class _Series:
         kept = [(record, value) for record in records if (value := self.value(record)) is not None]
         if not kept:
             return None
-        ends = [
-            [value if (found := end(record)) is None else found for record, value in kept] if end else []
-            for end in (self.low, self.high)
-        ]
         steps, values = [record["step"] for record, _ in kept], [value for _, value in kept]
-        return Line(name, colour, steps, values, *ends, self.measured, self.aside)
+        low, high = (_ends(end, kept) for end in (self.low, self.high))
+        return Line(name, colour, steps, values, low, high, self.measured, self.aside)
+
+
+def _ends(read: Read | None, kept: list[tuple[Record, float]]) -> list[float]:
+    """One end of a band, at the value itself where it was not logged; nothing without a band."""
+    if read is None:
+        return []
+    return [value if (end := read(record)) is None else end for record, value in kept]
 
 
 def _at(*keys: str | int) -> Read:
@@ -138,7 +142,7 @@ def _rewards(records: Records, *, spread: bool) -> Iterator[_Quantity]:
     names = dict.fromkeys(name for record in records for name in record.get("rewards") or {})
     whole = [name for name in names if all(_same(r.get("reward"), _at("rewards", name)(r)) for r in records)]
     note = "mean and deviation over a batch" if spread else "mean over a batch"
-    only = f", only {whole[0]}" if len(whole) == 1 else ""
+    only = f"; only {whole[0]} counts" if len(whole) == 1 else ""
     found = [("Reward", note + only, _at("reward"), _at("reward_std"))]
     found += [
         (f"Reward by {name}", note, _at("rewards", name), _trl(f"rewards/{name}/std"))
@@ -177,8 +181,8 @@ def _accuracies(records: Records) -> Iterator[_Quantity]:
 def _policy() -> Iterator[_Quantity]:
     yield "Entropy", "of the policy, nats a token", "", [_Series("entropy", _at("entropy"))]
     yield "KL", "from the reference policy, nats a token", "", [_Series("KL", _at("kl"))]
-    ends = {"low": _trl("completions/min_length"), "high": _trl("completions/max_length")}
-    length = _Series("length", _at("completion_length"), **ends)
+    shortest, longest = _trl("completions/min_length"), _trl("completions/max_length")
+    length = _Series("length", _at("completion_length"), shortest, longest)
     yield "Completion length", "tokens: mean, shortest to longest", "", [length]
     shares = [_Series("cut off", _at("clipped_share")), _Series("no gradient", _at("zero_std_share"))]
     yield "Lost shares", "completions cut off, groups without a gradient", "%", shares
@@ -209,7 +213,8 @@ def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterato
         for one in series:
             lines = [line for i, (name, run) in enumerate(runs.items()) if (line := one.line(name, i, run))]
             if lines:
-                yield Lines(title if len(series) == 1 else f"{title}: {one.name}", note, lines, unit, named=False)
+                alone = len(series) == 1 or one.name == title.lower()
+                yield Lines(title if alone else f"{title}: {one.name}", note, lines, unit, named=False)
 
 
 def _times(runs: dict[str, Records]) -> list[Areas]:
@@ -217,7 +222,13 @@ def _times(runs: dict[str, Records]) -> list[Areas]:
     totals = [sum(values) for _, seconds in stacks.values() for values in zip(*seconds.values())]
     top = 1.05 * max(totals, default=0.0)
     return [
-        Areas("Time by phase" if len(runs) == 1 else f"Time by phase: {name}", "seconds a step", steps, seconds, top)
+        Areas(
+            "Time by phase" if len(runs) == 1 else f"Time by phase: {name}",
+            "seconds a step",
+            steps,
+            seconds,
+            top,
+        )
         for name, (steps, seconds) in stacks.items()
         if steps
     ]

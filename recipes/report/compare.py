@@ -2,7 +2,7 @@
 
     python -m recipes.report.compare runs/quickstart runs/quickstart-full --out comparison
 
-writes comparison.png and comparison.html; without --out only the tables are printed, and from which step the trajectories part.
+prints tables, and from which step the trajectories part; with --out it writes comparison.png and comparison.html too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST = 5  # runs whose lines can still be told apart
 def compare(
     paths: Sequence[str | Path], out: Path | None = None, console: Console | None = None
 ) -> Path | None:
-    """Prints the comparison of two to five runs; with `out` also writes out.png and out.html, and returns the page's path.
+    """Prints the comparison of two to five runs; with `out` writes out.png and out.html too, and returns the latter.
 
     Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more than that.
     """
@@ -68,6 +68,8 @@ def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
     """The records of each run, by a name that no other of them has."""
     if not 2 <= len(paths) <= MOST:
         raise ValueError(f"runs: {len(paths)} given; give two to {MOST} run folders")
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError(f"runs: {', '.join(map(str, paths))}: a folder is given twice; leave one out")
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         folder = RunFolder(path)
@@ -75,8 +77,6 @@ def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
         if not records:
             raise FileNotFoundError(f"{path}: no metrics.jsonl with a line in it; give the folders of runs")
         name = folder.path.name if folder.path.name not in runs else str(folder.path)
-        if name in runs:
-            raise ValueError(f"runs: {name} is given twice")
         runs[name] = records
     return runs
 

@@ -28,7 +28,8 @@ from recipes.tracking.summary import (
 )
 
 _SAMPLES = 3  # completions shown of a step
-_LONG, _HEAD = 400, 200  # characters from which a text is folded, and those that stay in sight
+_LONG = (400, 12)  # characters and lines beyond which a text is folded
+_HEAD = (200, 5)  # those that stay in sight
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -91,12 +92,13 @@ class Text:
     @property
     def folded(self) -> bool:
         """Whether it is long."""
-        return len(self.whole) > _LONG
+        return len(self.whole) > _LONG[0] or self.whole.count("\n") >= _LONG[1]
 
     @property
     def head(self) -> str:
         """What stays in sight of a folded one."""
-        return self.whole[:_HEAD].rstrip()
+        characters, lines = _HEAD
+        return "\n".join(self.whole[:characters].split("\n")[:lines]).rstrip()
 
     @property
     def length(self) -> str:
@@ -125,7 +127,9 @@ def _samples(records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
 def _judged(record: dict[str, Any]) -> str:
     rewards = [f"{name} {format_figure(value)}" for name, value in record["rewards"].items()]
     advantage = record.get("advantage")
-    return " · ".join(rewards if advantage is None else [*rewards, f"advantage {advantage:+.2f}".replace("-", "−")])
+    return " · ".join(
+        rewards if advantage is None else [*rewards, f"advantage {advantage:+.2f}".replace("-", "−")]
+    )
 
 
 def _text(value: Any) -> str:

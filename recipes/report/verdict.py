@@ -37,10 +37,10 @@ def _by_accuracy(before: dict[str, Any], after: dict[str, Any]) -> Verdict:
     problems = after.get("accuracy_problems")
     what = f"accuracy on {problems} held-out problems" if problems else "accuracy on held-out problems"
     change = f"from {100 * first:.1f} % to {100 * last:.1f} %"
-    limits = before.get("accuracy_interval"), after.get("accuracy_interval")
-    if None in limits:
+    first_limits, last_limits = before.get("accuracy_interval"), after.get("accuracy_interval")
+    if first_limits is None or last_limits is None:
         return Verdict("open", f"{what[0].upper()}{what[1:]} went {change}; no interval was recorded.")
-    interval = difference_of_shares(first, limits[0], last, limits[1])
+    interval = difference_of_shares(first, first_limits, last, last_limits)
     points, low, high = (_signed(100 * value, 1) for value in (last - first, *interval))
     note = (
         "The interval is Newcombe's for independent samples. Both evaluations take the same problems, so that it is "
@@ -48,8 +48,10 @@ def _by_accuracy(before: dict[str, Any], after: dict[str, Any]) -> Verdict:
     )
     kind = _kind(interval)
     if kind == "open":
-        said = f"{what} went {change}, by {points} points; the 95 % interval of the change, {low} to {high}, contains zero."
-        return Verdict(kind, f"Not shown to have learned: {said}", note)
+        said = f"the 95 % interval of the change, {low} to {high}, contains zero."
+        return Verdict(
+            kind, f"Not shown to have learned: {what} went {change}, by {points} points; {said}", note
+        )
     opening, verb = ("It learned", "rose") if kind == "better" else ("It got worse", "fell")
     said = f"{what} {verb} {change}, by {points} points (95 % interval {low} to {high})."
     return Verdict(kind, f"{opening}: {said}", note)
@@ -67,7 +69,11 @@ def _by_reward(records: Records) -> Verdict:
     half = _Z_95 * math.sqrt((statistics.variance(first) + statistics.variance(last)) / count)
     interval = (change - half, change + half)
     kind = _kind(interval)
-    opening = {"better": "Reward rose", "worse": "Reward fell", "open": "Reward is not shown to have changed"}[kind]
+    opening = {
+        "better": "Reward rose",
+        "worse": "Reward fell",
+        "open": "Reward is not shown to have changed",
+    }[kind]
     means = f"{statistics.fmean(first):.3f} to {statistics.fmean(last):.3f}"
     by, low, high = (_signed(value, 3) for value in (change, *interval))
     return Verdict(
@@ -77,7 +83,9 @@ def _by_reward(records: Records) -> Verdict:
     )
 
 
-def difference_of_shares(first: float, first_interval: Interval, last: float, last_interval: Interval) -> Interval:
+def difference_of_shares(
+    first: float, first_interval: Interval, last: float, last_interval: Interval
+) -> Interval:
     """The interval of `last - first`, both shares of 0 to 1, from the Wilson interval of each.
 
     R. G. Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
@@ -119,7 +127,11 @@ def parting(name: str, records: Records, other_name: str, others: Records) -> st
     said = f"{name} and {other_name} part at step {sampled}, the first whose completions differ in reward or length"
     if computed is not None and computed < sampled:
         return f"{said}; what was computed on equal completions differs from step {computed} on."
-    return f"{said}; every logged step before it is equal to the last bit." if sampled != steps[0] else f"{said}."
+    return (
+        f"{said}; every logged step before it is equal to the last bit."
+        if sampled != steps[0]
+        else f"{said}."
+    )
 
 
 def _sampled(record: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,10 @@ class Table:
 
     def _html_row(self, tag: str, cells: Iterable[str]) -> str:
         marks = (' class="n"' if self._right(column) else "" for column in range(len(self.header)))
-        return f"<tr>{''.join(f'<{tag}{m}>{escape.html(c)}</{tag}>' for m, c in zip(marks, cells))}</tr>"
+        shown = (
+            escape.html("\u00a0" * (len(cell) - len(cell.lstrip(" "))) + cell.lstrip(" ")) for cell in cells
+        )
+        return f"<tr>{''.join(f'<{tag}{mark}>{cell}</{tag}>' for mark, cell in zip(marks, shown))}</tr>"
 
     @staticmethod
     def _cells(cells: Iterable[str]) -> list[str]:
