@@ -141,7 +141,7 @@ def _rewards(records: Records, *, spread: bool) -> Iterator[_Quantity]:
     """The reward, and each of its functions unless it is the whole of it; with their spread over a batch."""
     names = dict.fromkeys(name for record in records for name in record.get("rewards") or {})
     whole = [name for name in names if all(_same(r.get("reward"), _at("rewards", name)(r)) for r in records)]
-    note = "mean and deviation over a batch" if spread else "mean over a batch"
+    note = "mean and spread (one deviation) of a batch" if spread else "mean of a batch"
     only = f"; only {whole[0]} counts" if len(whole) == 1 else ""
     found = [("Reward", note + only, _at("reward"), _at("reward_std"))]
     found += [

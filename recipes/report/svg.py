@@ -118,11 +118,19 @@ def _draw_lines(axes: Axes, chart: Lines) -> None:
 def _draw_line(axes: Axes, line: Line, width: float, *, plainly: bool) -> float:
     """Draws it, smoothed, over its own points and its band unless `plainly`; returns the height at which it ends."""
     colour: Any = _MUTED if line.aside else _colour(line.colour)
+    faint = 0.6 if width > _WIDTH else 1.0
     if line.measured:
         if line.low:
             axes.vlines(line.steps, line.low, line.high, color=colour, linewidth=1, clip_on=False)
         axes.plot(
-            line.steps, line.values, "-o", color=colour, linewidth=width, markersize=2 + width, clip_on=False
+            line.steps,
+            line.values,
+            "-o",
+            color=colour,
+            linewidth=width,
+            markersize=2 + width,
+            alpha=faint,
+            clip_on=False,
         )
         return line.values[-1]
     shown = smooth(line.values)
@@ -136,7 +144,6 @@ def _draw_line(axes: Axes, line: Line, width: float, *, plainly: bool) -> float:
     if shown != line.values and not plainly:
         axes.plot(line.steps, line.values, color=colour, linewidth=0.7, alpha=0.4)
     marker = "o" if len(shown) == 1 else ""
-    faint = 0.6 if width > _WIDTH else 1.0
     axes.plot(line.steps, shown, color=colour, linewidth=width, alpha=faint, marker=marker, clip_on=False)
     return shown[-1]
 

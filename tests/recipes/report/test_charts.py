@@ -1,13 +1,19 @@
 """What is drawn of one run and of several, and how a chart becomes part of a page."""
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from made_up import GIB, PEAKS, run_folder
+from tiny import tiny_trainer
 
+from recipes.config.load import load_config
+from recipes.plan.plan import plan
 from recipes.report.charts import Areas, Lines, Peaks, charts
 from recipes.report.svg import draw, smooth, spread
+from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.tracker import track
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,38 @@ def test_memory_stands_beside_the_plan(records):
     (without,) = [chart for chart in charts({"a": records}) if isinstance(chart, Peaks)]
     assert without.planned == [None] * 4
     assert "plan" not in without.note
+
+
+def test_the_plan_is_found_by_its_own_names_of_the_phases(records):
+    config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+    planned = plan(config).phases
+    (chart,) = [chart for chart in charts({"a": records}, {"phases": planned}) if isinstance(chart, Peaks)]
+    assert dict(zip(chart.phases, chart.planned)) == {
+        "generation": planned["generation"] / 2**20,
+        "scoring": planned["scoring without gradient"] / 2**20,
+        "forward": planned["forward, loss and backward"] / 2**20,
+        "backward": planned["forward, loss and backward"] / 2**20,
+    }
+
+
+def test_a_real_run_of_trl_logs_what_is_drawn(memhead_in_trl, tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    trainer = tiny_trainer(folder.path / "checkpoints", steps=2)
+    tracker = track(trainer, folder, progress=False)
+    trainer.train()
+    tracker.close()
+    found = by_title(charts({"run": folder.metrics.read()}))
+    expected = {
+        "Reward",
+        "Reward by digits_reward",
+        "Reward by length_reward",
+        "Entropy",
+        "Completion length",
+    }
+    assert expected | {"Lost shares", "Clipped ratios", "Time by phase", "Memory by phase"} == set(found)
+    for title, lines in (("Reward by digits_reward", 2), ("Lost shares", 2), ("Clipped ratios", 2)):
+        assert [len(line.values) for line in found[title].lines] == [2] * lines
+    assert len(found["Completion length"].lines[0].low) == 2
 
 
 def test_several_runs_share_a_chart_a_line_and_the_scale_of_their_time(records):
