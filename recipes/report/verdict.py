@@ -53,7 +53,7 @@ def _by_accuracy(before: dict[str, Any], after: dict[str, Any]) -> Verdict:
             kind, f"Not shown to have learned: {what} went {change}, by {points} points; {said}", note
         )
     opening, verb = ("It learned", "rose") if kind == "better" else ("It got worse", "fell")
-    said = f"{what} {verb} {change}, by {points} points (95 % interval {low} to {high})."
+    said = f"{what} {verb} {change}, by {points[1:]} points (95 % interval {low} to {high})."
     return Verdict(kind, f"{opening}: {said}", note)
 
 

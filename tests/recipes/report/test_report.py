@@ -59,7 +59,7 @@ def test_the_verdict_stands_first_and_completions_are_first_middle_and_last(tmp_
     folder = run_folder(tmp_path, steps=11)
     page = report_module.write_report(folder).read_text()
     body = page[page.index("<body") :]
-    sentence = "It learned: accuracy on 1000 held-out problems rose from 43.0 % to 83.0 %, by +40.0 points"
+    sentence = "It learned: accuracy on 1000 held-out problems rose from 43.0 % to 83.0 %, by 40.0 points"
     assert 0 < body.index(sentence) < body.index("<svg")
     assert re.findall(r"<h3>(.*?)</h3>", body) == ["First: step 1", "Middle: step 6", "Last: step 11"]
     assert body.count("<details><summary><pre") == 3  # the long one of each

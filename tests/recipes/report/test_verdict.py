@@ -27,7 +27,7 @@ def test_the_interval_is_newcombes():
         (
             300,
             "better",
-            "It learned: accuracy on 500 held-out problems rose from 40.0 % to 60.0 %, by +20.0 points",
+            "It learned: accuracy on 500 held-out problems rose from 40.0 % to 60.0 %, by 20.0 points",
         ),
         (
             210,
@@ -37,7 +37,7 @@ def test_the_interval_is_newcombes():
         (
             100,
             "worse",
-            "It got worse: accuracy on 500 held-out problems fell from 40.0 % to 20.0 %, by −20.0 points",
+            "It got worse: accuracy on 500 held-out problems fell from 40.0 % to 20.0 %, by 20.0 points",
         ),
     ],
 )
