@@ -14,6 +14,7 @@ def run_folder(root, name="char-count", *, gain=0.4, steps=40):
     """Every kind of figure that the report knows, words from outside that would be marks, and long completions."""
     folder = RunFolder(root / name)
     folder.path.mkdir(parents=True)
+    folder.metrics.append({"warm_start": {"step": 1, "loss": 2.5}})  # a line of before step 0, without a step
     _evaluate(folder, 0, 0.43)
     for step in range(1, steps + 1):
         learnt = gain * (1 - math.exp(-3 * step / steps))

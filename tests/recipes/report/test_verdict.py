@@ -5,7 +5,7 @@ import math
 import pytest
 
 from recipes.report.verdict import difference_of_shares, parting, verdict
-from recipes.training.accuracy import wilson
+from recipes.training.evaluation import wilson
 
 
 def evaluated(step, right, total=500):
