@@ -25,6 +25,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
 )
 
 from recipes.config.load import EXIT_STATUS, ConfigError, RunConfig, load_config
+from recipes.problems import visible
 
 WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 
@@ -148,7 +149,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         print(error, file=sys.stderr)
         return EXIT_STATUS
     except (RunError, HeadBypassed, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
 
     if not _took_every_step(trainer):

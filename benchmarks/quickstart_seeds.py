@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from recipes.config.load import RunConfig, load_config  # noqa: E402
 from recipes.models.generation import by_transformers  # noqa: E402
 from recipes.models.precision import Precision  # noqa: E402
-from recipes.tracking.run_folder import RunFolder, environment  # noqa: E402
+from recipes.tracking.environment import environment  # noqa: E402
+from recipes.tracking.run_folder import RunFolder  # noqa: E402
 from recipes.training.evaluation import evaluator  # noqa: E402
 from recipes.training.warm_start import warm_start  # noqa: E402
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from recipes.models.checkpoint import require_base
+from recipes.problems import visible
 from recipes.report.model_card import model_card
 
 LOGITS_TOLERANCE = {
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> int:
         if options.gguf:
             print(gguf(options.run))
     except (ExportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0
 

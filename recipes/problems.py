@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -44,7 +45,7 @@ class Problem:
             text += f" (value {show(self.value)})"
         if self.remedy:
             text += f"; {self.remedy}"
-        return " ".join(text.split())  # a value with line breaks stays on one line
+        return visible(" ".join(text.split()))  # a value with line breaks stays on one line
 
 
 class ConfigError(ValueError):
@@ -81,6 +82,20 @@ def show(value: Any, limit: int = 80) -> str:
     else:
         text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def visible(text: str) -> str:
+    """The text with every character that could steer a terminal or turn the reading direction as its escape, `\\x1b`.
+
+    Line breaks and tabs stay. Half a surrogate pair, which no file could be written with, is escaped too.
+    """
+    return "".join(
+        repr(c)[1:-1] if c not in "\n\t" and (c in _BIDI or unicodedata.category(c) in ("Cc", "Cs")) else c
+        for c in text
+    )
 
 
 def nearest(word: str, section: str, known: Iterable[str]) -> str:

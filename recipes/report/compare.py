@@ -1,8 +1,8 @@
-"""Two runs, or a few, side by side: a table in the terminal, and one picture and one HTML page of them together.
+"""Two to five runs side by side: tables in the terminal, and one picture and one HTML page of them together.
 
     python -m recipes.report.compare runs/quickstart runs/quickstart-full --out comparison
 
-writes comparison.png and comparison.html; without --out only the table is printed.
+prints tables, and from which step the trajectories part; with --out it writes comparison.png and comparison.html too.
 """
 
 from __future__ import annotations
@@ -15,23 +15,62 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
-from recipes.report.page import document, figures_table, image, summary_rows, table
+from recipes.problems import visible
+from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
+from recipes.report.verdict import parting, verdict
+from recipes.tracking import escape
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import summarize
+from recipes.tracking.summary import main_figures, summarize
+from recipes.tracking.table import Table
+
+MOST = 5  # runs whose lines can still be told apart
 
 
 def compare(
     paths: Sequence[str | Path], out: Path | None = None, console: Console | None = None
 ) -> Path | None:
-    """Prints the comparison; with `out` also writes out.png and out.html, and returns the page's path.
+    """Prints the comparison of two to five runs; with `out` writes out.png and out.html too, and returns the latter.
 
-    Raises FileNotFoundError, naming the folder, if one has no metrics.
+    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more than that.
     """
     console = console or Console()
-    runs = {}
+    runs = _read(paths)
+    summaries = [(name, summarize(records)) for name, records in runs.items()]
+    tables = [
+        main_figures(summaries, "figures"),
+        config_differences(list(runs), [Path(path) / "config.yaml" for path in paths]),
+    ]
+    for table in tables:
+        console.print(table.terminal())
+    (first, records), *others = runs.items()
+    partings = [parting(first, records, name, other) for name, other in others]
+    for sentence in partings:
+        console.print(escape.terminal(sentence))
+    if out is None:
+        return None
+    plot_overlay(runs, out.with_name(out.name + ".png"))
+    page = out.with_name(out.name + ".html")
+    text = render(
+        "comparison",
+        title=" against ".join(runs),
+        partings=partings,
+        runs=[(name, verdict(run)) for name, run in runs.items()],
+        figures=figures(runs),
+        tables=tables,
+    )
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each run, by a name that no other of them has."""
+    if not 2 <= len(paths) <= MOST:
+        raise ValueError(f"runs: {len(paths)} given; give two to {MOST} run folders")
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError(f"runs: {', '.join(map(str, paths))}: a folder is given twice; leave one out")
+    runs: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         folder = RunFolder(path)
         records = folder.metrics.read()
@@ -39,33 +78,18 @@ def compare(
             raise FileNotFoundError(f"{path}: no metrics.jsonl with a line in it; give the folders of runs")
         name = folder.path.name if folder.path.name not in runs else str(folder.path)
         runs[name] = records
-    summaries = [(name, summarize(records)) for name, records in runs.items()]
-    differences = config_differences([Path(path) / "config.yaml" for path in paths])
-    for part in (_figures(summaries), _differences(list(runs), differences)):
-        console.print(part)
-    if out is None:
-        return None
-    picture = plot_overlay(runs, out.with_name(out.name + ".png"))
-    page = out.with_name(out.name + ".html")
-    parts = [
-        f"<h1>{' against '.join(runs)}</h1>",
-        figures_table(summaries),
-        image(picture, "the runs laid over each other"),
-        "<h2>What differs in their configurations</h2>",
-        table(["key", *runs], [[key, *values] for key, values in differences.items()]),
-    ]
-    page.write_text(document(" against ".join(runs), parts), encoding="utf-8")
-    return page
+    return runs
 
 
-def config_differences(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Dotted key -> its value in each configuration, for the keys in which they differ."""
+def config_differences(names: Sequence[str], paths: Sequence[Path]) -> Table:
+    """The keys in which configurations differ, with the value in each of them, a column a run."""
     flat = [
         _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {} for path in paths
     ]
-    keys = dict.fromkeys(key for data in flat for key in data)
-    rows = {key: [str(data.get(key, "–")) for data in flat] for key in keys if key != "run.name"}
-    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+    keys = dict.fromkeys(key for data in flat for key in data if key != "run.name")
+    rows = [(key, *(str(data.get(key, "–")) for data in flat)) for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    return Table(("key", *names), differing, "what differs in the configurations", numbers=False)
 
 
 def _flatten(data: Any, key: str = "") -> dict[str, Any]:
@@ -77,21 +101,6 @@ def _flatten(data: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
-def _figures(summaries: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    rich_table = Table("", *(name for name, _ in summaries), title="figures", title_justify="left")
-    columns = [summary_rows(summary) for _, summary in summaries]
-    for rows in zip(*columns, strict=True):
-        rich_table.add_row(rows[0][0], *(value for _, value in rows))
-    return rich_table
-
-
-def _differences(names: list[str], differences: dict[str, list[str]]) -> Table:
-    rich_table = Table("key", *names, title="what differs in the configurations", title_justify="left")
-    for key, values in differences.items():
-        rich_table.add_row(key, *values)
-    return rich_table
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report.compare", description="runs side by side")
@@ -100,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     try:
         page = compare(options.runs, options.out)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
+    except (FileNotFoundError, ValueError) as error:
+        print(visible(str(error)), file=sys.stderr)
         return 2
     if page is not None:
         print(page)

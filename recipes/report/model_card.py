@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from recipes.report.page import environment_rows
-from recipes.tracking.meters import MEANING
+from recipes.tracking import escape
+from recipes.tracking.environment import environment_table
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import figures_before_and_after, summarize
-from recipes.tracking.terminal import format_mib
+from recipes.tracking.summary import before_and_after, by_phase, summarize
 
 
 def model_card(run: Path) -> str:
@@ -25,11 +23,11 @@ def model_card(run: Path) -> str:
     config = yaml.safe_load(text)
     parts = [
         _front_matter(config),
-        f"# {run.name}",
+        f"# {escape.markdown(run.name)}",
         _opening(config),
         _figures(summarize(folder.metrics.read())),
         _head(folder),
-        _table(("where it ran", ""), environment_rows(folder.read_json("environment.json") or {})),
+        environment_table(folder.read_json("environment.json") or {}).markdown(),
         f"## Configuration\n\n```yaml\n{text}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -49,7 +47,7 @@ def _front_matter(config: dict[str, Any]) -> str:
 
 def _opening(config: dict[str, Any]) -> str:
     model, adapters = config["model"], config.get("lora")
-    what = model.get("name") or "A small Llama made from nothing"
+    what = escape.markdown(model.get("name") or "A small Llama made from nothing")
     how = f"adapters of rank {adapters['r']}" if adapters else "every weight"
     warm = " after a supervised start on right answers" if config["run"].get("warm_start") else ""
     return (
@@ -66,18 +64,7 @@ def _figures(summary: dict[str, Any]) -> str:
     said = f"{summary['steps']} optimizer steps"
     if problems:
         said += f"; greedy accuracy on {problems} problems that training never saw, with its 95 % interval"
-    rows = figures_before_and_after(summary)
-    phases = [
-        (phase, f"{seconds:.1f}", _peak(summary, phase)) for phase, seconds in summary["seconds"].items()
-    ]
-    phases.append(("all", f"{summary['seconds_total']:.1f}", ""))
-    memory = MEANING[summary["memory_figure"]]
-    return f"{said}.\n\n{_table(('', 'before', 'after'), rows)}\n\n{_table(('phase', 'seconds', memory), phases)}"
-
-
-def _peak(summary: dict[str, Any], phase: str) -> str:
-    value = summary["memory"].get(phase, {}).get(summary["memory_figure"])
-    return "–" if value is None else format_mib(value)
+    return f"{said}.\n\n{before_and_after(summary).markdown()}\n\n{by_phase(summary).markdown()}"
 
 
 def _head(folder: RunFolder) -> str:
@@ -90,8 +77,3 @@ def _head(folder: RunFolder) -> str:
         f"The head was called {calls['calls']} times. Against full logits in float64 at the start: largest error of a "
         f"log-probability {errors['logprob_error']:.1e}, error of the gradient {errors['gradient_error']:.1e}."
     )
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
-    return "\n".join([cells[0], "|" + "---|" * len(header), *cells[1:]])

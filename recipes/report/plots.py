@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recipes.report.svg import smooth
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES
 
@@ -50,8 +51,19 @@ def plot_overlay(runs: dict[str, Records], path: Path) -> Path:
             _draw_reward(reward, records, colour, label=name)
             _draw_accuracy(accuracy, records, colour)
             steps, peaks = highest_peaks(records)
-            memory.plot(steps, peaks, color=colour, marker=".", markersize=4, linewidth=1)
-        memory.set_title(f"memory: {_figure_title(next(iter(runs.values())))}")
+            memory.plot(
+                steps,
+                peaks,
+                color=colour,
+                marker=".",
+                markersize=4,
+                linewidth=1,
+                label=_figure_title(records),
+            )
+        kinds = dict.fromkeys(map(_figure_title, runs.values()))
+        memory.set_title(f"memory: {next(iter(kinds))}" if len(kinds) == 1 else "memory")
+        if len(kinds) > 1:
+            memory.legend(loc="best")
         memory.set_ylabel("MiB")
         reward.legend(loc="best")
         _finish(figure, " against ".join(runs), (reward, accuracy, memory))
@@ -130,13 +142,6 @@ def highest_peaks(records: Records) -> tuple[list[int], list[float]]:
             steps.append(record["step"])
             peaks.append(max(values))
     return steps, peaks
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Centred means over about a twentieth of the points; as many points as before."""
-    half = len(values) // 40
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _headline(records: Records) -> str:

@@ -1,27 +1,39 @@
-"""A run in a few figures, from the lines of its metrics.jsonl."""
+"""A run in a few figures, from the lines of its metrics.jsonl, and the tables of them that are shown."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from recipes.tracking.meters import HEADLINE
+from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES
+from recipes.tracking.table import Table
 
 _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's figures begin
+
+
+def logged_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that a logged optimizer step left, those of an evaluation alone aside.
+
+    Its reward may be null: not a number, where every reward function of the batch gave none.
+    """
+    return [record for record in records if "reward" in record or "time" in record]
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the final table; a figure that was never measured is None.
 
     before and after: all figures of the evaluation before training, and of the last one. reward first and last are
-    means over a tenth of the logged steps (at least one), since one batch says little. seconds: summed by phase
-    over all steps. memory: MiB by phase and figure, the peak over the run.
+    means over a tenth of the logged steps that have one (at least one), since one batch says little. seconds: summed
+    by phase over all steps. memory: MiB by phase and figure, the peak over the run.
     """
-    logged = [record for record in records if record.get("reward") is not None]
+    logged = logged_steps(records)
+    rewarded = [record for record in logged if record.get("reward") is not None]
     evaluations = [record for record in records if record.get("accuracy") is not None]
     before = _evaluation(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else {}
     after = _evaluation(evaluations[-1]) if evaluations and evaluations[-1]["step"] > 0 else {}
-    few = max(1, len(logged) // 10)
+    few = max(1, len(rewarded) // 10)
+    first, last = rewarded[:few], rewarded[-few:]
     seconds = dict.fromkeys(PHASES, 0.0)
     memory: dict[str, dict[str, float]] = {}
     for record in logged:
@@ -38,11 +50,11 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracy_after": after.get("accuracy"),
         "before": before,
         "after": after,
-        "reward_first": mean([record["reward"] for record in logged[:few]]),
-        "reward_last": mean([record["reward"] for record in logged[-few:]]),
+        "reward_first": mean([record["reward"] for record in first]),
+        "reward_last": mean([record["reward"] for record in last]),
         "reward_window": few,
-        "rewards_first": _means([record.get("rewards") or {} for record in logged[:few]]),
-        "rewards_last": _means([record.get("rewards") or {} for record in logged[-few:]]),
+        "rewards_first": _means([record.get("rewards") or {} for record in first]),
+        "rewards_last": _means([record.get("rewards") or {} for record in last]),
         "seconds": {phase: value for phase, value in seconds.items() if value},
         "seconds_total": sum(seconds.values()),
         "memory": memory,
@@ -61,8 +73,8 @@ def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     return {name: mean([value for row in rows if (value := row.get(name)) is not None]) for name in names}
 
 
-def figures_before_and_after(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of a table: what was measured, before and after; an interval stands behind its figure.
+def before_and_after(summary: dict[str, Any]) -> Table:
+    """What was measured, before and after; an interval stands behind its figure.
 
     The evaluations first, then the reward and each of its functions over the first and the last steps.
     """
@@ -75,10 +87,54 @@ def figures_before_and_after(summary: dict[str, Any]) -> list[tuple[str, str, st
     window = f"reward (mean of {summary['reward_window']} logged steps)"
     rows.append((window, format_figure(summary["reward_first"]), format_figure(summary["reward_last"])))
     first, last = summary["rewards_first"], summary["rewards_last"]
-    return rows + [
+    rows += [
         (f"  {name}", format_figure(first.get(name)), format_figure(last.get(name)))
         for name in {**first, **last}
     ]
+    return Table(("", "before", "after"), rows)
+
+
+def by_phase(summary: dict[str, Any]) -> Table:
+    """Seconds, share of the time and every memory figure by phase; the device's headline figure comes first."""
+    memory = summary["memory"]
+    figures = sorted({figure for peaks in memory.values() for figure in peaks})
+    figures.sort(key=lambda figure: figure != summary["memory_figure"])
+    total = summary["seconds_total"] or 1.0
+    rows = []
+    for phase in (phase for phase in PHASES if phase in summary["seconds"]):
+        seconds = summary["seconds"][phase]
+        peaks = [format_mib(memory.get(phase, {}).get(figure)) for figure in figures]
+        rows.append((phase, f"{seconds:.1f}", f"{100 * seconds / total:.0f} %", *peaks))
+    highest = [format_mib(highest_peak(summary, figure)) for figure in figures]
+    rows.append(("all", f"{summary['seconds_total']:.1f}", "", *highest))
+    return Table(("phase", "seconds", "share", *(MEANING.get(figure, figure) for figure in figures)), rows)
+
+
+def main_figures(runs: Sequence[tuple[str, dict[str, Any]]], title: str = "") -> Table:
+    """The main figures of summaries by name, a column each. Memory has a row for each kind of figure there is."""
+    columns = [_main_figures(summary) for _, summary in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, *(column.get(name, "–") for column in columns)) for name in names]
+    return Table(("", *(name for name, _ in runs)), rows, title)
+
+
+def _main_figures(summary: dict[str, Any]) -> dict[str, str]:
+    figure, steps = summary["memory_figure"], summary["steps"]
+    return {
+        "optimizer steps": str(steps),
+        "accuracy before": format_figure(summary["accuracy_before"]),
+        "accuracy after": format_figure(summary["accuracy_after"]),
+        "reward, first tenth of the steps": format_figure(summary["reward_first"]),
+        "reward, last tenth": format_figure(summary["reward_last"]),
+        "training time": f"{summary['seconds_total']:.1f} s",
+        "time a step": f"{summary['seconds_total'] / steps:.3f} s" if steps else "–",
+        f"highest {MEANING[figure]}": format_mib(highest_peak(summary, figure)),
+    }
+
+
+def highest_peak(summary: dict[str, Any], figure: str) -> float | None:
+    """The highest value of a memory figure over the phases, MiB; None if it was never measured."""
+    return max((peaks[figure] for peaks in summary["memory"].values() if figure in peaks), default=None)
 
 
 def _with_interval(figures: dict[str, Any], name: str) -> str:
@@ -90,6 +146,13 @@ def _with_interval(figures: dict[str, Any], name: str) -> str:
 def format_figure(value: float | None) -> str:
     """Three decimals, or a dash for what was not measured."""
     return "–" if value is None else f"{value:.3f}"
+
+
+def format_mib(value: float | None) -> str:
+    """MiB in readable units, or a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value / 1024:.2f} GiB" if value >= 1024 else f"{value:.1f} MiB"
 
 
 def mean(values: list[float]) -> float | None:

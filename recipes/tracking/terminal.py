@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from recipes.tracking.meters import MEANING
-from recipes.tracking.phases import PHASES
+from recipes.tracking import escape
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import figures_before_and_after
+from recipes.tracking.summary import before_and_after, by_phase, format_mib
 
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
@@ -84,45 +82,7 @@ class Progress:
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:
     """The final table: accuracy and reward before and after, time and peak memory by phase, the folder."""
     console = console or Console()
-    figures = Table(title=f"{folder.path.name}: {summary['steps']} steps", title_justify="left")
-    figures.add_column("")
-    figures.add_column("before", justify="right")
-    figures.add_column("after", justify="right")
-    for row in figures_before_and_after(summary):
-        figures.add_row(*(escape(cell) for cell in row))
-    console.print(figures)
-    console.print(phase_table(summary))
-    console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-
-
-def phase_table(summary: dict[str, Any]) -> Table:
-    """Seconds, share of the time and every memory figure by phase."""
-    names = sorted({figure for figures in summary["memory"].values() for figure in figures})
-    names.sort(key=lambda name: name != summary["memory_figure"])
-    table = Table()
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
-    for name in names:
-        table.add_column(MEANING.get(name, name), justify="right")
-    total = summary["seconds_total"] or 1.0
-    for phase in PHASES:
-        if phase in summary["seconds"]:
-            peaks = summary["memory"].get(phase, {})
-            cells = [format_mib(peaks[name]) if name in peaks else "–" for name in names]
-            seconds = summary["seconds"][phase]
-            table.add_row(phase, f"{seconds:.1f}", f"{100 * seconds / total:.0f} %", *cells)
-    table.add_row(
-        "all", f"{summary['seconds_total']:.1f}", "", *(_highest(summary["memory"], name) for name in names)
-    )
-    return table
-
-
-def _highest(memory: dict[str, dict[str, float]], figure: str) -> str:
-    values = [figures[figure] for figures in memory.values() if figure in figures]
-    return format_mib(max(values)) if values else "–"
-
-
-def format_mib(value: float) -> str:
-    """MiB in readable units."""
-    return f"{value / 1024:.2f} GiB" if value >= 1024 else f"{value:.1f} MiB"
+    title = f"{folder.path.name}: {summary['steps']} steps"
+    console.print(replace(before_and_after(summary), title=title).terminal())
+    console.print(by_phase(summary).terminal())
+    console.print(escape.terminal(f"run folder: {folder.path}"), soft_wrap=True)

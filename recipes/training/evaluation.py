@@ -24,6 +24,7 @@ import torch
 
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Generate, Sampling, by_transformers
+from recipes.problems import visible
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
@@ -150,6 +151,6 @@ def show(config: RunConfig, place: str) -> int:
     try:
         print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0

@@ -74,7 +74,7 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
         "| accuracy | 0.125 [0.100, 0.400] | 0.250 [0.100, 0.400] |",
         "| accuracy, lenient | 0.500 | 0.500 |",
         "|   integer | 0.750 | 0.750 |",
-        "| forward | 2.5 | 96.0 MiB |",
+        "| forward | 2.5 | 100 % | 96.0 MiB |",
         "called 7 times",
         "2.0e-07",
         "a CPU",

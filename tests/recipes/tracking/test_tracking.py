@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 
 from recipes.config.schema import LoraSection, TrackingConfig
 from recipes.tracking import reporters as trackers
+from recipes.tracking.files import LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
-from recipes.tracking.run_folder import LinesFile, MetricsFile, RunFolder
+from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import summarize
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.callbacks import AccuracyEvery
@@ -246,6 +247,17 @@ def test_summary_of_nothing():
     summary = summarize([])
     assert summary["reward_first"] is None
     assert summary["steps"] == 0
+
+
+def test_a_step_with_a_null_reward_keeps_its_seconds_and_memory():
+    def step(number, reward):
+        memory = {"forward": {"tensor_peak_mib": 10.0 * number}}
+        return {"step": number, "reward": reward, "time": {"forward": 2.0}, "memory": memory}
+
+    summary = summarize([{"step": 0, "accuracy": 0.5}, step(1, 0.25), step(2, 0.75), step(3, None)])
+    assert (summary["steps"], summary["seconds"]) == (3, {"forward": 6.0})
+    assert summary["memory"] == {"forward": {"tensor_peak_mib": 30.0}}
+    assert (summary["reward_first"], summary["reward_last"]) == (0.25, 0.75)
 
 
 # Trackers

@@ -8,7 +8,7 @@ import pytest
 from recipes.models.generation import Sampling
 from recipes.tasks.countdown import Countdown
 from recipes.tasks.gsm8k import Gsm8k
-from recipes.tracking.summary import figures_before_and_after, summarize
+from recipes.tracking.summary import before_and_after, summarize
 from recipes.training.evaluation import (
     complete,
     greedy_figures,
@@ -123,7 +123,7 @@ def test_summary_keeps_every_figure_of_first_and_last_evaluation():
     ]
     summary = summarize(lines)
     assert (summary["before"], summary["after"]) == (figures, {**figures, "accuracy": 0.6})
-    assert figures_before_and_after(summary) == [
+    assert before_and_after(summary).rows == [
         ("accuracy", "0.500 [0.400, 0.600]", "0.600 [0.400, 0.600]"),
         ("pass@4", "0.700", "0.700"),
         ("reward (mean of 1 logged steps)", "1.000", "3.000"),

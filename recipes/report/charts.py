@@ -1,0 +1,261 @@
+"""What the report draws: a run's records as charts, for one run or for several laid over each other.
+
+A chart of one run may have several lines, coloured by what they are. Of several runs every line becomes a chart
+of its own, in which the colours are the runs. A chart whose figures were never logged is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes.tracking.meters import HEADLINE, MEANING
+from recipes.tracking.phases import PHASES
+from recipes.tracking.summary import summarize
+
+Record = dict[str, Any]
+Records = list[Record]
+Read = Callable[[Record], float | None]
+_THIN = 0.015  # share of the time below which a phase has no area of its own
+_PLANNED = {  # phase -> the plan's name of the phase in whose height it counts
+    "generation": "generation",
+    "scoring": "scoring without gradient",
+    "forward": "forward, loss and backward",
+    "backward": "forward, loss and backward",
+    "optimizer": "optimizer",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values over steps.
+
+    low, high: the ends of a band around them, or of a bar at each where they are `measured` now and then.
+    aside: it goes with the chart's other line, and is drawn fainter.
+    """
+
+    name: str
+    colour: int
+    steps: list[int]
+    values: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    measured: bool = False
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over steps. unit: "" or "%", for shares of 0 to 1. named: the lines' names stand at their ends."""
+
+    title: str
+    note: str
+    lines: list[Line]
+    unit: str = ""
+    named: bool = True
+
+
+@dataclass(frozen=True)
+class Areas:
+    """Seconds a step by phase, stacked. top: the axis ends there, the same for every run beside it."""
+
+    title: str
+    note: str
+    steps: list[int]
+    seconds: dict[str, list[float]]
+    top: float
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """MiB by phase: one value a run (None: not measured), and what was planned."""
+
+    title: str
+    note: str
+    phases: list[str]
+    measured: list[list[float | None]]
+    planned: list[float | None]
+
+
+Chart = Lines | Areas | Peaks
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One line of a chart, as it is read from a record; the other members are Line's."""
+
+    name: str
+    value: Read
+    low: Read | None = None
+    high: Read | None = None
+    measured: bool = False
+    aside: bool = False
+
+    def line(self, name: str, colour: int, records: Records) -> Line | None:
+        kept = [(record, value) for record in records if (value := self.value(record)) is not None]
+        if not kept:
+            return None
+        steps, values = [record["step"] for record, _ in kept], [value for _, value in kept]
+        low, high = (_ends(end, kept) for end in (self.low, self.high))
+        return Line(name, colour, steps, values, low, high, self.measured, self.aside)
+
+
+def _ends(read: Read | None, kept: list[tuple[Record, float]]) -> list[float]:
+    """One end of a band, at the value itself where it was not logged; nothing without a band."""
+    if read is None:
+        return []
+    return [value if (end := read(record)) is None else end for record, value in kept]
+
+
+def _at(*keys: str | int) -> Read:
+    """Reads a value below these keys; None where one is missing."""
+
+    def read(record: Any) -> float | None:
+        for key in keys:
+            try:
+                record = record[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return record
+
+    return read
+
+
+def _trl(name: str) -> Read:
+    return _at("trl", name)
+
+
+def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list[Chart]:
+    """What was learned, what became of the policy, what it cost. plan: a run folder's plan.json, for one run alone."""
+    records = [record for run in runs.values() for record in run]
+    quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
+    return [*_drawn(runs, quantities), *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
+
+
+_Quantity = tuple[str, str, str, list[_Series]]  # title, note, unit, lines
+
+
+def _rewards(records: Records, *, spread: bool) -> Iterator[_Quantity]:
+    """The reward, and each of its functions unless it is the whole of it; with their spread over a batch."""
+    names = dict.fromkeys(name for record in records for name in record.get("rewards") or {})
+    whole = [name for name in names if all(_same(r.get("reward"), _at("rewards", name)(r)) for r in records)]
+    note = "mean and spread (one deviation) of a batch" if spread else "mean of a batch"
+    only = f"; only {whole[0]} counts" if len(whole) == 1 else ""
+    found = [("Reward", note + only, _at("reward"), _at("reward_std"))]
+    found += [
+        (f"Reward by {name}", note, _at("rewards", name), _trl(f"rewards/{name}/std"))
+        for name in names
+        if name not in whole
+    ]
+    for title, said, value, deviation in found:
+        beside = [_Series("spread", deviation, aside=True)] if spread else []
+        yield title, said, "", [_Series("mean", value), *beside]
+
+
+def _same(one: float | None, two: float | None) -> bool:
+    return one == two if one is None or two is None else math.isclose(one, two, rel_tol=1e-6)
+
+
+def _accuracies(records: Records) -> Iterator[_Quantity]:
+    evaluated = dict.fromkeys(
+        key
+        for record in records
+        for key in record
+        if key.startswith(("accuracy", "pass@", "maj@")) and not key.endswith(("_interval", "_problems"))
+    )
+    lines = [
+        _Series(
+            key.replace("accuracy_", ""),
+            _at(key),
+            low=_at(f"{key}_interval", 0),
+            high=_at(f"{key}_interval", 1),
+            measured=True,
+        )
+        for key in evaluated
+    ]
+    yield "Accuracy", "held-out problems, 95 % interval", "%", lines
+
+
+def _policy() -> Iterator[_Quantity]:
+    yield "Entropy", "of the policy, nats a token", "", [_Series("entropy", _at("entropy"))]
+    yield "KL", "from the reference policy, nats a token", "", [_Series("KL", _at("kl"))]
+    shortest, longest = _trl("completions/min_length"), _trl("completions/max_length")
+    length = _Series("length", _at("completion_length"), shortest, longest)
+    yield "Completion length", "tokens: mean, shortest to longest", "", [length]
+    shares = [_Series("cut off", _at("clipped_share")), _Series("no gradient", _at("zero_std_share"))]
+    yield "Lost shares", "completions cut off, groups without a gradient", "%", shares
+    clipped = [_Series(side, _trl(f"clip_ratio/{side}_mean")) for side in ("low", "high")]
+    yield "Clipped ratios", "share of tokens, below and above the clip range", "%", clipped
+    name = "sampling/importance_sampling_ratio"
+    sampled = _Series("ratio", _trl(f"{name}/mean"), low=_trl(f"{name}/min"), high=_trl(f"{name}/max"))
+    yield "Trainer to sampler", "probability ratio: mean, lowest to highest", "", [sampled]
+
+
+def _tokens() -> Iterator[_Quantity]:
+    yield "Tokens a second", "of the whole step", "", [_Series("tokens/s", _at("tokens", "per_second"))]
+    kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
+    yield "Tokens a step", "computed, and those that are no padding or repeat", "", kinds
+    share = _Series("left out", _at("tokens", "left_out_share"))
+    yield "Left out", "share of completion tokens without a gradient", "%", [share]
+
+
+def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterator[Lines]:
+    """One run: a chart a quantity. Several: a chart for each of its lines."""
+    for title, note, unit, series in quantities:
+        if len(runs) == 1:
+            (records,) = runs.values()
+            lines = [line for i, one in enumerate(series) if (line := one.line(one.name, i, records))]
+            if lines:
+                yield Lines(title, note, lines, unit, named=len(lines) > 1)
+            continue
+        for one in series:
+            lines = [line for i, (name, run) in enumerate(runs.items()) if (line := one.line(name, i, run))]
+            if lines:
+                alone = len(series) == 1 or one.name == title.lower()
+                yield Lines(title if alone else f"{title}: {one.name}", note, lines, unit, named=False)
+
+
+def _times(runs: dict[str, Records]) -> list[Areas]:
+    stacks = {name: _stack(records) for name, records in runs.items()}
+    totals = [sum(values) for _, seconds in stacks.values() for values in zip(*seconds.values())]
+    top = 1.05 * max(totals, default=0.0)
+    return [
+        Areas(
+            "Time by phase" if len(runs) == 1 else f"Time by phase: {name}",
+            "seconds a step",
+            steps,
+            seconds,
+            top,
+        )
+        for name, (steps, seconds) in stacks.items()
+        if steps
+    ]
+
+
+def _stack(records: Records) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps and seconds a step by phase; a phase of next to no time counts as other."""
+    timed = [record for record in records if record.get("time")]
+    seconds = {phase: [record["time"].get(phase, 0.0) for record in timed] for phase in PHASES}
+    total = sum(map(sum, seconds.values()))
+    thin = [phase for phase, values in seconds.items() if phase != "other" and sum(values) < _THIN * total]
+    for phase in thin:
+        seconds["other"] = [a + b for a, b in zip(seconds["other"], seconds.pop(phase))]
+    kept = {phase: values for phase, values in seconds.items() if any(values)}
+    return [record["step"] for record in timed], kept
+
+
+def _memory(runs: dict[str, Records], plan: dict[str, Any] | None) -> Iterator[Peaks]:
+    """A chart for each kind of figure: what a CPU's meter counts says nothing beside a GPU's."""
+    summaries = [summarize(records) for records in runs.values()]
+    for figure in dict.fromkeys(HEADLINE.values()):
+        of = [s["memory"] if s["memory_figure"] == figure else {} for s in summaries]
+        phases = [p for p in PHASES if any(figure in memory.get(p, {}) for memory in of)]
+        if not phases:
+            continue
+        measured = [[memory.get(p, {}).get(figure) for p in phases] for memory in of]
+        sizes = (plan or {}).get("phases", {}) if len(runs) == 1 else {}
+        planned = [None if (size := sizes.get(_PLANNED.get(p, ""))) is None else size / 2**20 for p in phases]
+        note = MEANING[figure] + (", and the plan (◆)" if any(planned) else "")
+        yield Peaks("Memory by phase", note, phases, measured, planned)

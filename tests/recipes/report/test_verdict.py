@@ -1,0 +1,91 @@
+"""What a run comes to, and from which step two part."""
+
+import math
+
+import pytest
+
+from recipes.report.verdict import difference_of_shares, parting, verdict
+from recipes.training.evaluation import wilson
+
+
+def evaluated(step, right, total=500):
+    figures = {"accuracy": right / total, "accuracy_interval": list(wilson(right, total))}
+    return {"step": step, **figures, "accuracy_problems": total}
+
+
+def test_the_interval_is_newcombes():
+    """Table II of his paper, method 10: 56 of 70 against 48 of 80, and none against none."""
+    low, high = difference_of_shares(48 / 80, wilson(48, 80), 56 / 70, wilson(56, 70))
+    assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
+    low, high = difference_of_shares(0.0, wilson(0, 10), 0.0, wilson(0, 10))
+    assert (low, high) == (pytest.approx(-0.2775, abs=5e-5), pytest.approx(0.2775, abs=5e-5))
+
+
+@pytest.mark.parametrize(
+    ("right", "kind", "words"),
+    [
+        (
+            300,
+            "better",
+            "It learned: accuracy on 500 held-out problems rose from 40.0 % to 60.0 %, by 20.0 points",
+        ),
+        (
+            210,
+            "open",
+            "Not shown to have learned: accuracy on 500 held-out problems went from 40.0 % to 42.0 %",
+        ),
+        (
+            100,
+            "worse",
+            "It got worse: accuracy on 500 held-out problems fell from 40.0 % to 20.0 %, by 20.0 points",
+        ),
+    ],
+)
+def test_by_accuracy(right, kind, words):
+    found = verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, right)])
+    assert found.kind == kind
+    assert found.sentence.startswith(words)
+    interval = difference_of_shares(0.4, wilson(200, 500), right / 500, wilson(right, 500))
+    for end in interval:
+        assert f"{100 * end:+.1f}".replace("-", "−") in found.sentence
+
+
+def rewarded(rewards):
+    return [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
+
+
+def test_by_reward_where_accuracy_was_not_measured():
+    found = verdict(rewarded([0.1, 0.2, 0.3, 0.2, 0.1] * 2 + [0.9, 0.8, 0.9, 0.8, 0.9] * 2))
+    assert found.kind == "better"
+    assert "from 0.180 to 0.860, by +0.680" in found.sentence
+    variance = sum((x - 0.18) ** 2 for x in [0.1, 0.2, 0.3, 0.2, 0.1] * 2) / 9
+    variance += sum((x - 0.86) ** 2 for x in [0.9, 0.8, 0.9, 0.8, 0.9] * 2) / 9
+    assert f"{0.68 - 1.959964 * math.sqrt(variance / 10):+.3f} to" in found.sentence
+    assert verdict(rewarded([0.5, 0.6] * 10)).kind == "open"
+
+
+def test_too_few_steps_are_not_judged():
+    assert verdict(rewarded([0.1, 0.9])).sentence.startswith("Too few steps to judge: 2 with a reward.")
+    assert verdict([evaluated(0, 200)]).sentence.startswith("Too few steps to judge: 0 with a reward.")
+
+
+def steps(*figures):
+    return [
+        {"step": step, "reward": reward, "loss": loss, "rewards": {"a": reward}, "completion_length": 5.0}
+        for step, (reward, loss) in enumerate(figures, 1)
+    ]
+
+
+def test_parting():
+    run = steps((0.5, 0.1), (0.6, 0.2), (0.7, 0.3))
+    assert parting("a", run, "b", run).endswith("equal to the last bit in all 3 logged steps that both have.")
+    said = parting("a", run, "b", steps((0.5, 0.1), (0.6, 0.2), (0.8, 0.3)))
+    assert said.startswith("a and b part at step 3,")
+    assert said.endswith("every logged step before it is equal to the last bit.")
+    said = parting("a", run, "b", steps((0.5, 0.1), (0.6, 0.2 + 1e-9), (0.8, 0.3)))
+    assert said.startswith("a and b part at step 3,")
+    assert said.endswith("differs from step 2 on.")
+    said = parting("a", run, "b", steps((0.5, 0.1), (0.6, 0.2 + 1e-9)))
+    assert "same rewards and lengths in all 2 logged steps" in said
+    assert said.endswith("differs from step 2 on.")
+    assert parting("a", run, "b", []) == "a and b have no logged step in common."
