@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -109,22 +108,42 @@ def text_of(completion: Any) -> str:
 
 def numbers(text: str) -> list[Fraction]:
     """Every number of the text, left to right. Currency, units and percent signs are left aside."""
+    return [number for place in _places(text) for number in _read(*place)]
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last of them; of a long text no more is worked out."""
+    for place in reversed(_places(text)):
+        if found := _read(*place):
+            return found[-1]
+    return None
+
+
+def only_number(text: str) -> Fraction | None:
+    """The number of a text that has just one."""
+    found: list[Fraction] = []
+    for place in _places(text):
+        found += _read(*place)
+        if len(found) > 1:
+            return None
+    return found[0] if found else None
+
+
+def _places(text: str) -> list[tuple[re.Match[str], int]]:
+    """Where numbers stand, each with the end of the one before it (0: it is the first)."""
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
-    return list(_read(text))
+    matches = [match for match in _NUMBER.finditer(text) if not match["other"]]
+    return list(zip(matches, [0, *(match.end() for match in matches)]))
 
 
-def _read(text: str) -> Iterator[Fraction]:
-    end = 0  # of the number before, if one came
-    for match in _NUMBER.finditer(text):
-        if match["other"]:
-            continue
-        *before, last = _ungrouped(match["value"])
-        values = [_decimal(digits) for digits in before] + [_value(match, last)]
-        if values[0] is not None and _is_negative(match, text, end):
-            values[0] = -values[0]
-        end = match.end()
-        yield from (value for value in values if value is not None)
+def _read(match: re.Match[str], end: int) -> list[Fraction]:
+    """The numbers of one place; several if what groups the digits is no grouping, none for what is no number."""
+    *before, last = _ungrouped(match["value"])
+    values = [_decimal(digits) for digits in before] + [_value(match, last)]
+    if values[0] is not None and _is_negative(match, end):
+        values[0] = -values[0]
+    return [value for value in values if value is not None]
 
 
 def _ungrouped(run: str) -> list[str]:
@@ -146,7 +165,9 @@ def _ungrouped(run: str) -> list[str]:
 
 def _decimal(digits: str) -> Fraction | None:
     """None for more digits than a number has."""
-    return Fraction(digits) if len(digits) <= MAX_DIGITS else None
+    if len(digits) > MAX_DIGITS:
+        return None
+    return Fraction(digits) if "." in digits else Fraction(int(digits))
 
 
 def _value(match: re.Match[str], digits: str) -> Fraction | None:
@@ -175,7 +196,7 @@ def _exponent(text: str) -> int | None:
     return int(text) if short and abs(int(text)) <= MAX_EXPONENT else None
 
 
-def _is_negative(match: re.Match[str], text: str, end: int) -> bool:
+def _is_negative(match: re.Match[str], end: int) -> bool:
     """Whether the sign is the number's own, and does not subtract it from the one that ends at `end`."""
     word = (match["word"] or "").strip().lower()
     sign = match["sign"] or ""
@@ -183,6 +204,7 @@ def _is_negative(match: re.Match[str], text: str, end: int) -> bool:
         return True
     if not word and "-" not in sign:
         return False
+    text = match.string
     gap = text[end : match.start()] if end and match.start() - end < 40 else "?"
     unit = _UNIT.fullmatch(gap)
     if unit and (word or not unit["word"] or len(sign) > 1):
@@ -244,15 +266,13 @@ def boxed(text: str) -> str | None:
 def strict_answer(text: str) -> Fraction | None:
     """The one number in the answer tag. None without a tag, or with no number or several in it."""
     content = answer_tag(text)
-    found = numbers(content) if content is not None else []
-    return found[0] if len(found) == 1 else None
+    return only_number(content) if content is not None else None
 
 
 def lenient_answer(text: str) -> Fraction | None:
     """The number that a reader would take for the answer; None if the text has none."""
     hashes = text.rpartition("####")
-    for part in (boxed(text), hashes[2] if hashes[1] else None, answer_tag(text)):
-        if part is not None and (found := numbers(part)):
-            return found[-1]
-    found = numbers(text)
-    return found[-1] if found else None
+    for part in (boxed(text), hashes[2] if hashes[1] else None, answer_tag(text), text):
+        if part is not None and (found := last_number(part)) is not None:
+            return found
+    return None
