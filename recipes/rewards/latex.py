@@ -25,7 +25,7 @@ _WRAPPERS = re.compile(
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
-    (re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0])} "),
+    (re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0])}"),
     (re.compile("\u2044"), "/"),
     (re.compile(r"[\u2010-\u2015\u2212\ufe63\uff0d]"), "-"),
     (re.compile(r"\s*+(?:°|º|\^\s*+(?:\{\s*+)?\\(?:circ|degree)(?:\s*+\})?|\\degree(?![A-Za-z]))"), " "),
@@ -125,14 +125,21 @@ def _formulas(pieces: list[str]) -> list[str]:
     """What counts of a text whose odd `pieces` stood between dollars: its formulas, or the text as a whole."""
     outside, inside = pieces[::2], [piece for piece in pieces[1::2] if piece.strip()]
     if all(_JOIN.fullmatch(piece) for piece in outside):
-        return [part for piece in inside for part in split_outside(piece, ";")]
+        return _joined(inside, outside[1:-1])
     if any(character.isdigit() for piece in outside for character in piece):
         return ["".join(pieces)]  # 24 $cm^2$
     known = [piece for piece in inside if not _is_unit(piece)] or inside
     between = outside[1:-1]
     if len(known) == len(inside) and all(_JOIN.fullmatch(piece) for piece in between):
-        return known
+        return _joined(known, between)
     return known[-1:]
+
+
+def _joined(formulas: list[str], between: list[str]) -> list[str]:
+    """Formulas apart where `;` or a name tells them apart; one list, its order free, where a comma or a word does."""
+    if any(";" in piece for piece in between) or any("=" in formula for formula in formulas):
+        return [part for formula in formulas for part in split_outside(formula, ";")]
+    return split_outside(", ".join(formulas), ";")
 
 
 def _is_unit(text: str) -> bool:
@@ -200,10 +207,10 @@ def _without_words(text: str) -> str | None:
     kept = [chunks[index] for index in full]
     if len(full) < 2:
         return kept[0] if kept else None
-    between = [match["word"].lower() for match in words[full[0] : full[-1]]]
-    if between[-1] in _VERBS:
+    if words[full[-1] - 1]["word"].lower() in _VERBS:
         return kept[-1]
-    return ", ".join(kept) if all(word in ("and", "or") for word in between) else None
+    joined = all(words[index - 1]["word"].lower() in ("and", "or") for index in full[1:])
+    return ", ".join(kept) if joined else None
 
 
 def _is_word(match: re.Match[str]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import And, Basic, Eq, MatrixBase, Rational, UnevaluatedExpr
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from recipes.rewards.latex import split_outside
@@ -66,7 +67,7 @@ def _claimed(found: Any) -> list[Any]:
     """The sides of an equation, or of a chain of them, that are numbers."""
     relations = found.args if isinstance(found, And) else [found]
     sides = [side for relation in relations if isinstance(relation, Eq) for side in relation.args]
-    return [side for side in sides if isinstance(side, Basic) and not side.free_symbols]
+    return [side for side in sides if isinstance(side, Basic) and not side.free_symbols | side.atoms(AppliedUndef)]
 
 
 def _apart(known: Any, found: Any) -> bool:
