@@ -12,10 +12,10 @@ The contract is TRL's: `function(completions, **columns)` returns one finite num
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
-from recipes.rewards.time_limit import TimeLimitReached, time_limit
+from recipes.rewards.call import Fault, Reward, Values, call, call_async, isolate, isolate_async, said, show
 
 Reward = Callable[..., Sequence[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
@@ -51,7 +51,11 @@ class RewardOptions(BaseModel):
         description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
         "by the task's own weights",
     )
-    reward_seconds: float = Field(10.0, gt=0, description="time limit of one call of a reward function")
+    reward_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="time limit of one call of a reward function, and once more for its completions one by one",
+    )
     reward_failures: float = Field(
         0.05, ge=0, le=1, description="share of completions a reward may fail on before the run stops"
     )
@@ -87,14 +91,28 @@ def _import(name: str) -> Reward:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except (
+        BaseException
+    ) as error:  # a module of the user's may do anything while it is imported, exit included
+        missing = isinstance(error, AttributeError) or getattr(error, "name", None) in _packages(module)
         remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
         )
-        raise ConfigError([Problem("task.rewards", f"cannot be imported ({error})", name, remedy)]) from error
+        if not missing:
+            remedy = f"mend {module}, which is there: python -c 'import {module}' shows where it fails"
+        message = f"cannot be imported (it {said(error)})"
+        raise ConfigError([Problem("task.rewards", message, name, remedy)]) from error
     if not callable(found):
         raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found
+
+
+def _packages(module: str) -> list[str]:
+    """a.b.c as a, a.b and a.b.c: the names that an import of it looks for."""
+    names = module.split(".")
+    return [".".join(names[: count + 1]) for count in range(len(names))]
 
 
 def check(
@@ -110,11 +128,9 @@ def check(
     columns = _columns(rows)
     given: dict[str, list[float | None]] = {}
     for name, function in functions.items():
-        if inspect.iscoroutinefunction(function):
-            continue  # TRL runs those on an event loop of its own
-        fault = _fault(function, completions, columns, seconds)
-        if isinstance(fault, list):
-            given[name] = fault
+        found = _now(function, call, call_async)(function, completions, columns, seconds)
+        if isinstance(found, list):
+            given[name] = found
             continue
         for index, completion in enumerate(completions):  # which completion it was
             alone = _fault(function, [completion], _alone(columns, index, len(completions)), seconds)
@@ -122,6 +138,18 @@ def check(
                 raise RewardError(f"reward {name}: {alone}; the completion was {_show(completion)}")
         raise RewardError(f"reward {name}: {fault}; the first completion was {_show(completions[0])}")
     return given
+
+
+def _now(function: Reward, plain: Any, waiting: Any) -> Any:
+    """How a function is called from here: a coroutine is run to its end, in a thread that has no event loop yet."""
+    if not inspect.iscoroutinefunction(function):
+        return plain
+
+    def run(*arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: asyncio.run(waiting(*arguments))).result()
+
+    return run
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,12 +223,19 @@ class Guarded:
         self._function, self._seconds, self._share = function, seconds, share
         self.scored = self.failed = 0
 
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+    def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""
-        values = _fault(self._function, completions, columns, self._seconds)
-        faults: list[tuple[str, Any]] = []
-        if isinstance(values, str):
-            values = self._one_by_one(completions, columns, faults)
+        found = call(self._function, completions, columns, self._seconds)
+        if isinstance(found, Fault):
+            alone = isolate(self._function, completions, columns, self._seconds)
+            return self._settle(completions, alone, columns)
+        return self._settle(completions, found, columns)
+
+    def _settle(
+        self, completions: list[Any], found: Sequence[float | Fault | None], columns: Mapping[str, Any]
+    ) -> Values:
+        """Count and log the faults; the values, None in their places."""
+        faults = [(one, text) for one, text in zip(found, completions) if isinstance(one, Fault)]
         self.scored += len(completions)
         self.failed += len(faults)
         log = columns.get("log_metric")
@@ -230,7 +265,7 @@ class Guarded:
         if self.failed > allowed or self.failed > max(self._share, 0.5) * self.scored:
             raise RewardError(
                 f"reward {self.__name__}: failed on {self.failed} of {self.scored} completions, more than "
-                f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {_show(completion)}"
+                f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {show(completion)}"
             )
 
 

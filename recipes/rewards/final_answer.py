@@ -17,6 +17,7 @@ what it took is judged afterwards.
 
 from __future__ import annotations
 
+import collections
 import re
 import unicodedata
 from fractions import Fraction
@@ -38,7 +39,9 @@ _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]
 
 def _fraction(match: re.Match[str]) -> str:
     """A LaTeX fraction as `1/2`; what is not made of two numbers is nothing that could be read."""
-    above, below = (_SIMPLE.fullmatch(match[name] or match[f"{name}_digit"] or "") for name in ("above", "below"))
+    above, below = (
+        _SIMPLE.fullmatch(match[name] or match[f"{name}_digit"] or "") for name in ("above", "below")
+    )
     if above is None or below is None:
         return " ? "
     sign = "-" if (above[1] == "-") != (below[1] == "-") else ""
@@ -218,10 +221,8 @@ _ANSWER = re.compile(r"<answer>(?P<content>(?:(?!</?answer>).)*+)</answer>", re.
 
 def answer_tag(text: str) -> str | None:
     """What stands in the last `<answer>…</answer>`, None without one."""
-    last = None
-    for last in _ANSWER.finditer(text):
-        pass
-    return last["content"].strip() if last else None
+    found = collections.deque(_ANSWER.finditer(text), maxlen=1)
+    return found[0]["content"].strip() if found else None
 
 
 _BRACES = re.compile(r"\\(?P<box>boxed|fbox)(?![A-Za-z])\s*+(?P<brace>\{?+)|\\.|[{}]", re.DOTALL)

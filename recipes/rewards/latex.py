@@ -34,7 +34,8 @@ _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
     *(
         (re.compile(sign), rf"\\{command} ")
         for sign, command in {
-            "×": "times", "[·⋅]": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm",
+            "×": "times",
+            "[·⋅]": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm",
         }.items()
     ),
 )  # fmt: skip
@@ -53,15 +54,21 @@ _GROUPED = re.compile(
     r"(?<![\w.^])[1-9][0-9]{0,2}"
     r"(?:(?:\\[,;:! ]|\{,\}(?:\\!)?+|,\\!|~|[ \u00a0\u2007\u2009\u202f])[0-9]{3}(?![0-9]))++"
 )
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt max min gcd lcm mod det".split()
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FUNCTIONS = _words(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt max min gcd lcm mod det"
 )
-_UNITS = frozenset(
+_UNITS = _words(
     "cm mm km m dm nm in ft yd mi kg g mg lb lbs oz s sec min h hr hrs ms L l mL ml kL Hz N J W V A K C F Pa cal "
-    "mph kph cents".split()
+    "mph kph cents"
 )
-_SHORT = frozenset("is of or in to at on by an be so it we no".split())  # words of two letters
-_VERBS = frozenset("is are be equals get have was".split())
+_SHORT = _words("is of or in to at on by an be so it we no")  # words of two letters
+_VERBS = _words("is are be equals get have was")
 _WORD = re.compile(
     r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+)?+"
     r"(?!\s*+[+*=^_(<>{\[]|\s*+/|\s+-|[\w'-])"

@@ -67,14 +67,18 @@ def _claimed(found: Any) -> list[Any]:
     """The sides of an equation, or of a chain of them, that are numbers."""
     relations = found.args if isinstance(found, And) else [found]
     sides = [side for relation in relations if isinstance(relation, Eq) for side in relation.args]
-    return [side for side in sides if isinstance(side, Basic) and not side.free_symbols | side.atoms(AppliedUndef)]
+    return [
+        side for side in sides if isinstance(side, Basic) and not side.free_symbols | side.atoms(AppliedUndef)
+    ]
 
 
 def _apart(known: Any, found: Any) -> bool:
     """Whether two numbers differ that are equal after rounding: exactly, or where there are decimals by a share."""
     if isinstance(found, Eq):
         found = found.rhs
-    pair = [value for value in (known, found) if isinstance(value, Basic) and not isinstance(value, MatrixBase)]
+    pair = [
+        value for value in (known, found) if isinstance(value, Basic) and not isinstance(value, MatrixBase)
+    ]
     if len(pair) < 2 or any(value.free_symbols or value.has(UnevaluatedExpr) for value in pair):
         return False
     try:

@@ -94,9 +94,7 @@ class Verifier:
             raise RuntimeError("math-verify does not answer; install it: pip install 'math-verify>=0.9'")
         return self._process
 
-    def _ask(
-        self, process: subprocess.Popen[bytes], question: dict[str, Any], seconds: float
-    ) -> bool | None:
+    def _ask(self, process: subprocess.Popen[bytes], question: dict[str, Any], seconds: float) -> bool | None:
         """The verdict, None if there is none in time. A process that owes an answer is never asked again.
 
         Whatever ends the wait, a time limit or Ctrl-C included, ends the process: its late answer would be read
