@@ -130,8 +130,10 @@ def _values(given: Any, wanted: int) -> Values | Fault:
         return Fault(f"returned {show(given)}; {_REMEDY}")
     found = list(itertools.islice(iterator, wanted + 1))  # a generator may have no end
     if len(found) != wanted:
-        count = f"more than {wanted}" if len(found) > wanted and not hasattr(given, "__len__") else None
-        count = count or (len(given) if hasattr(given, "__len__") else len(found))
+        endless = len(found) > wanted and not hasattr(given, "__len__")
+        count = (
+            f"more than {wanted}" if endless else str(len(given) if hasattr(given, "__len__") else len(found))
+        )
         return Fault(f"returned {count} values for {wanted} completion(s); return one for each")
     values: Values = []
     for index, value in enumerate(found):

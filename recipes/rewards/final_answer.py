@@ -68,9 +68,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
 )
 
 # Digits with what may group them; whether they are grouped well is looked at afterwards.
-_RUN = (
-    r"[0-9]++(?:,[0-9]++|[_'’][0-9]{3}(?![0-9_])|[ ][0-9]{3}(?![0-9]|-[A-Za-z]))*+(?:\.[0-9]++)?+|\.[0-9]++"
-)
+_RUN = r"[0-9]++(?:,[0-9]++|[_'’][0-9]{3}(?![0-9])|[ ][0-9]{3}(?![0-9]|-[A-Za-z]))*+(?:\.[0-9]++)?+|\.[0-9]++"
 _POWER = r"\s?+ \^ \s*+ (?: \{{ \s*+ (?P<{0}> [-+]?[0-9]++ ) \s*+ \}} | (?P<{0}_bare> [-+]?[0-9]++ ) )"
 _NUMBER = re.compile(
     rf"""

@@ -224,6 +224,8 @@ def _is_word(match: re.Match[str]) -> bool:
     """Whether letters are a word of language or a unit, and no product of variables or a function."""
     word, before = match["word"], match.string[max(0, match.start() - 8) : match.start()]
     apart = not before or before[-1] in " \n,.;:"
+    if word in ("I", "a"):
+        return apart and re.match(r" [a-z]{3}", match.string[match.end() : match.end() + 4]) is not None
     if word in _UNITS and (apart or len(word) > 1) and re.search(r"[0-9}).]\s*+$", before):
         return len(word) > 1 or _END.match(match.string, match.end()) is not None
     if match["power"] or not apart or word.lower() in _FUNCTIONS:

@@ -15,6 +15,7 @@ import atexit
 import itertools
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -31,6 +32,7 @@ from recipes.rewards.latex import MAX_ANSWER, parts, plain
 START_SECONDS = 120.0  # importing a computer algebra system, on a busy machine
 MAX_CHARACTERS = 4000  # of an unboxed completion's end, where the answer stands
 MAX_MEMORY = 4 * 2**30  # bytes of address space; a tower of powers would take all there is
+_FULL_STOP = re.compile(r"(?<=[0-9])\.(?=\s|$)")  # 24/5. would be read as 24 over the decimal 5.
 _known_parts = lru_cache(maxsize=4096)(parts)
 
 
@@ -49,7 +51,7 @@ class Verifier:
         found = boxed(completion)
         if found is not None:
             return self.same_answer(gold, found)
-        text = plain(completion[-MAX_CHARACTERS:])
+        text = _FULL_STOP.sub("", plain(completion[-MAX_CHARACTERS:]))
         return self._verdict({"gold": _known_parts(gold), "text": text})
 
     def same_answer(self, gold: str, answer: str) -> bool | None:

@@ -1,11 +1,15 @@
 """LaTeX answers: what is equal, what hangs, and data of several shapes."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
 from recipes.problems import ConfigError
+from recipes.rewards.final_answer import boxed
+from recipes.rewards.latex import gold_text
 from recipes.rewards.math_verifier import Verifier
 from recipes.tasks.math import Math, boxed_once
 
@@ -15,6 +19,8 @@ def make(**options):
 
 
 TASK = make(dataset="none")
+
+CASES = Path(__file__).parents[4] / "shared" / "cases" / "math_answers.jsonl"
 
 
 @pytest.mark.parametrize(
