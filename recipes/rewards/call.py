@@ -10,6 +10,7 @@ of that means the same here. Only Ctrl-C passes through.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import math
@@ -34,6 +35,13 @@ class Fault:
 
     what: str
     index: int | None = None
+
+
+def is_async(function: Reward) -> bool:
+    """Whether a call has to be awaited: a coroutine function, a partial of one, or an object with such a `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def call(

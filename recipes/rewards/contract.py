@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
-from recipes.rewards.call import Fault, Reward, Values, call, call_async, isolate, isolate_async, said, show
+from recipes.rewards.call import (
+    Fault,
+    Reward,
+    Values,
+    call,
+    call_async,
+    is_async,
+    isolate,
+    isolate_async,
+    said,
+    show,
+)
 
 Reward = Callable[..., Sequence[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
@@ -142,7 +152,7 @@ def check(
 
 def _now(function: Reward, plain: Any, waiting: Any) -> Any:
     """How a function is called from here: a coroutine is run to its end, in a thread that has no event loop yet."""
-    if not inspect.iscoroutinefunction(function):
+    if not is_async(function):
         return plain
 
     def run(*arguments: Any) -> Any:

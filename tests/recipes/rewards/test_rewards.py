@@ -1,6 +1,7 @@
 """The contract of a reward function: before training every breach is named, during training it costs completions."""
 
 import asyncio
+import functools
 import inspect
 import re
 import signal
@@ -16,6 +17,7 @@ from tiny import tiny_trainer
 from recipes.problems import ConfigError
 from recipes.rewards.contract import (
     FIRST_VERDICT,
+    AsyncGuarded,
     Guarded,
     RewardError,
     RewardOptions,
@@ -283,7 +285,9 @@ def test_a_coroutine_is_guarded_too():
     async def fragile(completions, **_):
         return [1.0 / (text != "one") for text in completions]
 
-    (guarded,) = guard({"fragile": fragile}, RewardOptions(reward_failures=1.0))
+    options = RewardOptions(reward_failures=1.0)
+    guarded, partly = guard({"fragile": fragile, "partly": functools.partial(fragile, x=1)}, options)
+    assert isinstance(partly, AsyncGuarded)
     assert inspect.iscoroutinefunction(type(guarded).__call__)
     assert asyncio.run(guarded(completions=TEXTS)) == [1.0, None, 1.0]
     assert (guarded.scored, guarded.failed) == (3, 1)
