@@ -18,10 +18,14 @@ bounded = settings(
     max_examples=150, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 PIECES = (
-    r"\frac", r"\boxed", r"\text", r"\left", r"\times", r"\,", r"\ ", r"\$", r"\%", "{", "}", "(", ")", "[", "]", "$", "€", "#",
-    "####", "<answer>", "</answer>", "<think>", "</think>", "0", "1", "12", "000", "999", ",", ".", "/", "-", "−", "–", "+", "*",
-    "**", "^", "_", "=", "%", "e", "E", "k", "M", " ", "  ", "\n", "\u00a0", "½", "²", "٣", "x", "m", "cm", "minus", "negative",
-    "million", "and", "or", "is", "The answer is", "0x", "√", "π", "°", "|", "&", ";", ":", "'", "\\", "\x00", "\x1b[31m",
+    r"\frac", r"\boxed", r"\text", r"\left", r"\times", r"\,", r"\ ", r"\$", r"\%", "{", "}", "(", ")", "[",
+    "]", "$", "€", "#",
+    "####", "<answer>", "</answer>", "<think>", "</think>", "0", "1", "12", "000", "999", ",", ".", "/", "-",
+    "−", "–", "+", "*",
+    "**", "^", "_", "=", "%", "e", "E", "k", "M", " ", "  ", "\n", "\u00a0", "½", "²", "٣", "x", "m", "cm",
+    "minus", "negative",
+    "million", "and", "or", "is", "The answer is", "0x", "√", "π", "°", "|", "&", ";", ":", "'", "\\", "\x00",
+    "\x1b[31m",
 )  # fmt: skip
 texts = st.one_of(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.text(max_size=60))
 
@@ -115,8 +119,8 @@ def test_latex_is_cleaned_without_an_exception(text):
 def test_the_datas_answer_is_text_or_refused(value):
     try:
         text = gold_text(value)
-    except ValueError as error:
-        assert str(error).startswith("is ")
+    except ValueError:
+        assert not isinstance(value, str) or not value.strip()
         return
     assert text.strip()
     assert isinstance(value, str) or Fraction(text) == Fraction(str(value))
