@@ -94,16 +94,21 @@ async def isolate_async(
     return [_alone(found, seconds) for found in alone]
 
 
+def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The row of one of `count` completions, of the columns that a reward is called with."""
+    return {
+        name: values[index]
+        for name, values in columns.items()
+        if isinstance(values, list) and len(values) == count
+    }
+
+
 def _singles(
     completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     for index, completion in enumerate(completions):
-        one = {
-            key: [value[index]]
-            for key, value in columns.items()
-            if isinstance(value, list) and len(value) == len(completions)
-        }
-        yield [completion], {**columns, **one}
+        row = row_at(columns, index, len(completions))
+        yield [completion], {**columns, **{name: [value] for name, value in row.items()}}
 
 
 def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:

@@ -16,7 +16,8 @@ import asyncio
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,6 @@ from recipes.rewards.call import (
     show,
 )
 
-Reward = Callable[..., Sequence[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
 
 
@@ -103,9 +103,7 @@ def _import(name: str) -> Reward:
         found = getattr(importlib.import_module(module), function)
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # a module of the user's may do anything while it is imported, exit included
+    except BaseException as error:  # a module may do anything while it is imported, exit included
         missing = isinstance(error, AttributeError) or getattr(error, "name", None) in _packages(module)
         remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
@@ -142,11 +140,14 @@ def check(
         if isinstance(found, list):
             given[name] = found
             continue
-        for index, completion in enumerate(completions):  # which completion it was
-            alone = _fault(function, [completion], _alone(columns, index, len(completions)), seconds)
-            if isinstance(alone, str):
-                raise RewardError(f"reward {name}: {alone}; the completion was {_show(completion)}")
-        raise RewardError(f"reward {name}: {fault}; the first completion was {_show(completions[0])}")
+        if found.index is None:  # which completion it was
+            alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
+            faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
+            found = faults[0] if faults else found
+        which = "first completion" if found.index is None else "completion"
+        raise RewardError(
+            f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
+        )
     return given
 
 
@@ -176,48 +177,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The row of one of `count` completions, of the columns that a reward is called with."""
-    return {
-        name: values[index]
-        for name, values in columns.items()
-        if isinstance(values, list) and len(values) == count
-    }
-
-
-def _alone(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The columns for one completion by itself."""
-    return {**columns, **{name: [value] for name, value in row_at(columns, index, count).items()}}
-
-
-def _fault(
-    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
-) -> list[float | None] | str:
-    """The function's values, or in words what is wrong with them."""
-    try:
-        with time_limit(seconds):
-            values = function(completions=list(completions), **columns)
-    except TimeLimitReached:
-        return f"did not return within {seconds:g} s (task.reward_seconds)"
-    except Exception as error:  # a user's code may raise anything, and it all means the same here
-        return f"raised {type(error).__name__}: {error}"
-    return _judge(values, len(completions))
-
-
-def _judge(values: Any, wanted: int) -> list[float | None] | str:
-    try:
-        found = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        return f"returned {_show(values)}; return a list with one number, or None, per completion"
-    if len(found) != wanted:
-        return f"returned {len(found)} values for {wanted} completion(s); return one for each"
-    bad = [value for value in found if value is not None and not math.isfinite(value)]
-    return f"returned {bad[0]}; return a finite number, or None" if bad else found
-
-
-def _show(value: Any, limit: int = 300) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def too_many(failed: int, scored: int, share: float) -> bool:
+    """Whether the failures so far are more than that share allows."""
+    # One failure of eight in the first step is no share yet; half of what came is, at any time.
+    return failed > share * max(scored, FIRST_VERDICT) or failed > max(share, 0.5) * scored
 
 
 class Guarded:
@@ -252,38 +215,35 @@ class Guarded:
         if log is not None:
             log(f"reward_failures/{self.__name__}", float(len(faults)))
         if faults:
-            self._stop_past_share(*faults[-1])
-        return values
-
-    def _one_by_one(
-        self, completions: list[Any], columns: Mapping[str, Any], faults: list[tuple[str, Any]]
-    ) -> list[float | None]:
-        values: list[float | None] = []
-        for index, completion in enumerate(completions):
-            alone = _alone(columns, index, len(completions))
-            found = _fault(self._function, [completion], alone, self._seconds)
-            if isinstance(found, str):
-                faults.append((found, completion))
-                values.append(None)
-            else:
-                values += found
-        return values
+            fault, completion = faults[-1]
+            self._stop_past_share(fault.what, completion)
+        return [None if isinstance(one, Fault) else one for one in found]
 
     def _stop_past_share(self, fault: str, completion: Any) -> None:
-        # One failure of eight in the first step is no share yet; half of what came is, at any time.
-        allowed = self._share * max(self.scored, FIRST_VERDICT)
-        if self.failed > allowed or self.failed > max(self._share, 0.5) * self.scored:
+        if too_many(self.failed, self.scored, self._share):
             raise RewardError(
                 f"reward {self.__name__}: failed on {self.failed} of {self.scored} completions, more than "
                 f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {show(completion)}"
             )
 
 
+class AsyncGuarded(Guarded):
+    """The same for a coroutine function, which TRL awaits."""
+
+    async def __call__(self, completions: list[Any], **columns: Any) -> Values:  # type: ignore[override]
+        """The batch at once; one by one only if that fails."""
+        found = await call_async(self._function, completions, columns, self._seconds)
+        if isinstance(found, Fault):
+            alone = await isolate_async(self._function, completions, columns, self._seconds)
+            return self._settle(completions, alone, columns)
+        return self._settle(completions, found, columns)
+
+
 def guard(functions: Mapping[str, Reward], options: RewardOptions) -> list[Any]:
-    """The functions as the trainer gets them, each `Guarded`; a coroutine stays as it is, TRL awaits it."""
+    """The functions as the trainer gets them, each guarded."""
     return [
-        function
-        if inspect.iscoroutinefunction(function)
-        else Guarded(name, function, options.reward_seconds, options.reward_failures)
+        (AsyncGuarded if is_async(function) else Guarded)(
+            name, function, options.reward_seconds, options.reward_failures
+        )
         for name, function in functions.items()
     ]

@@ -16,15 +16,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
 
 _SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none, and no limit
 _AGAIN = 1.0  # seconds until code that caught the first signal and went on gets another
-
-Result = TypeVar("Result")
 
 
 class TimeLimitReached(BaseException):
@@ -66,12 +63,3 @@ def time_limit(seconds: float) -> Iterator[None]:
         if outer[0]:  # an alarm that was set before goes on
             left = outer[0] - (time.monotonic() - started)
             signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), outer[1])
-
-
-def within(seconds: float, judge: Callable[..., Result], *arguments: object) -> Result | None:
-    """What `judge(*arguments)` returns, None if it has not returned after `seconds`."""
-    try:
-        with time_limit(seconds):
-            return judge(*arguments)
-    except TimeLimitReached:
-        return None

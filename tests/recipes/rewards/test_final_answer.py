@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from recipes.rewards.final_answer import boxed, boxes, lenient_answer, numbers, strict_answer, text_of
-from recipes.tasks import gsm8k
+from recipes.tasks.gsm8k import Gsm8k
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
+GSM8K = Gsm8k(Gsm8k.Options(), 0)
 CASES = Path(__file__).parents[4] / "shared" / "cases" / "final_answers.jsonl"
 
 
@@ -134,17 +135,17 @@ def test_every_answer_of_the_real_data_in_every_form():
         for template in (*TEMPLATES, *(reasoning + prose for prose in PROSE)):
             text = template.format(gold)
             tagged = template in TEMPLATES
-            assert gsm8k.is_correct(text, {"answer": gold}) is tagged, text
-            assert gsm8k.is_correct_lenient(text, {"answer": gold}), text
+            assert GSM8K.is_correct(text, {"answer": gold}) is tagged, text
+            assert GSM8K.is_correct_lenient(text, {"answer": gold}), text
             other = {"answer": str(Fraction(gold.replace(",", "")) + 1)}
-            assert not gsm8k.is_correct(text, other), text
-            assert not gsm8k.is_correct_lenient(text, other), text
+            assert not GSM8K.is_correct(text, other), text
+            assert not GSM8K.is_correct_lenient(text, other), text
 
 
 @pytest.mark.skipif(not CASES.is_file(), reason="the cases are not beside this checkout (shared/cases)")
 def test_the_cases_beside_this_checkout():
     for case in map(json.loads, CASES.read_text().splitlines()):
         row = {"answer": case["gold"]}
-        judges = {"strict": gsm8k.is_correct, "lenient": gsm8k.is_correct_lenient}
+        judges = {"strict": GSM8K.is_correct, "lenient": GSM8K.is_correct_lenient}
         for name, judge in judges.items():
             assert name not in case or judge(case["completion"], row) is case[name], case

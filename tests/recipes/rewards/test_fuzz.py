@@ -11,7 +11,15 @@ from recipes.rewards.arithmetic import ExpressionError, parse
 from recipes.rewards.call import MAX_REWARD, Fault, call, one_line, show
 from recipes.rewards.final_answer import boxed, boxes, lenient_answer, numbers, strict_answer
 from recipes.rewards.latex import MAX_ANSWER, gold_text, parts, plain
-from recipes.tasks import countdown, countdown_tinyzero, gsm8k, math
+from recipes.tasks.char_count import CharCount
+from recipes.tasks.countdown import Countdown
+from recipes.tasks.countdown_tinyzero import TinyZero
+from recipes.tasks.gsm8k import Gsm8k
+from recipes.tasks.math import Math
+
+GSM8K, MATH = Gsm8k(Gsm8k.Options(), 0), Math(Math.Options(dataset="none"), 0)
+CHARACTERS = CharCount(CharCount.Options(), 0)
+COUNTDOWN, TINYZERO = Countdown(Countdown.Options(), 0), TinyZero(TinyZero.Options(), 0)
 
 # A seed that stands still and few examples: the same test every time, and seconds in all.
 bounded = settings(
@@ -68,21 +76,24 @@ def test_every_mixed_number_is_read_back(whole, above, below):
 def test_the_judges_of_gsm8k(text, gold):
     row = {"answer": str(gold)}
     for completion in (text, f"<answer>{text}</answer>", rf"\boxed{{{text}}}"):
-        assert gsm8k.is_correct(completion, row) <= gsm8k.is_correct_lenient(completion, row)
-        for reward in gsm8k.rewards.values():
+        assert GSM8K.is_correct(completion, row) <= GSM8K.is_correct_lenient(completion, row)
+        for reward in GSM8K.rewards.values():
             (value,) = reward([completion], answer=[str(gold)])
             assert -10 < value <= 1
 
 
 @bounded
 @given(texts, st.lists(st.integers(1, 30), min_size=3, max_size=3), st.integers(1, 90))
-def test_the_judges_of_countdown(text, numbers_given, target):
+def test_the_judges_of_countdown_and_of_counting(text, numbers_given, target):
     for completion in (text, f"<answer>{text}</answer>", f"1+{text}"):
         small = {"numbers": numbers_given, "target": target}
-        assert countdown.is_correct(completion, small) in (True, False)
+        assert COUNTDOWN.is_correct(completion, small) in (True, False)
         row = {"nums": numbers_given, "target": target}
-        strict = countdown_tinyzero.is_correct(completion, row)
-        assert strict <= countdown_tinyzero.is_correct_lenient(completion, row)
+        assert CHARACTERS.is_correct(completion, {"count": 3}) <= CHARACTERS.is_correct_lenient(
+            completion, {"count": 3}
+        )
+        strict = TINYZERO.is_correct(completion, row)
+        assert strict <= TINYZERO.is_correct_lenient(completion, row)
 
 
 @bounded
@@ -132,12 +143,12 @@ def test_the_judge_of_mathematics(text):
     started = time.monotonic()
     row = {"answer": "7"}
     for completion in (text, rf"\boxed{{{text}}}"):
-        strict = math.is_correct(completion, row)
-        assert strict <= math.is_correct_lenient(completion, row)
+        strict = MATH.is_correct(completion, row)
+        assert strict <= MATH.is_correct_lenient(completion, row)
     # Two questions for each, three seconds at most and a new process for what was lost.
     assert time.monotonic() - started < 60
-    assert math.is_correct(r"\boxed{7.0}", row)
-    assert not math.is_correct(r"\boxed{8.0}", row)
+    assert MATH.is_correct(r"\boxed{7.0}", row)
+    assert not MATH.is_correct(r"\boxed{8.0}", row)
 
 
 values = st.recursive(

@@ -26,7 +26,9 @@ from recipes.rewards.contract import (
     guard,
     problems,
 )
+from recipes.rewards.signs import Signs
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
+from recipes.rewards.verdicts import judge_all
 from recipes.tasks.gsm8k import Gsm8k
 
 ROWS = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
@@ -254,13 +256,15 @@ def test_whatever_a_function_does_is_one_line(function, message):
 )
 def test_what_is_a_list_of_numbers_passes(function, values):
     assert check({"it": function}, ROWS, TEXTS, 5.0) == {"it": values}
-    (guarded,) = guard({"it": function})
+    (guarded,) = guard({"it": function}, RewardOptions())
     assert guarded(completions=TEXTS, answer=["0"] * 3) == values
 
 
 def test_a_function_that_empties_its_columns_takes_nothing_from_the_next():
     answers = ["0", "1", "2"]
-    (guarded,) = guard({"it": lambda completions, answer, **_: [float(answer.pop()) for _ in completions]})
+    (guarded,) = guard(
+        {"it": lambda completions, answer, **_: [float(answer.pop()) for _ in completions]}, RewardOptions()
+    )
     assert guarded(completions=TEXTS, answer=answers) == [2.0, 1.0, 0.0]
     assert answers == ["0", "1", "2"]
 
@@ -300,7 +304,7 @@ def test_ctrl_c_passes_through():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        guard({"it": interrupted})[0](completions=TEXTS)
+        guard({"it": interrupted}, RewardOptions())[0](completions=TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_a_module_that_fails_on_import_is_a_config_error(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
     with pytest.raises(ConfigError, match=line) as raised:
-        choose(RewardOptions(rewards={"broken_rewards.brevity": 1.0}), gsm8k.rewards, {})
+        choose({"broken_rewards.brevity": 1.0}, KNOWN)
     assert len(raised.value.lines) == 1
 
 
@@ -337,20 +341,35 @@ def test_the_limit_gives_an_alarm_of_the_caller_back():
     assert rang == [1]
 
 
-def test_the_limit_ends_what_keeps_the_interpreter_and_what_catches_everything():
-    assert within(0.3, re.match, r"(a|aa)+$", "a" * 60 + "b") is None
-    caught = []
+def test_the_limit_ends_what_keeps_the_interpreter():
+    with pytest.raises(TimeLimitReached), time_limit(0.3):
+        re.match(r"(a|aa)+$", "a" * 60 + "b")
 
-    def stubborn():
+
+def test_code_that_catches_the_limit_and_goes_on_is_told_again():
+    caught = []
+    with time_limit(0.2):
         while len(caught) < 2:
             try:
                 spin()
-            except BaseException:
-                caught.append(1)
-        return "at last"
+            except BaseException as error:
+                caught.append(type(error))
+    assert caught == [TimeLimitReached] * 2
 
-    assert within(0.2, stubborn) == "at last"
-    assert within(5.0, len, "abc") == 3
+
+def test_an_evaluation_has_the_limits_of_training():
+    rows = [{"answer": "a"}] * 100
+
+    def judge(completion, row):
+        return spin() if completion == "hangs" else completion == row["answer"]
+
+    options = RewardOptions(reward_seconds=0.1, reward_failures=0.02)
+    texts = ["a", "hangs", "b", *["a"] * 97]
+    assert judge_all(judge, texts, rows, options) == [True, False, False, *[True] * 97]
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"judge: did not return within 0\.1 s .* on 2 of 50 .*was 'hangs'"):
+        judge_all(judge, [*["a"] * 48, *["hangs"] * 52], rows, options)
+    assert time.monotonic() - started < 5
 
 
 def logs(**figures):
