@@ -81,7 +81,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.models.precision import Precision
     from recipes.report.page import write_report
     from recipes.tracking.tracker import RunFolder, print_summary, track
-    from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
+    from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
     from recipes.training.resume import FINISHED, is_finished, is_trained, require_same, restore
     from recipes.training.rewards import prepare
@@ -116,6 +116,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             trainer = make_trainer(config, arguments, rewards, task, model, tokenizer)
             trainer.add_callback(BypassGuard(handle))
             trainer.add_callback(interruption)
+            trainer.add_callback(SaySigns())
             tracker = track(trainer, folder, config.tracking)
             evaluate = evaluator(config, task, by_trainer(trainer))
             if config.run.evaluation.every is not None:

@@ -12,21 +12,31 @@ The contract is TRL's: `function(completions, **columns)` returns one finite num
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
-import inspect
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
-from recipes.rewards.time_limit import TimeLimitReached, time_limit
+from recipes.rewards.call import (
+    Fault,
+    Reward,
+    Values,
+    call,
+    call_async,
+    is_async,
+    isolate,
+    isolate_async,
+    said,
+    show,
+)
 
-Reward = Callable[..., Sequence[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
 
 
@@ -51,7 +61,11 @@ class RewardOptions(BaseModel):
         description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
         "by the task's own weights",
     )
-    reward_seconds: float = Field(10.0, gt=0, description="time limit of one call of a reward function")
+    reward_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="time limit of one call of a reward function, and once more for its completions one by one",
+    )
     reward_failures: float = Field(
         0.05, ge=0, le=1, description="share of completions a reward may fail on before the run stops"
     )
@@ -87,14 +101,26 @@ def _import(name: str) -> Reward:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may do anything while it is imported, exit included
+        missing = isinstance(error, AttributeError) or getattr(error, "name", None) in _packages(module)
         remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
         )
-        raise ConfigError([Problem("task.rewards", f"cannot be imported ({error})", name, remedy)]) from error
+        if not missing:
+            remedy = f"mend {module}, which is there: python -c 'import {module}' shows where it fails"
+        message = f"cannot be imported (it {said(error)})"
+        raise ConfigError([Problem("task.rewards", message, name, remedy)]) from error
     if not callable(found):
         raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found
+
+
+def _packages(module: str) -> list[str]:
+    """a.b.c as a, a.b and a.b.c: the names that an import of it looks for."""
+    names = module.split(".")
+    return [".".join(names[: count + 1]) for count in range(len(names))]
 
 
 def check(
@@ -110,18 +136,31 @@ def check(
     columns = _columns(rows)
     given: dict[str, list[float | None]] = {}
     for name, function in functions.items():
-        if inspect.iscoroutinefunction(function):
-            continue  # TRL runs those on an event loop of its own
-        fault = _fault(function, completions, columns, seconds)
-        if isinstance(fault, list):
-            given[name] = fault
+        found = _now(function, call, call_async)(function, completions, columns, seconds)
+        if isinstance(found, list):
+            given[name] = found
             continue
-        for index, completion in enumerate(completions):  # which completion it was
-            alone = _fault(function, [completion], _alone(columns, index, len(completions)), seconds)
-            if isinstance(alone, str):
-                raise RewardError(f"reward {name}: {alone}; the completion was {_show(completion)}")
-        raise RewardError(f"reward {name}: {fault}; the first completion was {_show(completions[0])}")
+        if found.index is None:  # which completion it was
+            alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
+            faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
+            found = faults[0] if faults else found
+        which = "first completion" if found.index is None else "completion"
+        raise RewardError(
+            f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
+        )
     return given
+
+
+def _now(function: Reward, plain: Any, waiting: Any) -> Any:
+    """How a function is called from here: a coroutine is run to its end, in a thread that has no event loop yet."""
+    if not is_async(function):
+        return plain
+
+    def run(*arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: asyncio.run(waiting(*arguments))).result()
+
+    return run
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -138,48 +177,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The row of one of `count` completions, of the columns that a reward is called with."""
-    return {
-        name: values[index]
-        for name, values in columns.items()
-        if isinstance(values, list) and len(values) == count
-    }
-
-
-def _alone(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The columns for one completion by itself."""
-    return {**columns, **{name: [value] for name, value in row_at(columns, index, count).items()}}
-
-
-def _fault(
-    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
-) -> list[float | None] | str:
-    """The function's values, or in words what is wrong with them."""
-    try:
-        with time_limit(seconds):
-            values = function(completions=list(completions), **columns)
-    except TimeLimitReached:
-        return f"did not return within {seconds:g} s (task.reward_seconds)"
-    except Exception as error:  # a user's code may raise anything, and it all means the same here
-        return f"raised {type(error).__name__}: {error}"
-    return _judge(values, len(completions))
-
-
-def _judge(values: Any, wanted: int) -> list[float | None] | str:
-    try:
-        found = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        return f"returned {_show(values)}; return a list with one number, or None, per completion"
-    if len(found) != wanted:
-        return f"returned {len(found)} values for {wanted} completion(s); return one for each"
-    bad = [value for value in found if value is not None and not math.isfinite(value)]
-    return f"returned {bad[0]}; return a finite number, or None" if bad else found
-
-
-def _show(value: Any, limit: int = 300) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def too_many(failed: int, scored: int, share: float) -> bool:
+    """Whether the failures so far are more than that share allows."""
+    # One failure of eight in the first step is no share yet; half of what came is, at any time.
+    return failed > share * max(scored, FIRST_VERDICT) or failed > max(share, 0.5) * scored
 
 
 class Guarded:
@@ -195,50 +196,54 @@ class Guarded:
         self._function, self._seconds, self._share = function, seconds, share
         self.scored = self.failed = 0
 
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+    def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""
-        values = _fault(self._function, completions, columns, self._seconds)
-        faults: list[tuple[str, Any]] = []
-        if isinstance(values, str):
-            values = self._one_by_one(completions, columns, faults)
+        found = call(self._function, completions, columns, self._seconds)
+        if isinstance(found, Fault):
+            alone = isolate(self._function, completions, columns, self._seconds)
+            return self._settle(completions, alone, columns)
+        return self._settle(completions, found, columns)
+
+    def _settle(
+        self, completions: list[Any], found: Sequence[float | Fault | None], columns: Mapping[str, Any]
+    ) -> Values:
+        """Count and log the faults; the values, None in their places."""
+        faults = [(one, text) for one, text in zip(found, completions) if isinstance(one, Fault)]
         self.scored += len(completions)
         self.failed += len(faults)
         log = columns.get("log_metric")
         if log is not None:
             log(f"reward_failures/{self.__name__}", float(len(faults)))
         if faults:
-            self._stop_past_share(*faults[-1])
-        return values
-
-    def _one_by_one(
-        self, completions: list[Any], columns: Mapping[str, Any], faults: list[tuple[str, Any]]
-    ) -> list[float | None]:
-        values: list[float | None] = []
-        for index, completion in enumerate(completions):
-            alone = _alone(columns, index, len(completions))
-            found = _fault(self._function, [completion], alone, self._seconds)
-            if isinstance(found, str):
-                faults.append((found, completion))
-                values.append(None)
-            else:
-                values += found
-        return values
+            fault, completion = faults[-1]
+            self._stop_past_share(fault.what, completion)
+        return [None if isinstance(one, Fault) else one for one in found]
 
     def _stop_past_share(self, fault: str, completion: Any) -> None:
-        # One failure of eight in the first step is no share yet; half of what came is, at any time.
-        allowed = self._share * max(self.scored, FIRST_VERDICT)
-        if self.failed > allowed or self.failed > max(self._share, 0.5) * self.scored:
+        if too_many(self.failed, self.scored, self._share):
             raise RewardError(
                 f"reward {self.__name__}: failed on {self.failed} of {self.scored} completions, more than "
-                f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {_show(completion)}"
+                f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {show(completion)}"
             )
 
 
+class AsyncGuarded(Guarded):
+    """The same for a coroutine function, which TRL awaits."""
+
+    async def __call__(self, completions: list[Any], **columns: Any) -> Values:  # type: ignore[override]
+        """The batch at once; one by one only if that fails."""
+        found = await call_async(self._function, completions, columns, self._seconds)
+        if isinstance(found, Fault):
+            alone = await isolate_async(self._function, completions, columns, self._seconds)
+            return self._settle(completions, alone, columns)
+        return self._settle(completions, found, columns)
+
+
 def guard(functions: Mapping[str, Reward], options: RewardOptions) -> list[Any]:
-    """The functions as the trainer gets them, each `Guarded`; a coroutine stays as it is, TRL awaits it."""
+    """The functions as the trainer gets them, each guarded."""
     return [
-        function
-        if inspect.iscoroutinefunction(function)
-        else Guarded(name, function, options.reward_seconds, options.reward_failures)
+        (AsyncGuarded if is_async(function) else Guarded)(
+            name, function, options.reward_seconds, options.reward_failures
+        )
         for name, function in functions.items()
     ]

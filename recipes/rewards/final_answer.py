@@ -1,94 +1,277 @@
-"""Reading the final answer out of a completion: as numbers, exactly, in the form asked for or wherever it stands.
+r"""Reading the final answer out of a completion: as numbers, exactly, in the form asked for or wherever it stands.
 
     strict     the one number inside the last `<answer>…</answer>`; anything else there is no answer
-    lenient    the last `\\boxed{…}`, else `####`, else the answer tag, else the last number of the text
+    lenient    the last `\boxed{…}`, else `####`, else the answer tag, else the last number of the text
 
-Numbers are compared as fractions: 3.0 is 3, 1,000 is 1000 and 0.5 is 1/2, and nothing is rounded.
+Numbers are compared as fractions: 3.0 is 3, 1,000 is 1000 and 0.5 is 1/2, and nothing is rounded. What is read:
+
+    digits        18, 1,234.50, 1,00,000, 1 000, 1'000, 1_000, 1{,}000, .5      ASCII digits only
+    fractions     1/2, 1 / 2, 3 1/2, 3½, \frac{1}{2}, \frac12, 2\frac{1}{2}
+    powers        1e3, 5\times10^3, 5 × 10³, 10^2                               not the exponent of a unit: m^2
+    magnitudes    5k, 1.2M, 1.2 million
+    signs         -5, −5, minus 5, - $5                                         not between two numbers: 10 - 15
+
+Every step takes time in proportion to the text: a pattern here never gives back what it has taken (`++`, `*+`), and
+what it took is judged afterwards.
 """
 
 from __future__ import annotations
 
+import collections
 import re
+import unicodedata
 from fractions import Fraction
 from typing import Any
 
 MAX_DIGITS = 40  # a number this long is noise, and endless digits cost quadratic time to convert
+MAX_EXPONENT = 100
 
-_GROUPED = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)"
-_PLAIN = r"\d+(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(
-    rf"(?<!\w)(?<!\d[./])(?P<sign>[-+]?)\s?[$€£¥]?(?P<minus>-?)(?P<value>{_GROUPED}|{_PLAIN})"
-    r"(?:(?:\s(?P<numerator>\d{1,9}))?/(?P<denominator>\d{1,9}))?(?![./]?\d)"
-)
-_ANSWER = re.compile(r"<answer>(?P<content>(?:(?!</?answer>).)*)</answer>", re.DOTALL)
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r"\1/\2"),
-    (re.compile(r"\\text\s*\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})"), ","),
+_MINUS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # hyphens, figure dash, en dash, minus signs
+_BLANK = r"\u00a0\u2007\u2009\u202f"  # no-break, figure, thin and narrow no-break space
+_RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+_LOWERED = str.maketrans(_RAISED, "0123456789-")
+_VULGAR = {
+    character: unicodedata.normalize("NFKC", character).replace("\u2044", "/")
+    for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"
+}
+_SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """A LaTeX fraction as `1/2`; what is not made of two numbers is nothing that could be read."""
+    above, below = (
+        _SIMPLE.fullmatch(match[name] or match[f"{name}_digit"] or "") for name in ("above", "below")
+    )
+    if above is None or below is None:
+        return " ? "
+    sign = "-" if (above[1] == "-") != (below[1] == "-") else ""
+    return f" {sign}{above[2]}/{below[2]}".replace(",", "")
+
+
+_PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Markdown → what _NUMBER knows
+    (re.compile(f"[{''.join(_VULGAR)}]"), lambda match: f" {_VULGAR[match[0]]}"),
+    (re.compile(r"[\u2044\u2215]"), "/"),
+    (re.compile(f"[{_MINUS}]"), "-"),
+    (re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|boldsymbol|bm|mbox)\s*+\{([^{}]*+)\}"), r" \1 "),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
+    (re.compile(rf"(?<=[0-9])(?:\{{,\}}(?:\\!)?+|,?+\\[,;:! ]|~|[{_BLANK}])(?=[0-9]{{3}}(?![0-9]))"), ","),
+    (re.compile(rf"\\[,;:! ]|~|[{_BLANK}]"), " "),
+    (
+        re.compile(
+            r"\\[dtc]?frac\s*+(?:\{(?P<above>[^{}]*+)\}|(?P<above_digit>[0-9]))"
+            r"\s*+(?:\{(?P<below>[^{}]*+)\}|(?P<below_digit>[0-9]))"
+        ),
+        _fraction,
+    ),
+    (re.compile(r"(?<=[\w)])\*\*(?=-?[0-9]{1,4}(?![\w*.,]))"), "^"),  # Python's power; other `**` are bold
     (re.compile(r"\\[$%]|\\[(\[)\]]|\*\*"), " "),
-    (re.compile(r"[\u2212\u2013](?=[$€£¥\s]?\d)"), "-"),
 )
+
+# Digits with what may group them; whether they are grouped well is looked at afterwards.
+_RUN = r"[0-9]++(?:,[0-9]++|[_'’][0-9]{3}(?![0-9])|[ ][0-9]{3}(?![0-9]|-[A-Za-z]))*+(?:\.[0-9]++)?+|\.[0-9]++"
+_POWER = r"\s?+ \^ \s*+ (?: \{{ \s*+ (?P<{0}> [-+]?[0-9]++ ) \s*+ \}} | (?P<{0}_bare> [-+]?[0-9]++ ) )"
+_NUMBER = re.compile(
+    rf"""
+    (?P<other> (?<!\w) 0 [xXoObB] [0-9A-Fa-f]++                  # hexadecimal is no decimal number
+             | \^ \s*+ (?: \{{ [^{{}}]*+ \}} | [-+]?[0-9]++ )?+ )       # nor is the exponent of a unit, as in m^2
+  | (?: (?P<word> (?<!\w) (?i:minus|negative) \s{{1,3}}+ ) | (?P<sign> (?<![-\w)\]}}]) [-+] [ \t]?+ ) )?+
+    (?: (?P<currency> [$€£¥₹] ) [ ]?+ (?P<minus> -?+ ) )?+
+    (?<!\w) (?P<value> {_RUN} )
+    (?: {_POWER.format("power")}
+      | (?P<raised> [{_RAISED}]++ )
+      | [eE] (?P<e> [-+]?[0-9]++ ) (?!\w)
+      | \s{{0,2}}+ (?: \\times | \\cdot | [×·*x] ) \s{{0,2}}+ 10
+        (?: {_POWER.format("ten")} | (?P<ten_raised> [{_RAISED}]++ ) )
+      | (?: [ ]{{1,4}}+ (?P<numerator> [0-9]++ ) )?+
+        [ ]?+ / [ ]?+ (?P<denominator> [0-9]++ (?: ,[0-9]{{3}} (?![0-9]) )*+ (?: \.[0-9]++ )?+ )
+    )?+
+    (?P<more> (?: [./][0-9]++ )*+ )                              # a date, a version
+    (?: (?(currency) [ ]?+ ) (?P<letter> [kKMBT] | bn ) (?!\w)
+      | \s{{1,4}}+ (?P<name> (?i: hundred | thousand | million | billion | trillion ) ) s?+ (?![\w-]) )?+
+    """,
+    re.VERBOSE,
+)
+_MAGNITUDES = {"hundred": 2, "k": 3, "thousand": 3, "m": 6, "million": 6, "b": 9, "bn": 9, "billion": 9}
+_MAGNITUDES |= {"t": 12, "trillion": 12}
+# Between a number and the sign that subtracts from it: nothing, or its unit.
+_UNIT = re.compile(r"[\s$%°)\]}]*+(?P<word>[A-Za-z]++(?:\^\{?+-?+[0-9]++\}?+|[²³])?+[\s$)\]}]*+)?+")
+_NOUN = re.compile(r"[A-Za-z]\s*+$")
+_VERB = re.compile(r"(?:^|\W)(?:is|was|be|are|equals|to|at|of|and|or|than|from|answer)\s*+$", re.IGNORECASE)
 
 
 def text_of(completion: Any) -> str:
     """The completion's text: TRL passes text for plain prompts and a list of messages for chat."""
-    return completion if isinstance(completion, str) else "".join(part["content"] for part in completion)
+    if isinstance(completion, str):
+        return completion
+    contents = (part.get("content") for part in completion)  # None beside a call of a tool
+    return "".join(content for content in contents if isinstance(content, str))
 
 
 def numbers(text: str) -> list[Fraction]:
     """Every number of the text, left to right. Currency, units and percent signs are left aside."""
-    for pattern, plain in _LATEX:
+    return [number for place in _places(text) for number in _read(*place)]
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last of them; of a long text no more is worked out."""
+    for place in reversed(_places(text)):
+        if found := _read(*place):
+            return found[-1]
+    return None
+
+
+def only_number(text: str) -> Fraction | None:
+    """The number of a text that has just one."""
+    found: list[Fraction] = []
+    for place in _places(text):
+        found += _read(*place)
+        if len(found) > 1:
+            return None
+    return found[0] if found else None
+
+
+def _places(text: str) -> list[tuple[re.Match[str], int]]:
+    """Where numbers stand, each with the end of the one before it (0: it is the first)."""
+    for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
-    # A sign written apart from its currency ("- $5") belongs to it; one between two numbers subtracts.
-    return [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
+    matches = [match for match in _NUMBER.finditer(text) if not match["other"]]
+    return list(zip(matches, [0, *(match.end() for match in matches)]))
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    """A match as a fraction; None for a zero denominator or more digits than a number has."""
-    digits = match["value"].replace(",", "")
+def _read(match: re.Match[str], end: int) -> list[Fraction]:
+    """The numbers of one place; several if what groups the digits is no grouping, none for what is no number."""
+    *before, last = _ungrouped(match["value"])
+    values = [_decimal(digits) for digits in before] + [_value(match, last)]
+    if values[0] is not None and _is_negative(match, end):
+        values[0] = -values[0]
+    return [value for value in values if value is not None]
+
+
+def _ungrouped(run: str) -> list[str]:
+    """The numbers of a run of digits: one if its groups are those of a number, else each for itself."""
+    whole, dot, decimals = run.partition(".")
+    separators = {character for character in whole if character in ",_'’ "}
+    if not separators:
+        return [run]
+    if len(separators) == 1:
+        first, *middle, last = whole.split(separators.pop())
+        thousands = len(first) <= 3 and all(len(group) == 3 for group in middle)
+        lakhs = "," in whole and len(first) <= 2 and all(len(group) == 2 for group in middle)
+        if len(last) == 3 and (thousands or lakhs) and not (" " in whole and first[0] == "0"):
+            return ["".join([first, *middle, last]) + dot + decimals]
+    if " " in separators:
+        return [number for part in run.split(" ") for number in _ungrouped(part)]
+    return re.split(r"[,_'’ ]", run)
+
+
+def _decimal(digits: str) -> Fraction | None:
+    """None for more digits than a number has."""
     if len(digits) > MAX_DIGITS:
         return None
-    value = Fraction(digits)
-    if match["denominator"]:
-        if not int(match["denominator"]):
-            return None
-        below = int(match["denominator"])
-        value = value + Fraction(int(match["numerator"]), below) if match["numerator"] else value / below
-    return -value if "-" in (match["sign"], match["minus"]) else value
+    return Fraction(digits) if "." in digits else Fraction(int(digits))
+
+
+def _value(match: re.Match[str], digits: str) -> Fraction | None:
+    """What a match comes to, but for its sign; None if that is no number: 1/0, a date, more digits than one has."""
+    numerator, denominator = match["numerator"], (match["denominator"] or "").replace(",", "")
+    parts = match["value"].rpartition(" ")
+    if denominator and not numerator and parts[0] and float(parts[2]) < float(denominator):
+        digits, numerator = _ungrouped(parts[0])[-1], parts[2]  # 2 125/200: a whole number and its fraction
+    value, over, above = (_decimal(text or "1") for text in (digits, denominator, numerator))
+    power = _exponent(match["power"] or match["power_bare"] or match["raised"] or "1")
+    shift = _exponent(match["e"] or match["ten"] or match["ten_bare"] or match["ten_raised"] or "0")
+    if match["more"] or value is None or above is None or not over or power is None or shift is None:
+        return None
+    if value == 0 and power < 0:
+        return None
+    if denominator:
+        value = value + above / over if numerator else value / over
+    magnitude = _MAGNITUDES.get((match["letter"] or match["name"] or "").lower(), 0)
+    return value**power * Fraction(10) ** (shift + magnitude)
+
+
+def _exponent(text: str) -> int | None:
+    """None for one that makes more digits than a number has."""
+    text = text.translate(_LOWERED)
+    short = len(text) <= 4 and re.fullmatch("[-+]?[0-9]+", text)
+    return int(text) if short and abs(int(text)) <= MAX_EXPONENT else None
+
+
+def _is_negative(match: re.Match[str], end: int) -> bool:
+    """Whether the sign is the number's own, and does not subtract it from the one that ends at `end`."""
+    word = (match["word"] or "").strip().lower()
+    sign = match["sign"] or ""
+    if match["minus"] or word == "negative":
+        return True
+    if not word and "-" not in sign:
+        return False
+    text = match.string
+    gap = text[end : match.start()] if end and match.start() - end < 40 else "?"
+    unit = _UNIT.fullmatch(gap)
+    if unit and (word or not unit["word"] or len(sign) > 1):
+        return False
+    near = text[max(0, match.start() - 12) : match.start()]
+    return not (word and _NOUN.search(near) and not _VERB.search(near))
+
+
+_ANSWER = re.compile(r"<answer>(?P<content>(?:(?!</?answer>).)*+)</answer>", re.DOTALL)
 
 
 def answer_tag(text: str) -> str | None:
     """What stands in the last `<answer>…</answer>`, None without one."""
-    found = [match["content"] for match in _ANSWER.finditer(text)]
-    return found[-1].strip() if found else None
+    found = collections.deque(_ANSWER.finditer(text), maxlen=1)
+    return found[0]["content"].strip() if found else None
+
+
+_BRACES = re.compile(r"\\(?P<box>boxed|fbox)(?![A-Za-z])\s*+(?P<brace>\{?+)|\\.|[{}]", re.DOTALL)
+_BARE_END = re.compile(r"\$|\\[)\]]|\n|[.,;:](?=\s|$)|$")
+
+
+def boxes(text: str) -> list[tuple[int, int | None]]:
+    r"""Where the content of each box begins and ends, by its begin; None for a brace that is never closed.
+
+    Boxes are `\boxed{5}`, `\boxed {5}`, and `\boxed 5` to the end of its formula or sentence.
+    """
+    found: list[tuple[int, int | None]] = []
+    opened: list[int | None] = []  # for each open brace the place of its box in `found`
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            begin = match.end()
+            if match["brace"]:
+                opened.append(len(found))
+                found.append((begin, None))
+            else:
+                found.append((begin, -1))
+        elif match[0] == "{":
+            opened.append(None)
+        elif match[0] == "}" and opened and (place := opened.pop()) is not None:
+            found[place] = (found[place][0], match.start())
+    return found
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}`, its braces balanced; None without one."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    begin = text.index("{", start)
-    depth = 0
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if not depth:
-            return text[begin + 1 : position].strip()
+    r"""What stands in the last box that is not empty; None without one, and where that one is never closed."""
+    for begin, end in reversed(boxes(text)):
+        if end is None:
+            return None
+        if end < 0:
+            bare = _BARE_END.search(text, begin)
+            end = bare.start() if bare else len(text)
+        if content := text[begin:end].strip():
+            return content
     return None
 
 
 def strict_answer(text: str) -> Fraction | None:
     """The one number in the answer tag. None without a tag, or with no number or several in it."""
     content = answer_tag(text)
-    found = numbers(content) if content is not None else []
-    return found[0] if len(found) == 1 else None
+    return only_number(content) if content is not None else None
 
 
 def lenient_answer(text: str) -> Fraction | None:
     """The number that a reader would take for the answer; None if the text has none."""
     hashes = text.rpartition("####")
-    for part in (boxed(text), hashes[2] if hashes[1] else None, answer_tag(text)):
-        if part is not None and (found := numbers(part)):
-            return found[-1]
-    found = numbers(text)
-    return found[-1] if found else None
+    for part in (boxed(text), hashes[2] if hashes[1] else None, answer_tag(text), text):
+        if part is not None and (found := last_number(part)) is not None:
+            return found
+    return None

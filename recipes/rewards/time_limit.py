@@ -1,19 +1,27 @@
 """A time limit on other people's code, in this thread.
 
 A thread of its own could not be stopped, and functions such as math-verify's set alarms, which only the main
-thread may do. So a timer sends the main thread a signal, which also ends a sleep or a read; SIGALRM stays free
-for the code itself. One call inside C that never returns to Python (an enormous power) cannot be ended this way.
+thread may do. So two clocks run: a timer sends the main thread a signal, which also ends a sleep or a read and leaves
+SIGALRM to the code itself; and the kernel's own alarm, since a call that keeps the interpreter to itself, such as
+an endless regular expression, keeps the timer waiting. Code that sets an alarm of its own takes that one over.
+
+    with time_limit(3.0):
+        verdict = judge(text)
+
+One call inside C that never looks for signals cannot be ended this way.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none, and no limit
+_AGAIN = 1.0  # seconds until code that caught the first signal and went on gets another
 
 
 class TimeLimitReached(BaseException):
@@ -33,14 +41,25 @@ def time_limit(seconds: float) -> Iterator[None]:
         if not ended:
             raise TimeLimitReached
 
-    previous = signal.signal(_SIGNAL, reached)
+    started = time.monotonic()
+    previous = {number: signal.signal(number, reached) for number in (_SIGNAL, signal.SIGALRM)}
+    # The second clock a little later: what ends at the first needs no second signal.
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds + 0.05, _AGAIN)
     timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, _SIGNAL))
     timer.daemon = True
     timer.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            ended = True
     finally:
         ended = True  # a signal on its way must not hit what comes after
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         timer.cancel()
         timer.join()
-        signal.signal(_SIGNAL, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if outer[0]:  # an alarm that was set before goes on
+            left = outer[0] - (time.monotonic() - started)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), outer[1])

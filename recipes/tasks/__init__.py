@@ -16,7 +16,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.problems import ConfigError, Problem
-from recipes.rewards.contract import Reward, RewardOptions, row_at
+from recipes.rewards.call import Reward, row_at
+from recipes.rewards.contract import RewardOptions
 from recipes.rewards.final_answer import text_of
 
 if TYPE_CHECKING:

@@ -93,7 +93,7 @@ class Gsm8k(Task):
 
     def is_correct_lenient(self, completion: str, row: Row) -> bool:
         """Whether the number that a reader would take for the answer is right, whatever the form."""
-        return lenient_answer(completion) == _gold(row["answer"])
+        return _gold(row["answer"]) in (strict_answer(completion), lenient_answer(completion))
 
     def answer_of(self, completion: str) -> Fraction | None:
         """The number in the answer tag."""

@@ -17,8 +17,11 @@ from datasets import Dataset
 from pydantic import Field
 
 from recipes.data import Rows, hold_out, is_one_file, read_rows
-from recipes.rewards.contract import Reward, RewardOptions
-from recipes.rewards.final_answer import boxed, text_of
+from recipes.problems import ConfigError, Problem
+from recipes.rewards.call import Reward
+from recipes.rewards.contract import RewardOptions
+from recipes.rewards.final_answer import boxed, boxes, text_of
+from recipes.rewards.latex import gold_text
 from recipes.rewards.math_verifier import Verifier
 from recipes.tasks import Row, Task
 
@@ -95,7 +98,7 @@ class Math(Task):
     def _same(self, completion: str, gold: str) -> bool | None:
         """Whether the last box equals the known answer, False without a box, None without a verdict in time."""
         found = boxed(completion)
-        return self._verifier.same(gold, rf"\boxed{{{found}}}") if found is not None else False
+        return self._verifier.same_answer(gold, found) if found is not None else False
 
     @cached_property
     def _verifier(self) -> Verifier:
@@ -121,13 +124,23 @@ class Math(Task):
         return rows
 
     def _dataset(self, rows: Rows) -> Dataset:
-        answers = [str(row[self.options.answer_column]) for row in rows]
+        answers = [self._gold(row[self.options.answer_column], place) for place, row in enumerate(rows, 1)]
         return Dataset.from_dict(
             {
                 "prompt": [self._prompt(row[self.options.problem_column]) for row in rows],
-                "answer": [boxed(answer) or answer for answer in answers],
+                "answer": answers,
             }
         )
+
+    def _gold(self, value: Any, place: int) -> str:
+        """The answer that a row gives. Raises ConfigError for what is none."""
+        try:
+            answer = gold_text(value)
+        except ValueError as error:
+            message = f"{self.options.dataset}, row {place}: {error}"
+            remedy = "give each problem its answer as text or as a number"
+            raise ConfigError([Problem("task.answer_column", message, value, remedy)]) from error
+        return boxed(answer) or answer
 
     def _prompt(self, problem: str) -> Any:
         system = self.options.system_prompt
@@ -140,4 +153,4 @@ class Math(Task):
 def boxed_once(completions: list[Any], **_: Any) -> list[float]:
     r"""1 for exactly one `\boxed{…}`."""
     texts = [text_of(completion) for completion in completions]
-    return [float(text.count(r"\boxed{") == 1 and boxed(text) is not None) for text in texts]
+    return [float(len(boxes(text)) == 1 and boxed(text) is not None) for text in texts]

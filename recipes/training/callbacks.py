@@ -1,5 +1,5 @@
 """Callbacks of the trainer: a training step that went past memhead stops the run, Ctrl-C and SIGTERM end it in
-order, and the accuracy is measured now and then."""
+order, the accuracy is measured now and then, and what a step's figures mean is said."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
+
+from recipes.rewards.signs import Signs
 
 
 class Calls(Protocol):
@@ -91,3 +93,16 @@ class AccuracyEvery(TrainerCallback):
         """Measure, unless training ends here: after the last step, or since someone asked and waits."""
         if state.global_step % self._steps == 0 and not control.should_training_stop:
             self._record(state.global_step, self._evaluate())
+
+
+class SaySigns(TrainerCallback):
+    """Prints, once each, what figures mean that look wrong: a constant reward, equal groups, cut completions."""
+
+    def __init__(self) -> None:
+        self._signs = Signs()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Read what was logged."""
+        if state.is_world_process_zero:
+            for sentence in self._signs.read(state.global_step, logs):
+                print(sentence, flush=True)

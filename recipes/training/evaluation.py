@@ -25,6 +25,7 @@ import torch
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Generate, Sampling, by_transformers
 from recipes.problems import visible
+from recipes.rewards.verdicts import judge_all
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
@@ -78,11 +79,10 @@ def complete(
 def greedy_figures(task: Task, completions: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
     """`accuracy` and its 95 % interval, `completions[i]` answering `rows[i]`; both lenient if the task has that.
 
-    Each completion is judged once by each of the task's verdicts.
+    Each completion is judged once by each of the task's verdicts, in the time that training allows.
     """
-    pairs = list(zip(completions, rows, strict=True))
-    found = _shares("accuracy", [task.is_correct(text, row) for text, row in pairs])
-    lenient = [task.is_correct_lenient(text, row) for text, row in pairs]
+    found = _shares("accuracy", judge_all(task.is_correct, completions, rows, task.options))
+    lenient = judge_all(task.is_correct_lenient, completions, rows, task.options)
     second = [verdict for verdict in lenient if verdict is not None]
     return found | (_shares("accuracy_lenient", second) if second else {})
 
@@ -96,9 +96,9 @@ def _shares(name: str, verdicts: list[bool]) -> dict[str, Any]:
 def sampled_figures(task: Task, samples: Sequence[Sequence[str]], rows: Sequence[Row]) -> dict[str, float]:
     """pass@k and maj@k of `samples[i]`, k completions for `rows[i]`, each judged once."""
     k = len(samples[0])
-    verdicts = [
-        [task.is_correct(text, row) for text in texts] for texts, row in zip(samples, rows, strict=True)
-    ]
+    every = [(text, row) for texts, row in zip(samples, rows, strict=True) for text in texts]
+    judged = judge_all(task.is_correct, *zip(*every, strict=True), task.options)
+    verdicts = [judged[start : start + k] for start in range(0, len(judged), k)]
     places = [majority([task.answer_of(text) for text in texts]) for texts in samples]
     votes = [place is not None and right[place] for place, right in zip(places, verdicts, strict=True)]
     return {

@@ -1,12 +1,17 @@
 """LaTeX answers: what is equal, what hangs, and data of several shapes."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
 from recipes.problems import ConfigError
+from recipes.rewards.final_answer import boxed
+from recipes.rewards.latex import gold_text
 from recipes.rewards.math_verifier import Verifier
+from recipes.rewards.time_limit import TimeLimitReached, time_limit
 from recipes.tasks.math import Math, boxed_once
 
 
@@ -15,6 +20,8 @@ def make(**options):
 
 
 TASK = make(dataset="none")
+
+CASES = Path(__file__).parents[4] / "shared" / "cases" / "math_answers.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -72,3 +79,146 @@ def test_columns_are_named_in_the_options(tmp_path):
         _ = make(dataset=str(file), held_out=4).train
     with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
         _ = make(dataset=str(tmp_path)).train
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = Verifier(seconds=20.0)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("gold", "given", "same"),
+    [
+        ("$3$;$4$", "4", False), ("$3$;$4$", "3;4", True), ("$3$;$4$", "3, 4", True), ("$3$;$4$", "3 and 4", True),
+        ("$3$; $4$", "3;5", False), ("(1) $3$ (2) $4$", "4", False), ("(1) $3$; (2) $4$", "3;4", True),
+        ("3; 4", "4", False),
+        ("(a) $3$ (b) $4$", "3,4", True), ("$a=3$; $b=4$", "b=4", False), ("$a=3$; $b=4$", "b=4, a=3", True),
+        ("$3$, $4$", "4,3", True), ("3", "3;4", False), ("3", "3 or 4", False),
+        ("The mean is $3/8$.", "3/8", True), ("The mean is $3/8$.", "8", False), ("36 $km^{2}$", "36", True),
+        ("36 $km^{2}$", "36 km^2", True), ("36 $km^{2}$", "2", False), ("The roots are $2$ and $3$.", "3,2", True),
+        ("The value of $x$ is $7$.", "7", True), (r"We find $\boxed {7}$.", "7", True),
+        (r"We find $\boxed 7$.", "8", False),
+        ("7", "7 apples", True), ("7", r"\text{7 apples}", True), ("75", "75°", True), ("75", "75 degrees", True),
+        ("7", "7 m^2", True), ("7", r"7\text{ m}^2", True), ("7", "7.", True), ("7", r"\text{I found }7", True),
+        ("7", "7x", False), ("7", "7 x", False), ("7xy", "7", False),
+        ("7", r"7\text{ apples and }8\text{ pears}", False),
+        ("-7", "–7", True), ("7", "–7", False), ("-7", "−7", True), ("7", r"\mathbf{7}", True), ("7", "**7**", True),
+        ("2000", r"2\,000", True), ("2000", r"2\ 000", True), ("2 000", "2000", True), ("2000", "2{,}000", True),
+        (r"\frac{7}{3}", "2 1/3", True), (r"\frac{7}{3}", "2⅓", True), (r"\frac{\pi}{3}", "pi/3", True),
+        ("3\\pi", "3*pi", True),
+        (r"2\sqrt{3}", "2*sqrt(3)", True), (r"\frac{1}{60!}", r"\frac{1}{61!}", False), ("3^{-70}", "3^{-71}", False),
+        (r"\frac{1}{3^{70}}", "3^{-70}", True), ("0.00001", "0.000011", False), ("0", "10^{-9}", False),
+        ("2^{1000}", "2^{1000}+1", False), ("2^{1000}", "4^{500}", True), ("50!", r"50 \cdot 49!", True),
+        ("7", "8=7", False),
+        ("7", "3+4=7", True), ("7", "x=7", True), ("7", "x=3+4=7", True), ("7", "f(2)=7", True),
+        ("1,2,3", "3,2,1", True),
+        ("C", r"\text{(C)}", True), ("50", r"50\%", True), ("[0,2)", "[0,2]", False), (r"\{1,2\}", r"\{2,1\}", True),
+        ("(3,-1)", "(-1,3)", False), (r"\text{Tuesday}", "Tuesday", True),
+        (r"\text{Tuesday}", "Monday", False), ("7", "", False),
+    ],
+)  # fmt: skip
+def test_answers_as_people_write_them(verifier, gold, given, same):
+    assert verifier.same_answer(gold, given) is same
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "same"),
+    [
+        ("4", "The answer is 4 4/5.", False), ("24/5", "The answer is 4 4/5.", True),
+        ("-5", "The answer is –5.", True),
+        ("$5$;$10$", "The answers are $5$ and $10$.", True), ("$5$;$10$", "The answer is $10$.", False),
+        ("5", r"Thus $\boxed{5}$." + " I look at it once more." * 400, True),
+    ],
+)  # fmt: skip
+def test_answers_without_the_form(verifier, gold, text, same):
+    assert verifier.same(gold, text) is same
+
+
+def test_what_is_too_long_is_no_answer(verifier):
+    assert verifier.same_answer("5", "I do not know " * 200 + "$5$") is False
+    assert verifier.same_answer(r"\frac12", r"\frac{" * 500 + "1" + "}{2}" * 500) is False
+
+
+def test_lenient_is_never_stricter_than_strict():
+    for text in (r"\boxed{5}", r"\boxed{5} and then \boxed{}", r"\boxed{5}, for 6 and $7$", r"$\boxed 5$"):
+        assert TASK.is_correct(text, {"answer": "5"})
+        assert TASK.is_correct_lenient(text, {"answer": "5"})
+
+
+HANGS = r"9^{9^{9^{9}}} - 9^{9^{9}} + (7^{7^{7^{7}}})!"
+
+
+def test_a_limit_around_a_comparison_shifts_no_other_answer():
+    verifier = Verifier(seconds=30.0)
+    assert verifier.same_answer("8", "7.0") is False
+    for _ in range(2):
+        with pytest.raises(TimeLimitReached), time_limit(0.3):
+            verifier.same_answer("7", HANGS)
+        # The late verdict of that one must not be read as the next one's.
+        answers = [verifier.same_answer("7", given) for given in ("7.0", "8.0", "7.00", "9")]
+        assert answers == [True, False, True, False]
+    verifier.close()
+
+
+def test_a_batch_with_one_that_hangs_keeps_the_others_verdicts():
+    task = make(dataset="none")
+    task.__dict__["_verifier"] = verifier = Verifier(seconds=1.0)  # a cached_property
+    texts = [rf"\boxed{{{answer}}}" for answer in ("7.0", HANGS, "8.0", "7.00")]
+    values = task.correctness(texts, answer=["7"] * 4)
+    assert (values[0], values[2], values[3]) == (1.0, 0.0, 1.0)
+    assert values[1] in (None, 0.0)
+    assert not task.is_correct(texts[1], {"answer": "7"})  # no verdict is not right
+    verifier.close()
+
+
+def test_ctrl_c_for_the_whole_group_does_not_reach_the_process(verifier):
+    assert verifier.same_answer("7", "7.0") is True
+    process = verifier._process
+    assert os.getsid(process.pid) != os.getsid(0)
+    process.kill()
+    process.wait()
+    assert verifier.same_answer("7", "7.0") is True
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("x", "x"),
+        (2, "2"),
+        (27.0, "27"),
+        (1e-05, "0.00001"),
+        (12345678901234567890123, "12345678901234567890123"),
+    ],
+)
+def test_numbers_of_the_data_as_text(value, text):
+    assert gold_text(value) == text
+
+
+def both_splits(task):
+    return task.train, task.held_out
+
+
+@pytest.mark.parametrize("value", [None, ["2", "3"], {"a": 1}, True, float("nan"), "", "  "])
+def test_an_answer_that_is_no_text_is_refused_by_its_row(value, tmp_path):
+    file = tmp_path / "all.jsonl"
+    rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
+    rows[2]["answer"] = value
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"task\.answer_column: .*row \d: is .*; give each problem"):
+        both_splits(make(dataset=str(file), held_out=2))
+
+
+@pytest.mark.skipif(not CASES.is_file(), reason="the cases are not beside this checkout (shared/cases)")
+def test_the_cases_beside_this_checkout():
+    for case in map(json.loads, CASES.read_text().splitlines()):
+        if case.get("error") is True:
+            with pytest.raises(ValueError, match="is "):
+                gold_text(case["gold"])
+            continue
+        gold = gold_text(case["gold"])
+        row = {"answer": boxed(gold) or gold}
+        judges = {"strict": TASK.is_correct, "lenient": TASK.is_correct_lenient}
+        for name, judge in judges.items():
+            assert name not in case or judge(case["completion"], row) is case[name], case

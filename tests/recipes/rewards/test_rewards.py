@@ -1,13 +1,23 @@
 """The contract of a reward function: before training every breach is named, during training it costs completions."""
 
+import asyncio
+import functools
+import inspect
+import re
+import signal
+import sys
 import time
+from fractions import Fraction
 
+import numpy
 import pytest
+import torch
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
 from recipes.rewards.contract import (
     FIRST_VERDICT,
+    AsyncGuarded,
     Guarded,
     RewardError,
     RewardOptions,
@@ -16,7 +26,9 @@ from recipes.rewards.contract import (
     guard,
     problems,
 )
+from recipes.rewards.signs import Signs
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
+from recipes.rewards.verdicts import judge_all
 from recipes.tasks.gsm8k import Gsm8k
 
 ROWS = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
@@ -154,3 +166,245 @@ def test_trl_trains_on_with_a_reward_that_fails_now_and_then(tmp_path, memhead_i
     failed = sum(line["reward_failures/fragile"] for line in lines)
     assert failed == trainer.reward_funcs[0].failed
     assert failed > 0
+
+
+class Loud:
+    def __float__(self):
+        raise RuntimeError("no")
+
+    def __repr__(self):
+        raise RuntimeError("never")
+
+
+def endless(completions, **_):
+    while True:
+        yield 1.0
+
+
+def raising(completions, **_):
+    yield 1.0
+    raise KeyError("late")
+
+
+def leave(completions, **_):
+    sys.exit(3)
+
+
+def shout(completions, **_):
+    raise ValueError("\x1b[31m" + "x" * 200_000 + "\n")
+
+
+def swallow(completions, **_):
+    length = len(completions.pop(0))
+    completions.clear()
+    return [length] * 3
+
+
+def stuck_in_c(completions, **_):
+    return [float(bool(re.match(r"(a|aa)+$", "a" * 60 + "b"))) for _ in completions]
+
+
+async def late(completions, **_):
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (endless, r"returned more than 1 values for 1 .*'zero'"),
+        (raising, r"raised KeyError: 'late'.*'zero'"),
+        (leave, r"called sys\.exit\(3\).*'zero'"),
+        (shout, r"raised ValueError: \\x1b\[31mx+….*'zero'"),
+        (stuck_in_c, r"did not return within 0\.5 s"),
+        (late, r"did not return within 0\.5 s"),
+        (lambda completions, **_: None, r"returned None; return a list"),
+        (lambda completions, **_: "111", r"returned '111'; return a list"),
+        (lambda completions, **_: dict.fromkeys(completions, 1.0), r"returned \{.*; return a list"),
+        (lambda completions, **_: {1.0, 2.0, 3.0}, r"returned \{.*; return a list"),
+        (lambda completions, **_: late(completions), r"returned a coroutine; declare .* async def"),
+        (lambda completions, **_: [0, "0.5", 0], r"returned the text '0\.5'; return a list .*'one'"),
+        (lambda completions, **_: [0, 0, 10**400], r"returned <int>|returned 1000.*; return a list .*'two'"),
+        (lambda completions, **_: [0, 1e20, 0], r"returned 1e\+20, beside which float32 .*'one'"),
+        (lambda completions, **_: [0, -1e300, 0], r"returned -1e\+300, .*'one'"),
+        (lambda completions, **_: [0, float("inf"), 0], r"returned inf; .*'one'"),
+        (lambda completions, **_: [0, 1j, 0], r"returned 1j; .*'one'"),
+        (lambda completions, **_: [0, [1.0], 0], r"returned \[1\.0\]; .*'one'"),
+        (lambda completions, **_: [0, Loud(), 0], r"returned <Loud.*; return a list .*'one'"),
+    ],
+)
+def test_whatever_a_function_does_is_one_line(function, message):
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=message) as raised:
+        check({"it": function}, ROWS, TEXTS, 0.5)
+    assert time.monotonic() - started < 5
+    line = str(raised.value)
+    assert line.startswith("reward it: ")
+    assert line.isprintable()
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (lambda completions, **_: (float(len(text)) for text in completions), [4.0, 3.0, 3.0]),
+        (lambda completions, **_: numpy.array([1, 2, 3], dtype=numpy.float32), [1.0, 2.0, 3.0]),
+        (lambda completions, **_: torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [1.0, 2.0, 3.0]),
+        (lambda completions, **_: (True, Fraction(1, 2), None), [1.0, 0.5, None]),
+        (lambda completions, **_: [None] * 3, [None] * 3),
+        (swallow, [4.0] * 3),
+    ],
+)
+def test_what_is_a_list_of_numbers_passes(function, values):
+    assert check({"it": function}, ROWS, TEXTS, 5.0) == {"it": values}
+    (guarded,) = guard({"it": function}, RewardOptions())
+    assert guarded(completions=TEXTS, answer=["0"] * 3) == values
+
+
+def test_a_function_that_empties_its_columns_takes_nothing_from_the_next():
+    answers = ["0", "1", "2"]
+    (guarded,) = guard(
+        {"it": lambda completions, answer, **_: [float(answer.pop()) for _ in completions]}, RewardOptions()
+    )
+    assert guarded(completions=TEXTS, answer=answers) == [2.0, 1.0, 0.0]
+    assert answers == ["0", "1", "2"]
+
+
+def test_one_that_hangs_costs_twice_the_limit_and_nothing_but_itself():
+    def hangs(completions, **_):
+        return [time.sleep(60 * (text == "bad")) or 1.0 for text in completions]
+
+    guarded = Guarded("hangs", hangs, 0.8, share=1.0)
+    started = time.monotonic()
+    texts = ["good", "bad", *["good"] * 6]
+    assert guarded(completions=texts) == [1.0, None, *[1.0] * 6]
+    assert time.monotonic() - started < 4
+    guarded = Guarded("hangs", hangs, 0.8, share=1.0)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"failed on 32 of 32 .*did not return within 0\.8 s"):
+        Guarded("hangs", hangs, 0.8, share=0.1)(completions=["bad"] * 32)
+    assert time.monotonic() - started < 8
+
+
+def test_a_coroutine_is_guarded_too():
+    async def fragile(completions, **_):
+        return [1.0 / (text != "one") for text in completions]
+
+    options = RewardOptions(reward_failures=1.0)
+    guarded, partly = guard({"fragile": fragile, "partly": functools.partial(fragile, x=1)}, options)
+    assert isinstance(partly, AsyncGuarded)
+    assert inspect.iscoroutinefunction(type(guarded).__call__)
+    assert asyncio.run(guarded(completions=TEXTS)) == [1.0, None, 1.0]
+    assert (guarded.scored, guarded.failed) == (3, 1)
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError.*'one'"):
+        check({"fragile": fragile}, ROWS, TEXTS, 5.0)
+
+
+def test_ctrl_c_passes_through():
+    def interrupted(completions, **_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guard({"it": interrupted}, RewardOptions())[0](completions=TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (
+            "import nowhere_at_all\n",
+            r"it raised ModuleNotFoundError: .*; mend broken_rewards, which is there",
+        ),
+        ("def brevity(:\n", r"it raised SyntaxError: .*; mend broken_rewards"),
+        ("1 / 0\n", r"it raised ZeroDivisionError: .*; mend broken_rewards"),
+        ("raise SystemExit(0)\n", r"it called sys\.exit\(0\)\).*; mend broken_rewards"),
+        ("brevity = 3\n", r"is no function"),
+        ("", r"it raised AttributeError: .*; put a function brevity into broken_rewards\.py"),
+    ],
+)
+def test_a_module_that_fails_on_import_is_a_config_error(tmp_path, monkeypatch, source, line):
+    (tmp_path / "broken_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
+    with pytest.raises(ConfigError, match=line) as raised:
+        choose({"broken_rewards.brevity": 1.0}, KNOWN)
+    assert len(raised.value.lines) == 1
+
+
+def test_the_limit_gives_an_alarm_of_the_caller_back():
+    rang = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(TimeLimitReached), time_limit(0.1):
+        spin()
+    time.sleep(0.8)
+    signal.signal(signal.SIGALRM, previous)
+    assert rang == [1]
+
+
+def test_the_limit_ends_what_keeps_the_interpreter():
+    with pytest.raises(TimeLimitReached), time_limit(0.3):
+        re.match(r"(a|aa)+$", "a" * 60 + "b")
+
+
+def test_code_that_catches_the_limit_and_goes_on_is_told_again():
+    caught = []
+    with time_limit(0.2):
+        while len(caught) < 2:
+            try:
+                spin()
+            except BaseException as error:
+                caught.append(type(error))
+    assert caught == [TimeLimitReached] * 2
+
+
+def test_an_evaluation_has_the_limits_of_training():
+    rows = [{"answer": "a"}] * 100
+
+    def judge(completion, row):
+        return spin() if completion == "hangs" else completion == row["answer"]
+
+    options = RewardOptions(reward_seconds=0.1, reward_failures=0.02)
+    texts = ["a", "hangs", "b", *["a"] * 97]
+    assert judge_all(judge, texts, rows, options) == [True, False, False, *[True] * 97]
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"judge: did not return within 0\.1 s .* on 2 of 50 .*was 'hangs'"):
+        judge_all(judge, [*["a"] * 48, *["hangs"] * 52], rows, options)
+    assert time.monotonic() - started < 5
+
+
+def logs(**figures):
+    return {"loss": 0.1, "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.0, **figures}
+
+
+def test_signs_are_said_once_and_only_where_they_stand():
+    signs = Signs()
+    assert signs.read(1, logs()) == []
+    assert "cancel out" in Signs().read(1, logs(loss=0.0))[0]
+    assert signs.read(2, logs(loss=0.0)) == []
+    (equal,) = signs.read(3, logs(frac_reward_zero_std=1.0))
+    assert equal.startswith("Step 3: within each group")
+    assert signs.read(4, logs(frac_reward_zero_std=1.0)) == []
+    (cut,) = signs.read(5, logs(**{"completions/clipped_ratio": 1.0}))
+    assert "grpo.max_completion_length" in cut
+    assert signs.read(6, {"completions/clipped_ratio": 1.0}) == []  # an evaluation's log
+
+
+def test_a_reward_constant_from_the_start_is_named():
+    signs = Signs()
+    for step in range(1, 8):
+        figures = {
+            "rewards/flat/mean": 0.5,
+            "rewards/flat/std": 0.0,
+            "rewards/moves/mean": 0.1 * step,
+            "rewards/moves/std": 0.0,
+            "rewards/spread/mean": 0.5,
+            "rewards/spread/std": 0.2,
+            "rewards/silent/mean": float("nan"),
+            "rewards/silent/std": float("nan"),
+        }
+        said = signs.read(step, logs(**figures))
+        assert [sentence.split(" up to")[0] for sentence in said] == (
+            ["Reward flat gave every completion 0.5", "Reward silent gave every completion None"]
+            if step == 5
+            else []
+        )

@@ -1,0 +1,209 @@
+"""One call of a reward function, whatever it does: its values, or in words what is wrong with them.
+
+    call(function, completions, columns, seconds)       the batch at once: a list of values, or a Fault
+    isolate(function, completions, columns, seconds)    one by one, all within `seconds` again: a value or a Fault each
+
+A reward function is other people's code: it may raise, exit, hang, return anything, or change what it is given. All
+of that means the same here. Only Ctrl-C passes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import itertools
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.rewards.time_limit import TimeLimitReached, time_limit
+
+Reward = Callable[..., Any]
+Values = list[float | None]
+MAX_REWARD = (
+    1e9  # float32 tells no smaller rewards apart beside a greater one, and at 1e19 its squares are infinite
+)
+_REMEDY = "return a list with one finite number, or None, per completion"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, in words that go on after the function's name; `index`: with which completion, if that shows."""
+
+    what: str
+    index: int | None = None
+
+
+def is_async(function: Reward) -> bool:
+    """Whether a call has to be awaited: a coroutine function, a partial of one, or an object with such a `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def call(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
+) -> Values | Fault:
+    """The function's values for a batch. `columns`: the arguments beside `completions`, lists as long as it."""
+    try:
+        with time_limit(seconds):
+            return _values(function(completions=list(completions), **_copied(columns)), len(completions))
+    except TimeLimitReached:
+        return _late(seconds)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit is one that is no Exception
+        return Fault(said(error))
+
+
+async def call_async(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
+) -> Values | Fault:
+    """The same for a coroutine function; a limit holds where it awaits."""
+    try:
+        given = await asyncio.wait_for(
+            function(completions=list(completions), **_copied(columns)), timeout=seconds
+        )
+        return _values(given, len(completions))
+    except TimeoutError:
+        return _late(seconds)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        return Fault(said(error))
+
+
+def isolate(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
+) -> list[float | Fault | None]:
+    """Each completion alone, for an equal share of `seconds`: one that hangs costs the others nothing."""
+    share = seconds / len(completions)
+    alone = (call(function, *one, share) for one in _singles(completions, columns))
+    return [_alone(found, seconds) for found in alone]
+
+
+async def isolate_async(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
+) -> list[float | Fault | None]:
+    """The same for a coroutine function."""
+    share = seconds / len(completions)
+    alone = [await call_async(function, *one, share) for one in _singles(completions, columns)]
+    return [_alone(found, seconds) for found in alone]
+
+
+def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The row of one of `count` completions, of the columns that a reward is called with."""
+    return {
+        name: values[index]
+        for name, values in columns.items()
+        if isinstance(values, list) and len(values) == count
+    }
+
+
+def _singles(
+    completions: Sequence[Any], columns: Mapping[str, Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    for index, completion in enumerate(completions):
+        row = row_at(columns, index, len(completions))
+        yield [completion], {**columns, **{name: [value] for name, value in row.items()}}
+
+
+def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:
+    if isinstance(found, list):
+        return found[0]
+    return _late(seconds) if found.what.startswith(_LATE) else found
+
+
+def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of their own, so that a function that empties them takes nothing from the next."""
+    return {key: list(value) if isinstance(value, list) else value for key, value in columns.items()}
+
+
+_LATE = "did not return within"
+
+
+def _late(seconds: float) -> Fault:
+    return Fault(f"{_LATE} {seconds:g} s (task.reward_seconds)")
+
+
+def _values(given: Any, wanted: int) -> Values | Fault:
+    if inspect.iscoroutine(given):
+        given.close()
+        return Fault("returned a coroutine; declare the function itself with async def")
+    if isinstance(
+        given, (str, bytes, Mapping, set, frozenset)
+    ):  # they could be iterated, and would be misread
+        return Fault(f"returned {show(given)}; {_REMEDY}")
+    try:
+        iterator = iter(given)
+    except TypeError:
+        return Fault(f"returned {show(given)}; {_REMEDY}")
+    found = list(itertools.islice(iterator, wanted + 1))  # a generator may have no end
+    if len(found) != wanted:
+        endless = len(found) > wanted and not hasattr(given, "__len__")
+        count = (
+            f"more than {wanted}" if endless else str(len(given) if hasattr(given, "__len__") else len(found))
+        )
+        return Fault(f"returned {count} values for {wanted} completion(s); return one for each")
+    values: Values = []
+    for index, value in enumerate(found):
+        number = _number(value)
+        if isinstance(number, str):
+            return Fault(f"returned {number}; {_REMEDY}", index)
+        values.append(number)
+    return values
+
+
+def _number(value: Any) -> float | str | None:
+    """The value as a float, or how to show it if it is no number that can be a reward."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)):
+        return f"the text {show(value)}"
+    try:
+        number = float(value)
+    except Exception:  # a __float__ may be anyone's
+        return show(value)
+    if not math.isfinite(number):
+        return f"{number}"
+    if abs(number) > MAX_REWARD:
+        return f"{number:g}, beside which float32 leaves no other reward a gradient (at most {MAX_REWARD:g})"
+    return number
+
+
+def said(error: BaseException) -> str:
+    """An exception in one line."""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({show(error.code, 60)})"
+    try:
+        text = str(error)
+    except Exception:  # a __str__ may be anyone's, too
+        text = ""
+    return f"raised {type(error).__name__}: {one_line(text)}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 400
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+
+
+def show(value: Any, limit: int = 300) -> str:
+    """A value in one line of at most `limit` characters, whatever its own `__repr__` does."""
+    try:
+        text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else _SHORT.repr(value)
+    except Exception:  # 10**5000 has too many digits to be shown
+        text = f"<{type(value).__name__}>"
+    return one_line(text, limit)
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text for a terminal: one line, shortened, and nothing in it that a terminal would obey."""
+    line = "".join(
+        character if character.isprintable() else " " if character.isspace() else repr(character)[1:-1]
+        for character in text[: limit + 1]
+    )
+    line = " ".join(line.split())
+    return line if len(line) <= limit and len(text) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,233 @@
+r"""LaTeX answers as people write them, brought to what a computer algebra system reads.
+
+    parts(r"$5$;$10$")                        ["5", "10"]                an answer of several parts
+    parts("The median is $2/7$.")             ["2/7"]                    one in a sentence
+    parts(r"\text{18 m}^2")                   ["18"]                     with its unit
+    parts("–5"), parts(r"\boldsymbol{5}")     ["-5"], ["5"]              typography
+
+Data's answers and the contents of boxes go the same way, so that what is left of both can be compared. Text that
+is not understood stays as it is. Every step takes time in proportion to the text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from decimal import Decimal
+from typing import Any
+
+from recipes.rewards.final_answer import boxed
+
+_WRAPPERS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|operatorname|emph|underline)\*?\s*+"
+    r"\{([^{}]*+)\}"
+)
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
+    (re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0])}"),
+    (re.compile("\u2044"), "/"),
+    (re.compile(r"[\u2010-\u2015\u2212\ufe63\uff0d]"), "-"),
+    (re.compile(r"\s*+(?:°|º|\^\s*+(?:\{\s*+)?\\(?:circ|degree)(?:\s*+\})?|\\degree(?![A-Za-z]))"), " "),
+    (re.compile("√\\s*+\\(([^()]*+)\\)|√\\s*+([0-9A-Za-z]++)"), r"\\sqrt{\1\2}"),
+    (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]++"), lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
+    *(
+        (re.compile(sign), rf"\\{command} ")
+        for sign, command in {
+            "×": "times",
+            "[·⋅]": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm",
+        }.items()
+    ),
+)  # fmt: skip
+_MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?<=[\w)}\]])\*\*(?=[-({]?[0-9a-zA-Z])"), "^"),  # Python's power; other `**` are bold
+    (re.compile(r"\*\*"), " "),
+    (re.compile(r"\\(?:displaystyle|textstyle|bf|rm)(?![A-Za-z])"), " "),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"(?<![A-Za-z\\])sqrt\s*+\(([^()]*+)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\*"), r"\\cdot "),
+)
+_MIXED = re.compile(
+    r"(?<![\w.,/^{-])(-?+)([0-9]{1,40}+)(?:\s|\\ |\\,|~){1,3}+([0-9]{1,40}+)\s?+/\s?+([0-9]{1,40}+)(?![\w/]|\.[0-9])"
+)
+_GROUPED = re.compile(
+    r"(?<![\w.^])[1-9][0-9]{0,2}"
+    r"(?:(?:\\[,;:! ]|\{,\}(?:\\!)?+|,\\!|~|[ \u00a0\u2007\u2009\u202f])[0-9]{3}(?![0-9]))++"
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FUNCTIONS = _words(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt max min gcd lcm mod det"
+)
+_UNITS = _words(
+    "cm mm km m dm nm in ft yd mi kg g mg lb lbs oz s sec min h hr hrs ms L l mL ml kL Hz N J W V A K C F Pa cal "
+    "mph kph cents"
+)
+_SHORT = _words("is of or in to at on by an be so it we no")  # words of two letters
+_VERBS = _words("is are be equals get have was")
+_WORD = re.compile(
+    r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+)?+"
+    r"(?!\s*+[+*=^_(<>{\[]|\s*+/|\s+-|[\w'-])"
+)
+_LABEL = re.compile(r"\(\s?([1-9]|[ivx]{1,4}|[a-h])\s?\)")
+_COUNTS = (tuple("123456789"), tuple("abcdefgh"), ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii"))
+_JOIN = re.compile(r"\s*+(?:,?\s*+(?:and|or)|[;,.]|)\s*+", re.IGNORECASE)
+_END = re.compile(r"[\s.$]*+$")
+MAX_PROSE = 100  # letters around an answer that still name it; more is a text and no answer
+MAX_ANSWER = 1000  # characters; what is longer is no final answer, and is neither cleaned nor compared
+
+
+def gold_text(value: Any) -> str:
+    """The data's answer as text. Raises ValueError, in words, for what is neither a text nor a number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"is {type(value).__name__} and no text")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"is {value} and no finite number")
+        text = format(Decimal(repr(value)), "f")
+        return text.removesuffix(".0")
+    if isinstance(value, int):
+        return str(value)
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
+def parts(text: str) -> list[str]:
+    """The parts of an answer, each as LaTeX without `$`; one for most. Unknown forms stay as they are."""
+    inner = boxed(text)
+    text = (inner if inner is not None else text).strip()
+    if len(text) > MAX_ANSWER:
+        return [text]
+    return [clean for part in _split(text) if (clean := _clean(part))]
+
+
+def _split(text: str) -> list[str]:
+    """At `;`, at labels (1) (2), and into formulas where nothing else stands between them."""
+    if labelled := _labelled(text):
+        return [part.replace("$", "") for part in labelled]
+    pieces = re.split(r"(?<!\\)\$", text)
+    if len(pieces) > 2 and len(pieces) % 2:
+        return _formulas(pieces)
+    return split_outside("".join(pieces), ";")
+
+
+def _labelled(text: str) -> list[str]:
+    """What stands behind the labels (1), (2) … that a text begins with, in their order; nothing without them."""
+    labels = list(_LABEL.finditer(text))
+    names = tuple(match[1] for match in labels)
+    counted = len(names) > 1 and any(names == count[: len(names)] for count in _COUNTS)
+    if not counted or text[: labels[0].start()].strip(" $"):
+        return []
+    ends = [*(match.start() for match in labels[1:]), len(text)]
+    found = [text[match.end() : end].strip(" ;,.\n") for match, end in zip(labels, ends)]
+    return found if all(found) else []
+
+
+def _formulas(pieces: list[str]) -> list[str]:
+    """What counts of a text whose odd `pieces` stood between dollars: its formulas, or the text as a whole."""
+    outside, inside = pieces[::2], [piece for piece in pieces[1::2] if piece.strip()]
+    if all(_JOIN.fullmatch(piece) for piece in outside):
+        return _joined(inside, outside[1:-1])
+    if any(character.isdigit() for piece in outside for character in piece):
+        return ["".join(pieces)]  # 24 $cm^2$
+    known = [piece for piece in inside if not _is_unit(piece)] or inside
+    between = outside[1:-1]
+    if len(known) == len(inside) and all(_JOIN.fullmatch(piece) for piece in between):
+        return _joined(known, between)
+    return known[-1:]
+
+
+def _joined(formulas: list[str], between: list[str]) -> list[str]:
+    """Formulas apart where `;` or a name tells them apart; one list, its order free, where a comma or a word does."""
+    if any(";" in piece for piece in between) or any("=" in formula for formula in formulas):
+        return [part for formula in formulas for part in split_outside(formula, ";")]
+    return split_outside(", ".join(formulas), ";")
+
+
+def _is_unit(text: str) -> bool:
+    match = _WORD.fullmatch(_WRAPPERS.sub(r"\1", text).strip())
+    return match is not None and match["word"] in _UNITS
+
+
+def split_outside(text: str, separators: str) -> list[str]:
+    """The text at each of the one-character `separators` that stands in no bracket and is no LaTeX command."""
+    found, depth, start, skip = [], 0, 0, False
+    for place, character in enumerate(text):
+        if skip:
+            skip = False
+        elif character == "\\":
+            skip = text[place + 1 : place + 2] in (";", ",", "\\", "$", "%")
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif depth <= 0 and character in separators:
+            found.append(text[start:place].strip())
+            start = place + 1
+    return [*found, text[start:].strip()]
+
+
+def plain(text: str) -> str:
+    """Typography as LaTeX, grouped digits together and mixed numbers as fractions; words stay."""
+    for pattern, latex in _TYPOGRAPHY:
+        text = pattern.sub(latex, text)
+    text = _MIXED.sub(_improper, text)
+    return _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
+
+
+def _improper(match: re.Match[str]) -> str:
+    sign, whole, above, below = match.groups()
+    return f"{sign}{int(whole) * int(below) + int(above)}/{int(below)}"
+
+
+def _clean(text: str) -> str:
+    """One part: typography, wrappers and words gone."""
+    text = plain(text)
+    for pattern, latex in _MARKUP:
+        text = pattern.sub(latex, text)
+    bare = text
+    for _ in range(3):  # wrappers inside wrappers
+        bare = _WRAPPERS.sub(r" \1 ", bare)
+    bare = bare.strip()
+    if not bare.endswith((r"\right.", r"\left.")):
+        bare, text = bare.rstrip(". "), text.strip().rstrip(". ")
+    core = _without_words(_MIXED.sub(_improper, re.sub(r"\\[ ,;:!]|~", " ", bare)))
+    if core is not None:
+        return core
+    number = re.fullmatch(r"[0-9.,/^{}()+\s-]++", bare)
+    return (bare if number else text).strip()
+
+
+def _without_words(text: str) -> str | None:
+    """The formula that words stand around, or several joined by and/or; None where that is not the form."""
+    words = [match for match in _WORD.finditer(text) if _is_word(match)]
+    if not words or sum(len(match["word"]) for match in words) > MAX_PROSE:
+        return None
+    starts, ends = [0, *(match.end() for match in words)], [*(match.start() for match in words), len(text)]
+    chunks = [text[start:end].strip(" :,.;\n") for start, end in zip(starts, ends)]
+    full = [index for index, chunk in enumerate(chunks) if re.search(r"[0-9A-Za-z\\]", chunk)]
+    kept = [chunks[index] for index in full]
+    if len(full) < 2:
+        return kept[0] if kept else None
+    if words[full[-1] - 1]["word"].lower() in _VERBS:
+        return kept[-1]
+    joined = all(words[index - 1]["word"].lower() in ("and", "or") for index in full[1:])
+    return ", ".join(kept) if joined else None
+
+
+def _is_word(match: re.Match[str]) -> bool:
+    """Whether letters are a word of language or a unit, and no product of variables or a function."""
+    word, before = match["word"], match.string[max(0, match.start() - 8) : match.start()]
+    apart = not before or before[-1] in " \n,.;:"
+    if word in ("I", "a"):
+        return apart and re.match(r" [a-z]{3}", match.string[match.end() : match.end() + 4]) is not None
+    if word in _UNITS and (apart or len(word) > 1) and re.search(r"[0-9}).]\s*+$", before):
+        return len(word) > 1 or _END.match(match.string, match.end()) is not None
+    if match["power"] or not apart or word.lower() in _FUNCTIONS:
+        return False
+    return word.lower() in _SHORT or (len(word) > 2 and re.search("[aeiouy]", word.lower()) is not None)

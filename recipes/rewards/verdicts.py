@@ -1,0 +1,44 @@
+"""The verdicts of a judge on an evaluation's completions, under the time limits that training has.
+
+judge_all(task.is_correct, completions, rows, task.options)      [True, False, …]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from recipes.rewards.call import show
+from recipes.rewards.contract import RewardError, RewardOptions, too_many
+from recipes.rewards.time_limit import TimeLimitReached, time_limit
+
+Verdict = TypeVar("Verdict")
+
+
+def judge_all(
+    judge: Callable[[str, Mapping[str, Any]], Verdict],
+    completions: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    options: RewardOptions,
+) -> list[Verdict | bool]:
+    """`judge(completions[i], rows[i])` for each; one that takes longer than `task.reward_seconds` is False.
+
+    Raises RewardError where more of them do than `task.reward_failures` allows a reward in training.
+    """
+    found: list[Verdict | bool] = []
+    late = 0
+    for completion, row in zip(completions, rows, strict=True):
+        try:
+            with time_limit(options.reward_seconds):
+                found.append(judge(completion, row))
+        except TimeLimitReached as error:
+            found.append(False)
+            late += 1
+            if too_many(late, len(found), options.reward_failures):
+                name = getattr(judge, "__name__", "the judge")
+                raise RewardError(
+                    f"{name}: did not return within {options.reward_seconds:g} s (task.reward_seconds) on {late} of "
+                    f"{len(found)} completions, more than task.reward_failures {options.reward_failures:g} allows; "
+                    f"the last was {show(completion)}"
+                ) from error
+    return found
