@@ -11,8 +11,8 @@ from torch import Tensor
 from memhead import checks
 from memhead.chunked import REDUCTIONS, chunked_linear
 from memhead.logprobs import linear_logprobs
-from memhead.loss_op import block_rows, summed_logprobs
-from memhead.rows import kept_rows, put_back, select
+from memhead.masking import kept_rows, put_back, select
+from memhead.summed_op import block_rows, summed_logprobs
 
 
 def linear_cross_entropy(

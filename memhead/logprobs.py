@@ -88,7 +88,7 @@ def linear_logprobs(
         bias: (V,); -inf forbids a token.
         mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. Where
             there are more than a few hundred, a GPU is asked once how many it keeps, and works on
-            the first meanwhile (:mod:`memhead.rows`); inside a CUDA graph it cannot be asked.
+            the first meanwhile (:mod:`memhead.masking`); inside a CUDA graph it cannot be asked.
         temperature: > 0, one number or one per row (...). Not differentiated.
         softcap: c > 0 of ``c * tanh(x / c)`` (Gemma 2), after the scale, before the temperature.
         logit_scale: factor on the logits (Cohere, Granite's 1 / logits_scaling).

@@ -14,9 +14,9 @@ from torch import Tensor
 from memhead.arguments import OUTPUTS
 from memhead.backends import get_backend
 from memhead.checks import check_differentiated_once, check_targets_in_vocabulary, check_temperatures
+from memhead.masking import KeptRows, Part, known_part, select
 from memhead.planning import resolve_chunk, unasked_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.rows import KeptRows, Part, known_part, select
 from memhead.statistics import UNSET, FoldSpec, Upstream, one_minus_p
 from memhead.sweep import LEAST_ROWS, Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight, LowRankWeight, Weight
@@ -81,7 +81,7 @@ def logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1, lse_others, direction), see statistics.Rows.
 
-    And, beside a mask, how many rows it keeps as far as that is known, see rows.KeptRows: (1,), on the CPU.
+    And, beside a mask, how many rows it keeps as far as that is known, see masking.KeptRows: (1,), on the CPU.
     """
     kept = KeptRows(mask, unasked_rows(*weight.shape, device_type=hidden.device.type))
     wanted = (True, *outputs, True, direction)

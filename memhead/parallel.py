@@ -19,8 +19,8 @@ from torch import Tensor
 from memhead import checks
 from memhead.arguments import compute_dtype, read_arguments
 from memhead.logprobs import LinearLogprobs
+from memhead.masking import kept_rows, put_back, select
 from memhead.ops import make_problem
-from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec, Stat, Upstream, one_minus_p
 from memhead.sweep import Problem, WeightPart, backward_sweep, forward_sweep
 from memhead.weights import DenseWeight

@@ -35,7 +35,7 @@ TRAINED_ROWS = 128
 KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
 # Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask
-# keeps (memhead.rows): two such products take an H100 2 ms, about what the next launches take. If the
+# keeps (memhead.masking): two such products take an H100 2 ms, about what the next launches take. If the
 # mask keeps fewer rows, the rest is wasted.
 UNASKED = {"cuda": 4e11}
 
@@ -134,7 +134,7 @@ def plan_rows(
 
 
 def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
-    """Rows per block of a trainable head's summed loss (:mod:`memhead.loss_op`); None: do without.
+    """Rows per block of a trainable head's summed loss (:mod:`memhead.summed_op`); None: do without.
 
     Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes, that of the products' operands.
     """

@@ -21,9 +21,9 @@ from memhead import checks
 from memhead.arguments import compute_dtype, flat_mask, split_temperature
 from memhead.chunked import fill_logits
 from memhead.logprobs import LinearLogprobs
+from memhead.masking import kept_rows, put_back, select
 from memhead.planning import plan_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import LOWEST
 from memhead.sweep import blocks
 

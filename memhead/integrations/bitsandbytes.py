@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from memhead import checks
 from memhead.arguments import compute_dtype, read_arguments
 from memhead.logprobs import LinearLogprobs
+from memhead.masking import kept_rows, put_back, select
 from memhead.ops import make_problem
-from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec, Upstream, one_minus_p
 from memhead.sweep import Problem, backward_sweep, forward_sweep
 from memhead.weights import Weight

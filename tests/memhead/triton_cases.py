@@ -12,8 +12,8 @@ from memhead import linear_logprobs
 from memhead.backends import hopper_tile
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
-from memhead.loss_op import summed_logprobs_op
 from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
+from memhead.summed_op import summed_logprobs_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What the kernels of memhead.backends.hopper_* take; on a CPU, a half is widened before a product.

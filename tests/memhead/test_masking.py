@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memhead import linear_cross_entropy, linear_logprobs, ops
-from memhead.rows import ALL, KeptRows, known_part
+from memhead.masking import ALL, KeptRows, known_part
 from tests.memhead.reference import double, full_logprobs, make_head
 from tests.memhead.test_logprobs import SWEEPS, assert_equals_float64, options_of, run
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from memhead.arguments import OUTPUTS, compute_dtype
 from memhead.checks import check_differentiated_once, check_targets_in_vocabulary
+from memhead.masking import kept_rows, put_back, select
 from memhead.ops import make_problem
 from memhead.planning import plan_kept_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec
 from memhead.sweep import HeadGradients, forward_sweep
 from memhead.weights import DenseWeight
