@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memhead.arguments import OUTPUTS, compute_dtype
+from memhead.arguments import Settings, compute_dtype
 from memhead.checks import check_differentiated_once, check_targets_in_vocabulary
+from memhead.core import Problem
 from memhead.masking import kept_rows, put_back, select
-from memhead.ops import make_problem
 from memhead.planning import plan_kept_rows
 from memhead.products import operand_dtype, result_dtype
 from memhead.statistics import FoldSpec
@@ -50,19 +50,10 @@ def summed_logprobs(
     backend: str | None,
 ) -> Tensor:
     """Sum of the log-probabilities of the rows that the mask keeps, where :func:`block_rows` gives ``rows``."""
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1).long(),
-        bias,
-        mask.reshape(-1),
-        [float(logit_scale), float(softcap or 0.0), 1.0],
-        hidden.requires_grad,
-        bias is not None and bias.requires_grad,
-        [rows],
-        backend,
-        compute_dtype(hidden, weight),
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), bias, mask.reshape(-1)
+    numbers = [float(logit_scale), float(softcap or 0.0)]
+    wanted = [hidden.requires_grad, bias is not None and bias.requires_grad]
+    arguments = (*flat, numbers, wanted, rows, backend, compute_dtype(hidden, weight))
     if torch.compiler.is_compiling():
         return summed_logprobs_op(*arguments)[0]
     return _InPlace.apply(*arguments)
@@ -75,10 +66,9 @@ def summed_logprobs_op(
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
     mask: Tensor,  # (N,) bool
-    numbers: list[float],  # logit_scale, softcap, temperature
-    hidden_grad: bool,
-    bias_grad: bool,
-    chunk: list[int],  # [rows]
+    numbers: list[float],  # logit_scale, softcap
+    wanted: list[bool],  # gradients by hidden and by bias
+    rows: int,  # of a block
     backend: str | None,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -87,27 +77,26 @@ def summed_logprobs_op(
     That by hidden comes as the direction (N, H) and its coefficient (N,), see
     :func:`memhead.backends.torch.finish_direction`. What is not wanted is empty.
     """
+    hidden_grad, bias_grad = wanted
+    logit_scale, softcap = numbers
+    spec = FoldSpec(logit_scale, softcap, temperature=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
         kept = kept_rows(mask)
         x, t = select(kept, hidden, targets)
         check_targets_in_vocabulary(t, weight.shape[0])
-        spec = _spec(numbers)
-        problem = make_problem(x, DenseWeight(weight), t, bias, None, spec, chunk, backend, compute)
-        gradients = HeadGradients(problem, by_bias=bias_grad)
-        rows, direction = forward_sweep(problem, direction=hidden_grad, gradients=gradients)
+        settings = Settings(spec, rows, backend, compute)
+        work = Problem(hidden, DenseWeight(weight), targets, bias, mask, None, settings).work(x, t, None)
+        gradients = HeadGradients(work, by_bias=bias_grad)
+        results, direction = forward_sweep(work, direction=hidden_grad, gradients=gradients)
         nothing = hidden.new_empty(0)
         by_bias = gradients.by_bias
         return (
-            rows.logprobs.sum(),
-            put_back(kept, problem.coefficient(rows.logprobs), len(hidden)),
+            results.logprobs.sum(),
+            put_back(kept, work.coefficient(results.logprobs), len(hidden)),
             nothing if direction is None else put_back(kept, direction, len(hidden)),
             gradients.by_weight,
             nothing.clone() if by_bias is None or bias is None else by_bias.to(bias.dtype),
         )
-
-
-def _spec(numbers: list[float]) -> FoldSpec:
-    return FoldSpec(*numbers, *[False] * len(OUTPUTS))  # type: ignore[arg-type]
 
 
 @summed_logprobs_op.register_fake
@@ -118,12 +107,12 @@ def _(
     bias: Tensor | None,
     mask: Tensor,
     numbers: list[float],
-    hidden_grad: bool,
-    bias_grad: bool,
-    chunk: list[int],
+    wanted: list[bool],
+    rows: int,
     backend: str | None,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden_grad, bias_grad = wanted
     dtype = result_dtype(operand_dtype(compute, hidden.device))
     return (
         hidden.new_empty((), dtype=dtype),

@@ -283,10 +283,9 @@ def test_opcheck(masked, bias_grad):
         head.targets,
         head.bias.requires_grad_(bias_grad),
         mask,
-        [0.5, 5.0, 1.0],
-        True,
-        bias_grad,
-        [7],
+        [0.5, 5.0],
+        [True, bias_grad],
+        7,
         "torch",
         torch.float32,
     )

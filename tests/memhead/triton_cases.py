@@ -12,7 +12,7 @@ from memhead import linear_logprobs
 from memhead.backends import hopper_tile
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
-from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
+from memhead.statistics import FoldSpec, Stat, Tile, Upstream, new_statistics
 from memhead.summed_op import summed_logprobs_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,8 +31,7 @@ def _tile(rows: int, columns: int, seed: int) -> Tensor:
 
 def _spec(**kwargs: float) -> FoldSpec:
     plain = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0}
-    wanted = {"entropy": False, "squares": False, "total": False, "top1": False}
-    return FoldSpec(**{**plain, **wanted, **kwargs})  # type: ignore[arg-type]
+    return FoldSpec(**{**plain, **kwargs})  # type: ignore[arg-type]
 
 
 SPECS = [
@@ -63,7 +62,12 @@ def test_fold_tile_is_its_twin(
             logits = _tile(rows, columns, start) + jump
             exps.append(
                 backend.fold_tile(
-                    logits, s, targets, start, bias, temperature, spec, acc if start else None, operand, True
+                    logits,
+                    s,
+                    Tile(targets, start, bias, temperature, spec),
+                    acc if start else None,
+                    operand,
+                    True,
                 ).float()
             )
         stats.append(s)
@@ -93,7 +97,7 @@ def test_logit_gradient_is_its_twin(
     targets = torch.arange(rows, device=DEVICE) * 31 % (2 * columns)
     results = [
         backend.logit_gradient(
-            _tile(rows, columns, 1), targets, columns, None, None, spec, upstream, operand
+            _tile(rows, columns, 1), Tile(targets, columns, None, None, spec), upstream, operand
         ).float()
         for backend in (torch_backend, triton_backend)
     ]
@@ -328,7 +332,7 @@ def test_summed_cross_entropy_of_a_trainable_head(softcap: float) -> None:
     targets = torch.arange(12, device=DEVICE) * 70
     mask = torch.arange(12, device=DEVICE) != 4
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    arguments = (targets, leaves[2], mask, [0.5, softcap, 1.0], True, True, [5, 150], "triton", torch.float32)
+    arguments = (targets, leaves[2], mask, [0.5, softcap], [True, True], 5, "triton", torch.float32)
     total, *_ = summed_logprobs_op(*leaves[:2], *arguments)
     exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     logits = 0.5 * (exact[0] @ exact[1].t() + exact[2])
