@@ -127,13 +127,18 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
             )
             out = hidden.new_empty(0) if out is None else out
             results = [
-                part.put(y[:num_rows], len(hidden), into) if want else y
+                part.put(_first(y, num_rows), len(hidden), into) if want else y
                 for y, want, into in zip((*rows, out), wanted, results, strict=True)
             ]
     *values, directions = results
     found = Rows(*values)
     num_kept = hidden.new_empty(0) if mask is None else torch.tensor([kept.count])
     return found, Saved(found.logprobs.clone(), found.entropy.clone(), found.lse_others, directions, num_kept)
+
+
+def _first(results: Tensor, num_rows: int) -> Tensor:
+    """The first rows of (R, *), as a tensor of its own: autograd lets no view among an operator's results be changed."""
+    return results if len(results) == num_rows else results[:num_rows].clone()
 
 
 def recompute(
