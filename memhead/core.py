@@ -137,7 +137,7 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
 
 
 def _first(results: Tensor, num_rows: int) -> Tensor:
-    """The first rows of (R, *), as a tensor of its own: autograd lets no view among an operator's results be changed."""
+    """The first rows of (R, *), in memory of their own: a view among its results autograd lets nobody change."""
     return results if len(results) == num_rows else results[:num_rows].clone()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memhead.planning import Chunk
-from memhead.products import add_product, operand_dtype, result_dtype
+from memhead.products import add_product, as_operand, operand_dtype, result_dtype
 from memhead.statistics import FoldSpec, Rows, Stat, Tile, Upstream, finish, new_statistics, one_minus_p
 from memhead.weights import Weight, WeightPart
 
@@ -180,13 +180,13 @@ def forward_sweep(
     own = out is not None and out.dtype == stats.dtype
     shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
     for rows in row_blocks(num_rows, chunk.rows):
-        x = hidden[rows].to(work.operand)  # (R, H)
+        x = as_operand(hidden[rows], work.compute)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)
         whole = work.tile(rows, slice(0, vocab_size))
         partial = work.backend.start_rows(x, weight, stats[:, rows], whole, work.operand)
         for columns in blocks(vocab_size, width):
-            w = weight.tile(columns.start, columns.stop, work.operand)  # (C, H)
+            w = as_operand(weight.tile(columns.start, columns.stop, work.compute), work.compute)  # (C, H)
             first = columns.start == 0
             exps = work.backend.fold_product(  # (R, C)
                 x,
@@ -209,7 +209,7 @@ def forward_sweep(
         if gradients is not None:
             gradients.fold(x, stats[:, rows], rows)
         if acc is not None and out is not None:
-            target_rows = weight.rows(work.targets[rows], work.operand)
+            target_rows = as_operand(weight.rows(work.targets[rows], work.compute), work.compute)
             work.backend.finish_direction(acc, stats[:, rows], target_rows, out[rows])
     return finish(stats, work.vocab_size, work.spec), out
 
@@ -248,9 +248,9 @@ def backward_sweep(
     bias_out = hidden.new_zeros(vocab_size, dtype=work.result) if bias_grad else None
     buffer = work.new_buffer(chunk)
     for columns in blocks(vocab_size, chunk.columns):
-        w = weight.tile(columns.start, columns.stop, work.operand)  # (C, H)
+        w = as_operand(weight.tile(columns.start, columns.stop, work.compute), work.compute)  # (C, H)
         for rows in blocks(num_rows, chunk.rows):
-            x = hidden[rows].to(work.operand)  # (R, H)
+            x = as_operand(hidden[rows], work.compute)  # (R, H)
             grad = work.backend.gradient_product(  # (R, C)
                 x,
                 w,

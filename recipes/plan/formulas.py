@@ -148,5 +148,5 @@ def memhead_bytes(shape: ModelShape, rows: int, e: int, chunk: Chunk, *, trained
 
 def head_chunk(shape: ModelShape, rows: int, e: int, device_type: str, chunk_rows: int | None) -> Chunk:
     """The tile that memhead takes; `chunk_rows` is head.chunk."""
-    found = plan_chunk(rows, shape.vocab, shape.hidden, device_type=device_type, operand_itemsize=e)
+    found = plan_chunk(rows, shape.vocab, device_type=device_type)
     return found if chunk_rows is None else Chunk(min(chunk_rows, rows), found.columns)

@@ -86,6 +86,15 @@ def test_changed_losses(change):
         torch.testing.assert_close(ours, expected)
 
 
+def test_few_rows():
+    """Of which a CPU computes more than there are."""
+    hidden = HEAD.hidden[:3].clone().requires_grad_()
+    logprobs = linear_logprobs(hidden, HEAD.weight, HEAD.targets[:3]).logprobs
+    logprobs[1] = 0.0
+    logprobs.sum().backward()
+    assert hidden.grad.any(1).tolist() == [True, False, True]
+
+
 def test_full_logits_may_be_changed_likewise():
     hidden = HEAD.hidden.clone().requires_grad_()
     logprobs = full_logprobs(hidden, HEAD.weight, HEAD.targets).logprobs
