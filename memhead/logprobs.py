@@ -86,7 +86,7 @@ def linear_logprobs(
         weight: (V, H), floating point. The products run in the promoted dtype of the two, or in
             autocast's where autocast is on, and give float32.
         targets: (...), integers in 0..V-1 wherever ``mask`` is true.
-        bias: (V,); -inf forbids a token.
+        bias: (V,); -inf forbids a token, but not beside a softcap c, which makes -c of it.
         mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. Where
             there are more than a few hundred, a GPU is asked once how many it keeps, and works on
             the first meanwhile (:mod:`memhead.masking`); inside a CUDA graph it cannot be asked.

@@ -27,6 +27,7 @@ from memhead.logprobs import LowRankUpdate, linear_logprobs
 from memhead.reference import full_logprobs
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")
+INSTALLED = "memhead_handle"  # an attribute of what we put into a slot
 
 PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -43,7 +44,7 @@ def install(
         backend: see :func:`memhead.linear_logprobs`.
 
     Raises:
-        ValueError: an unknown ``impl``, or a chunk too small.
+        ValueError: an unknown ``impl``, a chunk too small, or a head that is installed already.
         RuntimeError: the installed TRL has no such slot.
     """
     from trl.trainer import utils
@@ -57,6 +58,8 @@ def install(
         raise RuntimeError(
             f"trl {trl.__version__} has no fused head to replace; memhead needs trl>=1.15: pip install -U trl"
         )
+    if (installed := _installed()) is not None:
+        raise ValueError(f"impl={installed.impl!r} is installed in TRL already; call uninstall() first")
     original = utils._ChunkedLogProbFunction
     refuse_lora_again = allow_lora_head() if impl != "trl" else None
 
@@ -81,7 +84,28 @@ def install(
         return apply(hidden, *args, **kwargs)
 
     utils._ChunkedLogProbFunction = SimpleNamespace(apply=counted)
+    name_handle(handle)
     return handle
+
+
+def uninstall() -> None:
+    """Put back what :func:`install` replaced, for whoever has lost its handle; nothing happens where it did not."""
+    handle = _installed()
+    if handle is not None:
+        handle.uninstall()
+
+
+def name_handle(handle: Handle) -> None:
+    """Let ``handle`` stand for what is installed: that of an integration which has TRL's slot among others."""
+    from trl.trainer import utils
+
+    setattr(utils._ChunkedLogProbFunction, INSTALLED, handle)
+
+
+def _installed() -> Handle | None:
+    from trl.trainer import utils
+
+    return getattr(getattr(utils, "_ChunkedLogProbFunction", None), INSTALLED, None)
 
 
 def _memhead_apply(
