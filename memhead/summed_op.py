@@ -22,6 +22,13 @@ from memhead.statistics import FoldSpec
 from memhead.sweep import HeadGradients, forward_sweep
 from memhead.weights import DenseWeight
 
+# Of the operator; the first of them are tensors.
+ARGUMENTS = (
+    *("hidden", "weight", "targets", "bias", "mask"),
+    *("numbers", "wanted", "rows", "backend", "compute"),
+)
+TENSORS = 5
+
 
 def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | None) -> int | None:
     """Rows of a block, or None where there is no gradient to collect, or four products are the better bargain.
@@ -101,18 +108,9 @@ def summed_logprobs_op(
 
 @summed_logprobs_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    numbers: list[float],
-    wanted: list[bool],
-    rows: int,
-    backend: str | None,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor, *plain: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden_grad, bias_grad = wanted
+    _, (hidden_grad, bias_grad), _, _, compute = plain
     dtype = result_dtype(operand_dtype(compute, hidden.device))
     return (
         hidden.new_empty((), dtype=dtype),
@@ -125,17 +123,20 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[4], *output[1:])
+    ctx.save_for_backward(inputs[ARGUMENTS.index("mask")], *output[1:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return _by_argument(ctx)
     mask, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
     upstream = _upstream(upstream, mask)
-    by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
-    grads = by_hidden, by_weight * upstream, None, (by_bias * upstream).to(by_bias.dtype)
-    return _wanted(ctx, *grads)
+    return _by_argument(
+        ctx,
+        hidden=_by_hidden(ctx, direction, coefficient, upstream),
+        weight=by_weight * upstream,
+        bias=(by_bias * upstream).to(by_bias.dtype),
+    )
 
 
 summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -151,20 +152,24 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         total, *collected = summed_logprobs_op(*arguments)
-        ctx.settings, ctx.handed_out = arguments[5:], False
-        ctx.save_for_backward(*arguments[:5], *collected)
+        ctx.plain, ctx.handed_out = arguments[TENSORS:], False
+        ctx.save_for_backward(*arguments[:TENSORS], *collected)
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+        *tensors, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
         if ctx.handed_out:
-            *_, by_weight, by_bias = summed_logprobs_op(*inputs, *ctx.settings)
+            *_, by_weight, by_bias = summed_logprobs_op(*tensors, *ctx.plain)
         ctx.handed_out = True
-        upstream = _upstream(upstream, inputs[4])
-        by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
-        # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
-        return _wanted(ctx, by_hidden, by_weight.data.mul_(upstream), None, by_bias.data.mul_(upstream))
+        upstream = _upstream(upstream, tensors[ARGUMENTS.index("mask")])
+        return _by_argument(
+            ctx,
+            hidden=_by_hidden(ctx, direction, coefficient, upstream),
+            # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
+            weight=by_weight.data.mul_(upstream),
+            bias=by_bias.data.mul_(upstream),
+        )
 
 
 def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
@@ -173,12 +178,14 @@ def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(), upstream, 0.0)
 
 
-def _by_hidden(direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor:
-    """(N, H), written at once in hidden's dtype."""
+def _by_hidden(ctx: Any, direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor | None:
+    """(N, H), written at once in hidden's dtype; None where nobody wants it."""
+    if not ctx.needs_input_grad[ARGUMENTS.index("hidden")]:
+        return None
     return torch.mul(direction, (coefficient * upstream)[:, None], out=torch.empty_like(direction))
 
 
-def _wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _by_argument(ctx: Any, **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """One for each of the operator's arguments, None where nobody wants it."""
-    padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
-    return tuple(grad if need else None for grad, need in zip(padded, ctx.needs_input_grad, strict=True))
+    needed = zip(ARGUMENTS, ctx.needs_input_grad, strict=True)
+    return tuple(gradients.get(name) if need else None for name, need in needed)

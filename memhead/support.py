@@ -214,12 +214,8 @@ class _SupportLogits(torch.autograd.Function):
         bias_grad = None
         if by_bias:
             bias_grad = grad.new_zeros(len(bias)).index_add_(0, ids.flatten(), grad.flatten()).to(bias.dtype)
-        return (
-            hidden_grad,
-            None if weight_grad is None else weight_grad.to(weight.dtype),
-            bias_grad,
-            *[None] * 3,
-        )
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return hidden_grad, weight_grad, bias_grad, None, None, None
 
 
 def _widen(x: Tensor, compute: torch.dtype, result: torch.dtype) -> Tensor:

@@ -39,19 +39,11 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory):
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", HEADS)
-def test_changed_results(name, change, trainable, masked):
+def test_changed_results(name, change, trainable, masked, one_process):
     weight = HEAD.weight.clone().requires_grad_(trainable and name != "quantised")
     hidden = HEAD.hidden.clone().requires_grad_()
     leaves = [x for x in (hidden, weight) if x.requires_grad]
