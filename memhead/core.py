@@ -108,7 +108,9 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
         ValueError: a target outside the vocabulary, or a temperature that is not positive.
     """
     hidden, mask, spec = problem.hidden, problem.mask, problem.settings.spec
-    kept = KeptRows(mask, unasked_rows(*problem.weight.shape, device_type=hidden.device.type))
+    # By the whole vocabulary, so that all processes that share it work on the same parts.
+    unasked = unasked_rows(problem.vocab_size, hidden.shape[1], device_type=hidden.device.type)
+    kept = KeptRows(mask, unasked)
     wanted = (True, *spec.wanted, True, direction)
     results: list[Any] = [None] * len(wanted)
     with torch.autocast(hidden.device.type, enabled=False):
