@@ -156,20 +156,21 @@ def memhead_contestant() -> Contestant:
 
 def full_contestant() -> Contestant:
     """Plain full logits, kept in the inputs' dtype until the softmax, as a plain trainer has them."""
+    from memhead.reference import full_logits, full_logprobs
 
-    def log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logp = F.linear(hidden, weight).float().log_softmax(-1)
-        return logp.gather(1, targets[:, None]).squeeze(1), logp
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return full_logprobs(hidden, weight, targets).logprobs
 
     def with_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, logp = log_softmax(hidden, weight, targets)
+        logp = full_logits(hidden, weight).log_softmax(-1)
         with torch.no_grad():
-            return logprobs, -(logp.exp() * logp).sum(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
     def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+        return F.cross_entropy(full_logits(hidden, weight), targets)
 
-    return Contestant("full logits", lambda *head: log_softmax(*head)[0], with_entropy, cross_entropy)
+    return Contestant("full logits", logprobs, with_entropy, cross_entropy)
 
 
 def torch_contestant() -> Contestant:

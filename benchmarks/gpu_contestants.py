@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.contestants import Contestant
 from memhead import linear_cross_entropy, linear_logprobs
+from memhead.reference import full_logits, full_logprobs
 
 
 def contestants(softcap: float | None, *, compiled: bool) -> list[Contestant]:
@@ -54,17 +55,9 @@ def _memhead(softcap: float | None) -> list[Contestant]:
     return [Contestant("memhead", logprobs, with_entropy, cross_entropy)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, softcap: float | None, widen: bool) -> Tensor:
-    logits = F.linear(hidden, weight)
-    if widen:
-        logits = logits.float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def _full_logprobs(softcap: float | None, widen: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logp = _logits(hidden, weight, softcap, widen).log_softmax(-1)
-        return logp.gather(1, targets[:, None]).squeeze(1)
+        return full_logprobs(hidden, weight, targets, softcap=softcap, widen=widen).logprobs
 
     return logprobs
 
@@ -77,13 +70,13 @@ def _full(softcap: float | None) -> list[Contestant]:
         def with_entropy(
             hidden: Tensor, weight: Tensor, targets: Tensor, widen: bool = widen
         ) -> tuple[Tensor, Tensor]:
-            logp = _logits(hidden, weight, softcap, widen).log_softmax(-1)
+            logp = full_logits(hidden, weight, softcap=softcap, widen=widen).log_softmax(-1)
             with torch.no_grad():
                 entropy = -(logp.exp() * logp).sum(-1)
             return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
         def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, widen: bool = widen) -> Tensor:
-            return F.cross_entropy(_logits(hidden, weight, softcap, widen), targets)
+            return F.cross_entropy(full_logits(hidden, weight, softcap=softcap, widen=widen), targets)
 
         found.append(Contestant(name, logprobs, with_entropy, cross_entropy))
     return found

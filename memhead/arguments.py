@@ -15,15 +15,22 @@ from memhead.statistics import FoldSpec
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
+class Settings(NamedTuple):
+    """How to score, in plain values."""
+
+    spec: FoldSpec
+    chunk: int | tuple[int, int] | None  # rows, or (rows, columns), of a tile; None: planned
+    backend: str | None
+    compute: torch.dtype
+
+
 class Arguments(NamedTuple):
     """One value for each row of hidden (N, H), and the plain ones."""
 
     targets: Tensor  # (N,) int64
     mask: Tensor | None  # (N,) bool
-    temperature: Tensor | None  # (N,) of the results' dtype; None: the same for all, in spec
-    spec: FoldSpec
-    tile: list[int]  # [], [rows] or [rows, columns]
-    compute: torch.dtype
+    temperature: Tensor | None  # (N,) of the results' dtype; None: the same for all, in settings
+    settings: Settings
 
 
 def read_arguments(
@@ -38,6 +45,7 @@ def read_arguments(
     entropy: bool,
     extra_outputs: Sequence[str],
     chunk: int | tuple[int, int] | None,
+    backend: str | None,
 ) -> Arguments:
     """See :func:`memhead.linear_logprobs`; the head itself, targets included, is checked before.
 
@@ -51,14 +59,8 @@ def read_arguments(
     per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
     if mask is not None:
         mask = flat_mask(mask, hidden)
-    return Arguments(
-        targets.reshape(-1).long(),
-        mask,
-        per_row,
-        FoldSpec(float(logit_scale), float(softcap or 0.0), number, *wanted),
-        [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk),
-        compute,
-    )
+    spec = FoldSpec(float(logit_scale), float(softcap or 0.0), number, *wanted)
+    return Arguments(targets.reshape(-1).long(), mask, per_row, Settings(spec, chunk, backend, compute))
 
 
 def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:

@@ -106,7 +106,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_at_least_one(name: str, value: int) -> None:
-    """``value`` counts something of which there is one."""
+    """``value`` is a count, of at least one."""
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 
@@ -115,11 +115,18 @@ def check_chunk(chunk: int | tuple[int, int] | None) -> None:
     """A chunk is rows, or (rows, columns), and holds at least one of each."""
     if chunk is None:
         return
-    sizes = (chunk,) if isinstance(chunk, int) else chunk
-    if not isinstance(sizes, tuple) or len(sizes) > 2 or not all(isinstance(size, int) for size in sizes):
+    sizes = (chunk, 1) if isinstance(chunk, int) else chunk
+    if not isinstance(sizes, tuple) or len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"chunk={chunk} must be a number of rows or (rows, vocabulary columns)")
-    if any(size < 1 for size in sizes):
+    if min(sizes) < 1:
         raise ValueError(f"chunk={chunk} is too small to hold a row; it must be at least 1")
+
+
+def check_row_chunk(chunk: int | None) -> None:
+    """A chunk of whole rows of logits is their number, at least one."""
+    if chunk is not None and not isinstance(chunk, int):
+        raise ValueError(f"chunk={chunk} must be a number of rows: whole rows of logits are held at a time")
+    check_chunk(chunk)
 
 
 def check_targets_in_vocabulary(targets: Tensor, vocab_size: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from memhead import checks
 from memhead.arguments import compute_dtype
 from memhead.planning import default_tile, plan_rows
-from memhead.products import add_product, operand_dtype, product, result_dtype
+from memhead.products import add_product, as_operand, operand_dtype, product, result_dtype
 from memhead.sweep import blocks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -80,9 +80,7 @@ def chunked_linear(
     checks.check_head(hidden, weight, None, bias)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
-    if chunk is not None and not isinstance(chunk, int):
-        raise ValueError(f"chunk={chunk} must be a number of rows: a transform sees whole rows of logits")
-    checks.check_chunk(chunk)
+    checks.check_row_chunk(chunk)
     lead, num_rows = hidden.shape[:-1], hidden.shape[:-1].numel()
     for i, arg in enumerate(row_args):
         checks.check_row_arg(f"row_args[{i}]", arg, hidden)
@@ -202,9 +200,9 @@ def _sweep(
     buffer = hidden.new_empty((settings.rows, weight.shape[0]), dtype=result)
     acc = hidden.new_empty((settings.rows, hidden.shape[1]), dtype=result) if needs[0] else None
     for rows in blocks(len(hidden), settings.rows):
-        x = hidden[rows].to(operand)  # (R, H)
+        x = as_operand(hidden[rows], settings.compute)  # (R, H)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = fill_logits(x, weight, bias, buffer[: len(x)])  # (R, V)
+            logits = fill_logits(x, weight, bias, settings.compute, buffer[: len(x)])  # (R, V)
         inside = _leaves(others, rows, settings.num_row_args)
         by_logits, *by_others = _through_transform(
             settings,
@@ -221,7 +219,7 @@ def _sweep(
         if by_logits is None:
             continue
         with torch.autocast(hidden.device.type, enabled=False):
-            by_hidden = _fold_gradient(by_logits, x, weight, grads[1], grads[2], acc)
+            by_hidden = _fold_gradient(by_logits, x, weight, settings.compute, grads[1], grads[2], acc)
         if grads[0] is not None and by_hidden is not None:
             grads[0][rows] = by_hidden
         del by_logits  # before the next chunk has one of its own
@@ -237,9 +235,9 @@ def _leaves(others: list[Tensor | None], rows: slice, num_row_args: int) -> list
     return [x[rows].detach() if i < num_row_args else x for i, x in enumerate(others)]  # type: ignore[index, misc]
 
 
-def fill_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x @ weight.T + bias`` into ``out`` (R, V)."""
-    for columns, w in _weight_tiles(weight, x.dtype):
+def fill_logits(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype, out: Tensor) -> Tensor:
+    """``x @ weight.T + bias`` into ``out`` (R, V), for x (R, H) as :func:`memhead.products.as_operand` gives it."""
+    for columns, w in _weight_tiles(weight, compute):
         if w is weight:
             product(x, w.t(), out)
         else:  # a product writes to contiguous memory only
@@ -247,13 +245,13 @@ def fill_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
     return out if bias is None else out.add_(bias)
 
 
-def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight itself if its dtype fits, else widened piece by piece: no second weight-sized copy."""
-    if weight.dtype == dtype:
+def _weight_tiles(weight: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight itself if it is an operand as it is, else one piece after the other: no weight-sized copy."""
+    if weight.dtype == compute == operand_dtype(compute, weight.device):
         yield slice(0, len(weight)), weight
         return
-    for columns in blocks(len(weight), default_tile("cpu", 4).columns):
-        yield columns, weight[columns].to(dtype)
+    for columns in blocks(len(weight), default_tile(weight.device.type, 4).columns):
+        yield columns, as_operand(weight[columns], compute)
 
 
 def _through_transform(
@@ -312,6 +310,7 @@ def _fold_gradient(
     by_logits: Tensor,  # (R, V)
     x: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
+    compute: torch.dtype,
     weight_grad: Tensor | None,  # (V, H), added to
     bias_grad: Tensor | None,  # (V,), added to
     acc: Tensor | None,  # at least (R, H), overwritten
@@ -331,12 +330,14 @@ def _fold_gradient(
         else:
             most = largest.amax()
             x = (x * (largest / most)).to(x.dtype)
-            for columns in blocks(len(weight), default_tile("cuda", 4).columns):  # no weight-sized temporary
+            for columns in blocks(
+                len(weight), default_tile(x.device.type, 4).columns
+            ):  # no weight-sized temporary
                 part = x.new_empty((columns.stop - columns.start, x.shape[1]), dtype=by_logits.dtype)
                 weight_grad[columns].addcmul_(product(grad[:, columns].t(), x, part), most)
     if acc is None:
         return None
     acc = acc[: len(x)]
-    for columns, w in _weight_tiles(weight, x.dtype):
+    for columns, w in _weight_tiles(weight, compute):
         add_product(acc, grad[:, columns], w, first=columns.start == 0)
     return acc if largest is None else acc.mul_(largest)

@@ -11,8 +11,8 @@ from torch import Tensor
 from memhead import checks
 from memhead.chunked import REDUCTIONS, chunked_linear
 from memhead.logprobs import linear_logprobs
-from memhead.loss_op import block_rows, summed_logprobs
-from memhead.rows import kept_rows, put_back, select
+from memhead.masking import kept_rows, put_back, select
+from memhead.summed_op import block_rows, summed_logprobs
 
 
 def linear_cross_entropy(
@@ -36,7 +36,7 @@ def linear_cross_entropy(
         hidden: (..., H), floating point.
         weight: (V, H), floating point.
         targets: (...), integers in 0..V-1, or ``ignore_index``: such rows are not computed.
-        bias: (V,); -inf forbids a token.
+        bias: (V,); -inf forbids a token, but not beside a softcap c, which makes -c of it.
         ignore_index: target of the rows that do not count.
         reduction: "mean" over the rows that count (NaN if none does, as in torch), "sum", or
             "none" (0 for the rows that do not count).

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from memhead import checks
 from memhead.arguments import compute_dtype, read_arguments
-from memhead.ops import logprobs_op
+from memhead.ops import Head, logprobs_op
+from memhead.statistics import FoldSpec
 
 
 class LinearLogprobs(NamedTuple):
@@ -85,10 +86,10 @@ def linear_logprobs(
         weight: (V, H), floating point. The products run in the promoted dtype of the two, or in
             autocast's where autocast is on, and give float32.
         targets: (...), integers in 0..V-1 wherever ``mask`` is true.
-        bias: (V,); -inf forbids a token.
+        bias: (V,); -inf forbids a token, but not beside a softcap c, which makes -c of it.
         mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. Where
             there are more than a few hundred, a GPU is asked once how many it keeps, and works on
-            the first meanwhile (:mod:`memhead.rows`); inside a CUDA graph it cannot be asked.
+            the first meanwhile (:mod:`memhead.masking`); inside a CUDA graph it cannot be asked.
         temperature: > 0, one number or one per row (...). Not differentiated.
         softcap: c > 0 of ``c * tanh(x / c)`` (Gemma 2), after the scale, before the temperature.
         logit_scale: factor on the logits (Cohere, Granite's 1 / logits_scaling).
@@ -109,7 +110,7 @@ def linear_logprobs(
     """
     checks.check_head(hidden, weight, targets, bias)
     compute = compute_dtype(hidden, weight)
-    labels, kept, row_temperature, spec, tile, _ = read_arguments(
+    labels, kept, row_temperature, settings = read_arguments(
         hidden,
         targets,
         compute,
@@ -120,35 +121,25 @@ def linear_logprobs(
         entropy=entropy,
         extra_outputs=extra_outputs,
         chunk=chunk,
+        backend=backend,
     )
 
     update = None
     if low_rank is not None:
         hidden, update = _extend(hidden, weight, low_rank, compute)
     direction = torch.is_grad_enabled() and hidden.requires_grad
-    *results, _, _, _ = logprobs_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        update,
-        labels,
-        bias,
-        kept,
-        row_temperature,
-        spec.numbers,
-        spec.wanted,
-        direction,
-        tile,
-        backend,
-        compute,
-    )
-    shape = hidden.shape[:-1]
-    logprobs, *others = results
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    head = Head.of(flat, weight, update, labels, bias, kept, row_temperature, settings)
+    return as_results(logprobs_op(*head, direction), settings.spec, targets.shape)
+
+
+def as_results(rows: Sequence[Tensor], spec: FoldSpec, shape: torch.Size) -> LinearLogprobs:
+    """The first of ``rows``, each (N,) in the order of :class:`LinearLogprobs`, in ``shape``."""
     entropies, *metrics = (
-        x.reshape(shape) if want else None for x, want in zip(others, spec.wanted, strict=True)
+        x.reshape(shape) if want else None for x, want in zip(rows[1:5], spec.wanted, strict=True)
     )
-    return LinearLogprobs(
-        logprobs.reshape(shape), entropies, *(None if x is None else x.detach() for x in metrics)
-    )
+    detached = (None if x is None else x.detach() for x in metrics)
+    return LinearLogprobs(rows[0].reshape(shape), entropies, *detached)
 
 
 def _extend(

@@ -10,7 +10,6 @@ pass the hidden gradient, once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from memhead import checks
 from memhead.arguments import compute_dtype, read_arguments
-from memhead.logprobs import LinearLogprobs
-from memhead.ops import make_problem
-from memhead.rows import kept_rows, put_back, select
-from memhead.statistics import FoldSpec, Stat, Upstream, one_minus_p
-from memhead.sweep import Problem, WeightPart, backward_sweep, forward_sweep
+from memhead.core import Call, Problem, score_with_autograd
+from memhead.logprobs import LinearLogprobs, as_results
+from memhead.statistics import Stat
 from memhead.weights import DenseWeight
 
 MAXIMA = [Stat.REFERENCE, Stat.TARGET, Stat.BEFORE, Stat.AFTER]
@@ -85,33 +82,27 @@ def vocab_parallel_logprobs(
         entropy=entropy,
         extra_outputs=extra_outputs,
         chunk=chunk,
+        backend=backend,
     )
-    start, total = _place(weight, group)
-    kept = kept_rows(arguments.mask)
-    x, labels, row_temperature = select(
-        kept, hidden.reshape(-1, hidden.shape[-1]), arguments.targets, arguments.temperature
+    first, total = _place(weight, group)
+    labels, kept, row_temperature, settings = arguments
+
+    def problem(x: Tensor, w: Tensor | None, b: Tensor | None) -> Problem:
+        assert w is not None
+        rows = x, _PartialWeight(w), labels, b, kept, row_temperature
+        return Problem(*rows, settings, first=first, total=total)
+
+    def merge(stats: Tensor, acc: Tensor | None) -> None:
+        _merge(stats, acc, group)
+
+    call = Call(
+        problem,
+        direction=torch.is_grad_enabled() and hidden.requires_grad,
+        merge=merge,
+        add_up=lambda by_hidden: dist.all_reduce(by_hidden, group=group),
     )
-    checks.check_targets_in_vocabulary(labels, total)
-    checks.check_temperatures(row_temperature)
-    direction = torch.is_grad_enabled() and hidden.requires_grad
-    settings = _Settings(group, total, arguments.spec, arguments.tile, backend, arguments.compute, direction)
-
-    def shaped(y: Tensor) -> Tensor:
-        """One value per row of hidden, 0 where the mask leaves it out."""
-        return put_back(kept, y, targets.numel()).view(targets.shape)
-
-    logprobs, *others = _VocabParallel.apply(settings, x, weight, bias, labels - start, row_temperature)
-    return LinearLogprobs(shaped(logprobs), *(None if y is None else shaped(y) for y in others))
-
-
-class _Settings(NamedTuple):
-    group: dist.ProcessGroup | None
-    vocab_size: int
-    spec: FoldSpec
-    chunk: list[int]
-    backend: str | None
-    compute: torch.dtype
-    direction: bool
+    results = score_with_autograd(call, hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    return as_results(results, settings.spec, targets.shape)
 
 
 def _place(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -131,99 +122,6 @@ class _PartialWeight(DenseWeight):
         inside = (indices >= 0) & (indices < len(self.weight))
         found = super().rows(indices.clamp(0, len(self.weight) - 1), dtype)
         return torch.where(inside[:, None], found, 0.0)
-
-
-class _VocabParallel(torch.autograd.Function):
-    """Inputs without masked rows; targets counted from this process's first row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        settings: _Settings,
-        hidden: Tensor,  # (N, H)
-        weight: Tensor,  # (V_rank, H)
-        bias: Tensor | None,
-        targets: Tensor,  # (N,), outside 0..V_rank-1 where another process holds the target
-        temperature: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        problem = _problem(settings, hidden, weight, bias, targets, temperature)
-
-        def merge(stats: Tensor, acc: Tensor | None) -> None:
-            _merge(stats, acc, settings.group)
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows, direction = forward_sweep(problem, direction=settings.direction, merge=merge)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        entropy = rows.entropy if settings.spec.entropy else None
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, rows.logprobs, entropy, rows.lse_others, direction
-        )
-        # Our process divided the sum over the whole vocabulary by its own share.
-        mean_logits = rows.mean_logits * (len(weight) / settings.vocab_size)
-        spec = settings.spec
-        metrics = [
-            rows.log_sum_sq_probs if spec.squares else None,
-            mean_logits if spec.total else None,
-            rows.is_top1 if spec.top1 else None,
-        ]
-        ctx.mark_non_differentiable(*(y for y in metrics if y is not None))
-        return rows.logprobs, entropy, *metrics
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        checks.check_differentiated_once()
-        hidden, weight, bias, targets, temperature, logprobs, entropy, lse_others, direction = (
-            ctx.saved_tensors
-        )
-        settings: _Settings = ctx.settings
-        _, by_hidden, by_weight, by_bias, _, _ = ctx.needs_input_grad
-        factor = settings.spec.slope(temperature)
-        grad_logprobs = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs * factor
-        grad_entropy = None if grad_entropy is None else grad_entropy * factor
-        hidden_grad = weight_grad = bias_grad = None
-        recompute_hidden = by_hidden and (grad_entropy is not None or direction is None)
-        if recompute_hidden or by_weight or by_bias:
-            with torch.autocast(hidden.device.type, enabled=False):
-                hidden_grad, parts, bias_grad = backward_sweep(
-                    _problem(settings, hidden, weight, bias, targets, temperature),
-                    Upstream(grad_logprobs, grad_entropy, logprobs, entropy, lse_others),
-                    hidden_grad=recompute_hidden,
-                    weight_parts=(WeightPart(slice(0, weight.shape[1]), weight.dtype),) if by_weight else (),
-                    bias_grad=by_bias,
-                )
-            weight_grad = parts[0] if by_weight else None
-            bias_grad = None if bias_grad is None else bias_grad.to(bias.dtype)
-        if by_hidden:
-            if hidden_grad is None:
-                hidden_grad = (grad_logprobs * one_minus_p(logprobs))[:, None] * direction
-            wide = hidden_grad.to(logprobs.dtype)  # (N, H); summed wide, rounded once
-            dist.all_reduce(wide, group=settings.group)
-            hidden_grad = wide.to(hidden.dtype)
-        return None, hidden_grad, weight_grad, bias_grad, None, None
-
-
-def _problem(
-    settings: _Settings,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-) -> Problem:
-    return make_problem(
-        hidden,
-        _PartialWeight(weight),
-        targets,
-        bias,
-        temperature,
-        settings.spec,
-        settings.chunk,
-        settings.backend,
-        settings.compute,
-    )
 
 
 def _merge(stats: Tensor, acc: Tensor | None, group: dist.ProcessGroup | None) -> None:

@@ -35,7 +35,7 @@ TRAINED_ROWS = 128
 KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
 # Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask
-# keeps (memhead.rows): two such products take an H100 2 ms, about what the next launches take. If the
+# keeps (memhead.masking): two such products take an H100 2 ms, about what the next launches take. If the
 # mask keeps fewer rows, the rest is wasted.
 UNASKED = {"cuda": 4e11}
 
@@ -54,6 +54,10 @@ class Chunk(NamedTuple):
         """
         accumulators = self.rows * hidden_size * (4 + operand_itemsize)
         return self.rows * self.columns * tile_itemsize + accumulators
+
+    def within(self, num_rows: int, vocab_size: int) -> Chunk:
+        """This tile, no larger than what there is to compute."""
+        return Chunk(max(1, min(self.rows, num_rows)), max(1, min(self.columns, vocab_size)))
 
     def taller(self, num_rows: int) -> Chunk:
         """A tile of the same size with up to four times the rows.
@@ -75,46 +79,13 @@ def default_tile(device_type: str, tile_itemsize: int) -> Chunk:
     return Chunk(rows, size // (rows * tile_itemsize))
 
 
-def plan_chunk(
-    num_rows: int,
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    device_type: str = "cpu",
-    tile_itemsize: int = 4,
-    operand_itemsize: int = 4,
-    budget_bytes: int | None = None,
-) -> Chunk:
-    """Choose the tile for ``num_rows`` tokens of a (vocab_size, hidden_size) head.
+def plan_chunk(num_rows: int, vocab_size: int, *, device_type: str = "cpu", tile_itemsize: int = 4) -> Chunk:
+    """The tile for ``num_rows`` tokens of a vocabulary where nobody asks for one, see :func:`resolve_chunk`.
 
-    Args:
-        device_type: ``torch.device.type``; anything but "cpu" is planned like "cuda".
-        tile_itemsize: bytes of a logit in the tile: 4, or 2 where a kernel never writes logits
-            (:func:`memhead.backends.triton.tile_dtype`).
-        operand_itemsize: bytes of one element of the matrix products' operands.
-        budget_bytes: upper bound for :meth:`Chunk.workspace_bytes`; ``None`` keeps the device's
-            default tile, which is under 128 MiB on a CPU and under 256 MiB on a GPU for every
-            model we know.
-
-    Raises:
-        ValueError: the budget cannot hold a tile of one row by one column.
+    What is worked on beside inputs and outputs (:meth:`Chunk.workspace_bytes`) is under 128 MiB on a
+    CPU and under 256 MiB on a GPU for every model we know.
     """
-    rows, columns = default_tile(device_type, tile_itemsize)
-    chunk = Chunk(max(1, min(rows, num_rows)), max(1, min(columns, vocab_size)))
-    if budget_bytes is None:
-        return chunk
-    while (needed := chunk.workspace_bytes(hidden_size, tile_itemsize, operand_itemsize)) > budget_bytes:
-        if chunk.rows == 1 and chunk.columns == 1:
-            raise ValueError(
-                f"budget_bytes={budget_bytes} is too small to hold one row of hidden size "
-                f"{hidden_size}: at least {needed} bytes are needed"
-            )
-        # Rows cost the accumulator as well as the tile, so they are halved first.
-        if chunk.rows >= chunk.columns or chunk.columns == 1:
-            chunk = Chunk(max(1, chunk.rows // 2), chunk.columns)
-        else:
-            chunk = Chunk(chunk.rows, max(1, chunk.columns // 2))
-    return chunk
+    return default_tile(device_type, tile_itemsize).within(num_rows, vocab_size)
 
 
 def plan_rows(
@@ -134,7 +105,7 @@ def plan_rows(
 
 
 def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
-    """Rows per block of a trainable head's summed loss (:mod:`memhead.loss_op`); None: do without.
+    """Rows per block of a trainable head's summed loss (:mod:`memhead.summed_op`); None: do without.
 
     Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes, that of the products' operands.
     """
@@ -162,7 +133,12 @@ def resolve_chunk(
 ) -> Chunk:
     """The tile that a public function's ``chunk`` argument asks for; ``None`` takes the default.
 
-    ``widen``: where there are fewer rows than the default's, it may have as many more columns.
+    Args:
+        num_rows: rows to score, of a vocabulary of ``vocab_size``.
+        device: anything but a CPU is planned like CUDA.
+        tile_itemsize: bytes of a logit in the tile: 4, or 2 where a kernel never writes logits
+            (:func:`memhead.backends.triton.tile_dtype`).
+        widen: where there are fewer rows than the default's, the tile may have as many more columns.
     """
     rows, columns = default_tile(device.type, tile_itemsize)
     if isinstance(chunk, int):
@@ -171,4 +147,4 @@ def resolve_chunk(
         rows, columns = chunk
     elif widen and 0 < num_rows < rows:
         columns = rows * columns // num_rows
-    return Chunk(max(1, min(rows, num_rows)), max(1, min(columns, vocab_size)))
+    return Chunk(rows, columns).within(num_rows, vocab_size)

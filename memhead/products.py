@@ -29,6 +29,11 @@ def operand_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and compute in HALF else compute
 
 
+def as_operand(x: Tensor, compute: torch.dtype) -> Tensor:
+    """``x`` as it enters a product: rounded to the product's dtype, and widened where torch has no such product."""
+    return x.to(compute).to(operand_dtype(compute, x.device))
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out[...] = a @ b``, rounded to the dtype of ``out`` once; a (M, K), b (K, N), out (M, N)."""
     if a.dtype != out.dtype:

@@ -56,10 +56,10 @@ class FoldSpec(NamedTuple):
     logit_scale: float
     softcap: float  # 0.0: none
     temperature: float  # used where there is no per-row temperature
-    entropy: bool
-    squares: bool
-    total: bool
-    top1: bool
+    entropy: bool = False
+    squares: bool = False
+    total: bool = False
+    top1: bool = False
 
     @property
     def numbers(self) -> list[float]:
@@ -74,6 +74,16 @@ class FoldSpec(NamedTuple):
     def slope(self, temperature: Tensor | None) -> Tensor | float:
         """d z / d (h . W) but for the softcap's part; ``temperature`` (N,) replaces the number."""
         return self.logit_scale / (self.temperature if temperature is None else temperature)
+
+
+class Tile(NamedTuple):
+    """What a tile (R, C) of raw products is beside its numbers: whose rows, which columns, what makes them logits."""
+
+    targets: Tensor  # (R,) int64, numbers in the vocabulary
+    start: int  # the number of the first of the C columns
+    bias: Tensor | None  # (C,)
+    temperature: Tensor | None  # (R,)
+    spec: FoldSpec
 
 
 class Rows(NamedTuple):

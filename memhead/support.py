@@ -21,9 +21,9 @@ from memhead import checks
 from memhead.arguments import compute_dtype, flat_mask, split_temperature
 from memhead.chunked import fill_logits
 from memhead.logprobs import LinearLogprobs
+from memhead.masking import kept_rows, put_back, select
 from memhead.planning import plan_rows
-from memhead.products import operand_dtype, result_dtype
-from memhead.rows import kept_rows, put_back, select
+from memhead.products import as_operand, result_dtype
 from memhead.statistics import LOWEST
 from memhead.sweep import blocks
 
@@ -70,12 +70,12 @@ def truncation_support(
         ValueError: arguments that do not fit together, or a row whose support exceeds ``max_size``.
     """
     checks.check_head(hidden, weight, include, bias)
-    checks.check_chunk(chunk)
+    checks.check_row_chunk(chunk)
     _check_filters(top_k, top_p, min_p)
     checks.check_at_least_one("max_size", max_size)
     num_rows, vocab_size = hidden.shape[:-1].numel(), weight.shape[0]
-    operand = operand_dtype(compute_dtype(hidden, weight), hidden.device)
-    result = result_dtype(operand)
+    compute = compute_dtype(hidden, weight)
+    result = result_dtype(compute)
     planned = plan_rows(num_rows, vocab_size, device_type=hidden.device.type, itemsize=result.itemsize)
     size = planned if chunk is None else max(1, min(chunk, num_rows))
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -85,9 +85,9 @@ def truncation_support(
     overflow = flat.new_zeros((), dtype=torch.bool)
     buffer = flat.new_empty((size, vocab_size), dtype=result)
     for rows in blocks(num_rows, size):
-        x = flat[rows].to(operand)
+        x = as_operand(flat[rows], compute)
         with torch.autocast(hidden.device.type, enabled=False):
-            z = fill_logits(x, weight, bias, buffer[: len(x)])  # (R, V)
+            z = fill_logits(x, weight, bias, compute, buffer[: len(x)])  # (R, V)
         z = _to_logits(z, number if per_row is None else per_row[rows], softcap, logit_scale)
         best, ids = z.topk(min(max_size + 1, vocab_size))  # one more than there is room for
         keep = _keep(best, z.logsumexp(1), top_k, top_p, min_p)
@@ -152,7 +152,7 @@ def supported_logprobs(
         raise ValueError(
             f"support has shape {tuple(support.shape)}; it must be (..., K), a list for each row"
         )
-    checks.check_chunk(chunk)
+    checks.check_row_chunk(chunk)
     flat, ids, labels = hidden.reshape(-1, hidden.shape[-1]), support.flatten(0, -2), targets.reshape(-1)
     compute = compute_dtype(hidden, weight)
     per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
@@ -214,12 +214,8 @@ class _SupportLogits(torch.autograd.Function):
         bias_grad = None
         if by_bias:
             bias_grad = grad.new_zeros(len(bias)).index_add_(0, ids.flatten(), grad.flatten()).to(bias.dtype)
-        return (
-            hidden_grad,
-            None if weight_grad is None else weight_grad.to(weight.dtype),
-            bias_grad,
-            *[None] * 3,
-        )
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return hidden_grad, weight_grad, bias_grad, None, None, None
 
 
 def _widen(x: Tensor, compute: torch.dtype, result: torch.dtype) -> Tensor:

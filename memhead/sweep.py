@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from memhead.planning import Chunk
-from memhead.products import add_product, operand_dtype, result_dtype
-from memhead.statistics import FoldSpec, Rows, Stat, Upstream, finish, new_statistics, one_minus_p
-from memhead.weights import Weight
+from memhead.products import add_product, as_operand, operand_dtype, result_dtype
+from memhead.statistics import FoldSpec, Rows, Stat, Tile, Upstream, finish, new_statistics, one_minus_p
+from memhead.weights import Weight, WeightPart
 
 
-class Problem(NamedTuple):
-    """One head over one batch of rows."""
+class Work(NamedTuple):
+    """Rows that are computed together, and how: what :mod:`memhead.core` makes of a work."""
 
     hidden: Tensor  # (N, H)
     weight: Weight  # (V, H)
@@ -32,6 +32,17 @@ class Problem(NamedTuple):
     chunk: Chunk
     backend: ModuleType
     compute: torch.dtype
+    vocab_size: int  # of the whole vocabulary, other processes' parts included
+
+    def tile(self, rows: slice, columns: slice) -> Tile:
+        """What belongs to the raw products of these rows and columns."""
+        return Tile(
+            self.targets[rows],
+            columns.start,
+            _slice(self.bias, columns),
+            _slice(self.temperature, rows),
+            self.spec,
+        )
 
     @property
     def operand(self) -> torch.dtype:
@@ -91,15 +102,15 @@ class HeadGradients:
     complete, and multiplied a second time, with the hidden states. Three products in all.
     """
 
-    def __init__(self, problem: Problem, *, by_bias: bool) -> None:
-        self.problem = problem
-        hidden, vocab_size = problem.hidden, problem.weight.shape[0]
+    def __init__(self, work: Work, *, by_bias: bool) -> None:
+        self.work = work
+        hidden, vocab_size = work.hidden, work.weight.shape[0]
         # The first block of rows writes it: on a CPU, clearing a gradient costs a tenth of a product.
-        self.by_weight = hidden.new_empty(problem.weight.shape, dtype=problem.result)
+        self.by_weight = hidden.new_empty(work.weight.shape, dtype=work.result)
         if not len(hidden):
             self.by_weight.zero_()
-        self.by_bias = hidden.new_zeros(vocab_size, dtype=problem.result) if by_bias else None
-        self._buffer = problem.new_buffer(problem.chunk, vocab_size)
+        self.by_bias = hidden.new_zeros(vocab_size, dtype=work.result) if by_bias else None
+        self._buffer = work.new_buffer(work.chunk, vocab_size)
         self._kept: list[tuple[slice, Tensor, Tensor]] = []
 
     def buffer(self, columns: slice, num_rows: int) -> Tensor:
@@ -112,13 +123,13 @@ class HeadGradients:
 
     def fold(self, x: Tensor, stats: Tensor, rows: slice) -> None:
         """Add what a complete block of rows x (R, H) gives; forget its tiles."""
-        problem = self.problem
-        targets, others = problem.targets[rows], stats[Stat.OTHERS]
-        logprobs = finish(stats, problem.weight.shape[0], problem.spec).logprobs
-        coefficient = problem.coefficient(logprobs, rows)
+        work = self.work
+        targets, others = work.targets[rows], stats[Stat.OTHERS]
+        logprobs = finish(stats, work.weight.shape[0], work.spec).logprobs
+        coefficient = work.coefficient(logprobs, rows)
         of_others = torch.where(others > 0, -coefficient / others, 0.0)  # (R,)
         of_target = coefficient * stats[Stat.SLOPE]
-        wide = x.to(problem.result)
+        wide = x.to(work.result)
         scaled = (wide * of_others[:, None]).to(x.dtype)  # (R, H)
         for columns, exps, reference in self._kept:
             factor, left = of_others, scaled
@@ -136,7 +147,7 @@ class HeadGradients:
 
 
 def forward_sweep(
-    problem: Problem,
+    work: Work,
     *,
     direction: bool,
     out: Tensor | None = None,
@@ -153,14 +164,14 @@ def forward_sweep(
     ``gradients`` are collected by the way, at the price of one more product and of a block of rows
     of the whole vocabulary.
     """
-    hidden, weight, chunk = problem.hidden, problem.weight, problem.chunk
+    hidden, weight, chunk = work.hidden, work.weight, work.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
-    stats = new_statistics(num_rows, hidden, problem.result)
+    stats = new_statistics(num_rows, hidden, work.result)
     kept = direction or gradients is not None  # the exponentials
-    width = chunk.columns if kept or not problem.whole_at_once else vocab_size
+    width = chunk.columns if kept or not work.whole_at_once else vocab_size
     buffer = hidden.new_empty(0)
     if gradients is None and width == chunk.columns:
-        buffer = problem.new_buffer(chunk)
+        buffer = work.new_buffer(chunk)
     if not direction:
         out = None
     elif out is None:
@@ -169,69 +180,45 @@ def forward_sweep(
     own = out is not None and out.dtype == stats.dtype
     shared_acc = stats.new_empty(chunk.rows, hidden_size) if direction and not own else None
     for rows in row_blocks(num_rows, chunk.rows):
-        x = hidden[rows].to(problem.operand)  # (R, H)
+        x = as_operand(hidden[rows], work.compute)  # (R, H)
         acc = out[rows] if own and out is not None else shared_acc
         acc = None if acc is None else acc[: len(x)]  # (R, H)
-        partial = problem.backend.start_rows(
-            x,
-            weight,
-            stats[:, rows],
-            problem.targets[rows],
-            problem.bias,
-            _slice(problem.temperature, rows),
-            problem.spec,
-            problem.operand,
-        )
+        whole = work.tile(rows, slice(0, vocab_size))
+        partial = work.backend.start_rows(x, weight, stats[:, rows], whole, work.operand)
         for columns in blocks(vocab_size, width):
-            w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
+            w = as_operand(weight.tile(columns.start, columns.stop, work.compute), work.compute)  # (C, H)
             first = columns.start == 0
-            exps = problem.backend.fold_product(  # (R, C)
+            exps = work.backend.fold_product(  # (R, C)
                 x,
                 w,
                 buffer if gradients is None else gradients.buffer(columns, len(x)),
                 partial,
                 stats[:, rows],
-                problem.targets[rows],
-                columns.start,
-                _slice(problem.bias, columns),
-                _slice(problem.temperature, rows),
-                problem.spec,
+                work.tile(rows, columns),
                 None if first else acc,
-                problem.operand,
+                work.operand,
                 kept,
             )
             if gradients is not None:
                 gradients.keep(columns, exps, stats[:, rows])
             if acc is not None:
                 add_product(acc, exps, w, first=first)
-        problem.backend.end_rows(partial, stats[:, rows], problem.spec)
+        work.backend.end_rows(partial, stats[:, rows], work.spec)
         if merge is not None:
             merge(stats[:, rows], acc)
         if gradients is not None:
             gradients.fold(x, stats[:, rows], rows)
         if acc is not None and out is not None:
-            target_rows = weight.rows(problem.targets[rows], problem.operand)
-            problem.backend.finish_direction(acc, stats[:, rows], target_rows, out[rows])
-    return finish(stats, vocab_size, problem.spec), out
-
-
-class WeightPart(NamedTuple):
-    """Some of the H features of a weight whose gradient is wanted, and its dtype."""
-
-    features: slice
-    dtype: torch.dtype
-
-    @property
-    def width(self) -> int:
-        """How many features."""
-        return self.features.stop - self.features.start
+            target_rows = as_operand(weight.rows(work.targets[rows], work.compute), work.compute)
+            work.backend.finish_direction(acc, stats[:, rows], target_rows, out[rows])
+    return finish(stats, work.vocab_size, work.spec), out
 
 
 def backward_sweep(
-    problem: Problem,
+    work: Work,
     upstream: Upstream,
     *,
-    hidden_grad: bool,
+    hidden_dtype: torch.dtype | None,
     weight_parts: tuple[WeightPart, ...] = (),
     bias_grad: bool = False,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
@@ -239,42 +226,38 @@ def backward_sweep(
 
     The vocabulary is the outer loop, so that a tile of the weight's gradient is summed over all
     rows in float32 and rounded once, without a second buffer of the weight's size; the price is a
-    float32 accumulator (N, H) where the hidden gradient is wanted too.
+    float32 accumulator (N, H) where the hidden gradient is wanted too, in ``hidden_dtype``; ``None``: it is not.
     """
-    hidden, weight = problem.hidden, problem.weight
+    hidden, weight = work.hidden, work.weight
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    chunk = problem.chunk.taller(num_rows)
-    scale, upstream = _scaled(problem, upstream)
-    hidden_acc = hidden.new_zeros(hidden.shape, dtype=problem.result) if hidden_grad else None
+    chunk = work.chunk.taller(num_rows)
+    scale, upstream = _scaled(work, upstream)
+    hidden_acc = hidden.new_zeros(hidden.shape, dtype=work.result) if hidden_dtype else None
     # Every tile of it is written below; on a CPU, clearing it first costs a tenth of a product.
     weight_grads = [hidden.new_empty((vocab_size, part.width), dtype=part.dtype) for part in weight_parts]
     if not num_rows:
         weight_grads = [grad.zero_() for grad in weight_grads]
     # A sum over one block of rows is a single product, which rounds once by itself.
-    single = num_rows <= chunk.rows and problem.operand != torch.float16
+    single = num_rows <= chunk.rows and work.operand != torch.float16
     accs = [
         None
-        if part.dtype == problem.result or (single and part.dtype == problem.operand)
-        else hidden.new_empty((chunk.columns, part.width), dtype=problem.result)
+        if part.dtype == work.result or (single and part.dtype == work.operand)
+        else hidden.new_empty((chunk.columns, part.width), dtype=work.result)
         for part in weight_parts
     ]
-    bias_out = hidden.new_zeros(vocab_size, dtype=problem.result) if bias_grad else None
-    buffer = problem.new_buffer(chunk)
+    bias_out = hidden.new_zeros(vocab_size, dtype=work.result) if bias_grad else None
+    buffer = work.new_buffer(chunk)
     for columns in blocks(vocab_size, chunk.columns):
-        w = weight.tile(columns.start, columns.stop, problem.operand)  # (C, H)
+        w = as_operand(weight.tile(columns.start, columns.stop, work.compute), work.compute)  # (C, H)
         for rows in blocks(num_rows, chunk.rows):
-            x = hidden[rows].to(problem.operand)  # (R, H)
-            grad = problem.backend.gradient_product(  # (R, C)
+            x = as_operand(hidden[rows], work.compute)  # (R, H)
+            grad = work.backend.gradient_product(  # (R, C)
                 x,
                 w,
                 buffer,
-                problem.targets[rows],
-                columns.start,
-                _slice(problem.bias, columns),
-                _slice(problem.temperature, rows),
-                problem.spec,
+                work.tile(rows, columns),
                 Upstream(*(_slice(value, rows) for value in upstream)),  # type: ignore[arg-type]
-                problem.operand,
+                work.operand,
             )
             if hidden_acc is not None:
                 add_product(hidden_acc[rows], grad, w, first=False)
@@ -282,7 +265,7 @@ def backward_sweep(
                 total = weight_grad[columns] if acc is None else acc[: len(w)]
                 add_product(total, grad.t(), x[:, part.features], first=rows.start == 0)
             if bias_out is not None:
-                bias_out[columns] += grad.sum(0, dtype=problem.result)
+                bias_out[columns] += grad.sum(0, dtype=work.result)
         for weight_grad, acc in zip(weight_grads, accs, strict=True):
             if acc is not None and num_rows:
                 torch.mul(acc[: len(w)], scale, out=weight_grad[columns])
@@ -290,23 +273,25 @@ def backward_sweep(
                 weight_grad[columns].mul_(scale)
     hidden_out = hidden_acc
     if hidden_acc is not None:
-        same = hidden_acc.dtype == hidden.dtype
-        hidden_out = torch.mul(hidden_acc, scale, out=hidden_acc if same else _rows_like(hidden))
+        same = hidden_acc.dtype == hidden_dtype
+        hidden_out = torch.mul(
+            hidden_acc, scale, out=hidden_acc if same else _rows_like(hidden, hidden_dtype)
+        )
     return hidden_out, weight_grads, None if bias_out is None else bias_out.mul_(scale)
 
 
-def _rows_like(hidden: Tensor) -> Tensor:
+def _rows_like(hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory (N, H) row after row, as the operators promise a compiler, whatever hidden's layout."""
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _scaled(problem: Problem, upstream: Upstream) -> tuple[Tensor | float, Upstream]:
+def _scaled(work: Work, upstream: Upstream) -> tuple[Tensor | float, Upstream]:
     """Bring the largest upstream gradient to 1, so that float16 products do not flush to zero."""
-    if problem.operand != torch.float16:
+    if work.operand != torch.float16:
         return 1.0, upstream
     grads = [upstream.grad_logprobs, upstream.grad_entropy]
     largest = torch.stack([g.abs().amax() for g in grads if g is not None and g.numel()] or [torch.ones(())])
-    scale = largest.amax().clamp_min(torch.finfo(torch.float32).tiny).to(problem.hidden.device)
+    scale = largest.amax().clamp_min(torch.finfo(torch.float32).tiny).to(work.hidden.device)
     return scale, upstream._replace(
         grad_logprobs=upstream.grad_logprobs / scale,
         grad_entropy=None if upstream.grad_entropy is None else upstream.grad_entropy / scale,

@@ -6,10 +6,22 @@ A dense weight is sliced; a low-rank update is laid beside it tile by tile; a qu
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class WeightPart(NamedTuple):
+    """Some of the H features of a weight that get a gradient of their own, and its dtype."""
+
+    features: slice
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """How many features."""
+        return self.features.stop - self.features.start
 
 
 class Weight(Protocol):
@@ -18,6 +30,11 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """(V, H)."""
+        ...
+
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """The tensors that the weight is made of, as far as they can be trained."""
         ...
 
     def views(self, dtype: torch.dtype) -> bool:
@@ -44,6 +61,11 @@ class DenseWeight:
         """(V, H)."""
         return self.weight.shape[0], self.weight.shape[1]
 
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """See :class:`Weight`."""
+        return (WeightPart(slice(0, self.weight.shape[1]), self.weight.dtype),)
+
     def views(self, dtype: torch.dtype) -> bool:
         """See :class:`Weight`."""
         return self.weight.dtype == dtype
@@ -67,6 +89,12 @@ class LowRankWeight:
     def shape(self) -> tuple[int, int]:
         """(V, H + r)."""
         return self.base.shape[0], self.base.shape[1] + self.update.shape[1]
+
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """See :class:`Weight`; the update's is the last."""
+        features = slice(self.base.shape[1], self.shape[1])
+        return (*self.base.parts, WeightPart(features, self.update.weight.dtype))
 
     def views(self, dtype: torch.dtype) -> bool:
         """See :class:`Weight`."""

@@ -36,7 +36,7 @@ from memhead.backends.triton_math import (
     ceil_div,
     power_of_2,
 )
-from memhead.statistics import FoldSpec, Stat, headroom
+from memhead.statistics import FoldSpec, Stat, Tile, headroom
 
 LANES = 256
 
@@ -275,17 +275,14 @@ def fold_product(
     buffer: Tensor,  # of whole blocks of the operand dtype, if a direction is wanted
     partial: Tensor,  # (planes, R, blocks) of new_partial, updated
     stats: Tensor,  # (len(Stat), R), REFERENCE updated if a direction is wanted
-    targets: Tensor,  # (R,) int64
-    start: int,  # a multiple of a block's columns
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,  # starting at a multiple of a block's columns
     acc: Tensor | None,  # (R, H) sums so far, rescaled where the reference moves
     operand: torch.dtype,
     direction: bool,
 ) -> Tensor:
     """``fold_tile(x @ w.T, ...)`` of the other backends, without ``x @ w.T``; :func:`merge` must follow the last."""
     (num_rows, hidden_size), num_columns = x.shape, w.shape[0]
+    targets, start, bias, temperature, spec = tile
     exps = hopper_tile.whole_blocks(buffer, num_rows, num_columns) if direction else buffer.view(1, -1)
     first_block, all_blocks = start // hopper_tile.BLOCK_COLUMNS, partial.shape[2]
     shift, lazy, depth = headroom(operand)

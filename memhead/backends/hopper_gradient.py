@@ -10,7 +10,7 @@ from torch import Tensor
 from memhead.backends import hopper_tile
 from memhead.backends.hopper_tile import cap_slope, capped_product, load_temperature, place, row_factor
 from memhead.backends.triton_math import LN_2, LOG2_E, LOWEST, one_minus_exp
-from memhead.statistics import FoldSpec, Upstream
+from memhead.statistics import Tile, Upstream
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "start"])
@@ -83,16 +83,13 @@ def gradient_product(
     x: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
     buffer: Tensor,  # of whole blocks of the operand dtype
-    targets: Tensor,  # (R,)
-    start: int,
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,
     upstream: Upstream,  # each (R,); the gradients times logit_scale / T
     operand: torch.dtype,
 ) -> Tensor:
     """``logit_gradient(x @ w.T, ...)`` of the other backends, without ``x @ w.T``."""
     (num_rows, hidden_size), num_columns = x.shape, w.shape[0]
+    targets, start, bias, temperature, spec = tile
     grad = hopper_tile.whole_blocks(buffer, num_rows, num_columns)
     _gradient_kernel[hopper_tile.grid(num_rows, num_columns, x.device)](
         hopper_tile.descriptor(x, hopper_tile.BLOCK_ROWS),

@@ -20,7 +20,7 @@ from torch import Tensor
 from memhead.backends.hopper_fold import new_partial
 from memhead.backends.hopper_tile import BLOCK_K
 from memhead.backends.triton_math import SLOPE, TARGET, ceil_div, to_logits
-from memhead.statistics import FoldSpec
+from memhead.statistics import Tile
 from memhead.weights import Weight
 
 BLOCK_ROWS = 64
@@ -76,13 +76,11 @@ def start_rows(
     x: Tensor,  # (R, H)
     weight: Weight,  # (V, H)
     stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated
-    targets: Tensor,  # (R,)
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,  # the whole vocabulary
     operand: torch.dtype,
 ) -> Tensor:
     """See :func:`memhead.backends.torch.start_rows`."""
+    targets, _, bias, temperature, spec = tile
     target_rows = weight.rows(targets, operand)
     _target_kernel[(ceil_div(len(x), BLOCK_ROWS),)](
         x,

@@ -12,29 +12,26 @@ import torch
 from torch import Tensor
 
 from memhead.products import brings_memory, result_dtype, tile_product
-from memhead.statistics import LOWEST, FoldSpec, Stat, Upstream, headroom, one_minus_p
+from memhead.statistics import LOWEST, FoldSpec, Stat, Tile, Upstream, headroom, one_minus_p
 from memhead.weights import Weight
 
 
 def fold_tile(
     logits: Tensor,  # (R, C) raw products, overwritten
     stats: Tensor,  # (len(Stat), R), updated
-    targets: Tensor,  # (R,) int64
-    start: int,
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,
     acc: Tensor | None,  # (R, H) sums so far, rescaled where the reference moves
     operand: torch.dtype,
     direction: bool,
 ) -> Tensor:
-    """Fold vocabulary columns ``start : start + C`` into the statistics of their rows.
+    """Fold a tile of the vocabulary into the statistics of its rows.
 
     Returns (R, C), if the ``direction`` is wanted, in the operand dtype: exp(z - reference) times
     the softcap's slope, zero in the target's column: the left factor of the direction's product.
     """
-    z, slope = to_logits(logits, bias, temperature, spec)
-    hit, column = _target_column(targets, start, z.shape[1])
+    spec = tile.spec
+    z, slope = to_logits(logits, tile)
+    hit, column = _target_column(tile, z.shape[1])
     at_target = z.gather(1, column)  # (R, 1)
     stats[Stat.TARGET] = torch.where(hit, at_target, stats[Stat.TARGET, :, None]).squeeze(1)
     if slope is not None:
@@ -42,7 +39,7 @@ def fold_tile(
     if spec.total:
         stats[Stat.TOTAL] += z.sum(1)
     if spec.top1:
-        _fold_maxima(z, stats, targets, start)
+        _fold_maxima(z, stats, tile)
     z.scatter_(1, column, torch.where(hit, LOWEST, at_target))
     _move_reference(z.amax(1), stats, spec, acc, operand)
 
@@ -62,10 +59,7 @@ def start_rows(
     x: Tensor,  # (R, H)
     weight: Weight,  # (V, H)
     stats: Tensor,  # (len(Stat), R), TARGET and SLOPE updated where fold_product leaves them out
-    targets: Tensor,  # (R,); outside 0..V-1 where another process holds the target
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,  # the whole vocabulary
     operand: torch.dtype,
 ) -> Tensor | None:
     """What comes before the first tile of a block of rows: memory for what :func:`end_rows` needs; here nothing."""
@@ -121,18 +115,14 @@ def raw_product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
     return tile_product(x, w.t(), buffer)
 
 
-def to_logits(
-    raw: Tensor,  # (R, C), overwritten
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits z and the softcap's slope (None without softcap), both (R, C), from raw products.
+def to_logits(raw: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Logits z and the softcap's slope (None without softcap), both (R, C), from raw products, which are overwritten.
 
     The slope is d softcap(x)/dx = 1 - tanh(x / cap)^2, as 4 u / (1 + u)^2 with u = exp(-2 |x / cap|),
     which does not cancel where the cap saturates. The scale and the temperature are constant along
     a row and multiplied in at the very end.
     """
+    _, _, bias, temperature, spec = tile
     if bias is not None:
         raw.add_(bias.to(raw.dtype).clamp_min(LOWEST))
     slope = None
@@ -150,16 +140,17 @@ def to_logits(
     return raw, slope
 
 
-def _target_column(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+def _target_column(tile: Tile, columns: int) -> tuple[Tensor, Tensor]:
     """Whether each row's target lies in this tile, and where (clamped into it), both (R, 1)."""
-    column = (targets - start)[:, None]
+    column = (tile.targets - tile.start)[:, None]
     return (column >= 0) & (column < columns), column.clamp(0, columns - 1)
 
 
-def _fold_maxima(z: Tensor, stats: Tensor, targets: Tensor, start: int) -> None:
-    vocab = torch.arange(start, start + z.shape[1], device=z.device)
-    before = torch.where(vocab < targets[:, None], z, LOWEST).amax(1)
-    after = torch.where(vocab > targets[:, None], z, LOWEST).amax(1)
+def _fold_maxima(z: Tensor, stats: Tensor, tile: Tile) -> None:
+    vocab = torch.arange(tile.start, tile.start + z.shape[1], device=z.device)
+    targets = tile.targets[:, None]
+    before = torch.where(vocab < targets, z, LOWEST).amax(1)
+    after = torch.where(vocab > targets, z, LOWEST).amax(1)
     stats[Stat.BEFORE] = torch.maximum(stats[Stat.BEFORE], before)
     stats[Stat.AFTER] = torch.maximum(stats[Stat.AFTER], after)
 
@@ -208,11 +199,7 @@ def finish_direction(
 
 def logit_gradient(
     logits: Tensor,  # (R, C) raw products, overwritten
-    targets: Tensor,  # (R,)
-    start: int,
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,
     upstream: Upstream,  # each (R,); the gradients times logit_scale / T
     operand: torch.dtype,
 ) -> Tensor:
@@ -223,8 +210,8 @@ def logit_gradient(
 
     times the softcap's slope.
     """
-    z, slope = to_logits(logits, bias, temperature, spec)
-    hit, column = _target_column(targets, start, z.shape[1])
+    z, slope = to_logits(logits, tile)
+    hit, column = _target_column(tile, z.shape[1])
     grad_logprobs, grad_entropy, logprobs, entropy, lse_others = upstream
     uncertain = one_minus_p(logprobs)
     grad = None

@@ -33,7 +33,7 @@ from memhead.backends.triton_math import (
     to_logits,
 )
 from memhead.products import brings_memory, result_dtype
-from memhead.statistics import FoldSpec, Upstream, headroom
+from memhead.statistics import FoldSpec, Tile, Upstream, headroom
 
 # The widest tile whose rows fit the registers of one program.
 MAX_COLUMNS = 16384
@@ -130,17 +130,14 @@ def _fold_kernel(
 def fold_tile(
     logits: Tensor,  # (R, C) raw products, overwritten
     stats: Tensor,  # (len(Stat), R), updated
-    targets: Tensor,  # (R,) int64
-    start: int,
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,
     acc: Tensor | None,  # (R, H) sums so far, rescaled where the reference moves
     operand: torch.dtype,
     direction: bool,
 ) -> Tensor:
     """See :func:`memhead.backends.torch.fold_tile`; C is at most :data:`MAX_COLUMNS`."""
     rows, columns = logits.shape
+    targets, start, bias, temperature, spec = tile
     exps = _overlay(logits, operand)
     shift, lazy, _ = headroom(operand)
     block = power_of_2(columns)
@@ -334,16 +331,13 @@ def _gradient_kernel(
 
 def logit_gradient(
     logits: Tensor,  # (R, C) raw products, overwritten
-    targets: Tensor,  # (R,)
-    start: int,
-    bias: Tensor | None,  # (C,)
-    temperature: Tensor | None,  # (R,)
-    spec: FoldSpec,
+    tile: Tile,
     upstream: Upstream,  # each (R,); the gradients times logit_scale / T
     operand: torch.dtype,
 ) -> Tensor:
     """See :func:`memhead.backends.torch.logit_gradient`; C is at most :data:`MAX_COLUMNS`."""
     rows, columns = logits.shape
+    targets, start, bias, temperature, spec = tile
     grad = _overlay(logits, operand)
     block = power_of_2(columns)
     _gradient_kernel[(rows,)](

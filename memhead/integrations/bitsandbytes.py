@@ -10,19 +10,16 @@ works by itself once :mod:`memhead.integrations.trl` is installed.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memhead import checks
 from memhead.arguments import compute_dtype, read_arguments
-from memhead.logprobs import LinearLogprobs
-from memhead.ops import make_problem
-from memhead.rows import kept_rows, put_back, select
-from memhead.statistics import FoldSpec, Upstream, one_minus_p
-from memhead.sweep import Problem, backward_sweep, forward_sweep
-from memhead.weights import Weight
+from memhead.core import Call, Problem, score_with_autograd
+from memhead.logprobs import LinearLogprobs, as_results
+from memhead.weights import Weight, WeightPart
 
 
 class Weight8bit:
@@ -35,6 +32,11 @@ class Weight8bit:
     def shape(self) -> tuple[int, int]:
         """(V, H)."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """See :class:`memhead.weights.Weight`; none, for it is frozen."""
+        return ()
 
     def views(self, dtype: torch.dtype) -> bool:
         """See :class:`memhead.weights.Weight`."""
@@ -64,6 +66,11 @@ class Weight4bit:
         if state.nested:  # the scales are quantised themselves; they are 1/blocksize of the weight
             scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
         self._scales = scales.float()
+
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """See :class:`memhead.weights.Weight`; none, for it is frozen."""
+        return ()
 
     def views(self, dtype: torch.dtype) -> bool:
         """See :class:`memhead.weights.Weight`."""
@@ -183,7 +190,7 @@ def quantized_logprobs(
     checks.check_rows("targets", targets, hidden)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias requires a gradient; beside a quantised weight it must be frozen")
-    flat_targets, rows, temperatures, spec, tile, compute = read_arguments(
+    labels, kept, row_temperature, settings = read_arguments(
         hidden,
         targets,
         compute_dtype(hidden, hidden),
@@ -194,73 +201,12 @@ def quantized_logprobs(
         entropy=entropy,
         extra_outputs=extra_outputs,
         chunk=chunk,
+        backend=backend,
     )
-    kept = kept_rows(rows)
-    x, labels, row_temperature = select(
-        kept, hidden.reshape(-1, hidden.shape[-1]), flat_targets, temperatures
-    )
-    checks.check_targets_in_vocabulary(labels, weight.shape[0])
-    checks.check_temperatures(row_temperature)
-    direction = torch.is_grad_enabled() and hidden.requires_grad
-    settings = _Settings(weight, labels, bias, row_temperature, spec, tile, backend, compute, direction)
-    results: Any = _Quantized.apply(settings, x)
-    shaped = (None if y is None else put_back(kept, y, targets.numel()).view(targets.shape) for y in results)
-    return LinearLogprobs(*shaped)  # type: ignore[arg-type]
 
+    def problem(x: Tensor, _: Tensor | None, b: Tensor | None) -> Problem:
+        return Problem(x, weight, labels, b, kept, row_temperature, settings)
 
-class _Settings(NamedTuple):
-    weight: Weight
-    targets: Tensor  # (N,)
-    bias: Tensor | None
-    temperature: Tensor | None
-    spec: FoldSpec
-    chunk: list[int]
-    backend: str | None
-    compute: torch.dtype
-    direction: bool
-
-    def problem(self, hidden: Tensor) -> Problem:
-        return make_problem(
-            hidden,
-            self.weight,
-            self.targets,
-            self.bias,
-            self.temperature,
-            self.spec,
-            self.chunk,
-            self.backend,
-            self.compute,
-        )
-
-
-class _Quantized(torch.autograd.Function):
-    """Of hidden (N, H) alone: nothing else of a quantised head is trained."""
-
-    @staticmethod
-    def forward(ctx: Any, settings: _Settings, hidden: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows, direction = forward_sweep(settings.problem(hidden), direction=settings.direction)
-        spec = settings.spec
-        wanted = (True, spec.entropy, spec.squares, spec.total, spec.top1)
-        results: list[Tensor | None] = [y if want else None for y, want in zip(rows[:5], wanted, strict=True)]
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, results[0], results[1], rows.lse_others, direction)
-        ctx.mark_non_differentiable(*(y for y in results[2:] if y is not None))
-        return tuple(results)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *of_metrics: Any
-    ) -> tuple[None, Tensor | None]:
-        checks.check_differentiated_once()
-        hidden, logprobs, entropy, lse_others, direction = ctx.saved_tensors
-        settings = ctx.settings
-        factor = settings.spec.slope(settings.temperature)
-        by_logprobs = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs * factor
-        if grad_entropy is None:
-            return None, ((by_logprobs * one_minus_p(logprobs))[:, None] * direction).to(hidden.dtype)
-        upstream = Upstream(by_logprobs, grad_entropy * factor, logprobs, entropy, lse_others)
-        with torch.autocast(hidden.device.type, enabled=False):
-            grad, _, _ = backward_sweep(settings.problem(hidden), upstream, hidden_grad=True)
-        return None, grad
+    call = Call(problem, direction=torch.is_grad_enabled() and hidden.requires_grad)
+    results = score_with_autograd(call, hidden.reshape(-1, hidden.shape[-1]), None, bias)
+    return as_results(results, settings.spec, targets.shape)

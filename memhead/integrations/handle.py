@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
+class HeadBypassed(RuntimeError):
+    """Something was trained and the installed head never called."""
+
+
 class Handle:
     """An installed head: how often it was called, and the way back.
 
+    A bypass is silent: training goes on, with other memory and perhaps other numbers. So ask after
+    every step; a trainer's callback does it in two lines:
+
+        def on_step_begin(self, args, state, control, **_): self.handle.watch()
+        def on_step_end(self, args, state, control, **_): self.handle.expect_calls(f"step {state.global_step}")
+
     Attributes:
-        calls: calls so far; one that stays where it was while a step was trained means a bypass.
+        calls: calls so far.
         rows: tokens scored so far.
     """
 
@@ -25,18 +35,22 @@ class Handle:
         self.calls += 1
         self.rows += rows
 
-    def expect_calls(self, since: str) -> None:
-        """Call it after every training step, or whatever ``since`` names.
+    def watch(self) -> None:
+        """Look at calls from here on; needed where others than the steps that are asked about make some."""
+        self._calls_seen = self.calls
+
+    def expect_calls(self, what: str) -> None:
+        """Ask whether ``what`` ("training step 3") called the head, and watch on.
 
         Raises:
-            RuntimeError: not one call arrived since the last time this was asked.
+            HeadBypassed: not one call arrived since :meth:`watch`, or since the last time this was asked.
         """
         if self.calls == self._calls_seen:
-            raise RuntimeError(
-                f"{since} never reached memhead: something computed its log-probabilities another way, "
-                "in silence. Run with head.impl=trl to do without memhead, or find what replaced the head"
+            raise HeadBypassed(
+                f"{what} never reached memhead: something else computed its log-probabilities; remove what "
+                "bypasses the head (Liger kernels, another patch of the trainer), or uninstall memhead to do without"
             )
-        self._calls_seen = self.calls
+        self.watch()
 
     def uninstall(self) -> None:
         """Put back what was there before; a second call does nothing."""

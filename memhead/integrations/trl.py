@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memhead.arguments import OUTPUTS, compute_dtype
+from memhead.arguments import OUTPUTS
 from memhead.checks import check_chunk
 from memhead.integrations.handle import Handle
 from memhead.integrations.trl_lora import allow_lora_head, current_head
-from memhead.logprobs import LinearLogprobs, LowRankUpdate, linear_logprobs
-from memhead.products import result_dtype
+from memhead.logprobs import LowRankUpdate, linear_logprobs
+from memhead.reference import full_logprobs
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")
+INSTALLED = "memhead_handle"  # an attribute of what we put into a slot
 
 PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -44,7 +44,7 @@ def install(
         backend: see :func:`memhead.linear_logprobs`.
 
     Raises:
-        ValueError: an unknown ``impl``, or a chunk too small.
+        ValueError: an unknown ``impl``, a chunk too small, or a head that is installed already.
         RuntimeError: the installed TRL has no such slot.
     """
     from trl.trainer import utils
@@ -58,6 +58,8 @@ def install(
         raise RuntimeError(
             f"trl {trl.__version__} has no fused head to replace; memhead needs trl>=1.15: pip install -U trl"
         )
+    if (installed := _installed()) is not None:
+        raise ValueError(f"impl={installed.impl!r} is installed in TRL already; call uninstall() first")
     original = utils._ChunkedLogProbFunction
     refuse_lora_again = allow_lora_head() if impl != "trl" else None
 
@@ -82,7 +84,28 @@ def install(
         return apply(hidden, *args, **kwargs)
 
     utils._ChunkedLogProbFunction = SimpleNamespace(apply=counted)
+    name_handle(handle)
     return handle
+
+
+def uninstall() -> None:
+    """Put back what :func:`install` replaced, for whoever has lost its handle; nothing happens where it did not."""
+    handle = _installed()
+    if handle is not None:
+        handle.uninstall()
+
+
+def name_handle(handle: Handle) -> None:
+    """Let ``handle`` stand for what is installed: that of an integration which has TRL's slot among others."""
+    from trl.trainer import utils
+
+    setattr(utils._ChunkedLogProbFunction, INSTALLED, handle)
+
+
+def _installed() -> Handle | None:
+    from trl.trainer import utils
+
+    return getattr(getattr(utils, "_ChunkedLogProbFunction", None), INSTALLED, None)
 
 
 def _memhead_apply(
@@ -136,24 +159,17 @@ def _full_apply(
 ) -> PerToken:
     """The baseline: all logits at once, in float32 after the product, and autograd through them."""
     _refuse(further, unknown)
-    dtype = compute_dtype(hidden, weight)
-    bias = None if bias is None else bias.to(dtype)
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)  # (N, V)
-    if (update := _update_of_head()) is not None:
-        dropped = torch.nn.functional.dropout(hidden, update.dropout).to(dtype)
-        logits = logits + (dropped @ update.a.to(dtype).t()) @ update.b.to(dtype).t() * update.scaling
-    logits = logits.to(result_dtype(dtype)) * logit_scale
-    if final_logit_softcapping is not None:
-        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
-    logits = logits / temperature
-    logp = logits.log_softmax(-1)
-    logprobs = logp.gather(1, targets[:, None]).squeeze(1)
-    result = LinearLogprobs(
-        logprobs,
-        -(logp.exp() * logp).sum(-1) if "entropy" in outputs else None,
-        (2 * logp.detach()).logsumexp(-1) if "log_sum_sq_probs" in outputs else None,
-        logits.detach().mean(-1) if "mean_logits" in outputs else None,
-        logits.argmax(-1) == targets if "is_top1" in outputs else None,
+    result = full_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=final_logit_softcapping,
+        logit_scale=logit_scale,
+        entropy="entropy" in outputs,
+        extra_outputs=[name for name in OUTPUTS[1:] if name in outputs],
+        low_rank=_update_of_head(),
     )
     return tuple(result)  # type: ignore[return-value]
 

@@ -11,7 +11,7 @@ import functools
 import importlib
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -45,30 +45,20 @@ def allow_lora_head() -> Callable[[], None]:
         What puts everything back. Trainers made meanwhile keep working as long as memhead's slot
         stays installed.
     """
-    undo = [restore for module in _trainer_modules() for restore in _lift(module)]
-
-    def restore_all() -> None:
-        for restore in undo:
-            restore()
-
-    return restore_all
-
-
-def _trainer_modules() -> Iterator[ModuleType]:
-    for name in TRAINERS:
-        module = importlib.import_module(f"trl.trainer.{name}_trainer")
-        if hasattr(module, "add_fused_lm_head"):
-            yield module
+    with ExitStack() as undo:  # an import that fails leaves nothing behind
+        for name in TRAINERS:
+            module = importlib.import_module(f"trl.trainer.{name}_trainer")
+            if hasattr(module, "add_fused_lm_head"):
+                _replace(undo, module, "add_fused_lm_head", _announcing)
+            if hasattr(module, "BaseTunerLayer"):  # absent where PEFT is not installed
+                _replace(undo, module, "BaseTunerLayer", _layers_to_refuse)
+        return undo.pop_all().close
 
 
-def _lift(module: Any) -> Iterator[Callable[[], None]]:
-    original_add = module.add_fused_lm_head
-    module.add_fused_lm_head = _announcing(original_add)
-    yield lambda: setattr(module, "add_fused_lm_head", original_add)
-    original_layer = getattr(module, "BaseTunerLayer", None)
-    if original_layer is not None:  # absent where PEFT is not installed
-        module.BaseTunerLayer = _layers_to_refuse(original_layer)
-        yield lambda: setattr(module, "BaseTunerLayer", original_layer)
+def _replace(undo: ExitStack, module: ModuleType, name: str, replacement: Callable[[Any], Any]) -> None:
+    original = getattr(module, name)
+    setattr(module, name, replacement(original))
+    undo.callback(setattr, module, name, original)
 
 
 def _layers_to_refuse(base: type) -> type:

@@ -63,7 +63,8 @@ def install(
 
     Raises:
         RuntimeError: unsloth is not imported yet, or is one without this scorer.
-        ValueError: an unknown ``impl``, a chunk too small, or an option that would bypass memhead.
+        ValueError: an unknown ``impl``, a chunk too small, an option that would bypass memhead, or a
+            head that is installed already.
     """
     if "unsloth" not in sys.modules:
         raise RuntimeError(
@@ -86,6 +87,7 @@ def install(
         slot.uninstall()
 
     handle = _SharedHandle(impl, restore, slot)
+    memhead_trl.name_handle(handle)
 
     def counted(
         hidden_states: Tensor, lm_head: Tensor, index: Tensor, *further: Any, **options: Any
@@ -99,6 +101,11 @@ def install(
 
     setattr(rl_replacements, SCORER, counted)
     return handle
+
+
+def uninstall() -> None:
+    """See :func:`memhead.integrations.trl.uninstall`; both places are given back."""
+    memhead_trl.uninstall()
 
 
 class _SharedHandle(Handle):

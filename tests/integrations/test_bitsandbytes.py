@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
 
 from memhead.integrations import trl as memhead_trl  # noqa: E402
 from memhead.integrations.bitsandbytes import quantized_logprobs, quantized_weight  # noqa: E402
+from memhead.reference import full_logprobs  # noqa: E402
 
 
 def quantized(kind, vocab=157, hidden=64, seed=0):
@@ -70,26 +71,14 @@ def test_equals_full_logits(kind, options, with_entropy):
     mask = targets % 4 != 1
     bias = torch.linspace(-1, 1, 157)
     results = []
+    options = options | {"bias": bias, "mask": mask, "entropy": True}
     for ours in (True, False):
-        x = hidden.clone().requires_grad_() if ours else hidden.double().requires_grad_()
+        x = hidden.clone().requires_grad_()
         if ours:
-            out = quantized_logprobs(
-                x,
-                quantized_weight(layer),
-                targets,
-                bias=bias,
-                mask=mask,
-                entropy=True,
-                chunk=(4, 30),
-                **options,
-            )
-            logprobs, entropy = out.logprobs, out.entropy
+            out = quantized_logprobs(x, quantized_weight(layer), targets, chunk=(4, 30), **options)
         else:
-            z = options.get("logit_scale", 1.0) * (x @ whole.double().t() + bias)
-            z = 4.0 * torch.tanh(z / 4.0) if "softcap" in options else z
-            logp = (z / options.get("temperature", 1.0)).log_softmax(-1)
-            logprobs = logp.gather(2, targets[..., None]).squeeze(2).where(mask, 0.0)
-            entropy = -(logp.exp() * logp).sum(-1).where(mask, 0.0)
+            out = full_logprobs(x, whole, targets, dtype=torch.float64, **options)
+        logprobs, entropy, *_ = out
         loss = (logprobs * torch.linspace(-1, 1, 15).view(3, 5)).sum() + with_entropy * entropy.sum()
         results.append((logprobs, entropy, *torch.autograd.grad(loss, x)))
     for a, b in zip(*results, strict=True):

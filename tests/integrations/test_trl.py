@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import trl
@@ -16,6 +18,7 @@ from grpo_runs import (
 )
 
 from memhead.integrations import trl as memhead_trl
+from memhead.integrations.handle import Handle, HeadBypassed
 
 
 @pytest.mark.parametrize("name", configurations())
@@ -95,14 +98,40 @@ def test_uninstall_restores(checkpoints, tmp_path):
     assert trl.trainer.grpo_trainer.add_fused_lm_head is add
 
 
-def test_nested_installations_unwind():
+def test_a_second_installation_is_refused():
     before = trl.trainer.utils._ChunkedLogProbFunction
     with memhead_trl.install("full"):
-        middle = trl.trainer.utils._ChunkedLogProbFunction
-        with memhead_trl.install("memhead"):
-            assert trl.trainer.utils._ChunkedLogProbFunction is not middle
-        assert trl.trainer.utils._ChunkedLogProbFunction is middle
+        slot, layer = trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.grpo_trainer.BaseTunerLayer
+        with pytest.raises(ValueError, match="impl='full' is installed in TRL already"):
+            memhead_trl.install("memhead")
+        assert trl.trainer.utils._ChunkedLogProbFunction is slot
+        assert trl.trainer.grpo_trainer.BaseTunerLayer is layer
     assert trl.trainer.utils._ChunkedLogProbFunction is before
+
+
+def test_uninstall_without_the_handle():
+    before = trl.trainer.utils._ChunkedLogProbFunction
+    memhead_trl.uninstall()  # nothing to do
+    memhead_trl.install()
+    memhead_trl.uninstall()
+    assert trl.trainer.utils._ChunkedLogProbFunction is before
+
+
+def test_an_installation_that_fails_leaves_nothing_behind(monkeypatch):
+    """The last of the trainers cannot be imported, as happens where one of its own packages is missing."""
+    import_module = importlib.import_module
+
+    def fail(name):
+        if name == "trl.trainer.sft_trainer":
+            raise ImportError("no such package")
+        return import_module(name)
+
+    monkeypatch.setattr("memhead.integrations.trl_lora.importlib.import_module", fail)
+    modules = [trl.trainer.utils, trl.trainer.grpo_trainer, trl.trainer.dpo_trainer]
+    before = [dict(vars(module)) for module in modules]
+    with pytest.raises(ImportError, match="no such package"):
+        memhead_trl.install()
+    assert [dict(vars(module)) for module in modules] == before
 
 
 @pytest.mark.parametrize("impl", ["memhead", "full"])
@@ -145,8 +174,21 @@ def test_a_bypass_is_noticed(checkpoints, tmp_path):
         handle.expect_calls("training step 1")
         trainer = make_trainer(checkpoints["llama"], tmp_path, max_steps=1, trainer=PlainTrainer)
         trainer.train()
-        with pytest.raises(RuntimeError, match="training step 2 never reached memhead"):
+        with pytest.raises(HeadBypassed, match="training step 2 never reached memhead"):
             handle.expect_calls("training step 2")
+
+
+def test_calls_before_the_step_are_not_the_steps():
+    """An evaluation between two steps reaches the head; the step that is asked about does not."""
+    handle = Handle("memhead", lambda: None)
+    handle.count(rows=3)
+    handle.watch()
+    with pytest.raises(HeadBypassed):
+        handle.expect_calls("training step 1")
+    handle.watch()
+    handle.count(rows=3)
+    handle.expect_calls("training step 1")
+    assert (handle.calls, handle.rows) == (2, 6)
 
 
 def test_bad_settings_of_install():

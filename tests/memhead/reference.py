@@ -1,4 +1,4 @@
-"""What memhead must equal: plain full logits in float64, with autograd through every step."""
+"""Inputs for a head, and what it must equal: plain full logits of them, widened to float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from memhead import reference
+from memhead.reference import full_logits
+
+__all__ = ["Head", "double", "full_logits", "full_logprobs", "make_head", "relative_error"]
 
 
 class Head(NamedTuple):
@@ -49,39 +54,11 @@ def make_head(
     )
 
 
-def full_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """(N, V) logits in the dtype of the inputs."""
-    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-
-
 def full_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (N,) from full logits; zero where the mask is false."""
-    logp = full_logits(hidden, weight, **options).log_softmax(-1)
-    chosen = logp.gather(1, targets[:, None]).squeeze(1)
-    entropy = -torch.where(
-        logp == float("-inf"), 0.0, logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)
-    ).sum(-1)
-    if mask is None:
-        return chosen, entropy
-    return torch.where(mask, chosen, 0.0), torch.where(mask, entropy, 0.0)
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies (N,) from full logits in the dtype of the inputs, be it a half."""
+    return reference.full_logprobs(hidden, weight, targets, entropy=True, widen=False, **options)[:2]
 
 
 def double(value: Any) -> Any:

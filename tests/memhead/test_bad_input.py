@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memhead import LowRankUpdate, linear_cross_entropy, linear_logprobs
+from memhead import (
+    LowRankUpdate,
+    chunked_linear,
+    linear_cross_entropy,
+    linear_logprobs,
+    supported_logprobs,
+    truncation_support,
+)
 from tests.memhead.reference import make_head
 
 CASES = [
@@ -34,6 +41,7 @@ CASES = [
     ({"chunk": 0}, "chunk=0 is too small to hold a row"),
     ({"chunk": (4, 0)}, r"chunk=\(4, 0\)"),
     ({"chunk": (4, 4, 4)}, r"chunk=\(4, 4, 4\)"),
+    ({"chunk": (4,)}, r"chunk=\(4,\) must be a number of rows or \(rows, vocabulary columns\)"),
     ({"chunk": 2.5}, r"chunk=2\.5"),
     ({"extra_outputs": ("perplexity",)}, r"extra_outputs contains \['perplexity'\]; known are"),
     ({"backend": "cuda"}, "backend='cuda' is not one of torch, triton"),
@@ -80,3 +88,16 @@ def test_a_masked_row_may_hold_anything():
     assert result.logprobs.isfinite().all()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
+
+
+def test_a_chunk_of_whole_rows_has_no_columns():
+    head = make_head(4, 11)
+    support = truncation_support(head.hidden, head.weight, top_k=3)
+    calls = [
+        lambda: truncation_support(head.hidden, head.weight, top_k=3, chunk=(4, 8)),
+        lambda: supported_logprobs(head.hidden, head.weight, head.targets, support, chunk=(4, 8)),
+        lambda: chunked_linear(head.hidden, head.weight, lambda z: z.sum(-1), chunk=(4, 8)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"chunk=\(4, 8\) must be a number of rows"):
+            call()

@@ -7,6 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from memhead import linear_logprobs
+from memhead.integrations.bitsandbytes import Weight8bit, quantized_logprobs
+from memhead.parallel import vocab_parallel_logprobs
 from memhead.sweep import row_blocks
 from tests.memhead.products import count_products
 from tests.memhead.reference import double, full_logits, full_logprobs, make_head, relative_error
@@ -248,14 +250,20 @@ def test_a_row_does_not_depend_on_its_neighbours_values():
     assert linear_logprobs(hidden, head.weight, head.targets).logprobs[17] == alone[17]
 
 
+def quantized(hidden, weight, targets, **options):
+    codes = Weight8bit((weight * 20).round().to(torch.int8), torch.full((len(weight),), 6.35))
+    return quantized_logprobs(hidden, codes, targets, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_how_many_there_are(dtype, threads):
+@pytest.mark.parametrize("function", [linear_logprobs, quantized, vocab_parallel_logprobs])
+def test_a_row_does_not_depend_on_how_many_there_are(function, dtype, threads, one_process):
     """Old log-probabilities may have been computed in other batches than the new ones."""
     head = make_head(2100, 1003, dtype=dtype)
     torch.set_num_threads(threads)
     try:
-        everything = linear_logprobs(head.hidden, head.weight, head.targets, entropy=True)
+        everything = function(head.hidden, head.weight, head.targets, entropy=True)
         for rows in (
             slice(0, 1),
             slice(5, 7),
@@ -264,10 +272,10 @@ def test_a_row_does_not_depend_on_how_many_there_are(dtype, threads):
             slice(1, 2050),
             slice(40, 1000),
         ):
-            part = linear_logprobs(head.hidden[rows], head.weight, head.targets[rows], entropy=True)
+            part = function(head.hidden[rows], head.weight, head.targets[rows], entropy=True)
             assert torch.equal(part.logprobs, everything.logprobs[rows])
             assert torch.equal(part.entropy, everything.entropy[rows])
-        masked = linear_logprobs(head.hidden, head.weight, head.targets, mask=head.mask)
+        masked = function(head.hidden, head.weight, head.targets, mask=head.mask)
         assert torch.equal(masked.logprobs[head.mask], everything.logprobs[head.mask])
     finally:
         torch.set_num_threads(1)

@@ -27,10 +27,10 @@ def operator_arguments(head, *, direction, masked=False, update=False, half=Fals
         head.temperature,
         [0.5, 5.0, 1.0],
         [True, True, False, True],
-        direction,
         [7, 13],
         "torch",
         weight.dtype,
+        direction,
     )
 
 
@@ -51,21 +51,10 @@ def test_opcheck_forward(variant, trainable):
 def test_opcheck_backward(wanted, masked):
     head = make_head(20, 31)
     forward = operator_arguments(head, direction=False, masked=masked, update=True)
-    logprobs, entropy, *_, lse_others, _, count = logprobs_op(*forward)
-    arguments = (
-        *forward[:7],
-        head.grad_logprobs,
-        head.grad_entropy,
-        logprobs,
-        entropy,
-        lse_others,
-        count,
-        [0.5, 5.0, 1.0],
-        wanted,
-        [7, 13],
-        "torch",
-        torch.float32,
-    )
+    logprobs, entropy, lse_others, _, kept = logprobs_op(*forward)[5:]
+    *inputs, _ = forward
+    upstream = head.grad_logprobs, head.grad_entropy
+    arguments = (*inputs, *upstream, logprobs, entropy, lse_others, kept, wanted)
     torch.library.opcheck(logprobs_backward_op, arguments, test_utils=TESTS)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from memhead import linear_logprobs
+from memhead import linear_logprobs, planning
 from memhead.parallel import vocab_parallel_logprobs
 from tests.memhead.reference import Head, make_head, relative_error
 
@@ -51,8 +51,8 @@ def evaluate(
     return values | {f"gradient by {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 
-def head_of(name: str, dtype: torch.dtype) -> Head:
-    head = make_head(50, VOCAB, dtype=dtype)
+def head_of(name: str, dtype: torch.dtype, rows: int) -> Head:
+    head = make_head(rows, VOCAB, dtype=dtype)
     if name == "forbidden":  # a whole process's part among them, and some targets
         bias = head.bias.clone()
         bias[38:60] = float("-inf")
@@ -70,14 +70,22 @@ def work(rank: int, world: int, store: str) -> None:
             for trainable in (False, True):
                 for dtype in (torch.float32, torch.bfloat16):
                     compare(name, mine, trainable, dtype)
+                    if name == "everything":
+                        with (
+                            MonkeyPatch.context() as patch
+                        ):  # as on a GPU, which is sent rows before it is asked
+                            # 256 rows for a weight of 40 rows, 128 for larger ones
+                            patch.setitem(planning.UNASKED, "cpu", 256 * 40 * 24)
+                            for rows in (50, 300):
+                                compare(name, mine, trainable, dtype, rows)
     head = make_head(4, 11)
     with pytest.raises(ValueError, match=f"targets contains {11 * world}, outside the vocabulary"):
         vocab_parallel_logprobs(head.hidden, head.weight, torch.full((4,), 11 * world))
     dist.destroy_process_group()
 
 
-def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype) -> None:
-    head = head_of(name, dtype)
+def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype, rows: int = 50) -> None:
+    head = head_of(name, dtype, rows)
     options = OPTIONS[name]
     how = {"trainable": trainable, "entropy_gradient": bool(options.get("entropy")) and trainable}
     whole = evaluate(linear_logprobs, head, options, **how)

@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from memhead import linear_logprobs
+from memhead import (
+    chunked_linear,
+    linear_cross_entropy,
+    linear_logprobs,
+    supported_logprobs,
+    truncation_support,
+)
+from memhead.integrations.bitsandbytes import Weight8bit, quantized_logprobs
 from tests.memhead.reference import double, full_logprobs, make_head, relative_error
 
 HALF = [torch.bfloat16, torch.float16]
@@ -100,12 +108,57 @@ def test_autocast_with_the_backward_outside(dtype):
     assert result.logprobs.dtype == torch.float32
     loss = (result.logprobs * head.grad_logprobs + result.entropy * head.grad_entropy).sum()
     ours = torch.autograd.grad(loss, (hidden, weight))
+    rounded = [x.to(dtype) for x in (hidden, weight)]
     exact = evaluate(
-        full_logprobs, *map(double, (hidden, weight, head.targets, head.grad_logprobs, head.grad_entropy))
+        full_logprobs, *map(double, (*rounded, head.targets, head.grad_logprobs, head.grad_entropy))
     )
     for our_grad, grad in zip(ours, exact[2:], strict=True):
         assert our_grad.dtype == torch.float32
         assert relative_error(our_grad, grad) < torch.finfo(dtype).eps
+
+
+def of_chunks(hidden, weight, targets):
+    return -chunked_linear(hidden, weight, lambda z, t: F.cross_entropy(z, t, reduction="none"), targets)
+
+
+def of_losses(hidden, weight, targets):
+    return -linear_cross_entropy(hidden, weight, targets)
+
+
+def of_support(hidden, weight, targets):
+    support = truncation_support(hidden, weight, top_k=9, include=targets)
+    return supported_logprobs(hidden, weight, targets, support).logprobs.sum() + support.sum()
+
+
+def of_values(hidden, weight, targets):
+    return linear_logprobs(hidden, weight, targets, chunk=(16, 33)).logprobs.sum()
+
+
+@pytest.mark.parametrize("function", [of_values, of_losses, of_chunks, of_support])
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_rounds_the_operands(function, dtype):
+    """As on a GPU, where nothing wider enters a product: the same bits as of hidden and weight in a half."""
+    head = make_head(50, 1101)
+    leaves = [x.requires_grad_() for x in (head.hidden, head.weight)]
+    with torch.autocast("cpu", dtype):
+        ours = function(*leaves, head.targets)
+    halves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    plain = function(*halves, head.targets)
+    assert torch.equal(ours, plain)
+    for grad, half in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, halves), strict=True):
+        assert grad.dtype == torch.float32
+        assert relative_error(half, grad) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_rounds_a_quantised_head(dtype):
+    head = make_head(50, 101)
+    weight = Weight8bit((head.weight * 20).round().to(torch.int8), torch.linspace(1, 9, 101))
+    with torch.autocast("cpu", dtype):
+        ours = quantized_logprobs(head.hidden, weight, head.targets).logprobs
+    assert torch.equal(ours, quantized_logprobs(head.hidden.to(dtype), weight, head.targets).logprobs)
+    whole = weight.tile(0, 101, dtype)
+    assert torch.equal(ours, linear_logprobs(head.hidden.to(dtype), whole, head.targets).logprobs)
 
 
 @pytest.mark.parametrize("upstream", [1e-6, 6e4])

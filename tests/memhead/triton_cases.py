@@ -12,8 +12,9 @@ from memhead import linear_logprobs
 from memhead.backends import hopper_tile
 from memhead.backends import torch as torch_backend
 from memhead.backends import triton as triton_backend
-from memhead.loss_op import summed_logprobs_op
-from memhead.statistics import FoldSpec, Stat, Upstream, new_statistics
+from memhead.reference import full_logprobs
+from memhead.statistics import FoldSpec, Stat, Tile, Upstream, new_statistics
+from memhead.summed_op import summed_logprobs_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What the kernels of memhead.backends.hopper_* take; on a CPU, a half is widened before a product.
@@ -31,8 +32,7 @@ def _tile(rows: int, columns: int, seed: int) -> Tensor:
 
 def _spec(**kwargs: float) -> FoldSpec:
     plain = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0}
-    wanted = {"entropy": False, "squares": False, "total": False, "top1": False}
-    return FoldSpec(**{**plain, **wanted, **kwargs})  # type: ignore[arg-type]
+    return FoldSpec(**{**plain, **kwargs})  # type: ignore[arg-type]
 
 
 SPECS = [
@@ -63,7 +63,12 @@ def test_fold_tile_is_its_twin(
             logits = _tile(rows, columns, start) + jump
             exps.append(
                 backend.fold_tile(
-                    logits, s, targets, start, bias, temperature, spec, acc if start else None, operand, True
+                    logits,
+                    s,
+                    Tile(targets, start, bias, temperature, spec),
+                    acc if start else None,
+                    operand,
+                    True,
                 ).float()
             )
         stats.append(s)
@@ -93,7 +98,7 @@ def test_logit_gradient_is_its_twin(
     targets = torch.arange(rows, device=DEVICE) * 31 % (2 * columns)
     results = [
         backend.logit_gradient(
-            _tile(rows, columns, 1), targets, columns, None, None, spec, upstream, operand
+            _tile(rows, columns, 1), Tile(targets, columns, None, None, spec), upstream, operand
         ).float()
         for backend in (torch_backend, triton_backend)
     ]
@@ -113,25 +118,6 @@ def test_finish_direction_is_its_twin(dtype: torch.dtype, hidden_size: int) -> N
         backend.finish_direction(_tile(4, hidden_size, 3), stats, rows, out)
         results.append(out)
     torch.testing.assert_close(results[1], results[0], rtol=ULP[dtype], atol=1e-7)
-
-
-def _reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Plain full logits: (log-probabilities, entropies), each (N,)."""
-    logits = hidden @ weight.t()
-    if bias is not None:  # the plain entropy has a NaN gradient at -inf, and the same value at -1e9
-        logits = logits + bias.clamp_min(-1e9)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logp = (logits / temperature[:, None]).log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
 @pytest.fixture(params=["tiles", "one kernel"])
@@ -177,14 +163,16 @@ def test_whole_op_against_float64(
         leaves = [x.double() if exact else x for x in (hidden, weight, bias)]
         leaves = [x.detach().clone().requires_grad_(i == 0 or trainable) for i, x in enumerate(leaves)]
         if exact:
-            logprobs, entropy = _reference(*leaves[:2], targets, leaves[2], temperature.double(), softcap)
-            logprobs, entropy = torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
+            out = full_logprobs(
+                *leaves[:2], targets, bias=leaves[2], mask=mask, temperature=temperature, softcap=softcap,
+                entropy=True,
+            )  # fmt: skip
         else:
             out = linear_logprobs(
                 *leaves[:2], targets, bias=leaves[2], mask=mask, temperature=temperature, softcap=softcap,
                 entropy=True, chunk=(5, 150), backend="triton",
             )  # fmt: skip
-            logprobs, entropy = out.logprobs, out.entropy
+        logprobs, entropy = out.logprobs, out.entropy
         values.append((logprobs, entropy))
         loss = (logprobs * grads[0]).sum()
         if entropy_gradient:
@@ -256,13 +244,12 @@ def test_logits_of_any_level(level: float, jump: float) -> None:
     bias = torch.where(torch.arange(900, device=DEVICE) < 400, level, level + jump)
     bias[:300:7] = float("-inf")
     targets = torch.tensor([3, 1, 399, 400, 899, 500], device=DEVICE)
-    exact = [x.double().requires_grad_() for x in (hidden, weight, bias.clamp_min(-1e9))]
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     out = linear_logprobs(*ours[:2], targets, bias=ours[2], entropy=True, chunk=(4, 300), backend="triton")
-    logp = (exact[0] @ exact[1].t() + exact[2]).log_softmax(-1)
-    expected = logp.gather(1, targets[:, None]).squeeze(1)
+    expected, entropy, *_ = full_logprobs(*exact[:2], targets, bias=exact[2], entropy=True)
     torch.testing.assert_close(out.logprobs.double(), expected, rtol=1e-5, atol=1e-5 * (1 + abs(level)))
-    torch.testing.assert_close(out.entropy.double(), -(logp.exp() * logp).sum(-1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-4, atol=1e-3)
     out.logprobs.sum().backward()
     expected.sum().backward()
     for x, y in zip(ours, exact, strict=True):
@@ -280,15 +267,13 @@ def test_logit_scales(logit_scale: float, softcap: float | None) -> None:
         ours, weight, targets, entropy=True, softcap=softcap, logit_scale=logit_scale, chunk=(4, 130),
         backend="triton",
     )  # fmt: skip
-    scaled = exact @ weight.double().t() * logit_scale
-    logp, entropy = _reference(
-        scaled, torch.eye(300, dtype=torch.float64, device=DEVICE), targets, None,
-        torch.ones(6, dtype=torch.float64, device=DEVICE), softcap,
-    )  # fmt: skip
-    torch.testing.assert_close(out.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    expected = full_logprobs(
+        exact, weight.double(), targets, entropy=True, softcap=softcap, logit_scale=logit_scale
+    )
+    for value, plain in zip(out[:2], expected[:2], strict=True):
+        torch.testing.assert_close(value.double(), plain, rtol=1e-5, atol=1e-5)
     out.logprobs.sum().backward()
-    logp.sum().backward()
+    expected.logprobs.sum().backward()
     assert (ours.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm() + 1e-9
 
 
@@ -301,11 +286,12 @@ def test_all_optional_outputs() -> None:
         hidden, weight, targets, entropy=True, chunk=(33, 130), backend="triton",
         extra_outputs=("log_sum_sq_probs", "mean_logits", "is_top1"),
     )  # fmt: skip
-    logits = hidden.double() @ weight.double().t()
-    logp = logits.log_softmax(-1)
-    torch.testing.assert_close(out.log_sum_sq_probs.double(), (2 * logp).logsumexp(-1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.mean_logits.double(), logits.mean(-1), rtol=1e-5, atol=1e-6)
-    assert torch.equal(out.is_top1, logits.argmax(1) == targets)
+    exact = full_logprobs(
+        hidden, weight, targets, entropy=True, extra_outputs=out._fields[2:], dtype=torch.float64
+    )
+    for value, expected in zip(out[:4], exact[:4], strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.is_top1, exact.is_top1)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -315,7 +301,7 @@ def test_a_bad_row_spoils_itself_alone(bad: float, where: int) -> None:
     targets = torch.arange(9, device=DEVICE)
     hidden[where, 3] = bad
     logprobs = linear_logprobs(hidden, weight, targets, chunk=(4, 130), backend="triton").logprobs
-    plain = (hidden @ weight.t()).log_softmax(-1)[torch.arange(9), targets]
+    plain = full_logprobs(hidden, weight, targets).logprobs
     assert torch.equal(logprobs.isnan(), plain.isnan())
 
 
@@ -328,12 +314,13 @@ def test_summed_cross_entropy_of_a_trainable_head(softcap: float) -> None:
     targets = torch.arange(12, device=DEVICE) * 70
     mask = torch.arange(12, device=DEVICE) != 4
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    arguments = (targets, leaves[2], mask, [0.5, softcap, 1.0], True, True, [5, 150], "triton", torch.float32)
+    arguments = (targets, leaves[2], mask, [0.5, softcap], [True, True], 5, "triton", torch.float32)
     total, *_ = summed_logprobs_op(*leaves[:2], *arguments)
     exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    logits = 0.5 * (exact[0] @ exact[1].t() + exact[2])
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = logits.log_softmax(-1).gather(1, targets[:, None])[mask].sum()
+    plain = full_logprobs(
+        *exact[:2], targets, bias=exact[2], mask=mask, logit_scale=0.5, softcap=softcap or None
+    )
+    expected = plain.logprobs.sum()
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
     total.backward()
     expected.backward()

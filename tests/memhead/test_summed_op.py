@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
 from memhead import linear_cross_entropy, linear_logprobs
-from memhead.loss_op import summed_logprobs_op
+from memhead.summed_op import summed_logprobs_op
 from tests.memhead.allocations import allocations
 from tests.memhead.products import count_products
 from tests.memhead.reference import double, full_logits, make_head, relative_error
@@ -283,10 +283,9 @@ def test_opcheck(masked, bias_grad):
         head.targets,
         head.bias.requires_grad_(bias_grad),
         mask,
-        [0.5, 5.0, 1.0],
-        True,
-        bias_grad,
-        [7],
+        [0.5, 5.0],
+        [True, bias_grad],
+        7,
         "torch",
         torch.float32,
     )

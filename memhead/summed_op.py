@@ -12,15 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memhead.arguments import OUTPUTS, compute_dtype
+from memhead.arguments import Settings, compute_dtype
 from memhead.checks import check_differentiated_once, check_targets_in_vocabulary
-from memhead.ops import make_problem
+from memhead.core import Problem
+from memhead.masking import kept_rows, put_back, select
 from memhead.planning import plan_kept_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.rows import kept_rows, put_back, select
 from memhead.statistics import FoldSpec
 from memhead.sweep import HeadGradients, forward_sweep
 from memhead.weights import DenseWeight
+
+# Of the operator; the first of them are tensors.
+ARGUMENTS = (
+    *("hidden", "weight", "targets", "bias", "mask"),
+    *("numbers", "wanted", "rows", "backend", "compute"),
+)
+TENSORS = 5
 
 
 def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | None) -> int | None:
@@ -50,19 +57,10 @@ def summed_logprobs(
     backend: str | None,
 ) -> Tensor:
     """Sum of the log-probabilities of the rows that the mask keeps, where :func:`block_rows` gives ``rows``."""
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1).long(),
-        bias,
-        mask.reshape(-1),
-        [float(logit_scale), float(softcap or 0.0), 1.0],
-        hidden.requires_grad,
-        bias is not None and bias.requires_grad,
-        [rows],
-        backend,
-        compute_dtype(hidden, weight),
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), bias, mask.reshape(-1)
+    numbers = [float(logit_scale), float(softcap or 0.0)]
+    wanted = [hidden.requires_grad, bias is not None and bias.requires_grad]
+    arguments = (*flat, numbers, wanted, rows, backend, compute_dtype(hidden, weight))
     if torch.compiler.is_compiling():
         return summed_logprobs_op(*arguments)[0]
     return _InPlace.apply(*arguments)
@@ -75,10 +73,9 @@ def summed_logprobs_op(
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
     mask: Tensor,  # (N,) bool
-    numbers: list[float],  # logit_scale, softcap, temperature
-    hidden_grad: bool,
-    bias_grad: bool,
-    chunk: list[int],  # [rows]
+    numbers: list[float],  # logit_scale, softcap
+    wanted: list[bool],  # gradients by hidden and by bias
+    rows: int,  # of a block
     backend: str | None,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -87,43 +84,33 @@ def summed_logprobs_op(
     That by hidden comes as the direction (N, H) and its coefficient (N,), see
     :func:`memhead.backends.torch.finish_direction`. What is not wanted is empty.
     """
+    hidden_grad, bias_grad = wanted
+    logit_scale, softcap = numbers
+    spec = FoldSpec(logit_scale, softcap, temperature=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
         kept = kept_rows(mask)
         x, t = select(kept, hidden, targets)
         check_targets_in_vocabulary(t, weight.shape[0])
-        spec = _spec(numbers)
-        problem = make_problem(x, DenseWeight(weight), t, bias, None, spec, chunk, backend, compute)
-        gradients = HeadGradients(problem, by_bias=bias_grad)
-        rows, direction = forward_sweep(problem, direction=hidden_grad, gradients=gradients)
+        settings = Settings(spec, rows, backend, compute)
+        work = Problem(hidden, DenseWeight(weight), targets, bias, mask, None, settings).work(x, t, None)
+        gradients = HeadGradients(work, by_bias=bias_grad)
+        results, direction = forward_sweep(work, direction=hidden_grad, gradients=gradients)
         nothing = hidden.new_empty(0)
         by_bias = gradients.by_bias
         return (
-            rows.logprobs.sum(),
-            put_back(kept, problem.coefficient(rows.logprobs), len(hidden)),
+            results.logprobs.sum(),
+            put_back(kept, work.coefficient(results.logprobs), len(hidden)),
             nothing if direction is None else put_back(kept, direction, len(hidden)),
             gradients.by_weight,
             nothing.clone() if by_bias is None or bias is None else by_bias.to(bias.dtype),
         )
 
 
-def _spec(numbers: list[float]) -> FoldSpec:
-    return FoldSpec(*numbers, *[False] * len(OUTPUTS))  # type: ignore[arg-type]
-
-
 @summed_logprobs_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    numbers: list[float],
-    hidden_grad: bool,
-    bias_grad: bool,
-    chunk: list[int],
-    backend: str | None,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor, *plain: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, (hidden_grad, bias_grad), _, _, compute = plain
     dtype = result_dtype(operand_dtype(compute, hidden.device))
     return (
         hidden.new_empty((), dtype=dtype),
@@ -136,17 +123,20 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[4], *output[1:])
+    ctx.save_for_backward(inputs[ARGUMENTS.index("mask")], *output[1:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return _by_argument(ctx)
     mask, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
     upstream = _upstream(upstream, mask)
-    by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
-    grads = by_hidden, by_weight * upstream, None, (by_bias * upstream).to(by_bias.dtype)
-    return _wanted(ctx, *grads)
+    return _by_argument(
+        ctx,
+        hidden=_by_hidden(ctx, direction, coefficient, upstream),
+        weight=by_weight * upstream,
+        bias=(by_bias * upstream).to(by_bias.dtype),
+    )
 
 
 summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -162,20 +152,24 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         total, *collected = summed_logprobs_op(*arguments)
-        ctx.settings, ctx.handed_out = arguments[5:], False
-        ctx.save_for_backward(*arguments[:5], *collected)
+        ctx.plain, ctx.handed_out = arguments[TENSORS:], False
+        ctx.save_for_backward(*arguments[:TENSORS], *collected)
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
+        *tensors, coefficient, direction, by_weight, by_bias = ctx.saved_tensors
         if ctx.handed_out:
-            *_, by_weight, by_bias = summed_logprobs_op(*inputs, *ctx.settings)
+            *_, by_weight, by_bias = summed_logprobs_op(*tensors, *ctx.plain)
         ctx.handed_out = True
-        upstream = _upstream(upstream, inputs[4])
-        by_hidden = _by_hidden(direction, coefficient, upstream) if ctx.needs_input_grad[0] else None
-        # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
-        return _wanted(ctx, by_hidden, by_weight.data.mul_(upstream), None, by_bias.data.mul_(upstream))
+        upstream = _upstream(upstream, tensors[ARGUMENTS.index("mask")])
+        return _by_argument(
+            ctx,
+            hidden=_by_hidden(ctx, direction, coefficient, upstream),
+            # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
+            weight=by_weight.data.mul_(upstream),
+            bias=by_bias.data.mul_(upstream),
+        )
 
 
 def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
@@ -184,12 +178,14 @@ def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(), upstream, 0.0)
 
 
-def _by_hidden(direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor:
-    """(N, H), written at once in hidden's dtype."""
+def _by_hidden(ctx: Any, direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor | None:
+    """(N, H), written at once in hidden's dtype; None where nobody wants it."""
+    if not ctx.needs_input_grad[ARGUMENTS.index("hidden")]:
+        return None
     return torch.mul(direction, (coefficient * upstream)[:, None], out=torch.empty_like(direction))
 
 
-def _wanted(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _by_argument(ctx: Any, **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """One for each of the operator's arguments, None where nobody wants it."""
-    padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
-    return tuple(grad if need else None for grad, need in zip(padded, ctx.needs_input_grad, strict=True))
+    needed = zip(ARGUMENTS, ctx.needs_input_grad, strict=True)
+    return tuple(gradients.get(name) if need else None for name, need in needed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memhead import linear_cross_entropy, linear_logprobs, ops
-from memhead.rows import ALL, KeptRows, known_part
+from memhead import core, linear_cross_entropy, linear_logprobs
+from memhead.masking import ALL, KeptRows, known_part
 from tests.memhead.reference import double, full_logprobs, make_head
 from tests.memhead.test_logprobs import SWEEPS, assert_equals_float64, options_of, run
 
@@ -23,7 +23,7 @@ def mask_of(kept: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(params=UNASKED)
 def unasked(request, monkeypatch):
     """So many rows go out before it is asked."""
-    monkeypatch.setattr(ops, "unasked_rows", lambda *_, **__: request.param)
+    monkeypatch.setattr(core, "unasked_rows", lambda *_, **__: request.param)
     return request.param
 
 
