@@ -28,6 +28,7 @@ from recipes.config.schema import (
     RunSection,
     ScratchConfig,
     Section,
+    StepConfig,
     TaskConfig,
     TrackingConfig,
     nested_section,
@@ -60,6 +61,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     head: HeadConfig
+    step: StepConfig
     task: TaskConfig
     grpo: dict[str, Any]
     lora: LoraSection | None

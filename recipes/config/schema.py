@@ -106,6 +106,21 @@ class HeadConfig(Section):
     )
 
 
+class StepConfig(Section):
+    """How a batch is cut and run through the model. The loss is TRL's either way, and so are the gradients."""
+
+    impl: Literal["packed", "trl"] = Field(
+        "packed",
+        description="packed: one row of tokens a group, no padding, no rows without a gradient, no repeated pass; "
+        "trl: TRL's own padded micro-batches, as a baseline",
+    )
+    token_budget: Positive | None = Field(
+        None,
+        description="tokens of one forward and backward pass, prompts counted once (packed only): lower needs less "
+        "memory; null: planned from the memory at hand",
+    )
+
+
 class TaskConfig(Section):
     """The task and its options. In the YAML the options stand beside `name`."""
 
@@ -222,6 +237,7 @@ class RunSection(Section):
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "head": HeadConfig,
+    "step": StepConfig,
     "task": TaskConfig,
     "lora": LoraSection,
     "tracking": TrackingConfig,
@@ -230,6 +246,7 @@ SECTIONS: dict[str, type[Section]] = {
 ORDER = (
     "model",
     "head",
+    "step",
     "task",
     "grpo",
     "lora",

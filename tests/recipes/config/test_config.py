@@ -56,6 +56,7 @@ def test_defaults_and_name(good):
     config = load_config(good)
     assert config.run.name == "good"
     assert config.head.impl == "memhead"
+    assert (config.step.impl, config.step.token_budget) == ("packed", None)
     assert config.lora is None
     assert config.model.scratch.hidden_size == 128
 
@@ -214,6 +215,8 @@ MISTAKES = {
     "grpo.optim=adam": "use adamw_torch",
     "model.loader=hf": "model.loader: unknown choice (value 'hf'); use scratch, transformers or unsloth",
     "head.impl=liger": "use memhead, trl or full",
+    "step.impl=padded": "step.impl: unknown choice (value 'padded'); use packed or trl",
+    "step.token_budget=0": "step.token_budget: out of range (value 0); must be >= 1",
     "head.chunk=0": "head.chunk: out of range (value 0); must be >= 1",
     "task.eval_problems=0": "task.eval_problems: out of range (value 0); must be >= 1",
     "run.warm_start.target_accuracy=1.5": "must be <= 1",
