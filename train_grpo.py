@@ -238,7 +238,7 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
         model,
         tokenizer,
         prompts,
-        temperature=config.grpo.get("temperature", 1.0),
+        temperature=config.grpo["temperature"],
         chunk=config.head.chunk,
         backend=config.head.backend,
     )

@@ -49,7 +49,7 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
         )
         found: dict[str, Any] = figures(task, greedy.completions, rows)
         if sampled and settings.samples:
-            drawn = Sampling(length, settings.samples, config.grpo.get("temperature", 1.0))
+            drawn = Sampling(length, settings.samples, config.grpo["temperature"])
             batch_size = max(1, settings.batch_size // settings.samples)
             with torch.random.fork_rng():
                 torch.manual_seed(config.run.seed)

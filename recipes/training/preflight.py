@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
-from recipes.models.unsloth import import_unsloth
+from recipes.config.unsloth import import_unsloth
 from recipes.problems import ConfigError, Problem
 from recipes.tracking.reporters import missing as missing_tracker
 
@@ -124,7 +124,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Inside the process, that is; a server has a machine of its own."""
     if config.model.fast_inference:
         key = "model.fast_inference"
-    elif config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server":
+    elif config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server":
         key = "grpo.use_vllm"
     else:
         return
@@ -141,7 +141,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    name = config.grpo.get("optim") or ""
+    name = config.grpo["optim"]
     if not any(part in name for part in _OPTIMIZERS_OF_BITSANDBYTES):
         return
     remedy = "or set it to adamw_torch_fused"

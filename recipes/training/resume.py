@@ -60,7 +60,7 @@ def is_trained(config: RunConfig, folder: RunFolder) -> bool:
 
 def _is_last(config: RunConfig, step: int) -> bool:
     """Whether no step comes after this one. Where epochs decide in place of max_steps, the trainer itself sees it."""
-    return 0 < config.grpo.get("max_steps", -1) <= step
+    return 0 < config.grpo["max_steps"] <= step
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:

@@ -1,15 +1,17 @@
 """The configuration: what it accepts, and that each mistake is one readable line and exit status 2."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from recipes.config.grpo import field_table, import_grpo_config, loss_types
-from recipes.config.grpo_fields import GONE, OWNED, REFUSED
+from recipes.config import load
+from recipes.config.grpo import GONE, OWNED, REFUSED, defaults, grpo_section, import_grpo_config, loss_types
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.source import dump, read_text
@@ -104,6 +106,28 @@ def test_lora_becomes_a_peft_config(good):
     assert peft_config.task_type == "CAUSAL_LM"
 
 
+def test_grpo_is_complete_and_grpo_given_is_what_was_written(good):
+    """Every field that may be set, with the value that TRL's own class would have."""
+    config = load_config(good)
+    assert config.grpo_given == {"learning_rate": 5e-6, "num_generations": 4}
+    plain = {field.name: field for field in dataclasses.fields(import_grpo_config(""))}
+    assert set(config.grpo) == set(plain) - set(OWNED) - set(REFUSED)
+    for name in set(config.grpo) - set(config.grpo_given):
+        factory = plain[name].default_factory
+        default = plain[name].default if factory is dataclasses.MISSING else factory()
+        assert config.grpo[name] == default, name
+    assert (config.grpo["learning_rate"], config.grpo["num_generations"]) == (5e-6, 4)
+    assert yaml.safe_load(config.to_yaml())["grpo"] == {"learning_rate": 5e-6, "num_generations": 4}
+
+
+def test_grpo_config_of_the_complete_section_is_that_of_the_given_fields(good, tmp_path):
+    made = load_config(good).grpo_config(tmp_path)
+    owned = {name: getattr(made, name) for name in OWNED if name != "output_dir"}
+    kept = {"project": "memhead", "use_cpu": made.use_cpu, "bf16": made.bf16, "fp16": made.fp16}
+    plain = import_grpo_config("")(str(tmp_path), learning_rate=5e-6, num_generations=4, **owned, **kept)
+    assert made.to_dict() == plain.to_dict()
+
+
 # base: files
 
 
@@ -114,7 +138,7 @@ def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
         "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\nrun: {warm_start: {}}\n",
     )
     grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\nlora: null\n")
-    assert load_config(child).grpo == {"learning_rate": 5e-6, "num_generations": 8}
+    assert load_config(child).grpo_given == {"learning_rate": 5e-6, "num_generations": 8}
     assert load_config(child).lora.r == 4
     assert load_config(grandchild).lora is None
 
@@ -195,7 +219,7 @@ MISTAKES = {
     "grpo.num_generations=4.5": "must be an integer",
     "grpo.num_generations=null": "must be an integer",
     "grpo.mask_truncated_completions=1": "must be true or false (value 1)",
-    "grpo.reward_weights=[a]": "must be a list of numbers or null",
+    "grpo.reward_weights=[a]": "grpo.reward_weights.0: must be a number (value 'a')",
     "model.scratch.hidden_size=2.5": "must be an integer (value 2.5)",
     "model.load_in_4bit=yes": "must be true or false (value 'yes')",
     "task.eval_problems=many": "task.eval_problems: must be an integer (value 'many')",
@@ -208,7 +232,7 @@ MISTAKES = {
     "grpo.epsilon=-0.1": "must be >= 0",
     "grpo.beta=-1": "must be >= 0",
     "grpo.max_completion_length=0": "must be >= 1",
-    "grpo.top_p=1.5": "must be > 0 and <= 1",
+    "grpo.top_p=1.5": "grpo.top_p: out of range (value 1.5); must be <= 1",
     "grpo.loss_type=ppo": "grpo.loss_type: unknown choice (value 'ppo'); use grpo, dr_grpo, dapo",
     "grpo.lr_scheduler_type=cosin": "use linear, cosine",
     "grpo.scale_rewards=batches": "use group, batch, none, true or false",
@@ -343,12 +367,24 @@ def test_batches_agree_with_trl(good, batch, accumulation, generations, tmp_path
 
 
 def test_every_loss_type_of_trl_is_known():
-    listed = loss_types(field_table(import_grpo_config("")))
+    listed = get_args(grpo_section(import_grpo_config("")).model_fields["loss_type"].annotation)
     assert set(listed) == {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
 
 
+def test_a_help_text_that_lists_no_loss_types_leaves_the_field_unchecked(good, monkeypatch):
+    assert loss_types("Specifies the loss formulation to use.") == ()
+
+    @dataclasses.dataclass
+    class Later(import_grpo_config("")):
+        loss_type: str = dataclasses.field(default="dapo", metadata={"help": "See the documentation."})
+
+    monkeypatch.setattr(load, "import_grpo_config", lambda *_: Later)
+    assert load_config(good, ["grpo.loss_type=of_next_year"]).grpo["loss_type"] == "of_next_year"
+    assert "must be text" in str(error_of(good, "grpo.loss_type=3"))
+
+
 def test_history_is_disjoint_from_the_installed_fields():
-    fields = set(field_table(import_grpo_config("")))
+    fields = {field.name for field in dataclasses.fields(import_grpo_config(""))}
     assert not fields & set(GONE)
     assert set(OWNED) <= fields
     assert set(REFUSED) <= fields
@@ -356,11 +392,10 @@ def test_history_is_disjoint_from_the_installed_fields():
 
 def test_trl_defaults_pass_our_checks(good):
     """No range or type of ours may refuse what TRL itself starts from."""
-    skipped = {*OWNED, *REFUSED, "num_generations", "learning_rate"}
-    fields = field_table(import_grpo_config(""))
+    skipped = {"num_generations", "learning_rate"}
     overrides = [
         f"grpo.{name}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"
-        for name, (_, default, _) in fields.items()
+        for name, default in defaults(import_grpo_config("")).items()
         if name not in skipped and isinstance(default, (bool, int, float, str))
     ]
     assert len(overrides) > 80
