@@ -39,12 +39,12 @@ class Problem:
 
     def line(self, where: str) -> str:
         """The problem as one line of text; `where` is a file, with its line number if that is known."""
-        text = ": ".join(part for part in (where, self.key, self.message) if part)
+        text = ": ".join(part for part in (where, shortened(self.key, 120), self.message) if part)
         if not isinstance(self.value, _Absent):
             text += f" (value {show(self.value)})"
         if self.remedy:
             text += f"; {self.remedy}"
-        return " ".join(text.split())  # a value with line breaks stays on one line
+        return printable(" ".join(text.split()))  # a value with line breaks stays on one line
 
 
 class ConfigError(ValueError):
@@ -80,7 +80,22 @@ def show(value: Any, limit: int = 80) -> str:
         text = re.sub(r"e([-+])0", r"e\1", f"{value:g}")
     else:
         text = repr(value)
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """The text, or its beginning and "…" where it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with whatever could command a terminal (escapes, control and formatting characters) written as \\x1b.
+
+    Line breaks and tabs stay. For every text from outside: keys, values, file names, messages of exceptions.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def nearest(word: str, section: str, known: Iterable[str]) -> str:

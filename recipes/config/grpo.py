@@ -26,7 +26,7 @@ from recipes.problems import Problem, one_of, show
 
 _UP, _NOT_NEGATIVE, _COUNT = {"gt": 0}, {"ge": 0}, {"ge": 1}
 _SHARE, _OPEN_SHARE, _MEMORY = {"ge": 0, "le": 1}, {"gt": 0, "le": 1}, {"ge": 0, "lt": 1}
-RANGES: dict[str, dict[str, float]] = {
+RANGES: dict[str, dict[str, Any]] = {
     "learning_rate": _UP,
     "num_generations": {"ge": 2},
     "num_generations_eval": _COUNT,

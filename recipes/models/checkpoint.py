@@ -14,6 +14,7 @@ from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
 from recipes.models.generation import by_transformers
 from recipes.models.load import quantisation, to_gpu
+from recipes.problems import printable
 from recipes.training.evaluation import evaluator
 
 
@@ -54,7 +55,9 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     from recipes.tasks import get_task
 
     model, tokenizer = load_checkpoint(place, config.model)
-    measure = evaluator(config, get_task(config.task.name), by_transformers(model, tokenizer))
+    measure = evaluator(
+        config, get_task(config.task.name), by_transformers(model, tokenizer, config.chat_template_kwargs)
+    )
     return {"checkpoint": str(place), **measure()}
 
 
@@ -63,6 +66,6 @@ def show(config: RunConfig, place: str) -> int:
     try:
         print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
