@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from recipes.config.grpo import GONE, OWNED, REFUSED, defaults, grpo_section, im
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.source import dump, read_text
+from recipes.problems import printable
 
 ROOT = Path(__file__).parents[3]
 GOOD = """\
@@ -197,6 +199,75 @@ def test_mistakes_in_the_file(tmp_path, text, expected):
 
 def test_a_file_that_is_missing(tmp_path):
     assert "cannot be read: No such file" in str(error_of(tmp_path / "none.yaml"))
+
+
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+MERGES = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
+HOSTILE = {
+    "a NUL byte": ("a: \0", "not valid YAML: unacceptable character #x0000"),
+    "a surrogate": ("a: \ud800", "is not UTF-8 text"),
+    "brackets": ("a: " + "[" * 20_000, "opens more than 100 brackets at once"),
+    "closed brackets": ("a: " + "[" * 20_000 + "]" * 20_000, "opens more than 100 brackets at once"),
+    "braces": ("a: " + "{a: " * 20_000, "opens more than 100 brackets at once"),
+    "dashes": ("a:\n" + "- " * 20_000, "x.yaml:2: is nested more than 20 deep"),
+    "digits": ("a: " + "9" * 4300, "x.yaml:1: is a number of 4,300 digits"),
+    "hexadecimal digits": ("a: 0x" + "f" * 9000, "x.yaml:1: is a number of 9,002 digits"),
+    "a bomb of aliases": ("a0: &a0 [x]\n" + ALIASES, "holds more than 5,000 keys and values"),
+    "a bomb of merges": ("a0: &a0 {x: 1}\n" + MERGES, "holds more than 5,000 keys and values"),
+    "a tag that lies": ("a: !!int x", "not valid YAML: invalid literal for int()"),
+    "megabytes": ("a: b\n" * 1_000_000, "is longer than 200,000 characters"),
+    "strange keys": ("".join(f"key{i}: 1\n" for i in range(1000)), "key49: unknown key"),
+    "a long key": (f"{'k' * 100_000}: 1", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_at_once(tmp_path, kind):
+    text, expected = HOSTILE[kind]
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    import_grpo_config("")
+    started = time.process_time()
+    error = error_of(path)
+    assert time.process_time() - started < 1.0
+    assert expected in str(error)
+    assert len(error.lines) <= 60
+
+
+def test_a_section_with_thousands_of_mistakes_lists_fifty(tmp_path):
+    text = GOOD + "".join(f"  key{i}: 1\n" for i in range(1000))
+    error = error_of(write(tmp_path, "x.yaml", text))
+    assert len(error.lines) == 51
+    assert "grpo: has 950 more mistakes; mend these first" in error.lines[-1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grpo.per_device_train_batch_size=" + "9" * 90,
+        "grpo.num_generations=" + "9" * 90,
+        "a." * 20_000 + "b=1",
+    ],
+)
+def test_numbers_and_keys_beyond_all_measure(good, override):
+    started = time.process_time()
+    assert len(str(error_of(good, override))) < 2000
+    assert time.process_time() - started < 1.0
+
+
+def test_nothing_that_reaches_the_terminal_commands_it(good, tmp_path):
+    """A key, a value, a file's name: escapes and other control characters are written out."""
+    texts = (
+        str(error_of(good, "grpo.\x1b[31mred=1")),
+        str(error_of(write(tmp_path, "x.yaml", '"\\e]0;title\\a": 1\n' + GOOD))),
+        str(error_of(good, 'grpo.loss_type="\\u202egrpo"')),
+        str(error_of(tmp_path / "a\x9b2Jb.yaml")),
+        printable("first line\n\tthen \x1b[2J and \r and \u202e, é 😀\ud800"),
+    )
+    for text in texts:
+        assert all(character.isprintable() or character in "\n\t" for character in text)
+    assert "grpo.\\x1b[31mred: unknown key" in texts[0]
+    assert texts[4] == "first line\n\tthen \\x1b[2J and \\r and \\u202e, é 😀\\ud800"
 
 
 # mistakes in a value, by override: each message names key, value and remedy
