@@ -47,8 +47,9 @@ def _problem(
     name: str, section: type[BaseModel], data: dict[str, Any], detail: dict[str, Any], known: list[str]
 ) -> Problem:
     """One of pydantic's error details in our words."""
-    words = _real_path(data, detail["loc"])
-    key, kind, value = join(name, *words), detail["type"], detail["input"]
+    kind, value = detail["type"], detail["input"]
+    words = _real_path(data, detail["loc"]) + ([detail["loc"][-1]] if kind == "missing" else [])
+    key = join(name, *words)
     annotation, description = _field_at(section, words)
     if kind == "extra_forbidden":
         return unknown_key(join(name, *words[:-1]), str(words[-1]), value, known)
@@ -71,13 +72,12 @@ def _real_path(data: Any, loc: Sequence[Any]) -> list[Any]:
     """The part of pydantic's location that exists in the data: it adds the names of a union's members."""
     words: list[Any] = []
     for word in loc:
-        inside = (isinstance(data, dict) and word in data) or (
-            isinstance(data, list) and isinstance(word, int)
-        )
-        if not inside and not isinstance(data, dict):
+        if not (isinstance(data, dict) and word in data) and not (
+            isinstance(data, list) and word in range(len(data))
+        ):
             break
         words.append(word)
-        data = data[word] if inside else None
+        data = data[word]
     return words
 
 

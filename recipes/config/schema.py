@@ -1,6 +1,6 @@
 """The sections of a run's YAML that are ours: every key, its type, default, range and one line about it.
 
-`grpo` is TRL's (grpo_fields.py) and the rest of `task` is the task's own (`recipes.tasks`). The reference
+`grpo` is TRL's (grpo.py) and the rest of `task` is the task's own (`recipes.tasks`). The reference
 docs/configuration.md is generated from the descriptions here.
 """
 
