@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
 
         return plan.show(config, options.device)
     if options.evaluate is not None:
-        from recipes.models import checkpoint
+        from recipes.training import evaluation
 
-        return checkpoint.show(config, options.evaluate)
+        return evaluation.show(config, options.evaluate)
     return train(config, resume=options.resume, command=_command(options))
 
 
@@ -79,8 +79,6 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.models.generation import by_trainer, by_transformers
     from recipes.models.precision import Precision
     from recipes.report.page import write_report
-    from recipes.rewards.contract import prepare
-    from recipes.tasks import get_task
     from recipes.tracking.tracker import RunFolder, print_summary, track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption
     from recipes.training.evaluation import evaluator
@@ -92,10 +90,11 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         require_same,
         restore,
     )
+    from recipes.training.rewards import prepare
     from recipes.training.trainer import install_head, make_trainer
 
     try:
-        task = get_task(config.task.name)
+        task = config.make_task()
         begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
         if begun is not None:
             require_same(config, begun)
@@ -103,7 +102,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
                 print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
                 return 0
             print(f"Resuming from {begun.checkpoint}", flush=True)
-        rewards = prepare(config, task)  # before a folder is written to: a reward may break the contract
+        rewards = prepare(task)  # before a folder is written to: a reward may break the contract
         if begun is not None:
             folder = begun
             folder.begin_session(config)
@@ -112,9 +111,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         checkpoint = folder.checkpoint
         arguments = config.grpo_config(folder.path / "checkpoints")
         start = model_to_load(config, folder)
-        model, tokenizer = models.load(
-            start, task, config.run.seed, lora=config.lora, options=config.task.options
-        )
+        model, tokenizer = models.load(start, task, config.run.seed, lora=config.lora)
         if config.run.warm_start is not None and checkpoint is None:
             probe = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
             precision = Precision.of(arguments)
@@ -188,12 +185,7 @@ def _warm_start(
     from recipes.training.trainer import head_of_warm_start
     from recipes.training.warm_start import WarmStartStep, warm_start
 
-    if not hasattr(task, "warm_start_examples"):
-        raise RunError(
-            f"run.warm_start: task {config.task.name} has no examples for it; set run.warm_start: null"
-        )
-    count = settings.steps * settings.batch_size
-    examples = task.warm_start_examples(config.task.options, config.run.seed, count)
+    examples = task.warm_start_examples(settings.steps * settings.batch_size)
     started = time.perf_counter()
 
     def report(taken: WarmStartStep) -> None:
@@ -230,7 +222,7 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
     """The head against full logits in float64 on real rows, kept as head_check.json."""
     from recipes.training.head_check import check_head
 
-    prompts = list(task.eval_dataset(config.task.options, config.run.seed).select(range(4))["prompt"])
+    prompts = task.held_out[:4]["prompt"]  # or as many as there are
     found = check_head(
         model,
         tokenizer,

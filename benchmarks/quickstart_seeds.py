@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from recipes.config.load import RunConfig, load_config  # noqa: E402
 from recipes.models.generation import by_transformers  # noqa: E402
-from recipes.tasks import get_task  # noqa: E402
+from recipes.models.precision import Precision  # noqa: E402
 from recipes.tracking.run_folder import RunFolder, environment  # noqa: E402
-from recipes.training.evaluation import evaluate  # noqa: E402
+from recipes.training.evaluation import evaluator  # noqa: E402
 from recipes.training.warm_start import warm_start  # noqa: E402
 
 CONFIG = "configs/quickstart.yaml"
@@ -69,7 +69,7 @@ def run(config: RunConfig, seed: int, overrides: list[str]) -> dict:
     return {
         "seed": seed,
         "folder": str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path),
-        "problems": lines[0]["accuracy_problems"],
+        "problems": next(line["accuracy_problems"] for line in lines if "accuracy" in line),
         "accuracy_before": summary["accuracy_before"],
         "accuracy_after": summary["accuracy_after"],
         "reward_first": summary["reward_first"],
@@ -85,24 +85,18 @@ def run(config: RunConfig, seed: int, overrides: list[str]) -> dict:
 
 def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
     """The warm-started model, trained on by supervision for `examples` examples."""
-    task, settings = get_task(config.task.name), config.run.warm_start
+    task, settings = config.make_task(), config.run.warm_start
     start = folder.path / "warm_start"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
-    rows = list(task.eval_dataset(config.task.options, config.run.seed))[: config.run.evaluation.size]
+    measure = evaluator(config, task, by_transformers(model, tokenizer))
 
     def accuracy() -> float:
-        found = evaluate(
-            by_transformers(model, tokenizer),
-            rows,
-            task.is_correct,
-            max_new_tokens=config.grpo["max_completion_length"],
-        )
-        return found.accuracy
+        return measure(sampled=False)["accuracy"]
 
     steps = examples // settings.batch_size
     # A seed of its own would split the problems anew: the draws go on where the warm start's had to end.
     shown = settings.steps * settings.batch_size
-    drawn = task.warm_start_examples(config.task.options, config.run.seed, shown + examples)[shown:]
+    drawn = task.warm_start_examples(shown + examples)[shown:]
     longer = settings.model_copy(
         update={"steps": steps, "target_accuracy": None, "check_every": max(1, steps // 8)}
     )
@@ -113,9 +107,10 @@ def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
         tokenizer,
         drawn,
         longer,
+        precision=Precision(),
         probe=accuracy,
-        on_step=lambda step, loss, found: (
-            curve.append((step, found)) if step % longer.check_every == 0 else None
+        on_step=lambda taken: (
+            curve.append((taken.step, taken.accuracy)) if taken.step % longer.check_every == 0 else None
         ),
     )
     return {

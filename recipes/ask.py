@@ -14,7 +14,7 @@ import torch
 from recipes.config.load import RunConfig
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
-from recipes.tasks import get_task
+from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder
 
 
@@ -24,8 +24,8 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
     question: put in the place of a held-out problem's; "" asks the first held-out problem itself, and then each
     answer's name says whether it is right. Raises FileNotFoundError if the run has no final model.
     """
-    task = get_task(config.task.name)
-    row = dict(task.eval_dataset(config.task.options, config.run.seed)[0])
+    task = config.make_task()
+    row = task.held_out[0]
     prompt = _instead(row["prompt"], question) if question else row["prompt"]
     before, after = _answers(config, run, task, prompt)
     gc.collect()
@@ -39,7 +39,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
     return {"question": asked, name("before", before): before, name("after", after): after}
 
 
-def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple[str, str]:
+def _answers(config: RunConfig, run: RunFolder, task: Task, prompt: Any) -> tuple[str, str]:
     """What the model answers without the training, and with it."""
     length = config.completion_length
 
@@ -56,7 +56,7 @@ def _answers(config: RunConfig, run: RunFolder, task: Any, prompt: Any) -> tuple
     return answer(*_untrained(config, run, task)), after
 
 
-def _untrained(config: RunConfig, run: RunFolder, task: Any) -> tuple[Any, Any]:
+def _untrained(config: RunConfig, run: RunFolder, task: Task) -> tuple[Any, Any]:
     """The model with which GRPO began, where every weight was trained."""
     from recipes.models import load as models
 

@@ -8,14 +8,16 @@ rows = read_rows("problems.jsonl", "train")            one file, whatever the sp
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import load_dataset
 
 from recipes.problems import ConfigError, Problem
 
 Rows = list[dict[str, Any]]
+T = TypeVar("T")
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -47,6 +49,17 @@ def hold_out(rows: Rows, count: int, seed: str) -> tuple[Rows, Rows]:
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[count:], shuffled[:count]
+
+
+def rounds(rows: Sequence[T], count: int, seed: str) -> list[T]:
+    """`count` rows in an order by the seed: all of them before any comes again. Raises ValueError for no rows."""
+    if not rows:
+        raise ValueError("rows: none given; there is nothing to draw from")
+    rng = random.Random(seed)
+    order: list[T] = []
+    while len(order) < count:
+        order += rng.sample(rows, len(rows))
+    return order[:count]
 
 
 def _local_files(dataset: str, split: str) -> list[Path]:

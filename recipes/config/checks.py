@@ -135,14 +135,9 @@ def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
     from recipes.rewards.contract import problems
     from recipes.tasks import get_task
 
-    task: Any = get_task(sections["task"].name)
-    defaults = getattr(task, "WEIGHTS", None)
-    yield from problems(sections["task"].options, task.rewards, sections["grpo"], defaults)
+    task = get_task(sections["task"].name)(sections["task"].options, sections["run"].seed)
+    yield from problems(task.reward_weights, task.rewards)
     model = sections["model"]
-    if model.loader != "scratch":
-        return
-    has = [choice for choice, name in ((None, "CHARACTERS"), ("bpe", "corpus")) if hasattr(task, name)]
-    if model.tokenizer in (None, "bpe") and model.tokenizer not in has:
-        message = f"the task {sections['task'].name} has nothing to make that tokenizer of"
-        remedy = "".join(f"set it to {choice or 'null'}, or " for choice in has) + "name a tokenizer"
-        yield Problem("model.tokenizer", message, model.tokenizer, remedy)
+    if model.loader == "scratch" and model.tokenizer is None and not task.characters:
+        message = f"the task {task.name} has no list of characters to make one of"
+        yield Problem("model.tokenizer", message, None, "set it to bpe, or name a tokenizer")

@@ -119,6 +119,7 @@ OWNED: dict[str, str] = {  # name -> where it is set instead
     "resume_from_checkpoint": "nothing here: give --resume on the command line",
     "gradient_checkpointing": "model.gradient_checkpointing",
     "model_init_kwargs": "the keys of the model section",
+    "reward_weights": "task.rewards, by name",
 }
 
 REFUSED: dict[str, str] = {  # name -> why, and what to do

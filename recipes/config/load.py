@@ -38,6 +38,8 @@ from recipes.problems import EXIT_STATUS, ConfigError, Problem, one_of
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
+    from recipes.tasks import Task
+
 __all__ = ["EXIT_STATUS", "ConfigError", "RunConfig", "load_config"]
 
 
@@ -79,11 +81,15 @@ class RunConfig(Section):
         told = trl_meaning(self.grpo) if is_unsloths(trl.GRPOConfig) else self.grpo
         try:
             return trl.GRPOConfig(**{**told, **self._derived_fields()}, output_dir=str(output_dir))
-        except (
-            Exception
-        ) as error:  # TRL, transformers and accelerate raise many kinds, all meaning the same here
+        except Exception as error:  # TRL, transformers, accelerate: a dozen kinds, all meaning the same here
             message = f"TRL refuses it: {error or type(error).__name__}"
             raise ConfigError([Problem("grpo", message, remedy="change the fields that it names")]) from error
+
+    def make_task(self) -> Task:
+        """The run's task. To be made once and handed on: it keeps what it has read."""
+        from recipes.tasks import get_task
+
+        return get_task(self.task.name)(self.task.options, self.run.seed)
 
     def _derived_fields(self) -> dict[str, Any]:
         """Fields of GRPOConfig that follow from other sections and from the device."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
+from recipes.rewards.contract import RewardOptions
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -125,7 +127,7 @@ class TaskConfig(Section):
     """The task and its options. In the YAML the options stand beside `name`."""
 
     name: str = Field(description="the task; one of those in recipes/tasks")
-    options: SerializeAsAny[BaseModel] = Field(
+    options: SerializeAsAny[RewardOptions] = Field(
         description="the task's own options, checked by its Options class"
     )
 

@@ -1,21 +1,13 @@
-"""A trained checkpoint: loaded with its adapter where it has one, and evaluated alone.
-
-python train_grpo.py --config configs/quickstart.yaml --evaluate runs/quickstart/final
-"""
+"""A trained checkpoint, loaded with its adapter where it has one."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
-from recipes.models.generation import by_transformers
 from recipes.models.load import quantisation, to_gpu
-from recipes.problems import printable
-from recipes.training.evaluation import evaluator
 
 
 def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
@@ -48,24 +40,3 @@ def require_base(place: Path) -> None:
             f"{place / 'adapter_config.json'}: base_model_name_or_path is empty, as it is after training an adapter "
             "on a model made from nothing; save that model and write its folder there, or train without lora"
         )
-
-
-def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
-    """Figures of a checkpoint on the config's held-out problems; see `recipes.training.evaluation.evaluator`."""
-    from recipes.tasks import get_task
-
-    model, tokenizer = load_checkpoint(place, config.model)
-    measure = evaluator(
-        config, get_task(config.task.name), by_transformers(model, tokenizer, config.chat_template_kwargs)
-    )
-    return {"checkpoint": str(place), **measure()}
-
-
-def show(config: RunConfig, place: str) -> int:
-    """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
-    try:
-        print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
-    return 0

@@ -76,34 +76,34 @@ def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def load(
-    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None, options: Any = None
+    config: ModelConfig, task: Task, seed: int, *, lora: LoraSection | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The run's model and tokenizer, by `model.loader`, on the GPU where there is one.
 
+    task: for a tokenizer of its characters or its text.
     lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
-    options: the task's, for a tokenizer trained on its text.
     That loader and task fit each other, `load_config` has seen to.
     """
     if config.loader == "unsloth":
         return unsloth_loader.load(config, lora, seed)
     if config.loader == "scratch":
-        model, tokenizer = _from_scratch(config, task, seed, options)
+        model, tokenizer = _from_scratch(config, task, seed)
     else:
         model, tokenizer = _from_pretrained(config)
     return to_gpu(model), tokenizer
 
 
 def _from_scratch(
-    config: ModelConfig, task: Any, seed: int, options: Any
+    config: ModelConfig, task: Task, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new model; its tokenizer is trained, the named one, or one token for each of the task's characters."""
     shape = config.scratch or ScratchConfig()
     if config.tokenizer == "bpe":
-        tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(options, seed), shape.vocabulary)
+        tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(), shape.vocabulary)
     elif config.tokenizer is not None:
         tokenizer = _pretrained_tokenizer(config.tokenizer, None)
     else:
-        tokenizer = character_tokenizer(task.CHARACTERS)
+        tokenizer = character_tokenizer(task.characters)
     model = scratch_llama(shape, tokenizer, seed)
     return model.to(_dtype(config) or torch.float32), tokenizer
 

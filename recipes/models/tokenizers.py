@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer with a chat template, trained on a task's own text: `model.tokenizer: bpe`.
 
-    tokenizer = bpe_tokenizer(task.corpus(options, seed), 2048)
+    tokenizer = bpe_tokenizer(task.corpus(), 2048)
     tokenizer.apply_chat_template([{"role": "user", "content": "2 + 2?"}], tokenize=False, add_generation_prompt=True)
     -> "<|user|>2 + 2?<eos><|assistant|>"
 

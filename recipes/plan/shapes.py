@@ -164,7 +164,7 @@ def _scratch(config: RunConfig) -> ModelShape:
 
         vocab = len(AutoTokenizer.from_pretrained(config.model.tokenizer, local_files_only=True))
     else:
-        vocab = len(getattr(get_task(config.task.name), "CHARACTERS", "")) + 3  # <pad>, <eos>, <unk>
+        vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
     return ModelShape(
         vocab=vocab,
         hidden=made.hidden_size,

@@ -1,13 +1,11 @@
-"""A run's reward functions: which, with what weight, and what happens when one fails.
+"""The contract of a reward function: how it is named and weighed, checked before training, and guarded in it.
 
-    functions, weights = prepare(config, task)                        all of what follows
-    chosen = choose(config.task.options, task.rewards, config.grpo)   names and weights, from one place
-    check(chosen.functions, rows, completions, seconds)               the contract, before training
-    guarded = guard(chosen.functions, config.task.options)            what the trainer gets
+    functions = choose({"correct": 1.0, "my_rewards.brevity": 0.1}, task.rewards)   by name
+    check(functions, rows, completions, seconds)                                    the contract, before training
+    guard(functions, options)                                                       what the trainer gets
 
-The weights stand in the YAML under `task.rewards` (name: weight), for a task whose Options are `RewardOptions`.
-A name with a dot is a function of the user's own: `my_rewards.brevity` is `brevity` in my_rewards.py. A task
-without `task.rewards` uses all its rewards, weighed by `grpo.reward_weights`.
+The weights stand in the YAML under `task.rewards` (name: weight). A name with a dot is a function of the user's own:
+`my_rewards.brevity` is `brevity` in my_rewards.py.
 
 The contract is TRL's: `function(completions, **columns)` returns one finite number, or None, per completion.
 """
@@ -20,19 +18,15 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
 
-if TYPE_CHECKING:
-    from recipes.config.load import RunConfig
-
-Reward = Callable[..., list[float | None]]
+Reward = Callable[..., Sequence[float | None]]
 FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
 
 
@@ -63,52 +57,26 @@ class RewardOptions(BaseModel):
     )
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The reward functions by name, and the weight of each in the same order (None: TRL's default, 1 each)."""
+def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Iterator[Problem]:
+    """What is wrong with a run's weights, as far as it shows without importing the user's own functions.
 
-    functions: dict[str, Reward]
-    weights: list[float] | None
-
-
-def problems(
-    options: Any,
-    known: Mapping[str, Reward],
-    grpo: Mapping[str, Any],
-    defaults: Mapping[str, float] | None = None,
-) -> Iterator[Problem]:
-    """What is wrong with the choice, as far as it shows without importing the user's own. Arguments as `choose`."""
-    weights, given = getattr(options, "rewards", None) or defaults, grpo.get("reward_weights")
-    if weights is None:
-        if given is not None and len(given) != len(known):
-            message = f"weighs {len(given)} reward(s), but this task has {len(known)}"
-            yield Problem("grpo.reward_weights", message, given, f"give one number each: {', '.join(known)}")
-        return
-    if given is not None:
-        yield Problem("grpo.reward_weights", "stands beside the weights of task.rewards", given, "remove it")
+    known: the task's rewards.
+    """
     if not any(weights.values()):
-        yield Problem("task.rewards", "weighs nothing", dict(weights), "give one a weight other than 0")
+        remedy = "give one a weight other than 0, or set it to null for the task's own weights"
+        yield Problem("task.rewards", "weighs nothing", dict(weights), remedy)
     for name, weight in weights.items():
         if name not in known and "." not in name:
             remedy = f"use {one_of(known)}, or module.function"
             yield Problem(f"task.rewards.{name}", "is no reward of this task", weight, remedy)
 
 
-def choose(
-    options: Any,
-    known: Mapping[str, Reward],
-    grpo: Mapping[str, Any],
-    defaults: Mapping[str, float] | None = None,
-) -> Chosen:
-    """The run's rewards. `known` and `defaults`: the task's functions and weights; `grpo`: that section.
+def choose(weights: Mapping[str, float], known: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The functions that are weighed, in that order: the task's, or the user's own.
 
-    Raises ConfigError for a function that cannot be imported; what else may be wrong, `problems` has said.
+    Raises ConfigError for one that cannot be imported. For weights in which `problems` finds nothing.
     """
-    weights = getattr(options, "rewards", None) or defaults
-    if weights is None:
-        return Chosen(dict(known), grpo.get("reward_weights"))
-    functions = {name: known[name] if name in known else _import(name) for name in weights}
-    return Chosen(functions, list(weights.values()))
+    return {name: known[name] if name in known else _import(name) for name in weights}
 
 
 def _import(name: str) -> Reward:
@@ -149,8 +117,7 @@ def check(
             given[name] = fault
             continue
         for index, completion in enumerate(completions):  # which completion it was
-            one = {key: [values[index]] for key, values in columns.items() if isinstance(values, list)}
-            alone = _fault(function, [completion], {**columns, **one}, seconds)
+            alone = _fault(function, [completion], _alone(columns, index, len(completions)), seconds)
             if isinstance(alone, str):
                 raise RewardError(f"reward {name}: {alone}; the completion was {_show(completion)}")
         raise RewardError(f"reward {name}: {fault}; the first completion was {_show(completions[0])}")
@@ -169,6 +136,20 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "log_extra": lambda *_: None,
         "log_metric": lambda *_: None,
     }
+
+
+def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The row of one of `count` completions, of the columns that a reward is called with."""
+    return {
+        name: values[index]
+        for name, values in columns.items()
+        if isinstance(values, list) and len(values) == count
+    }
+
+
+def _alone(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """The columns for one completion by itself."""
+    return {**columns, **{name: [value] for name, value in row_at(columns, index, count).items()}}
 
 
 def _fault(
@@ -199,33 +180,6 @@ def _judge(values: Any, wanted: int) -> list[float | None] | str:
 def _show(value: Any, limit: int = 300) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-PROBES = (
-    "",
-    "I do not know.",
-    "12",
-    "<reasoning>\n1 + 1\n</reasoning>\n<answer>\n2\n</answer>\n",
-    "\\boxed{3}",
-    "(" * 50,
-)
-
-
-def prepare(config: RunConfig, task: Any) -> tuple[list[Any], list[float] | None]:
-    """The run's rewards for the trainer, guarded, and their weights; the contract is checked on a few problems.
-
-    Raises ConfigError for a function or data that is not there, RewardError for one that breaks the contract.
-    """
-    options = config.task.options
-    chosen = choose(options, task.rewards, config.grpo, getattr(task, "WEIGHTS", None))
-    data = task.train_dataset(options, config.run.seed)
-    task.eval_dataset(options, config.run.seed)  # if it is not there, that is said before a folder is made
-    rows = [data[index % len(data)] for index in range(len(PROBES))]
-    chat = not isinstance(rows[0]["prompt"], str)
-    completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]
-    limits = options if isinstance(options, RewardOptions) else RewardOptions()
-    check(chosen.functions, rows, completions, limits.reward_seconds)
-    return guard(chosen.functions, options), chosen.weights
 
 
 class Guarded:
@@ -261,12 +215,8 @@ class Guarded:
     ) -> list[float | None]:
         values: list[float | None] = []
         for index, completion in enumerate(completions):
-            one = {
-                key: [value[index]]
-                for key, value in columns.items()
-                if isinstance(value, list) and len(value) == len(completions)
-            }
-            found = _fault(self._function, [completion], {**columns, **one}, self._seconds)
+            alone = _alone(columns, index, len(completions))
+            found = _fault(self._function, [completion], alone, self._seconds)
             if isinstance(found, str):
                 faults.append((found, completion))
                 values.append(None)
@@ -284,12 +234,11 @@ class Guarded:
             )
 
 
-def guard(functions: Mapping[str, Reward], options: Any = None) -> list[Any]:
+def guard(functions: Mapping[str, Reward], options: RewardOptions) -> list[Any]:
     """The functions as the trainer gets them, each `Guarded`; a coroutine stays as it is, TRL awaits it."""
-    limits = options if isinstance(options, RewardOptions) else RewardOptions()
     return [
         function
         if inspect.iscoroutinefunction(function)
-        else Guarded(name, function, limits.reward_seconds, limits.reward_failures)
+        else Guarded(name, function, options.reward_seconds, options.reward_failures)
         for name, function in functions.items()
     ]

@@ -1,50 +1,104 @@
-"""The tasks. Each is one module of this folder; `task.name` in the YAML is the module's name.
+"""The tasks: each is one module of this folder with one subclass of `Task`; `task.name` in the YAML is the module's.
 
-A task module has
+    task = get_task("gsm8k")(options, seed)         made once a run: what it has read or drawn, it keeps
+    task.train[0]["prompt"]                         text, or chat messages
+    task.is_correct(completion, task.held_out[0])   the verdict that accuracy counts
 
-    Options                        pydantic model, extra="forbid": the keys beside `task.name` in the YAML
-    train_dataset(options, seed)   datasets.Dataset with a "prompt" (text, or chat messages) and answer columns
-    eval_dataset(options, seed)    the same for problems that training never sees
-    rewards                        {name: function(completions, **columns) -> list of float}, TRL's signature
-    is_correct(completion, row)    the verdict that accuracy counts; `row` is a row of the dataset
-
-and may have
-
-    WEIGHTS                                      {name: weight} of its rewards, unless the YAML says otherwise
-    is_correct_lenient(completion, row)          a second verdict: right, whatever the form
-    answer_of(completion)                        what maj@k counts votes for, None without an answer
-    warm_start_examples(options, seed, count)    pairs (prompt, right completion), for `run.warm_start`
-    CHARACTERS                                   every character of a prompt or a completion; or
-    corpus(options, seed)                        texts to train a BPE tokenizer on: one of the two makes
-                                                 `model.loader: scratch` possible
-
-Chat tasks get completions as lists of messages in their rewards, as TRL passes them, and `is_correct` gets text.
+docs/tasks.md adds one, step by step.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel
+from recipes.problems import ConfigError, Problem
+from recipes.rewards.contract import Reward, RewardOptions, row_at
+from recipes.rewards.final_answer import text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Row = Mapping[str, Any]  # a row of a task's dataset
+Example = tuple[Any, str]  # a prompt (text or chat messages) and a right completion
 
-class Task(Protocol):
-    """What `train_grpo.py` asks of a task's module."""
 
-    Options: type[BaseModel]
-    rewards: dict[str, Callable[..., list[float]]]
+class Task(ABC):
+    """Problems, and who judges their answers. A subclass gives `train`, `held_out` and `is_correct`.
 
-    def train_dataset(self, options: Any, seed: int) -> Dataset: ...  # noqa: D102
+    The other members have a default. `weights`: how much each reward counts unless the YAML says otherwise.
+    `characters`: every character of a prompt or a completion, where there are few; a model made from nothing can
+    then have one token for each.
+    """
 
-    def eval_dataset(self, options: Any, seed: int) -> Dataset: ...  # noqa: D102
+    Options: ClassVar[type[RewardOptions]] = RewardOptions  # the keys beside `task.name` in the YAML
+    weights: ClassVar[Mapping[str, float]] = {"correct": 1.0}
+    characters: ClassVar[str] = ""
 
-    def is_correct(self, completion: str, row: dict[str, Any]) -> bool: ...  # noqa: D102
+    options: RewardOptions
+    seed: int
+
+    def __init__(self, options: RewardOptions, seed: int) -> None:
+        self.options, self.seed = options, seed
+
+    @property
+    def name(self) -> str:
+        """As `task.name` has it."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    @abstractmethod
+    def train(self) -> Dataset:
+        """Problems to train on: "prompt" (text or chat messages) and the columns that `is_correct` and rewards read.
+
+        A `functools.cached_property`, as `held_out` is: both are asked for several times a run.
+        """
+
+    @property
+    @abstractmethod
+    def held_out(self) -> Dataset:
+        """The same for problems that training never sees."""
+
+    @abstractmethod
+    def is_correct(self, completion: str, row: Row) -> bool:
+        """Whether the completion answers the row's problem rightly, in the form that was asked for."""
+
+    def is_correct_lenient(self, completion: str, row: Row) -> bool | None:
+        """Whether it is right whatever its form. None, for every completion: the task has no such second verdict."""
+        return None
+
+    def answer_of(self, completion: str) -> Hashable | None:
+        """What maj@k counts votes for; None is no vote. Unless the task knows better, the completion itself."""
+        return completion.strip() or None
+
+    @property
+    def rewards(self) -> Mapping[str, Reward]:
+        """The rewards by name, functions of TRL's signature (docs/rewards.md)."""
+        return {"correct": self.correct}
+
+    def correct(self, completions: list[Any], **columns: Any) -> list[float]:
+        """Reward 1 for a completion that `is_correct`, else 0."""
+        columns["prompt"] = columns.get("prompts")  # as the dataset's rows have it
+        rows = [row_at(columns, index, len(completions)) for index in range(len(completions))]
+        pairs = zip(completions, rows, strict=True)
+        return [float(self.is_correct(text_of(completion), row)) for completion, row in pairs]
+
+    def warm_start_examples(self, count: int) -> list[Example]:
+        """`count` solved problems of `train`, for `run.warm_start`. Raises ConfigError if the task has none."""
+        message = f"the task {self.name} has no examples for it"
+        raise ConfigError([Problem("run.warm_start", message, remedy="set it to null")])
+
+    def corpus(self) -> Iterable[str]:
+        """Texts to train a tokenizer on, for `model.tokenizer: bpe`. Unless the task has better, `train`'s prompts."""
+        return [text_of(prompt) for prompt in self.train["prompt"]]
+
+    @property
+    def reward_weights(self) -> Mapping[str, float]:
+        """The weights of this run: `task.rewards` in the YAML, or the task's own."""
+        return self.weights if self.options.rewards is None else self.options.rewards
 
 
 def task_names() -> list[str]:
@@ -52,8 +106,19 @@ def task_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def get_task(name: str) -> Task:
-    """The task's module. Raises ValueError for a name that is none."""
+def get_task(name: str) -> type[Task]:
+    """The task's class. Raises ValueError for a name that is none."""
     if name not in task_names():
         raise ValueError(f"task.name: {name!r} is no task; use one of {', '.join(task_names())}")
-    return cast(Task, importlib.import_module(f"{__name__}.{name}"))
+    module = importlib.import_module(f"{__name__}.{name}")
+    own = [thing for thing in vars(module).values() if _is_task_of(thing, module.__name__)]
+    if len(own) != 1:
+        raise ValueError(
+            f"task.name: {module.__name__} defines {len(own)} subclasses of Task; define one there"
+        )
+    return own[0]
+
+
+def _is_task_of(thing: Any, module: str) -> bool:
+    """Whether it is a task that the module defines, and does not only import."""
+    return isinstance(thing, type) and issubclass(thing, Task) and thing.__module__ == module

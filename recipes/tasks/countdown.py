@@ -11,31 +11,91 @@ model learns the 833 left by heart and stays below 0.47 on the others, whatever 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations_with_replacement, permutations
 from typing import Any
 
 from datasets import Dataset
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from recipes.rewards.arithmetic import Expression, ExpressionError, expressions, parse
+from recipes.rewards.contract import Reward, RewardOptions
+from recipes.tasks import Example, Row, Task
 
-CHARACTERS = "0123456789+-*()>="  # everything a prompt or a completion is made of
+Prompt = tuple[tuple[int, ...], int]  # the numbers in the order in which they are shown, and the target
 
 
-class Options(BaseModel):
-    """The keys beside `task.name` in the YAML."""
+class Countdown(Task):
+    """The rows have `numbers` (list of int) and `target` (int) beside their prompt."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    class Options(RewardOptions):
+        """The keys beside `task.name` in the YAML."""
 
-    eval_problems: int = Field(512, ge=1, le=1200, description="problems held out for the greedy accuracy")
-    train_size: int | None = Field(
-        None,
-        ge=1,
-        description="GRPO prompts at most; null: the train problems with their numbers in every order",
-    )
+        eval_problems: int = Field(
+            512, ge=1, le=1200, description="problems held out for the greedy accuracy"
+        )
+        train_size: int | None = Field(
+            None,
+            ge=1,
+            description="training prompts at most; null: the train problems with their numbers in every order",
+        )
+
+    options: Options
+    weights = {"correct": 1.0, "well_formed": 1.0}
+    characters = "0123456789+-*()>="
+
+    @cached_property
+    def _split(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Prompts as (train, held out), nothing in common; the same seed gives the same sets."""
+        problems = sorted(solutions(), key=lambda problem: (problem.numbers, problem.target))
+        prompts = [
+            (order, problem.target)
+            for problem in problems
+            for order in sorted(set(permutations(problem.numbers)))
+        ]
+        random.Random(f"countdown split {self.seed}").shuffle(prompts)
+        held_out = self.options.eval_problems
+        return prompts[held_out:][: self.options.train_size], prompts[:held_out]
+
+    @cached_property
+    def train(self) -> Dataset:
+        """Prompts to train on, shuffled."""
+        return _dataset(self._split[0])
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The held-out prompts."""
+        return _dataset(self._split[1])
+
+    @property
+    def rewards(self) -> Mapping[str, Reward]:
+        """Right, and well-formed."""
+        return {"correct": self.correct, "well_formed": well_formed}
+
+    def is_correct(self, completion: str, row: Row) -> bool:
+        """Whether the completion uses `row["numbers"]` once each and comes to `row["target"]`."""
+        expression = _read(completion)
+        return (
+            expression is not None
+            and sorted(expression.numbers) == sorted(row["numbers"])
+            and expression.value == row["target"]
+        )
+
+    def warm_start_examples(self, count: int) -> list[Example]:
+        """`count` pairs of prompt and right completion: a train prompt and one of its solutions, each by chance.
+
+        Drawing among all the solutions keeps the policy's entropy up: GRPO learns from what it samples.
+        """
+        rng = random.Random(f"countdown warm start {self.seed}")
+        known = solutions()
+        pairs = []
+        for numbers, target in rng.choices(self._split[0], k=count):
+            ascending = sorted(numbers)
+            problem = Problem((ascending[0], ascending[1], ascending[2]), target)
+            pairs.append((prompt_text(numbers, target), rng.choice(known[problem])))
+        return pairs
 
 
 @dataclass(frozen=True)
@@ -57,60 +117,9 @@ def solutions() -> dict[Problem, list[str]]:
     return found
 
 
-Prompt = tuple[tuple[int, ...], int]  # the numbers in the order in which they are shown, and the target
-
-
-def split(options: Options, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """All prompts as (train, held out), nothing in common; the same seed gives the same sets."""
-    problems = sorted(solutions(), key=lambda problem: (problem.numbers, problem.target))
-    prompts = [
-        (order, problem.target)
-        for problem in problems
-        for order in sorted(set(permutations(problem.numbers)))
-    ]
-    random.Random(f"countdown split {seed}").shuffle(prompts)
-    return prompts[options.eval_problems :], prompts[: options.eval_problems]
-
-
 def prompt_text(numbers: Sequence[int], target: int) -> str:
     """`357>26=`. The target always has two digits, so that every prompt has seven characters and none is padded."""
     return f"{''.join(map(str, numbers))}>{target:02d}="
-
-
-def _rows(prompts: list[Prompt]) -> Dataset:
-    """Prompts with the columns that the rewards need: `numbers` (list of int) and `target` (int)."""
-    return Dataset.from_dict(
-        {
-            "prompt": [prompt_text(numbers, target) for numbers, target in prompts],
-            "numbers": [list(numbers) for numbers, _ in prompts],
-            "target": [target for _, target in prompts],
-        }
-    )
-
-
-def train_dataset(options: Options, seed: int) -> Dataset:
-    """GRPO's prompts, shuffled."""
-    return _rows(split(options, seed)[0][: options.train_size])
-
-
-def eval_dataset(options: Options, seed: int) -> Dataset:
-    """The held-out prompts."""
-    return _rows(split(options, seed)[1])
-
-
-def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[str, str]]:
-    """`count` pairs of prompt and right completion: a train prompt and one of its solutions, each by chance.
-
-    Drawing among all the solutions keeps the policy's entropy up: GRPO learns from what it samples.
-    """
-    rng = random.Random(f"countdown warm start {seed}")
-    known = solutions()
-    pairs = []
-    for numbers, target in rng.choices(split(options, seed)[0], k=count):
-        ascending = sorted(numbers)
-        problem = Problem((ascending[0], ascending[1], ascending[2]), target)
-        pairs.append((prompt_text(numbers, target), rng.choice(known[problem])))
-    return pairs
 
 
 def _read(completion: str) -> Expression | None:
@@ -127,25 +136,16 @@ def uses_the_numbers(completion: str, numbers: Sequence[int]) -> bool:
     return expression is not None and sorted(expression.numbers) == sorted(numbers)
 
 
-def is_correct(completion: str, row: dict[str, Any]) -> bool:
-    """Whether the completion uses `row["numbers"]` once each and comes to `row["target"]`."""
-    expression = _read(completion)
-    return (
-        expression is not None
-        and sorted(expression.numbers) == sorted(row["numbers"])
-        and expression.value == row["target"]
+def _dataset(prompts: list[Prompt]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt_text(numbers, target) for numbers, target in prompts],
+            "numbers": [list(numbers) for numbers, _ in prompts],
+            "target": [target for _, target in prompts],
+        }
     )
-
-
-def correct(completions: list[str], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
-    """Reward 1 for a right expression, 0 for anything else."""
-    rows = zip(completions, numbers, target, strict=True)
-    return [float(is_correct(text, {"numbers": given, "target": goal})) for text, given, goal in rows]
 
 
 def well_formed(completions: list[str], numbers: list[list[int]], **_: Any) -> list[float]:
     """Reward 1 for an expression that uses every number once, whatever it comes to."""
     return [float(uses_the_numbers(text, given)) for text, given in zip(completions, numbers, strict=True)]
-
-
-rewards = {"correct": correct, "well_formed": well_formed}

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, Self
 
 from datasets import Dataset
 from pydantic import Field, model_validator
 
 from recipes.data import Rows, hold_out, read_rows
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
-from recipes.rewards.contract import RewardOptions
+from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
+from recipes.tasks import Row, Task
 
-WEIGHTS = {"correct": 1.0, "format": 0.1}
 TARGETS = range(10, 100)  # of the problems made here
 MADE = 8192  # training problems made here, unless task.train_size says otherwise
 
@@ -45,72 +46,120 @@ _SYSTEM = (
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
-class Options(RewardOptions):
-    """The keys beside `task.name` in the YAML."""
+class TinyZero(Task):
+    """The rows have `nums` (list of int) and `target` (int) beside their prompt."""
 
-    dataset: str | None = Field(
-        None,
-        min_length=1,
-        description="hub id, folder or file with columns nums and target; null: problems made by the seed",
-    )
-    prompt: Literal["chat", "plain"] = Field(
-        "chat", description="chat messages; or TinyZero's plain text for models that know no chat"
-    )
-    min_numbers: int = Field(3, ge=3, le=6, description="numbers of a made problem at least")
-    max_numbers: int = Field(4, ge=3, le=6, description="numbers of a made problem at most")
-    train_size: int | None = Field(
-        None, ge=1, description=f"training problems at most; null: all of the dataset, or {MADE} made ones"
-    )
-    held_out: int = Field(512, ge=1, description="problems kept for evaluation")
+    class Options(RewardOptions):
+        """The keys beside `task.name` in the YAML."""
 
-    @model_validator(mode="after")
-    def _at_least_below_at_most(self) -> Options:
-        if self.min_numbers > self.max_numbers:
-            raise ValueError(
-                f"min_numbers {self.min_numbers} is more than max_numbers {self.max_numbers}; lower it"
-            )
-        return self
+        dataset: str | None = Field(
+            None,
+            min_length=1,
+            description="hub id, folder or file with columns nums and target; null: problems made by the seed",
+        )
+        prompt: Literal["chat", "plain"] = Field(
+            "chat", description="chat messages; or TinyZero's plain text for models that know no chat"
+        )
+        min_numbers: int = Field(3, ge=3, le=6, description="numbers of a made problem at least")
+        max_numbers: int = Field(4, ge=3, le=6, description="numbers of a made problem at most")
+        train_size: int | None = Field(
+            None,
+            ge=1,
+            description=f"training problems at most; null: all of the dataset, or {MADE} made ones",
+        )
+        held_out: int = Field(512, ge=1, description="problems kept for evaluation")
+
+        @model_validator(mode="after")
+        def _at_least_below_at_most(self) -> Self:
+            if self.min_numbers > self.max_numbers:
+                raise ValueError(
+                    f"min_numbers {self.min_numbers} is more than max_numbers {self.max_numbers}; lower it"
+                )
+            return self
+
+    options: Options
+    weights = {"correct": 1.0, "format": 0.1}
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The problems to train on, in an order by the seed."""
+        return self._dataset(self._split[0])
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The held-out problems."""
+        return self._dataset(self._split[1])
+
+    @property
+    def rewards(self) -> Mapping[str, Reward]:
+        """Right, and in the form asked for."""
+        return {"correct": self.correct, "format": format}
+
+    def is_correct(self, completion: str, row: Row) -> bool:
+        """Whether the last answer tag holds an expression, and only that, which solves the problem."""
+        return _solves(_read(answer_tag(completion)), row)
+
+    def is_correct_lenient(self, completion: str, row: Row) -> bool:
+        r"""Whether the answer tag, else `\boxed{…}`, else the last line solves it, "= target" behind it or not."""
+        lines = completion.strip().splitlines()
+        found = answer_tag(completion) or boxed(completion) or (lines[-1] if lines else "")
+        for latex, plain in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/")):
+            found = found.replace(latex, plain)
+        return _solves(_read(found.partition("=")[0]), row)
+
+    def answer_of(self, completion: str) -> str | None:
+        """The expression without blanks, None if it is none."""
+        tag = answer_tag(completion)
+        return "".join(tag.split()) if tag is not None and _read(tag) is not None else None
+
+    @cached_property
+    def _split(self) -> tuple[Rows, Rows]:
+        """Problems as (train, held out), none of them in both."""
+        options = self.options
+        if options.dataset is None:
+            problems = _made(options.min_numbers, options.max_numbers, f"countdown_tinyzero {self.seed}")
+            held_out = [next(problems) for _ in range(options.held_out)]
+            return [next(problems) for _ in range(options.train_size or MADE)], held_out
+        rows = read_rows(options.dataset, "train")  # TinyZero's data has this split alone
+        for column in ("nums", "target"):
+            if rows and column not in rows[0]:
+                raise ValueError(
+                    f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
+                )
+        train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}")
+        kept_back = {_key(row) for row in held_out}
+        return [row for row in train if _key(row) not in kept_back][: options.train_size], held_out
+
+    def _dataset(self, rows: Rows) -> Dataset:
+        return Dataset.from_dict(
+            {
+                "prompt": [self._prompt(row) for row in rows],
+                "nums": [list(row["nums"]) for row in rows],
+                "target": [row["target"] for row in rows],
+            }
+        )
+
+    def _prompt(self, row: Row) -> Any:
+        problem = _PROBLEM.format(numbers=list(row["nums"]), target=row["target"])
+        if self.options.prompt == "plain":
+            return _PLAIN.format(problem=problem)
+        return [
+            {"role": "system", "content": _SYSTEM},
+            {"role": "user", "content": problem},
+        ]
 
 
-def train_dataset(options: Options, seed: int) -> Dataset:
-    """The problems to train on, in an order by the seed."""
-    return _dataset(_split(options, seed)[0], options)
-
-
-def eval_dataset(options: Options, seed: int) -> Dataset:
-    """The held-out problems."""
-    return _dataset(_split(options, seed)[1], options)
-
-
-def _split(options: Options, seed: int) -> tuple[Rows, Rows]:
-    """Problems as (train, held out), none of them in both."""
-    if options.dataset is None:
-        problems = _made(options, seed)
-        wanted = options.train_size or MADE
-        held_out = [next(problems) for _ in range(options.held_out)]
-        return [next(problems) for _ in range(wanted)], held_out
-    rows = read_rows(options.dataset, "train")  # TinyZero's data has this split alone
-    for column in ("nums", "target"):
-        if rows and column not in rows[0]:
-            raise ValueError(
-                f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
-            )
-    train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {seed}")
-    kept_back = {_key(row) for row in held_out}
-    return [row for row in train if _key(row) not in kept_back][: options.train_size], held_out
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+def _key(row: Row) -> tuple[Any, ...]:
     """What makes two problems the same: the numbers in any order, and the target."""
     return (*sorted(row["nums"]), row["target"])
 
 
-def _made(options: Options, seed: int) -> Iterator[dict[str, Any]]:
+def _made(min_numbers: int, max_numbers: int, seed: str) -> Iterator[dict[str, Any]]:
     """Problems without end, no two the same; three numbers alone make hundreds of thousands."""
-    rng = random.Random(f"countdown_tinyzero {seed}")
+    rng = random.Random(seed)
     seen = set()
     while True:
-        numbers = [rng.randint(1, 99) for _ in range(rng.randint(options.min_numbers, options.max_numbers))]
+        numbers = [rng.randint(1, 99) for _ in range(rng.randint(min_numbers, max_numbers))]
         row = {"nums": numbers, "target": _put_together(numbers, rng)}
         if row["target"] in TARGETS and _key(row) not in seen:
             seen.add(_key(row))
@@ -128,27 +177,6 @@ def _put_together(numbers: Sequence[int], rng: random.Random) -> int:
     return values[0]
 
 
-def _dataset(rows: Rows, options: Options) -> Dataset:
-    """Prompts with the columns that the rewards need: `nums` (list of int) and `target` (int)."""
-    return Dataset.from_dict(
-        {
-            "prompt": [_prompt(row, options) for row in rows],
-            "nums": [list(row["nums"]) for row in rows],
-            "target": [row["target"] for row in rows],
-        }
-    )
-
-
-def _prompt(row: dict[str, Any], options: Options) -> Any:
-    problem = _PROBLEM.format(numbers=list(row["nums"]), target=row["target"])
-    if options.prompt == "plain":
-        return _PLAIN.format(problem=problem)
-    return [
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": problem},
-    ]
-
-
 def _read(text: str | None) -> Expression | None:
     """The text as an expression, None if it is not one."""
     try:
@@ -157,38 +185,12 @@ def _read(text: str | None) -> Expression | None:
         return None
 
 
-def _solves(expression: Expression | None, row: dict[str, Any]) -> bool:
+def _solves(expression: Expression | None, row: Row) -> bool:
     return (
         expression is not None
         and sorted(expression.numbers) == sorted(row["nums"])
         and expression.value == row["target"]
     )
-
-
-def is_correct(completion: str, row: dict[str, Any]) -> bool:
-    """Whether the last answer tag holds an expression, and only that, which solves the problem."""
-    return _solves(_read(answer_tag(completion)), row)
-
-
-def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
-    r"""Whether the answer tag, else `\boxed{…}`, else the last line solves it, "= target" behind it or not."""
-    lines = completion.strip().splitlines()
-    found = answer_tag(completion) or boxed(completion) or (lines[-1] if lines else "")
-    for latex, plain in ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/")):
-        found = found.replace(latex, plain)
-    return _solves(_read(found.partition("=")[0]), row)
-
-
-def answer_of(completion: str) -> str | None:
-    """The answer that maj@k counts votes for: the expression without blanks, None if it is none."""
-    tag = answer_tag(completion)
-    return "".join(tag.split()) if tag is not None and _read(tag) is not None else None
-
-
-def correct(completions: list[Any], nums: list[list[int]], target: list[int], **_: Any) -> list[float]:
-    """1 for an expression in the answer tag that uses every number once and comes to the target."""
-    rows = zip(completions, nums, target, strict=True)
-    return [float(is_correct(text_of(text), {"nums": given, "target": goal})) for text, given, goal in rows]
 
 
 _INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # no tag again inside a part
@@ -200,6 +202,3 @@ def format(completions: list[Any], prompts: list[Any], **_: Any) -> list[float]:
     pairs = zip(completions, prompts, strict=True)
     texts = ["<think>" * isinstance(prompt, str) + text_of(completion) for completion, prompt in pairs]
     return [float(_FORM.fullmatch(text) is not None) for text in texts]
-
-
-rewards = {"correct": correct, "format": format}

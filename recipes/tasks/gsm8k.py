@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import Rows, hold_out, is_one_file, read_rows
-from recipes.rewards.contract import RewardOptions
+from recipes.data import Rows, hold_out, is_one_file, read_rows, rounds
+from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import lenient_answer, numbers, strict_answer, text_of
+from recipes.tasks import Example, Row, Task
 
 SYSTEM_PROMPT = """\
 Write your reply in exactly this form:
@@ -31,58 +34,125 @@ Write your reply in exactly this form:
 ...
 </answer>
 """
-WEIGHTS = {
-    "tag_count": 0.5,  # 4 × 0.125, less 0.001 for each character after the last tag
-    "soft_format": 0.5,
-    "strict_format": 0.5,
-    "integer": 0.5,
-    "correctness": 2.0,
-}
 
 
-class Options(RewardOptions):
-    """The keys beside `task.name` in the YAML."""
+class Gsm8k(Task):
+    """The rows have `answer` beside their prompt: the number after `####`, as the data writes it."""
 
-    dataset: str = Field(
-        "openai/gsm8k",
-        min_length=1,
-        description="hub id; or a folder with train.jsonl and test.jsonl, or one .jsonl file",
-    )
-    prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
-    system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the question")
-    train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
-    held_out: int = Field(
-        512, ge=1, description="problems kept for evaluation where the dataset is one file, with no test set"
-    )
+    class Options(RewardOptions):
+        """The keys beside `task.name` in the YAML."""
 
+        dataset: str = Field(
+            "openai/gsm8k",
+            min_length=1,
+            description="hub id; or a folder with train.jsonl and test.jsonl, or one .jsonl file",
+        )
+        prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
+        system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the question")
+        train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
+        held_out: int = Field(
+            512,
+            ge=1,
+            description="problems kept for evaluation where the dataset is one file, with no test set",
+        )
 
-def train_dataset(options: Options, seed: int) -> Dataset:
-    """The train problems, shuffled by the seed."""
-    rows = _read(options, seed, "train")
-    random.Random(f"gsm8k train {seed}").shuffle(rows)
-    return _dataset(rows[: options.train_size], options)
+    options: Options
+    weights = {
+        "tag_count": 0.5,  # 4 × 0.125, less 0.001 for each character after the last tag
+        "soft_format": 0.5,
+        "strict_format": 0.5,
+        "integer": 0.5,
+        "correctness": 2.0,
+    }
 
+    @cached_property
+    def train(self) -> Dataset:
+        """The train problems, shuffled by the seed."""
+        rows, _ = self._split
+        return self._dataset([rows[place] for place in self._drawn])
 
-def eval_dataset(options: Options, seed: int) -> Dataset:
-    """The test problems in their own order, so that the first n are the same in every run."""
-    return _dataset(_read(options, seed, "test"), options)
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The test problems in their own order, so that the first n are the same in every run."""
+        return self._dataset(self._split[1])
 
+    @property
+    def rewards(self) -> Mapping[str, Reward]:
+        """Four of the form and one of the answer."""
+        return {
+            "tag_count": tag_count,
+            "soft_format": soft_format,
+            "strict_format": strict_format,
+            "integer": integer,
+            "correctness": self.correct,
+        }
 
-def warm_start_examples(options: Options, seed: int, count: int) -> list[tuple[Any, str]]:
-    """`count` pairs of prompt and right completion, the data's own solution as the reasoning; passes in drawn order."""
-    rows = _read(options, seed, "train")[: options.train_size]
-    rng = random.Random(f"gsm8k warm start {seed}")
-    order: list[dict[str, str]] = []
-    while len(order) < count:
-        order += rng.sample(rows, len(rows))
-    return [(_prompt(row["question"], options), solution_text(row["answer"])) for row in order[:count]]
+    def is_correct(self, completion: str, row: Row) -> bool:
+        """Whether the answer tag holds the right number, and only that."""
+        return strict_answer(completion) == _gold(row["answer"])
 
+    def is_correct_lenient(self, completion: str, row: Row) -> bool:
+        """Whether the number that a reader would take for the answer is right, whatever the form."""
+        return lenient_answer(completion) == _gold(row["answer"])
 
-def corpus(options: Options, seed: int) -> list[str]:
-    """What a tokenizer is trained on: the system prompt, and the train questions with their solutions as wanted."""
-    rows = _read(options, seed, "train")[: options.train_size]
-    texts = [text for row in rows for text in (row["question"], solution_text(row["answer"]))]
-    return [options.system_prompt, *texts]
+    def answer_of(self, completion: str) -> Fraction | None:
+        """The number in the answer tag."""
+        return strict_answer(completion)
+
+    def warm_start_examples(self, count: int) -> list[Example]:
+        """Train problems with the data's own solution as the reasoning; every one comes before any comes again."""
+        drawn = rounds(self._solved, count, f"gsm8k warm start {self.seed}")
+        return [(self._prompt(row["question"]), solution_text(row["answer"])) for row in drawn]
+
+    def corpus(self) -> list[str]:
+        """The system prompt, and the train questions with their solutions in the form asked for."""
+        texts = [text for row in self._solved for text in (row["question"], solution_text(row["answer"]))]
+        return [self.options.system_prompt, *texts]
+
+    @cached_property
+    def _split(self) -> tuple[Rows, Rows]:
+        """All rows as (train, held out). Raises ConfigError or ValueError, with what to do about it."""
+        rows = self._read("train")
+        if is_one_file(self.options.dataset):
+            return hold_out(rows, self.options.held_out, f"gsm8k split {self.seed}")
+        return rows, self._read("test")
+
+    def _read(self, split: str) -> Rows:
+        dataset = self.options.dataset
+        rows = read_rows(dataset, split, "main")
+        for column in ("question", "answer"):
+            if rows and column not in rows[0]:
+                raise ValueError(
+                    f"task.dataset: {dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
+                )
+        return rows
+
+    @cached_property
+    def _drawn(self) -> list[int]:
+        """Which of the train rows are trained on, in the order of `train`."""
+        places = list(range(len(self._split[0])))
+        random.Random(f"gsm8k train {self.seed}").shuffle(places)
+        return places[: self.options.train_size]
+
+    @property
+    def _solved(self) -> Rows:
+        """The rows of `train` with their solutions, in the data's order: the draws from them depend on it."""
+        return [self._split[0][place] for place in sorted(self._drawn)]
+
+    def _dataset(self, rows: Rows) -> Dataset:
+        return Dataset.from_dict(
+            {
+                "prompt": [self._prompt(row["question"]) for row in rows],
+                "answer": [row["answer"].rpartition("####")[2].strip() for row in rows],
+            }
+        )
+
+    def _prompt(self, question: str) -> Any:
+        system = self.options.system_prompt
+        if self.options.prompt == "plain":
+            return f"{system}\n{question.strip()}\n"
+        said = [{"role": "system", "content": system}] if system else []
+        return [*said, {"role": "user", "content": question}]
 
 
 def solution_text(answer: str) -> str:
@@ -92,64 +162,12 @@ def solution_text(answer: str) -> str:
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{number.strip()}\n</answer>\n"
 
 
-def _read(options: Options, seed: int, split: str) -> Rows:
-    """The rows of "train" or "test". Raises FileNotFoundError or ValueError, with what to do about it."""
-    rows = read_rows(options.dataset, split, "main")
-    for column in ("question", "answer"):
-        if rows and column not in rows[0]:
-            raise ValueError(
-                f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
-            )
-    if is_one_file(options.dataset):
-        train, held_out = hold_out(rows, options.held_out, f"gsm8k split {seed}")
-        return train if split == "train" else held_out
-    return rows
-
-
-def _dataset(rows: list[dict[str, str]], options: Options) -> Dataset:
-    """Prompts with the column `answer`: the number after `####`, as the data writes it."""
-    return Dataset.from_dict(
-        {
-            "prompt": [_prompt(row["question"], options) for row in rows],
-            "answer": [row["answer"].rpartition("####")[2].strip() for row in rows],
-        }
-    )
-
-
-def _prompt(question: str, options: Options) -> Any:
-    if options.prompt == "plain":
-        return f"{options.system_prompt}\n{question.strip()}\n"
-    said = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    return [*said, {"role": "user", "content": question}]
-
-
 def _gold(answer: str) -> Fraction:
     """The data's answer as a number. Raises ValueError if it is none."""
     found = numbers(answer)
     if len(found) != 1:
         raise ValueError(f"answer: {answer!r} is not one number; correct the data")
     return found[0]
-
-
-def is_correct(completion: str, row: dict[str, Any]) -> bool:
-    """Whether the answer tag holds the right number, and only that."""
-    return strict_answer(completion) == _gold(row["answer"])
-
-
-def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
-    """Whether the number that a reader would take for the answer is right, whatever the form."""
-    return lenient_answer(completion) == _gold(row["answer"])
-
-
-def answer_of(completion: str) -> Fraction | None:
-    """The answer that maj@k counts votes for."""
-    return strict_answer(completion)
-
-
-def correctness(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 for the right number in the answer tag."""
-    pairs = zip(completions, answer, strict=True)
-    return [float(is_correct(text_of(completion), {"answer": gold})) for completion, gold in pairs]
 
 
 def integer(completions: list[Any], **_: Any) -> list[float]:
@@ -183,12 +201,3 @@ def _tags(text: str) -> float:
     _, closed, after = text.rpartition("</answer>")
     trailing = len(after.removeprefix("\n")) if closed else 0
     return 0.25 * sum(text.count(line) == 1 for line in lines) - 0.002 * trailing
-
-
-rewards = {
-    "tag_count": tag_count,
-    "soft_format": soft_format,
-    "strict_format": strict_format,
-    "integer": integer,
-    "correctness": correctness,
-}

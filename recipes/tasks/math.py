@@ -9,122 +9,135 @@ Each comparison has a time limit and its own process (recipes/rewards/math_verif
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from datasets import Dataset
 from pydantic import Field
 
 from recipes.data import Rows, hold_out, is_one_file, read_rows
-from recipes.rewards.contract import RewardOptions
+from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import boxed, text_of
 from recipes.rewards.math_verifier import Verifier
+from recipes.tasks import Row, Task
 
 SYSTEM_PROMPT = r"Reason step by step and put the final answer, and nothing else, into \boxed{}."
-WEIGHTS = {"correctness": 1.0, "boxed_once": 0.1}
 VERIFY_SECONDS = 3.0  # for one comparison; ordinary ones take milliseconds
 
 
-class Options(RewardOptions):
-    """The keys beside `task.name` in the YAML."""
+class Math(Task):
+    """The rows have `answer` beside their prompt: LaTeX, out of its box."""
 
-    reward_seconds: float = Field(300.0, gt=0, description="time limit of one call of a reward function")
-    dataset: str = Field(
-        min_length=1, description="hub id; a folder with train.jsonl and test.jsonl; or one .jsonl file"
-    )
-    config: str | None = Field(None, description="the dataset's configuration on the hub; null: its only one")
-    train_split: str = Field("train", description="split to train on; of a folder, the file's name")
-    eval_split: str | None = Field(
-        "test", description="split to evaluate on; null: held out of the train split"
-    )
-    problem_column: str = Field("problem", description="column with the problem")
-    answer_column: str = Field(
-        "answer", description=r"column with the final answer in LaTeX, or a text with it boxed"
-    )
-    prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
-    system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the problem")
-    train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
-    held_out: int = Field(
-        500, ge=1, description="problems kept for evaluation where there is no evaluation split"
-    )
+    class Options(RewardOptions):
+        """The keys beside `task.name` in the YAML."""
 
+        reward_seconds: float = Field(300.0, gt=0, description="time limit of one call of a reward function")
+        dataset: str = Field(
+            min_length=1, description="hub id; a folder with train.jsonl and test.jsonl; or one .jsonl file"
+        )
+        config: str | None = Field(
+            None, description="the dataset's configuration on the hub; null: its only one"
+        )
+        train_split: str = Field("train", description="split to train on; of a folder, the file's name")
+        eval_split: str | None = Field(
+            "test", description="split to evaluate on; null: held out of the train split"
+        )
+        problem_column: str = Field("problem", description="column with the problem")
+        answer_column: str = Field(
+            "answer", description=r"column with the final answer in LaTeX, or a text with it boxed"
+        )
+        prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
+        system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the problem")
+        train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
+        held_out: int = Field(
+            500, ge=1, description="problems kept for evaluation where there is no evaluation split"
+        )
 
-def train_dataset(options: Options, seed: int) -> Dataset:
-    """The train problems, shuffled by the seed."""
-    rows = _split(options, seed)[0]
-    random.Random(f"math train {seed}").shuffle(rows)
-    return _dataset(rows[: options.train_size], options)
+    options: Options
+    weights = {"correctness": 1.0, "boxed_once": 0.1}
 
+    @cached_property
+    def train(self) -> Dataset:
+        """The train problems, shuffled by the seed."""
+        rows = list(self._split[0])
+        random.Random(f"math train {self.seed}").shuffle(rows)
+        return self._dataset(rows[: self.options.train_size])
 
-def eval_dataset(options: Options, seed: int) -> Dataset:
-    """The evaluation split in its own order; without one, what is held out of the train split."""
-    return _dataset(_split(options, seed)[1], options)
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The evaluation split in its own order; without one, what is held out of the train split."""
+        return self._dataset(self._split[1])
 
+    @property
+    def rewards(self) -> Mapping[str, Reward]:
+        """The answer, and its one box."""
+        return {"correctness": self.correctness, "boxed_once": boxed_once}
 
-def _split(options: Options, seed: int) -> tuple[Rows, Rows]:
-    train = _read(options, options.train_split)
-    if options.eval_split is None or is_one_file(options.dataset):
-        return hold_out(train, options.held_out, f"math split {seed}")
-    return train, _read(options, options.eval_split)
+    def is_correct(self, completion: str, row: Row) -> bool:
+        r"""Whether the last `\boxed{…}` equals the answer. No verdict in time counts as wrong."""
+        return self._same(completion, row["answer"]) is True
 
+    def is_correct_lenient(self, completion: str, row: Row) -> bool:
+        """Whether whatever math-verify takes for the final answer equals the answer, boxed or not."""
+        return self._verifier.same(row["answer"], completion) is True
 
-def _read(options: Options, split: str) -> Rows:
-    """The rows of a split. Raises FileNotFoundError or ValueError, with what to do about it."""
-    rows = read_rows(options.dataset, split, options.config)
-    for key in ("problem_column", "answer_column"):
-        column = getattr(options, key)
-        if rows and column not in rows[0]:
-            raise ValueError(f"task.{key}: no column {column!r}; the data has {', '.join(sorted(rows[0]))}")
-    return rows
+    def answer_of(self, completion: str) -> str | None:
+        """What the last box holds, as it is written: 1/2 and 0.5 are two votes."""
+        return boxed(completion)
 
+    def correctness(self, completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
+        """1 for a boxed answer equal to the known one; None where the comparison ran out of time."""
+        pairs = zip(completions, answer, strict=True)
+        verdicts = [self._same(text_of(completion), gold) for completion, gold in pairs]
+        return [None if same is None else float(same) for same in verdicts]
 
-def _dataset(rows: list[dict[str, Any]], options: Options) -> Dataset:
-    answers = [str(row[options.answer_column]) for row in rows]
-    return Dataset.from_dict(
-        {
-            "prompt": [_prompt(row[options.problem_column], options) for row in rows],
-            "answer": [boxed(answer) or answer for answer in answers],
-        }
-    )
+    def _same(self, completion: str, gold: str) -> bool | None:
+        """Whether the last box equals the known answer, False without a box, None without a verdict in time."""
+        found = boxed(completion)
+        return self._verifier.same(gold, rf"\boxed{{{found}}}") if found is not None else False
 
+    @cached_property
+    def _verifier(self) -> Verifier:
+        return Verifier(VERIFY_SECONDS)
 
-def _prompt(problem: str, options: Options) -> Any:
-    if options.prompt == "plain":
-        return f"{options.system_prompt}\n\n{problem.strip()}\n"
-    said = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    return [*said, {"role": "user", "content": problem}]
+    @cached_property
+    def _split(self) -> tuple[Rows, Rows]:
+        options = self.options
+        train = self._read(options.train_split)
+        if options.eval_split is None or is_one_file(options.dataset):
+            return hold_out(train, options.held_out, f"math split {self.seed}")
+        return train, self._read(options.eval_split)
 
+    def _read(self, split: str) -> Rows:
+        """The rows of a split. Raises ConfigError or ValueError, with what to do about it."""
+        rows = read_rows(self.options.dataset, split, self.options.config)
+        for key in ("problem_column", "answer_column"):
+            column = getattr(self.options, key)
+            if rows and column not in rows[0]:
+                raise ValueError(
+                    f"task.{key}: no column {column!r}; the data has {', '.join(sorted(rows[0]))}"
+                )
+        return rows
 
-@lru_cache(maxsize=1)
-def _verifier() -> Verifier:
-    return Verifier(VERIFY_SECONDS)
+    def _dataset(self, rows: Rows) -> Dataset:
+        answers = [str(row[self.options.answer_column]) for row in rows]
+        return Dataset.from_dict(
+            {
+                "prompt": [self._prompt(row[self.options.problem_column]) for row in rows],
+                "answer": [boxed(answer) or answer for answer in answers],
+            }
+        )
 
-
-def is_correct(completion: str, row: dict[str, Any]) -> bool:
-    r"""Whether the last `\boxed{…}` equals the answer. No verdict in time counts as wrong."""
-    found = boxed(completion)
-    return found is not None and _verifier().same(row["answer"], rf"\boxed{{{found}}}") is True
-
-
-def is_correct_lenient(completion: str, row: dict[str, Any]) -> bool:
-    """Whether whatever math-verify takes for the final answer equals the answer, boxed or not."""
-    return _verifier().same(row["answer"], completion) is True
-
-
-def correctness(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
-    """1 for a boxed answer equal to the known one; None where the comparison ran out of time."""
-    verdicts = []
-    for completion, gold in zip(completions, answer, strict=True):
-        found = boxed(text_of(completion))
-        same = _verifier().same(gold, rf"\boxed{{{found}}}") if found is not None else False
-        verdicts.append(None if same is None else float(same))
-    return verdicts
+    def _prompt(self, problem: str) -> Any:
+        system = self.options.system_prompt
+        if self.options.prompt == "plain":
+            return f"{system}\n\n{problem.strip()}\n"
+        said = [{"role": "system", "content": system}] if system else []
+        return [*said, {"role": "user", "content": problem}]
 
 
 def boxed_once(completions: list[Any], **_: Any) -> list[float]:
     r"""1 for exactly one `\boxed{…}`."""
     texts = [text_of(completion) for completion in completions]
     return [float(text.count(r"\boxed{") == 1 and boxed(text) is not None) for text in texts]
-
-
-rewards = {"correctness": correctness, "boxed_once": boxed_once}

@@ -1,35 +1,36 @@
-"""Accuracy on problems that training never sees: greedy, and with samples, in batches."""
+"""Accuracy on problems that training never sees: greedy, strict and lenient, with intervals; pass@k and maj@k.
+
+    measure = evaluator(config, task, generate)
+    measure()     {"accuracy": 0.43, "accuracy_interval": [0.39, 0.47], …}, a record for metrics.jsonl
+
+    python train_grpo.py --config configs/quickstart.yaml --evaluate runs/quickstart/final
+
+greedy      one completion a problem
+pass@k      the chance that one of k sampled completions is right, unbiased over n >= k samples
+maj@k       whether the answer given most often among the first k is right
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.models.generation import Generate, Sampling
-from recipes.training.accuracy import figures, sampled_figures
+from recipes.models.checkpoint import load_checkpoint
+from recipes.models.generation import Generate, Sampling, by_transformers
+from recipes.problems import printable
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
-    from recipes.tasks import Task
+    from recipes.tasks import Row, Task
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the model answered: one completion and one verdict for each row, in the order of the rows."""
-
-    completions: list[str]
-    correct: list[bool]
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers, 0 to 1."""
-        return sum(self.correct) / len(self.correct)
+Z_95 = 1.959963984540054  # a normal variable lies within this many deviations with probability 0.95
 
 
 def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[..., dict[str, Any]]:
@@ -39,15 +40,13 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     The random state is left as it was, and every call draws from the same seed.
     """
     settings = config.run.evaluation
-    rows: list[Row] = list(task.eval_dataset(config.task.options, config.run.seed))[: settings.size]
+    rows: list[Row] = list(task.held_out)[: settings.size]
     length = config.completion_length
 
     def measure(*, sampled: bool = True) -> dict[str, Any]:
         started = time.perf_counter()
-        greedy = evaluate(
-            generate, rows, task.is_correct, max_new_tokens=length, batch_size=settings.batch_size
-        )
-        found: dict[str, Any] = figures(task, greedy.completions, rows)
+        greedy = complete(generate, rows, Sampling(length), settings.batch_size)
+        found: dict[str, Any] = greedy_figures(task, [texts[0] for texts in greedy], rows)
         if sampled and settings.samples:
             drawn = Sampling(length, settings.samples, config.grpo["temperature"])
             batch_size = max(1, settings.batch_size // settings.samples)
@@ -61,29 +60,97 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     return measure
 
 
-def evaluate(
-    generate: Generate,
-    rows: Iterable[Row],
-    is_correct: Callable[[str, Row], bool],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 256,
-) -> Evaluation:
-    """Answer the "prompt" of every row greedily and let `is_correct(completion, row)` judge.
+def complete(
+    generate: Generate, rows: Sequence[Row], sampling: Sampling, batch_size: int = 256
+) -> list[list[str]]:
+    """`sampling.samples` completions for the "prompt" of each row, `batch_size` rows at a time.
 
-    The random state and the model's mode are left as they were. Raises ValueError if there are no rows.
+    Raises ValueError if there are no rows.
     """
-    kept = list(rows)
-    if not kept:
+    if not rows:
         raise ValueError("rows: none given; evaluation needs at least one problem")
-    completions = complete(generate, kept, Sampling(max_new_tokens), batch_size)
-    firsts = [texts[0] for texts in completions]
-    return Evaluation(firsts, [is_correct(text, row) for text, row in zip(firsts, kept, strict=True)])
-
-
-def complete(generate: Generate, rows: list[Row], sampling: Sampling, batch_size: int) -> list[list[str]]:
-    """`sampling.samples` completions for the "prompt" of each row, `batch_size` rows at a time."""
     completions: list[list[str]] = []
     for start in range(0, len(rows), batch_size):
         completions += generate([row["prompt"] for row in rows[start : start + batch_size]], sampling)
     return completions
+
+
+def greedy_figures(task: Task, completions: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
+    """`accuracy` and its 95 % interval, `completions[i]` answering `rows[i]`; both lenient if the task has that.
+
+    Each completion is judged once by each of the task's verdicts.
+    """
+    pairs = list(zip(completions, rows, strict=True))
+    found = _shares("accuracy", [task.is_correct(text, row) for text, row in pairs])
+    lenient = [task.is_correct_lenient(text, row) for text, row in pairs]
+    second = [verdict for verdict in lenient if verdict is not None]
+    return found | (_shares("accuracy_lenient", second) if second else {})
+
+
+def _shares(name: str, verdicts: list[bool]) -> dict[str, Any]:
+    """The share of right ones with its interval."""
+    right, total = sum(verdicts), len(verdicts)
+    return {name: right / total, f"{name}_interval": list(wilson(right, total))}
+
+
+def sampled_figures(task: Task, samples: Sequence[Sequence[str]], rows: Sequence[Row]) -> dict[str, float]:
+    """pass@k and maj@k of `samples[i]`, k completions for `rows[i]`, each judged once."""
+    k = len(samples[0])
+    verdicts = [
+        [task.is_correct(text, row) for text in texts] for texts, row in zip(samples, rows, strict=True)
+    ]
+    places = [majority([task.answer_of(text) for text in texts]) for texts in samples]
+    votes = [place is not None and right[place] for place, right in zip(places, verdicts, strict=True)]
+    return {
+        "pass@1": sum(pass_at_k(sum(right), k, 1) for right in verdicts) / len(rows),
+        f"pass@{k}": sum(pass_at_k(sum(right), k, k) for right in verdicts) / len(rows),
+        f"maj@{k}": sum(votes) / len(rows),
+    }
+
+
+def wilson(right: int, total: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's interval for a share: holds near 0 and 1 and for few problems. Raises ValueError for none.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"right, total: {right} of {total}; give 0 <= right <= total and at least one")
+    share, unit = right / total, z * z / total
+    middle = (share + unit / 2) / (1 + unit)
+    half = z / (1 + unit) * math.sqrt(share * (1 - share) / total + unit / (4 * total))
+    # At the ends the interval touches 0 or 1 exactly; rounding would leave a hair.
+    return 0.0 if right == 0 else middle - half, 1.0 if right == total else middle + half
+
+
+def pass_at_k(right: int, samples: int, k: int) -> float:
+    """1 - C(samples - right, k) / C(samples, k). Raises ValueError unless 1 <= k <= samples.
+
+    M. Chen et al., Evaluating large language models trained on code, 2021.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k: {k} of {samples} samples; give 1 <= k <= samples")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def majority(answers: Sequence[Hashable | None]) -> int | None:
+    """The place of the first of the answers given most often, None if none was given. Ties go to the earlier one."""
+    given = [answer for answer in answers if answer is not None]
+    return answers.index(max(given, key=given.count)) if given else None
+
+
+def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
+    """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
+    task = config.make_task()
+    model, tokenizer = load_checkpoint(place, config.model)
+    measure = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
+    return {"checkpoint": str(place), **measure()}
+
+
+def show(config: RunConfig, place: str) -> int:
+    """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
+    try:
+        print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1
+    return 0

@@ -7,6 +7,8 @@ from typing import Any
 
 from memhead.integrations.handle import Handle
 from recipes.config.load import RunConfig
+from recipes.tasks import Task
+from recipes.training.rewards import Rewards
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -40,22 +42,22 @@ def head_of_warm_start(config: RunConfig, model: Any) -> AbstractContextManager[
 def make_trainer(
     config: RunConfig,
     arguments: Any,
-    rewards: tuple[list[Any], list[float] | None],
-    task: Any,
+    rewards: Rewards,
+    task: Task,
     model: Any,
     tokenizer: Any,
 ) -> Any:
-    """The trainer. rewards: the functions and their weights."""
+    """The trainer. arguments: the run's GRPOConfig, which gets the rewards' weights."""
     import trl
 
-    functions, arguments.reward_weights = rewards
+    arguments.reward_weights = rewards.weights
     unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
     trainer = trl.GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         args=arguments,
-        train_dataset=task.train_dataset(config.task.options, config.run.seed),
-        reward_funcs=functions,
+        train_dataset=task.train,
+        reward_funcs=rewards.functions,
         peft_config=config.lora.peft_config() if config.lora is not None and not unsloth else None,
     )
     if unsloth and "ref" in getattr(model, "peft_config", {}):

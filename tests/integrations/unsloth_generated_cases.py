@@ -38,10 +38,10 @@ from memhead.integrations import unsloth as memhead_unsloth
 from recipes.config.grpo import OWNED, defaults
 from recipes.config.load import load_config
 from recipes.config.unsloth import is_unsloths
-from recipes.tasks import get_task
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
 from recipes.training.preflight import Machine, missing
+from recipes.training.rewards import Rewards
 from recipes.training.trainer import install_head, make_trainer
 
 TRLS_OWN = trl.GRPOConfig
@@ -88,7 +88,9 @@ def train(config, folder, impl):
         model.for_inference = functools.partial(FastBaseModel.for_inference, model)
         model._unsloth_user_float32 = True
         tokenizer = AutoTokenizer.from_pretrained(config.model.name)
-        trainer = make_trainer(config, arguments, ([evens], None), get_task("gsm8k"), model, tokenizer)
+        trainer = make_trainer(
+            config, arguments, Rewards([evens], [1.0]), config.make_task(), model, tokenizer
+        )
         assert not trainer.args.fp16
         assert not trainer.args.bf16
         tracker = track(trainer, folder, progress=False)

@@ -12,7 +12,7 @@ from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
 from recipes.models.load import load
-from recipes.tasks import countdown
+from recipes.tasks.countdown import Countdown
 from recipes.tracking.run_folder import RunFolder
 
 
@@ -41,8 +41,8 @@ def greedy(model, tokenizer, prompt):
 
 def test_a_whole_model_against_the_one_it_began_as(config, tmp_path):
     run = RunFolder(tmp_path / "run")
-    model, tokenizer = load(config.model, countdown, config.run.seed)
-    row = countdown.eval_dataset(config.task.options, config.run.seed)[0]
+    model, tokenizer = load(config.model, config.make_task(), config.run.seed)
+    row = config.make_task().held_out[0]
     before = greedy(model, tokenizer, row["prompt"])
     changed(model).save_pretrained(run.final)
     tokenizer.save_pretrained(run.final)
@@ -58,7 +58,7 @@ def test_a_whole_model_against_the_one_it_began_as(config, tmp_path):
 
 def test_an_adapter_against_its_base_and_another_question(config, tmp_path):
     run = RunFolder(tmp_path / "run")
-    base, tokenizer = load(config.model, countdown, config.run.seed)
+    base, tokenizer = load(config.model, config.make_task(), config.run.seed)
     base.save_pretrained(tmp_path / "base")
     before = greedy(base, tokenizer, "234>24=")
     base.name_or_path = str(tmp_path / "base")
@@ -79,11 +79,12 @@ def test_an_adapter_is_put_on_the_base_it_was_trained_on(tmp_path):
     scratch = ModelConfig(
         loader="scratch", scratch=ScratchConfig(hidden_size=64, layers=1, intermediate_size=64)
     )
-    base, tokenizer = load(scratch, countdown, 0)
+    task = Countdown(Countdown.Options(), 0)
+    base, tokenizer = load(scratch, task, 0)
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     trained = ModelConfig(loader="transformers", name=str(tmp_path / "base"), load_in_4bit=True)
-    quantised, tokenizer = load(trained, countdown, 0)
+    quantised, tokenizer = load(trained, task, 0)
     model = changed(get_peft_model(quantised, LoraConfig(r=4, target_modules="all-linear")))
     model.save_pretrained(tmp_path / "final")
     tokenizer.save_pretrained(tmp_path / "final")

@@ -17,6 +17,7 @@ from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.source import dump, read_text
 from recipes.problems import printable
+from recipes.tasks.gsm8k import Gsm8k
 
 ROOT = Path(__file__).parents[3]
 GOOD = """\
@@ -189,7 +190,7 @@ def test_the_whole_line(tmp_path):
         (GOOD + "  beta: !!python/object/apply:os.getcwd []\n", "is not read; write a plain value"),
         (GOOD + "  1: 2\n", "a key must be text"),
         ("", "model.loader: is missing"),
-        (GOOD.replace("  name: countdown", "  {}"), "task.name: is missing; use countdown"),
+        (GOOD.replace("  name: countdown", "  {}"), "task.name: is missing; use char_count, countdown"),
         (GOOD + "head: 3\n", "x.yaml:8: head: must be a section of keys (value 3)"),
     ],
 )
@@ -293,7 +294,7 @@ MISTAKES = {
     "grpo.debug={a: 1}": "grpo.debug: must be text or a list of values (value {'a': 1})",
     "grpo.include_num_input_tokens_seen={}": "must be text or true or false (value {})",
     "grpo.chat_template_kwargs=[1]": "grpo.chat_template_kwargs: must be a mapping or null (value [1])",
-    "grpo.reward_weights=[a]": "grpo.reward_weights.0: must be a number (value 'a')",
+    "lora.target_modules=[q_proj, 1]": "lora.target_modules.1: must be text (value 1)",
     "model.scratch.hidden_size=2.5": "must be an integer (value 2.5)",
     "model.load_in_4bit=yes": "must be true or false (value 'yes')",
     "task.eval_problems=many": "task.eval_problems: must be an integer (value 'many')",
@@ -335,10 +336,10 @@ MISTAKES = {
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
-    "grpo.reward_weights=[1]": "weighs 1 reward(s), but this task has 2 (value [1]); give one number each: correct, ",
+    "grpo.reward_weights=[1]": "grpo.reward_weights: is not set here (value [1]); set task.rewards, by name",
+    "task.rewards={correct: 0.0, well_formed: 0.0}": "task.rewards: weighs nothing",
     "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
     "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
-    "model.tokenizer=bpe": "countdown has nothing to make that tokenizer of (value 'bpe'); set it to null, or name a",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
@@ -353,13 +354,20 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("task", "remedy"),
-    [("{name: gsm8k}", "set it to bpe, or name"), ("{name: math, dataset: x}", "name a tok")],
-)
-def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path, task, remedy):
-    path = write(tmp_path, "x.yaml", f"model: {{loader: scratch}}\ntask: {task}\n")
-    assert f"(value null); {remedy}" in str(error_of(path))
+def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
+    path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: gsm8k}\n")
+    assert "gsm8k has no list of characters to make one of (value null); set it to bpe" in str(error_of(path))
+
+
+def test_no_rewards_are_not_the_defaults(tmp_path):
+    path = write(
+        tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k, rewards: {}}\n"
+    )
+    assert "task.rewards: weighs nothing (value {}); give one" in str(error_of(path))
+    null = write(
+        tmp_path, "null.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k, rewards: null}\n"
+    )
+    assert load_config(null).make_task().reward_weights == Gsm8k.weights
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
 from recipes.models.generation import UNCUT, Sampling, by_trainer, by_transformers, encode, token_ids
-from recipes.tasks import countdown
+from recipes.tasks.countdown import Countdown
 
 SCRATCH = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=16, layers=1, intermediate_size=16))
 PROMPTS = ["357>26=", "1>", "229>31="]
@@ -20,7 +20,7 @@ GREEDY = Sampling(12)
 
 @pytest.fixture
 def loaded():
-    model, tokenizer = models.load(SCRATCH, countdown, seed=0)
+    model, tokenizer = models.load(SCRATCH, Countdown(Countdown.Options(), 0), seed=0)
     with torch.no_grad():  # far from uniform, so that greedy has something to choose
         model.lm_head.weight.mul_(20.0)
     return model, tokenizer

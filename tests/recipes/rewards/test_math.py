@@ -7,8 +7,14 @@ import pytest
 
 from recipes.problems import ConfigError
 from recipes.rewards.math_verifier import Verifier
-from recipes.tasks import get_task, math
-from recipes.tasks.math import Options
+from recipes.tasks.math import Math, boxed_once
+
+
+def make(**options):
+    return Math(Math.Options(**options), 0)
+
+
+TASK = make(dataset="none")
 
 
 @pytest.mark.parametrize(
@@ -26,11 +32,11 @@ from recipes.tasks.math import Options
     ],
 )
 def test_equal_answers(gold, given, same):
-    assert math.is_correct(given, {"answer": gold}) is same
+    assert TASK.is_correct(given, {"answer": gold}) is same
 
 
 def test_lenient_takes_an_answer_without_its_box():
-    assert math.is_correct_lenient("The answer is $7$", {"answer": "7"})
+    assert TASK.is_correct_lenient("The answer is $7$", {"answer": "7"})
 
 
 def test_what_hangs_is_killed_and_the_next_question_is_answered():
@@ -47,24 +53,22 @@ def test_what_hangs_is_killed_and_the_next_question_is_answered():
 
 def test_rewards():
     texts = [r"\boxed{0.5}", "0.5", r"\boxed{1} \boxed{0.5}"]
-    assert math.correctness(texts, answer=[r"\frac{1}{2}"] * 3) == [1.0, 0.0, 1.0]
-    assert math.boxed_once(texts) == [1.0, 0.0, 0.0]
-    assert set(math.WEIGHTS) == set(math.rewards)
-    assert get_task("math") is math
+    assert TASK.correctness(texts, answer=[r"\frac{1}{2}"] * 3) == [1.0, 0.0, 1.0]
+    assert boxed_once(texts) == [1.0, 0.0, 0.0]
 
 
 def test_columns_are_named_in_the_options(tmp_path):
     rows = [{"q": f"What is {i}?", "solution": rf"It is \boxed{{{i}}}."} for i in range(10)]
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = Options(dataset=str(file), problem_column="q", answer_column="solution", held_out=4)
-    train, held_out = math.train_dataset(options, 0), math.eval_dataset(options, 0)
+    task = make(dataset=str(file), problem_column="q", answer_column="solution", held_out=4)
+    train, held_out = task.train, task.held_out
     assert (len(train), len(held_out)) == (6, 4)
     assert not set(train["answer"]) & set(held_out["answer"])
     assert {*train["answer"], *held_out["answer"]} == {str(i) for i in range(10)}
     with pytest.raises(
         ValueError, match=r"task\.problem_column: no column 'problem'; the data has q, solution"
     ):
-        math.train_dataset(Options(dataset=str(file), held_out=4), 0)
+        _ = make(dataset=str(file), held_out=4).train
     with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
-        math.train_dataset(Options(dataset=str(tmp_path)), 0)
+        _ = make(dataset=str(tmp_path)).train

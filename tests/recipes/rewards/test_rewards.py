@@ -17,9 +17,10 @@ from recipes.rewards.contract import (
     problems,
 )
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
-from recipes.tasks import gsm8k
+from recipes.tasks.gsm8k import Gsm8k
 
 ROWS = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
+KNOWN = Gsm8k(Gsm8k.Options(), 0).rewards
 TEXTS = ["zero", "one", "two"]
 
 
@@ -27,31 +28,24 @@ def one(completions, **_):
     return [1.0] * len(completions)
 
 
-def test_names_and_weights_come_from_one_place():
-    chosen = choose(gsm8k.Options(rewards={"correctness": 2.0, "integer": 0.0}), gsm8k.rewards, {})
-    assert list(chosen.functions) == ["correctness", "integer"]
-    assert chosen.weights == [2.0, 0.0]
-    every = choose(gsm8k.Options(), gsm8k.rewards, {}, gsm8k.WEIGHTS)
-    assert dict(zip(every.functions, every.weights)) == gsm8k.WEIGHTS
-    assert choose(None, {"one": one}, {"reward_weights": [0.5]}).weights == [0.5]
+def test_the_weighed_functions_in_the_order_of_their_weights():
+    known = {"one": one, "two": len, "three": max}
+    assert list(choose({"three": 2.0, "one": 0.0}, known).items()) == [("three", max), ("one", one)]
 
 
 @pytest.mark.parametrize(
-    ("rewards", "grpo", "line"),
+    ("rewards", "line"),
     [
         (
-            {"correct": 1.0}, {},
+            {"correct": 1.0},
             "task.rewards.correct: is no reward of this task (value 1); use tag_count, soft_format, strict_format",
         ),
-        ({"correctness": 0.0}, {}, "task.rewards: weighs nothing (value {'correctness': 0.0}); give one"),
-        (
-            {"correctness": 1.0}, {"reward_weights": [1.0]},
-            "grpo.reward_weights: stands beside the weights of task.rewards (value [1.0]); remove it",
-        ),
+        ({"correctness": 0.0}, "task.rewards: weighs nothing (value {'correctness': 0.0}); give one"),
+        ({}, "task.rewards: weighs nothing (value {}); give one"),
     ],
-)  # fmt: skip
-def test_a_wrong_choice_is_one_problem(rewards, grpo, line):
-    (problem,) = problems(gsm8k.Options(rewards=rewards), gsm8k.rewards, grpo)
+)
+def test_a_wrong_choice_is_one_problem(rewards, line):
+    (problem,) = problems(rewards, KNOWN)
     assert problem.line("").startswith(line)
 
 
@@ -59,7 +53,7 @@ def test_a_function_that_is_not_there_is_a_config_error():
     with pytest.raises(
         ConfigError, match=r"task\.rewards: cannot be imported .*\(value 'nowhere.found'\); put a fun"
     ):
-        choose(gsm8k.Options(rewards={"nowhere.found": 1.0}), gsm8k.rewards, {})
+        choose({"nowhere.found": 1.0}, KNOWN)
 
 
 def test_a_function_of_the_user(tmp_path, monkeypatch):
@@ -68,8 +62,8 @@ def test_a_function_of_the_user(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    chosen = choose(RewardOptions(rewards={"my_own_rewards.brevity": 0.1}), gsm8k.rewards, {})
-    assert check(chosen.functions, ROWS, TEXTS, 5.0) == {"my_own_rewards.brevity": [-0.04, -0.03, -0.03]}
+    functions = choose({"my_own_rewards.brevity": 0.1}, KNOWN)
+    assert check(functions, ROWS, TEXTS, 5.0) == {"my_own_rewards.brevity": [-0.04, -0.03, -0.03]}
 
 
 @pytest.mark.parametrize(

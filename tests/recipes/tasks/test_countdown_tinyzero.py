@@ -10,10 +10,19 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from recipes.rewards.arithmetic import ExpressionError, parse
-from recipes.tasks import countdown_tinyzero as task
-from recipes.tasks.countdown_tinyzero import Options
+from recipes.tasks.countdown_tinyzero import TinyZero, format
 
+Options = TinyZero.Options
 ROW = {"nums": [1, 2, 3, 40], "target": 41, "prompt": []}
+
+
+def make(seed=0, **options):
+    return TinyZero(Options(**options), seed)
+
+
+@pytest.fixture
+def task():
+    return make()
 
 
 def reachable(numbers):
@@ -30,8 +39,8 @@ def reachable(numbers):
 
 
 def test_every_made_problem_has_a_solution_and_the_splits_share_none():
-    options = Options(train_size=2000, held_out=300)
-    train, held_out = task.train_dataset(options, 0), task.eval_dataset(options, 0)
+    task = make(train_size=2000, held_out=300)
+    train, held_out = task.train, task.held_out
     keys = [{(*sorted(row["nums"]), row["target"]) for row in rows} for rows in (train, held_out)]
     assert [len(rows) for rows in (train, held_out)] == [len(found) for found in keys] == [2000, 300]
     assert not keys[0] & keys[1]
@@ -43,9 +52,10 @@ def test_every_made_problem_has_a_solution_and_the_splits_share_none():
 
 
 def test_the_seed_decides_everything():
-    options = Options(train_size=20, held_out=20)
-    assert task.train_dataset(options, 3)[:] == task.train_dataset(options, 3)[:]
-    assert task.eval_dataset(options, 3)["nums"] != task.eval_dataset(options, 4)["nums"]
+    sizes = {"train_size": 20, "held_out": 20}
+    assert make(3, **sizes).train[:] == make(3, **sizes).train[:]
+    assert make(3, **sizes).held_out["nums"][:] != make(4, **sizes).held_out["nums"][:]
+    assert make(3, **sizes, max_numbers=5).train[:] != make(3, **sizes).train[:]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "data/train-00000-of-00001.parquet"])
@@ -57,25 +67,25 @@ def test_data_in_its_published_form(tmp_path, name):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         Dataset.from_list(rows).to_parquet(str(file))
-    options = Options(dataset=str(tmp_path), held_out=10)
-    train, held_out = task.train_dataset(options, 0), task.eval_dataset(options, 0)
+    task = make(dataset=str(tmp_path), held_out=10)
+    train, held_out = task.train, task.held_out
     keys = [{(*sorted(row["nums"]), row["target"]) for row in part} for part in (train, held_out)]
     assert len(held_out) == 10
     assert not keys[0] & keys[1]  # each problem is there twice: its twin is not trained on
     assert keys[0] | keys[1] == {(*sorted(row["nums"]), row["target"]) for row in rows}
-    assert task.train_dataset(Options(dataset=str(file), held_out=10), 0)["nums"] == train["nums"]
+    assert make(dataset=str(file), held_out=10).train["nums"][:] == train["nums"][:]
 
 
 def test_columns_must_be_there(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3}\n' * 3)
     with pytest.raises(ValueError, match=r"task\.dataset: .* lacks 'nums'"):
-        task.train_dataset(Options(dataset=str(file), held_out=1), 0)
+        _ = make(dataset=str(file), held_out=1).train
 
 
 def test_both_forms_of_the_prompt_say_the_problem():
     for prompt in ("chat", "plain"):
-        row = task.train_dataset(Options(prompt=prompt, train_size=1), 0)[0]
+        row = make(prompt=prompt, train_size=1).train[0]
         text = row["prompt"] if prompt == "plain" else row["prompt"][-1]["content"]
         assert f"{row['nums']}, create an equation that equals {row['target']}." in text
         assert (row["prompt"][-7:] == "<think>") == (prompt == "plain")
@@ -98,7 +108,7 @@ def test_both_forms_of_the_prompt_say_the_problem():
         ("", 0, 0),
     ],
 )
-def test_which_answers_count(answer, strict, lenient):
+def test_which_answers_count(task, answer, strict, lenient):
     completion = f"<think>\nhm\n</think>\n<answer> {answer} </answer>"
     assert task.is_correct(completion, ROW) is bool(strict)
     assert task.is_correct_lenient(completion, ROW) is bool(lenient)
@@ -106,14 +116,14 @@ def test_which_answers_count(answer, strict, lenient):
     assert task.correct(chat, nums=[ROW["nums"]], target=[41]) == [strict]
 
 
-def test_lenient_reads_a_box_or_the_last_line():
+def test_lenient_reads_a_box_or_the_last_line(task):
     assert task.is_correct_lenient(r"so \boxed{40 + (1 + 2) \div 3 = 41}", ROW)
     assert task.is_correct_lenient("I think:\n40 + (1 + 2) / 3", ROW)
     assert not task.is_correct("I think:\n40 + (1 + 2) / 3", ROW)
     assert not task.is_correct_lenient("", ROW)
 
 
-def test_division_is_exact():
+def test_division_is_exact(task):
     assert task.is_correct("<answer>8 / (3 - 8 / 3)</answer>", {"nums": [3, 3, 8, 8], "target": 24})
     assert not task.is_correct("<answer>7 / 3 * 3</answer>", {"nums": [3, 7], "target": 7})
     assert not task.is_correct("<answer>25 / 2</answer>", {"nums": [2, 25], "target": 12})
@@ -132,11 +142,11 @@ def test_division_is_exact():
 )
 def test_the_form(completion, chat, plain):
     message = [{"role": "assistant", "content": completion}]
-    assert task.format([message], prompts=[[{"role": "user", "content": "?"}]]) == [chat]
-    assert task.format([completion], prompts=["? <think>"]) == [plain]
+    assert format([message], prompts=[[{"role": "user", "content": "?"}]]) == [chat]
+    assert format([completion], prompts=["? <think>"]) == [plain]
 
 
-def test_votes_are_counted_for_expressions():
+def test_votes_are_counted_for_expressions(task):
     assert task.answer_of("<answer> 1 + 2 </answer>") == task.answer_of("<answer>1+2</answer>") == "1+2"
     assert task.answer_of("<answer>x</answer>") is None
 
@@ -173,4 +183,3 @@ def test_the_parser_divides_as_python_does_on_fractions():
 def test_options_are_checked():
     with pytest.raises(ValidationError, match="min_numbers 4 is more than max_numbers 3"):
         Options(min_numbers=4, max_numbers=3)
-    assert set(task.WEIGHTS) == set(task.rewards)

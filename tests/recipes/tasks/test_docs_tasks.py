@@ -11,17 +11,15 @@ CODE = """
 import sys
 sys.modules["unsloth"] = None
 from recipes.config.load import load_config
-from recipes.rewards.contract import prepare
-from recipes.tasks import get_task
+from recipes.training.rewards import prepare
 config = load_config("configs/reverse.yaml")
-task = get_task("reverse")
-functions, weights = prepare(config, task)
-assert [function.__name__ for function in functions] == ["correct", "length"], functions
-assert weights == [1.0, 0.0], weights
-train, held_out = (make(config.task.options, 0) for make in (task.train_dataset, task.eval_dataset))
-assert not set(train["word"]) & set(held_out["word"])
-assert len(held_out[0]["word"]) == 5
-assert functions[0](completions=["edcba", "abcde"], word=["abcde", "abcde"]) == [1.0, 0.0]
+task = config.make_task()
+rewards = prepare(task)
+assert [function.__name__ for function in rewards.functions] == ["correct", "length"], rewards
+assert rewards.weights == [1.0, 0.0], rewards
+assert not set(task.train["word"]) & set(task.held_out["word"])
+assert len(task.held_out[0]["word"]) == 5
+assert rewards.functions[0](completions=["edcba", "abcde"], word=["abcde", "abcde"]) == [1.0, 0.0]
 print("followed")
 """
 

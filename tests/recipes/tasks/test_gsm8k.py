@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from recipes.data import read_rows
 from recipes.problems import ConfigError
 from recipes.rewards.final_answer import boxed, lenient_answer, numbers, strict_answer
-from recipes.tasks import get_task, gsm8k
-from recipes.tasks.gsm8k import Options
+from recipes.tasks import gsm8k
+from recipes.tasks.gsm8k import Gsm8k
 
+Options = Gsm8k.Options
 DATA = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 real_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="GSM8K is not beside this checkout (shared/data/gsm8k)"
 )
 GOOD = "<reasoning>\nTwo and two\nmake four.\n</reasoning>\n<answer>\n4\n</answer>\n"
+
+
+def make(seed=0, **options):
+    return Gsm8k(Options(**options), seed)
 
 
 @pytest.mark.parametrize(
@@ -81,20 +87,22 @@ def test_format_rewards(completion, strict, soft, tags):
 
 def test_correctness_and_integer_for_text_and_for_chat():
     chat = [[{"role": "assistant", "content": GOOD}]]
-    assert gsm8k.correctness([GOOD], answer=["4"]) == gsm8k.correctness(chat, answer=["4.0"]) == [1.0]
-    assert gsm8k.correctness([GOOD], answer=["5"]) == [0.0]
+    correctness = make().rewards["correctness"]
+    assert correctness([GOOD], answer=["4"]) == correctness(chat, answer=["4.0"]) == [1.0]
+    assert correctness([GOOD], answer=["5"]) == [0.0]
     assert gsm8k.integer([GOOD, GOOD.replace("4", "4.5"), "4"]) == [1.0, 0.0, 0.0]
-    assert gsm8k.is_correct_lenient("I get 4", {"answer": "4"})
+    assert make().is_correct_lenient("I get 4", {"answer": "4"})
 
 
 @real_data
 def test_every_solution_of_the_real_data_is_read_back():
+    task = make()
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text().splitlines()]
         for row in rows:
             gold = row["answer"].rpartition("####")[2].strip()
             text = gsm8k.solution_text(row["answer"])
-            assert gsm8k.is_correct(text, {"answer": gold}), row
+            assert task.is_correct(text, {"answer": gold}), row
             assert lenient_answer(row["answer"]) == Fraction(gold.replace(",", ""))
             assert "<<" not in text
             assert (
@@ -104,16 +112,51 @@ def test_every_solution_of_the_real_data_is_read_back():
 
 @real_data
 def test_the_real_data_as_prompts():
-    options = Options(dataset=str(DATA))
-    train, test = gsm8k.train_dataset(options, 0), gsm8k.eval_dataset(options, 1)
+    task = make(dataset=str(DATA))
+    train, test = task.train, task.held_out
     assert (len(train), len(test)) == (7473, 1319)
     assert test[0]["answer"] == "18"
     assert [message["role"] for message in train[0]["prompt"]] == ["system", "user"]
-    assert train["answer"][:50] == gsm8k.train_dataset(options, 0)["answer"][:50]
-    assert train["answer"][:50] != gsm8k.train_dataset(options, 1)["answer"][:50]
-    plain = gsm8k.eval_dataset(Options(dataset=str(DATA), prompt="plain"), 0)
-    assert plain[0]["prompt"].startswith("Write your reply")
-    assert len(gsm8k.warm_start_examples(options, 0, 8000)) == 8000
+    other = make(1, dataset=str(DATA), prompt="plain")
+    assert train["answer"][:50] == make(dataset=str(DATA)).train["answer"][:50]
+    assert train["answer"][:50] != other.train["answer"][:50]
+    assert test["answer"][:] == other.held_out["answer"][:]
+    assert other.held_out[0]["prompt"].startswith("Write your reply")
+    assert len(task.warm_start_examples(8000)) == 8000
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twenty train problems and five test problems, as two files."""
+    for split, count in (("train", 20), ("test", 5)):
+        rows = [{"question": f"{split} {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path)
+
+
+def questions(task):
+    return {prompt[-1]["content"] for prompt in task.train["prompt"]}
+
+
+def test_train_size_is_of_grpo_warm_start_and_tokenizer_alike(data):
+    task = make(dataset=data, train_size=7)
+    assert len(questions(task)) == 7
+    assert task.train["prompt"][:] == make(dataset=data).train["prompt"][:7]
+    examples = task.warm_start_examples(14)
+    assert sorted(prompt[-1]["content"] for prompt, _ in examples) == sorted([*questions(task)] * 2)
+    assert set(task.corpus()[1::2]) == questions(task)
+
+
+def test_each_split_is_read_once(data, monkeypatch):
+    read = []
+    monkeypatch.setattr(gsm8k, "read_rows", lambda *what: read.append(what[1]) or read_rows(*what))
+    task = make(dataset=data)
+    for _ in range(2):
+        _ = task.train, task.held_out, task.warm_start_examples(3), task.corpus()
+    assert read == ["train", "test"]
+    one_file = make(dataset=f"{data}/train.jsonl", held_out=5)
+    _ = one_file.held_out, one_file.train
+    assert read[2:] == ["train"]
 
 
 def test_one_file_is_split_by_the_seed(tmp_path):
@@ -121,27 +164,25 @@ def test_one_file_is_split_by_the_seed(tmp_path):
     file.write_text(
         "".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) + "\n" for i in range(20))
     )
-    options = Options(dataset=str(file), held_out=5)
-    train, test = (set(make(options, 0)["answer"]) for make in (gsm8k.train_dataset, gsm8k.eval_dataset))
+    task = make(dataset=str(file), held_out=5)
+    train, test = set(task.train["answer"]), set(task.held_out["answer"])
     assert (len(train), len(test)) == (15, 5)
     assert not train & test
     with pytest.raises(ValueError, match=r"held_out: 20 of 20 .* lower it"):
-        gsm8k.train_dataset(Options(dataset=str(file), held_out=20), 0)
+        _ = make(dataset=str(file), held_out=20).train
 
 
 def test_missing_data_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
-        gsm8k.train_dataset(Options(dataset=str(tmp_path)), 0)
+        _ = make(dataset=str(tmp_path)).train
     with pytest.raises(ConfigError, match=r"task\.dataset: no such file or folder"):
-        gsm8k.train_dataset(Options(dataset="./nowhere.jsonl"), 0)
+        _ = make(dataset="./nowhere.jsonl").train
     (tmp_path / "train.jsonl").write_text('{"problem": "1", "answer": "#### 1"}\n')
     with pytest.raises(ValueError, match=r"lacks 'question'"):
-        gsm8k.train_dataset(Options(dataset=str(tmp_path)), 0)
+        _ = make(dataset=str(tmp_path)).train
 
 
 def test_options_are_strict():
-    assert get_task("gsm8k") is gsm8k
-    assert set(gsm8k.WEIGHTS) == set(gsm8k.rewards)
     for wrong in (
         {"promt": "chat"},
         {"prompt": "chatty"},

@@ -103,10 +103,15 @@ def test_interrupted_resumed_evaluated_and_exported(command, tmp_path, capsys, m
         if state.global_step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
+    reads = []
+    read_rows = gsm8k.read_rows
+    monkeypatch.setattr(gsm8k, "read_rows", lambda *what: reads.append(what[1]) or read_rows(*what))
     monkeypatch.setattr(BypassGuard, "on_step_end", interrupt)
     assert train_grpo.main(command) == 130
+    assert reads == ["train", "test"]  # by tokenizer, warm start, rewards, GRPO and evaluation together
     monkeypatch.setattr(BypassGuard, "on_step_end", ended)
     assert train_grpo.main([*command, "--resume"]) == 0
+    assert reads == ["train", "test"] * 2
     run = tmp_path / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -146,8 +151,9 @@ def test_interrupted_resumed_evaluated_and_exported(command, tmp_path, capsys, m
 
 def test_samples_leave_the_random_state_and_may_be_left_out(command, tmp_path):
     config = load_config("mine.yaml", command[2:])
-    model, tokenizer = models.load(config.model, gsm8k, seed=0, options=config.task.options)
-    measure = evaluator(config, gsm8k, by_transformers(model, tokenizer))
+    task = config.make_task()
+    model, tokenizer = models.load(config.model, task, seed=0)
+    measure = evaluator(config, task, by_transformers(model, tokenizer))
     before = torch.get_rng_state()
     first, second = measure(), measure()
     assert torch.equal(torch.get_rng_state(), before)

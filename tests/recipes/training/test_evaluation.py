@@ -1,12 +1,22 @@
 """Intervals and estimators against values worked out otherwise, and a checkpoint measured alone."""
 
 import itertools
+from collections import Counter
 
 import pytest
 
-from recipes.tasks import gsm8k
+from recipes.models.generation import Sampling
+from recipes.tasks.countdown import Countdown
+from recipes.tasks.gsm8k import Gsm8k
 from recipes.tracking.summary import figures_before_and_after, summarize
-from recipes.training.accuracy import majority, pass_at_k, sampled_figures, wilson
+from recipes.training.evaluation import (
+    complete,
+    greedy_figures,
+    majority,
+    pass_at_k,
+    sampled_figures,
+    wilson,
+)
 
 
 def test_wilson_known_values():
@@ -32,13 +42,75 @@ def test_majority():
     assert majority([None, None]) is None
 
 
-def test_sampled_figures():
-    def tag(value):
-        return f"<answer>{value}</answer>"
+class Counting(Gsm8k):
+    """Counts how often each completion is judged and read."""
 
+    def __init__(self):
+        super().__init__(Gsm8k.Options(), 0)
+        self.strict, self.lenient, self.read = Counter(), Counter(), Counter()
+
+    def is_correct(self, completion, row):
+        self.strict[completion] += 1
+        return super().is_correct(completion, row)
+
+    def is_correct_lenient(self, completion, row):
+        self.lenient[completion] += 1
+        return super().is_correct_lenient(completion, row)
+
+    def answer_of(self, completion):
+        self.read[completion] += 1
+        return super().answer_of(completion)
+
+
+def tag(value):
+    return f"<answer>{value}</answer>"
+
+
+def test_greedy_figures_judge_each_completion_once():
+    task, texts = Counting(), [tag(4), "It is 5", tag(7)]
+    found = greedy_figures(task, texts, [{"answer": "4"}, {"answer": "5"}, {"answer": "6"}])
+    assert found == {
+        "accuracy": pytest.approx(1 / 3),
+        "accuracy_interval": list(wilson(1, 3)),
+        "accuracy_lenient": pytest.approx(2 / 3),
+        "accuracy_lenient_interval": list(wilson(2, 3)),
+    }
+    assert task.strict == task.lenient == Counter(texts)
+    assert not task.read
+
+
+def test_a_task_with_one_verdict_has_one_accuracy():
+    row = {"numbers": [3, 5, 7], "target": 26}
+    found = greedy_figures(Countdown(Countdown.Options(), 0), ["3*7+5", "3+7+5"], [row, row])
+    assert found == {"accuracy": 0.5, "accuracy_interval": list(wilson(1, 2))}
+
+
+def test_the_vote_is_for_the_completion_unless_the_task_knows_better():
+    row = {"numbers": [3, 5, 7], "target": 26}
+    samples = [["3*7+5", "3+7+5", " 3*7+5"], ["", "", "3*7+5"], ["1", "1", "3*7+5"]]
+    found = sampled_figures(Countdown(Countdown.Options(), 0), samples, [row] * 3)
+    assert found["maj@3"] == pytest.approx(2 / 3)  # no answer is no vote
+
+
+def test_completions_keep_the_order_of_the_rows_in_any_batches():
+    calls = []
+
+    def echo(prompts, sampling):
+        calls.append(len(prompts))
+        return [[prompt.upper()] * sampling.samples for prompt in prompts]
+
+    rows = [{"prompt": letter} for letter in "abcde"]
+    assert complete(echo, rows, Sampling(1, samples=2), 2) == [[letter] * 2 for letter in "ABCDE"]
+    assert calls == [2, 2, 1]
+
+
+def test_sampled_figures():
+    task = Counting()
     rows = [{"answer": "4"}, {"answer": "5"}]
     samples = [[tag(4), tag(4), tag(1), "no"], [tag(1), tag(5), tag(1), tag(2)]]
-    found = sampled_figures(gsm8k, samples, rows)
+    found = sampled_figures(task, samples, rows)
+    assert task.strict == task.read == Counter(itertools.chain(*samples))
+    assert not task.lenient
     assert found == {"pass@1": pytest.approx((2 / 4 + 1 / 4) / 2), "pass@4": 1.0, "maj@4": 0.5}
 
 

@@ -62,6 +62,14 @@ def test_the_resolved_config_runs_again_alike(tmp_path):
         assert [line.get(key) for line in first] == [line.get(key) for line in second]
 
 
+def test_fewer_held_out_problems_than_the_head_check_takes(tmp_path):
+    assert run(tmp_path, "task.eval_problems=2") == 0
+    folder = tmp_path / "tiny"
+    assert json.loads((folder / "head_check.json").read_text())["rows"] == 2 * 6  # of 7 characters each
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["accuracy_problems"] for line in lines if "accuracy" in line} == {2}
+
+
 def test_a_mistake_in_the_configuration_is_one_line_and_status_2(tmp_path, capsys):
     assert run(tmp_path, "grpo.learning_rat=1e-3") == 2
     error = capsys.readouterr().err.strip()

@@ -8,20 +8,21 @@ import torch
 
 from recipes.config.schema import ModelConfig, ScratchConfig, WarmStartConfig
 from recipes.models import load as models
-from recipes.models.generation import by_transformers
+from recipes.models.generation import Sampling, by_transformers
 from recipes.models.precision import Precision
-from recipes.tasks import countdown
-from recipes.training.evaluation import evaluate
+from recipes.tasks.countdown import Countdown
+from recipes.training.evaluation import complete, greedy_figures
 from recipes.training.head_check import check_head
 from recipes.training.warm_start import IGNORED, _Gradient, collate, rate_share, warm_start
 
+TASK = Countdown(Countdown.Options(), 0)
 CONFIG = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=32, layers=2, intermediate_size=64))
 EXAMPLES = [("111>03=", "1+1+1"), ("222>06=", "2+2+2"), ("333>09=", "3+3+3"), ("444>12=", "4+4+4")]
 
 
 @pytest.fixture
 def loaded():
-    return models.load(CONFIG, countdown, seed=0)
+    return models.load(CONFIG, TASK, seed=0)
 
 
 def settings(**changes):
@@ -30,7 +31,7 @@ def settings(**changes):
 
 
 def test_loss_is_taken_on_the_completion_and_its_end_alone():
-    tokenizer = models.character_tokenizer(countdown.CHARACTERS)
+    tokenizer = models.character_tokenizer(TASK.characters)
     batch = collate(tokenizer, [("111>03=", "1+1+1"), ("1>", "1")])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, 13)
     kept = batch["labels"][0][batch["labels"][0] != IGNORED]
@@ -44,9 +45,8 @@ def test_it_learns_what_it_is_shown_and_stops_at_the_target(loaded):
     rows = [{"prompt": p, "numbers": [int(p[0])] * 3, "target": int(p[4:6])} for p, _ in EXAMPLES]
 
     def probe():
-        return evaluate(
-            by_transformers(model, tokenizer), rows, countdown.is_correct, max_new_tokens=6
-        ).accuracy
+        answers = complete(by_transformers(model, tokenizer), rows, Sampling(6))
+        return greedy_figures(TASK, [texts[0] for texts in answers], rows)["accuracy"]
 
     result = warm_start(
         model,
@@ -150,7 +150,7 @@ class Elsewhere(torch.nn.Module):
 
 
 def test_the_batch_goes_to_the_models_device():
-    tokenizer = models.character_tokenizer(countdown.CHARACTERS)
+    tokenizer = models.character_tokenizer(TASK.characters)
     result = warm_start(
         Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), precision=Precision(), probe=lambda: 0.0
     )
@@ -163,28 +163,22 @@ def test_more_than_there_is_in_a_batch_is_an_error(loaded):
         warm_start(*loaded, EXAMPLES, settings(batch_size=5), precision=Precision(), probe=lambda: 0.0)
 
 
-def test_evaluation_keeps_order_mode_and_random_state(loaded):
+def test_evaluation_keeps_mode_and_random_state(loaded):
     model, tokenizer = loaded
     rows = [{"prompt": prompt} for prompt in ("111>03=", "2>", "333>09=")]
     model.train()
     state = torch.get_rng_state()
-    together = evaluate(
-        by_transformers(model, tokenizer), rows, lambda text, row: row["prompt"] == "2>", max_new_tokens=4
-    )
-    singly = evaluate(
-        by_transformers(model, tokenizer), rows, lambda text, row: False, max_new_tokens=4, batch_size=1
-    )
+    generate = by_transformers(model, tokenizer)
+    together = complete(generate, rows, Sampling(4))
+    singly = complete(generate, rows, Sampling(4), batch_size=1)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert together.completions == singly.completions  # padding of the short prompt changes nothing
-    assert together.correct == [False, True, False]
-    assert together.accuracy == pytest.approx(1 / 3)
-    assert singly.accuracy == 0.0
+    assert together == singly  # padding of the short prompt changes nothing
 
 
 def test_evaluation_of_nothing_is_an_error(loaded):
     with pytest.raises(ValueError, match="rows"):
-        evaluate(by_transformers(*loaded), [], lambda text, row: True, max_new_tokens=4)
+        complete(by_transformers(*loaded), [], Sampling(4))
 
 
 def test_head_check_passes_and_finds_a_wrong_head(loaded, monkeypatch):

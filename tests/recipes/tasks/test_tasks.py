@@ -1,0 +1,93 @@
+"""What every task has, and what the base class gives to one that says nothing more."""
+
+from functools import cached_property
+
+import pytest
+from datasets import Dataset
+
+from recipes import tasks
+from recipes.problems import ConfigError
+from recipes.rewards.contract import RewardError
+from recipes.tasks import Task, get_task, task_names
+from recipes.training.rewards import prepare
+
+NEEDED = {"math": {"dataset": "none"}}
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_is_made_without_reading_anything(name):
+    kind = get_task(name)
+    task = kind(kind.Options(**NEEDED.get(name, {})), 0)
+    assert task.name == name
+    assert list(task.weights) == list(task.rewards)  # so that the columns of a report stay in one order
+
+
+class Echo(Task):
+    """The least that a task is."""
+
+    @cached_property
+    def train(self):
+        return Dataset.from_dict({"prompt": ["a", "b"], "wanted": ["A", "B"]})
+
+    @cached_property
+    def held_out(self):
+        return Dataset.from_dict({"prompt": ["c"], "wanted": ["C"]})
+
+    def is_correct(self, completion, row):
+        assert set(row) >= {"prompt", "wanted"}
+        return completion == row["wanted"]
+
+
+def echo(**options):
+    return Echo(Echo.Options(**options), 0)
+
+
+def test_defaults():
+    task = echo()
+    assert task.is_correct_lenient("A", task.train[0]) is None
+    assert task.answer_of(" A\n") == "A"
+    assert task.answer_of("\n") is None
+    assert task.corpus() == ["a", "b"]
+    assert task.characters == ""
+    with pytest.raises(
+        ConfigError, match=r"run\.warm_start: the task test_tasks has no examples.*; set it to null"
+    ):
+        task.warm_start_examples(1)
+
+
+def test_the_default_reward_is_the_verdict():
+    columns = {"prompts": ["a", "b"], "wanted": ["A", "B"], "trainer_state": None, "log_metric": print}
+    assert echo().rewards["correct"](["A", "A"], **columns) == [1.0, 0.0]
+    chat = [[{"role": "assistant", "content": text}] for text in "AB"]
+    assert echo().rewards["correct"](chat, **columns) == [1.0, 1.0]
+
+
+def test_prepared_with_the_weights_of_the_yaml_or_its_own():
+    rewards = prepare(echo())
+    assert ([f.__name__ for f in rewards.functions], rewards.weights) == (["correct"], [1.0])
+    assert prepare(echo(rewards={"correct": 0.5})).weights == [0.5]
+    (function,) = rewards.functions
+    assert function(completions=["B"], prompts=["b"], wanted=["B"]) == [1.0]
+    with pytest.raises(RewardError, match="reward correct: raised KeyError"):
+        prepare(Broken(Broken.Options(), 0))
+
+
+class Broken(Echo):
+    def is_correct(self, completion, row):
+        return row["nothing"]
+
+
+def test_a_class_without_its_verdict_is_no_task():
+    class Half(Task):
+        train = held_out = None
+
+    with pytest.raises(TypeError, match="is_correct"):
+        Half(Half.Options(), 0)
+
+
+def test_a_module_has_one_task(monkeypatch):
+    with pytest.raises(ValueError, match="'nothing' is no task; use one of char_count, countdown,"):
+        get_task("nothing")
+    monkeypatch.setattr(tasks.importlib, "import_module", lambda name: pytest)
+    with pytest.raises(ValueError, match="pytest defines 0 subclasses of Task; define one there"):
+        get_task("countdown")
