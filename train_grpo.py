@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -24,10 +25,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
     "1"  # before TRL and transformers are imported: they phone home otherwise
 )
 
-from recipes.config.load import EXIT_STATUS, ConfigError, RunConfig, load_config
-from recipes.problems import visible
-
-WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
+from recipes.config.load import RunConfig, load_config
+from recipes.problems import EXIT_STATUS, ConfigError, visible
 
 
 class RunError(RuntimeError):
@@ -83,7 +82,14 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes.tracking.tracker import RunFolder, print_summary, track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
-    from recipes.training.resume import FINISHED, is_finished, is_trained, require_same, restore
+    from recipes.training.resume import (
+        FINISHED,
+        is_finished,
+        is_trained,
+        model_to_load,
+        require_same,
+        restore,
+    )
     from recipes.training.rewards import prepare
     from recipes.training.trainer import install_head, make_trainer
 
@@ -104,10 +110,10 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
             folder = RunFolder.create(config.run.output_root, config.run.name, config)
         checkpoint = folder.checkpoint
         arguments = config.grpo_config(folder.path / "checkpoints")
-        start = _start(config, folder)
+        start = model_to_load(config, folder)
         model, tokenizer = models.load(start, task, config.run.seed, lora=config.lora)
         if config.run.warm_start is not None and checkpoint is None:
-            probe = evaluator(config, task, by_transformers(model, tokenizer))
+            probe = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
             precision = Precision.of(arguments)
             _warm_start(config, config.run.warm_start, task, model, tokenizer, precision, probe, folder)
         _check_head(config, task, model, tokenizer, folder)
@@ -165,18 +171,6 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     return 130
 
 
-def _start(config: RunConfig, folder: Any) -> Any:
-    """The model section to load by: what the warm start left, where a resumed run has had one.
-
-    A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
-    """
-    place = folder.path / WARM_START
-    if not (place / "config.json").is_file():
-        return config.model
-    started = {"loader": "transformers", "name": str(place.resolve()), "tokenizer": None, "scratch": None}
-    return config.model.model_copy(update=started)
-
-
 def _warm_start(
     config: RunConfig,
     settings: Any,
@@ -188,6 +182,7 @@ def _warm_start(
     folder: Any,
 ) -> None:
     """Supervised training until the model knows the task well enough for GRPO to find something to reward."""
+    from recipes.training.resume import WARM_START
     from recipes.training.trainer import head_of_warm_start
     from recipes.training.warm_start import WarmStartStep, warm_start
 
@@ -213,6 +208,7 @@ def _warm_start(
             precision=precision,
             probe=lambda: evaluate(sampled=False)["accuracy"],
             on_step=report,
+            chat=config.chat_template_kwargs,
         )
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
     place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision
@@ -232,9 +228,10 @@ def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder
         model,
         tokenizer,
         prompts,
-        temperature=config.grpo.get("temperature", 1.0),
+        temperature=config.grpo["temperature"],
         chunk=config.head.chunk,
         backend=config.head.backend,
+        chat=config.chat_template_kwargs,
     )
     path = folder.write_json("head_check.json", found)
     if not found["passed"]:
@@ -259,7 +256,7 @@ def _save(trainer: Any, tokenizer: Any, place: Path) -> None:
 
 def _command(options: argparse.Namespace) -> str:
     """The command line that began this run, without --resume."""
-    return " ".join(["python train_grpo.py --config", options.config, *options.overrides])
+    return shlex.join(["python", "train_grpo.py", "--config", options.config, *options.overrides])
 
 
 if __name__ == "__main__":

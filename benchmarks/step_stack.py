@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path) -> None:
 def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, ModuleType]:
     """Model, tokenizer, adapters still to be put on, and the module whose ``install`` puts a head in."""
     from recipes.config.schema import LoraSection, ModelConfig
-    from recipes.models.unsloth import import_unsloth
+    from recipes.config.unsloth import import_unsloth
 
     lora = LoraSection(r=16, alpha=16, target_modules=LAYERS)
     if stack != "trl":
@@ -131,6 +131,7 @@ def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tupl
     import trl
     from datasets import Dataset
 
+    from recipes.config.grpo import defaults
     from recipes.config.unsloth import is_unsloths, trl_meaning
 
     options: dict[str, Any] = {
@@ -141,7 +142,7 @@ def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tupl
         "epsilon_high": 1e4,
     }
     if is_unsloths(trl.GRPOConfig):
-        options = trl_meaning(options)
+        options = trl_meaning({**defaults(trl.GRPOConfig), **options})
     arguments = trl.GRPOConfig(
         output_dir=str(scratch), report_to="none", bf16=not toy, use_cpu=toy, gradient_checkpointing=True, **options
     )  # fmt: skip

@@ -44,7 +44,9 @@ def _answers(config: RunConfig, run: RunFolder, task: Task, prompt: Any) -> tupl
     length = config.completion_length
 
     def answer(model: Any, tokenizer: Any) -> str:
-        return by_transformers(model, tokenizer)([prompt], Sampling(length))[0][0].strip()
+        return by_transformers(model, tokenizer, config.chat_template_kwargs)([prompt], Sampling(length))[0][
+            0
+        ].strip()
 
     model, tokenizer = load_checkpoint(run.final, config.model)
     after = answer(model, tokenizer)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.config.load import RunConfig, load_config
+from recipes.config.source import override
 from recipes.tracking.run_folder import RunFolder, existing
 
 
@@ -74,4 +75,5 @@ def _speak_into(writer: Connection, function: Callable[..., int], arguments: tup
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in settings.items()]
+    """As arguments of a command line, which says how to go on; each is read back to the value it was, type and all."""
+    return [override(key, value) for key, value in settings.items()]

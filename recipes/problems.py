@@ -40,7 +40,7 @@ class Problem:
 
     def line(self, where: str) -> str:
         """The problem as one line of text; `where` is a file, with its line number if that is known."""
-        text = ": ".join(part for part in (where, self.key, self.message) if part)
+        text = ": ".join(part for part in (where, shortened(self.key, 120), self.message) if part)
         if not isinstance(self.value, _Absent):
             text += f" (value {show(self.value)})"
         if self.remedy:
@@ -81,6 +81,11 @@ def show(value: Any, limit: int = 80) -> str:
         text = re.sub(r"e([-+])0", r"e\1", f"{value:g}")
     else:
         text = repr(value)
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """The text, or its beginning and "…" where it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -1,38 +1,34 @@
-"""The `grpo` section against the installed TRL: its GRPOConfig's fields, their types, ranges and batches.
+"""The `grpo` section: what TRL's GRPOConfig says of its fields, and here what it cannot say.
 
-The table is read from the installed TRL: a key that TRL lacks is an error, not dropped without a word.
+The names, types and defaults are those of the installed TRL. Here are the ranges, the choices that TRL compares but
+does not declare, the fields that are set elsewhere or refused, and batches that are whole groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field, create_model
 
-from recipes.config.grpo_fields import GONE, OWNED, REFUSED
-from recipes.models.unsloth import import_unsloth
-from recipes.problems import Problem, describe_type, one_of, show, unknown_key
+from recipes.config.parse import parse_section
+from recipes.config.schema import Section
+from recipes.config.unsloth import import_unsloth
+from recipes.problems import Problem, one_of, show
 
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-}
-_UP, _NOT_NEGATIVE, _COUNT = ((">", 0),), ((">=", 0),), ((">=", 1),)
-_SHARE, _OPEN_SHARE = ((">=", 0), ("<=", 1)), ((">", 0), ("<=", 1))
-RANGES: dict[str, tuple[tuple[str, float], ...]] = {
+_UP, _NOT_NEGATIVE, _COUNT = {"gt": 0}, {"ge": 0}, {"ge": 1}
+_SHARE, _OPEN_SHARE, _MEMORY = {"ge": 0, "le": 1}, {"gt": 0, "le": 1}, {"ge": 0, "lt": 1}
+RANGES: dict[str, dict[str, Any]] = {
     "learning_rate": _UP,
-    "num_generations": ((">=", 2),),
+    "num_generations": {"ge": 2},
     "num_generations_eval": _COUNT,
     "temperature": _UP,
     "top_p": _OPEN_SHARE,
@@ -52,8 +48,8 @@ RANGES: dict[str, tuple[tuple[str, float], ...]] = {
     "num_train_epochs": _UP,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
-    "adam_beta1": ((">=", 0), ("<", 1)),
-    "adam_beta2": ((">=", 0), ("<", 1)),
+    "adam_beta1": _MEMORY,
+    "adam_beta2": _MEMORY,
     "adam_epsilon": _UP,
     "max_grad_norm": _NOT_NEGATIVE,
     "top_entropy_quantile": _SHARE,
@@ -67,13 +63,74 @@ RANGES: dict[str, tuple[tuple[str, float], ...]] = {
     "dataloader_num_workers": _NOT_NEGATIVE,
     "save_total_limit": _COUNT,
 }
-CHOICES: dict[str, tuple[Any, ...]] = {  # texts that TRL compares but does not declare as choices
-    "importance_sampling_level": ("token", "sequence"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "scale_rewards": ("group", "batch", "none", True, False),
-    "vllm_mode": ("colocate", "server"),
-    "vllm_model_impl": ("vllm", "transformers"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+NARROWER: dict[str, Any] = {  # name -> its type, where TRL's annotation lets more through than TRL can use
+    "num_generations": int,
+    "max_completion_length": int,
+    "chat_template_kwargs": dict[str, Any] | None,
+    "importance_sampling_level": Literal["token", "sequence"],
+    "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
+    "scale_rewards": Literal["group", "batch", "none", True, False],
+    "vllm_mode": Literal["colocate", "server"],
+    "vllm_model_impl": Literal["vllm", "transformers"],
+    "vllm_importance_sampling_mode": Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ],
+}
+
+_PROMPTS = "prompts are no longer truncated: filter the data by length; max_completion_length remains"
+GONE: dict[str, str] = {  # no fields of the installed TRL and transformers, but of much that is copied from
+    "max_prompt_length": _PROMPTS,
+    "max_length": f"set max_completion_length; {_PROMPTS}",
+    "max_new_tokens": "set grpo.max_completion_length",
+    "use_liger_loss": "set head.impl: memhead; the loss stays TRL's",
+    "vllm_device": "set grpo.vllm_mode: colocate (same GPU) or server (its own)",
+    "vllm_dtype": "set model.dtype",
+    "vllm_max_model_len": "set grpo.vllm_max_model_length",
+    "vllm_guided_decoding_regex": "set grpo.vllm_structured_outputs_regex",
+    "warmup_ratio": "set grpo.warmup_steps: a value below 1 is a share of all steps",
+    "logging_dir": "the run folder is runs/<run.name>; set run.name and run.output_root",
+    "overwrite_output_dir": "remove it: every run makes a folder of its own",
+    "evaluation_strategy": "set run.evaluation.every",
+    "no_cuda": "set grpo.use_cpu: true, or leave it out: without a GPU the run is on the CPU",
+    "save_safetensors": "remove it: weights are always saved as safetensors",
+    "push_to_hub_token": "log in with `hf auth login`; keep tokens out of files",
+}
+
+OWNED: dict[str, str] = {  # name -> where it is set instead
+    "output_dir": "run.output_root and run.name",
+    "run_name": "run.name",
+    "seed": "run.seed",
+    "report_to": "tracking.report_to",
+    "logging_steps": "tracking.logging_every",
+    "logging_strategy": "tracking.logging_every",
+    "logging_first_step": "tracking.logging_every",
+    "log_completions": "tracking.print_completions",
+    "num_completions_to_print": "tracking.print_completions",
+    "disable_tqdm": "nothing: the progress bar is the run's own",
+    "save_steps": "run.save_every",
+    "save_strategy": "run.save_every",
+    "eval_strategy": "run.evaluation.every",
+    "eval_steps": "run.evaluation.every",
+    "eval_on_start": "nothing: the accuracy is always measured before and after",
+    "per_device_eval_batch_size": "run.evaluation.batch_size",
+    "do_train": "nothing: the run trains",
+    "do_eval": "run.evaluation",
+    "do_predict": "run.evaluation",
+    "resume_from_checkpoint": "nothing here: give --resume on the command line",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "model_init_kwargs": "the keys of the model section",
+    "reward_weights": "task.rewards, by name",
+}
+
+REFUSED: dict[str, str] = {  # name -> why, and what to do
+    "trust_remote_code": "a model's own code is never run here; use a model that transformers knows",
+    "hub_token": "a token does not belong in a file that is kept with the run; log in with `hf auth login`",
+    "auto_find_batch_size": "halving the batch would break the groups; lower per_device_train_batch_size",
+    "use_liger_kernel": "it patches the forward that head.impl replaces; set head.impl: memhead",
+    "parallelism_config": "GRPO does not support context or sequence parallelism; remove it",
+    "local_rank": "the launcher sets it; remove it",
+    "vllm_importance_sampling_cap": "deprecated in TRL; set grpo.vllm_importance_sampling_clip_max",
+    "use_transformers_paged": "deprecated in TRL; set grpo.use_transformers_continuous_batching",
 }
 
 
@@ -95,125 +152,94 @@ def import_grpo_config(loader: str, standby: bool = False) -> type:
 
 
 @lru_cache(maxsize=2)
-def field_table(grpo_config: type) -> dict[str, tuple[Any, Any, str]]:
-    """name -> (type, default, help text) of every field of the class."""
+def grpo_section(grpo_config: type) -> type[Section]:
+    """The fields that a configuration may set, as a section like our own: strict, with ranges and choices."""
     hints = typing.get_type_hints(grpo_config)
-    return {
-        field.name: (hints[field.name], _default(field), str(field.metadata.get("help") or ""))
+    fields = {
+        field.name: _section_field(field, hints[field.name])
         for field in dataclasses.fields(grpo_config)
-        if field.init
+        if field.init and field.name not in OWNED and field.name not in REFUSED
     }
+    return create_model("GrpoSection", __base__=Section, **fields)  # type: ignore[call-overload]
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _section_field(field: dataclasses.Field, hint: Any) -> tuple[Any, Any]:
+    """The field's annotation and default as pydantic takes them."""
     if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+        default = field.default_factory()
+    else:
+        default = None if field.default is dataclasses.MISSING else field.default
+    choices = loss_types(str(field.metadata.get("help"))) if field.name == "loss_type" else ()
+    kind = Literal[choices] if choices else NARROWER.get(field.name, _declared(hint))
+    bounded = Annotated[kind, Field(**RANGES[field.name])] if field.name in RANGES else kind
+    return bounded, Field(default, description=f"TRL's default is {show(default)}")
 
 
-def settable(grpo_config: type) -> list[str]:
-    """The field names a configuration may set: all but those that another section sets."""
-    return [name for name in field_table(grpo_config) if name not in OWNED and name not in REFUSED]
+def _declared(hint: Any) -> Any:
+    """`SomeEnum | str` lets any text through; the enum says which it knows."""
+    options = typing.get_args(hint)
+    if any(isinstance(option, type) and issubclass(option, Enum) for option in options):
+        return reduce(or_, (option for option in options if option is not str))
+    return hint
 
 
-def check_grpo(values: Mapping[str, Any], grpo_config: type, known: list[str]) -> list[Problem]:
+def loss_types(help_text: str) -> tuple[str, ...]:
+    """The loss types as TRL's help text for the field lists them; none where it no longer does."""
+    listed = re.search(r"Supported values are (.+?)\. ", help_text)
+    return tuple(re.findall(r"'(\w+)'", listed.group(1))) if listed else ()
+
+
+def defaults(grpo_config: type) -> dict[str, Any]:
+    """TRL's default of every field that a configuration may set. Unsloth's class has the same as fields."""
+    fields = grpo_section(grpo_config).model_fields
+    return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+
+
+def check_grpo(given: dict[str, Any], grpo_config: type, known: list[str]) -> list[Problem]:
     """Every problem of the `grpo` section.
 
-    values: the section as read. known: the dotted keys of all sections, to suggest from.
+    given: the section as read. known: the dotted keys of all sections, to suggest from.
     """
-    table = field_table(grpo_config)
-    problems = [
-        problem for name, value in values.items() for problem in _check_field(name, value, table, known)
-    ]
+    problems: list[Problem] = []
+    rest: dict[str, Any] = {}
+    for name, value in given.items():
+        if (problem := _not_set_here(name, value)) is not None:
+            problems.append(problem)
+        else:
+            rest[name] = value
+    problems += parse_section("grpo", grpo_section(grpo_config), rest, known)[0]
     if not problems:  # the checks across fields may then trust every type
-        problems = [*_check_batches(values, table), *_check_combinations(values)]
+        grpo = {**defaults(grpo_config), **given}
+        problems = [*_check_batches(grpo), *_check_combinations(grpo)]
     return problems
 
 
-def _check_field(name: str, value: Any, table: Mapping[str, Any], known: list[str]) -> Iterator[Problem]:
+def _not_set_here(name: str, value: Any) -> Problem | None:
+    """The problem of a field that another section sets, that is refused, or that TRL no longer has."""
     key = f"grpo.{name}"
     if name in OWNED:
-        yield Problem(key, "is not set here", value, f"set {OWNED[name]}")
-    elif name in REFUSED:
-        yield Problem(key, "is refused", value, REFUSED[name])
-    elif name in GONE:
-        yield Problem(key, "no longer exists in the installed TRL", value, GONE[name])
-    elif name not in table:
-        yield unknown_key("grpo", name, value, known)
-    elif name in CHOICES or name == "loss_type":
-        choices = CHOICES.get(name) or loss_types(table)
-        if not any(value is choice or (type(value) is str and value == choice) for choice in choices):
-            yield Problem(key, "unknown choice", value, f"use {one_of(show_choice(c) for c in choices)}")
-    elif not fits(value, table[name][0]):
-        yield Problem(
-            key,
-            f"must be {describe_type(table[name][0])}",
-            value,
-            f"TRL's default is {show(table[name][1])}",
-        )
-    elif name == "num_generations" and value is None:
-        yield Problem(key, "must be an integer", value, "set it to 2 or more")
-    else:
-        yield from _check_enum(key, value, table[name][0])
-        yield from _check_range(key, value, RANGES.get(name, ()))
-
-
-def show_choice(choice: Any) -> str:
-    """A choice as one writes it in YAML: no quotes, lower-case booleans."""
-    return choice if isinstance(choice, str) else show(choice)
-
-
-def loss_types(table: Mapping[str, Any]) -> tuple[str, ...]:
-    """The loss types of the installed TRL, as its own help text for the field lists them."""
-    listed = re.search(r"Supported values are (.+?)\. ", table["loss_type"][2])
-    return tuple(re.findall(r"'(\w+)'", listed.group(1))) if listed else (table["loss_type"][1],)
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether the value has the annotated type. An integer is a number; a boolean is neither, nor is text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    try:
-        TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(
-            value
-        )
-    except ValidationError:
-        return False
-    return True
-
-
-def _check_enum(key: str, value: Any, annotation: Any) -> Iterator[Problem]:
-    """A field of `SomeEnum | str` takes any text as far as its type goes; the enum says which it knows."""
-    for option in typing.get_args(annotation) or (annotation,):
-        if isinstance(option, type) and issubclass(option, Enum) and isinstance(value, str):
-            names = [member.value for member in option]
-            if value not in names:
-                yield Problem(key, "unknown choice", value, f"use {one_of(names)}")
-
-
-def _check_range(key: str, value: Any, bounds: tuple[tuple[str, float], ...]) -> Iterator[Problem]:
-    if isinstance(value, (int, float)) and not all(_OPERATORS[sign](value, bound) for sign, bound in bounds):
-        text = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds)
-        yield Problem(key, "out of range", value, f"must be {text}")
+        return Problem(key, "is not set here", value, f"set {OWNED[name]}")
+    if name in REFUSED:
+        return Problem(key, "is refused", value, REFUSED[name])
+    if name in GONE:
+        return Problem(key, "no longer exists in the installed TRL", value, GONE[name])
+    return None
 
 
 def world_size() -> int:
     """Processes of this run, as torchrun and accelerate announce them to each one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    announced = os.environ.get("WORLD_SIZE", "")
+    return int(announced) if announced.isdecimal() else 1
 
 
-def _check_batches(values: Mapping[str, Any], table: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_batches(grpo: Mapping[str, Any]) -> Iterator[Problem]:
     """TRL samples `generation_batch_size` completions at a time: whole groups of `num_generations`.
 
     generation_batch_size = per_device_train_batch_size * steps_per_generation * processes, where
     steps_per_generation is gradient_accumulation_steps unless given.
     """
-
-    def value(name: str) -> Any:
-        return values[name] if name in values else table[name][1]
-
-    group, device, world = value("num_generations"), value("per_device_train_batch_size"), world_size()
-    total, steps = value("generation_batch_size"), value("steps_per_generation")
+    group, device, world = grpo["num_generations"], grpo["per_device_train_batch_size"], world_size()
+    total, steps = grpo["generation_batch_size"], grpo["steps_per_generation"]
     if total is not None and steps is not None:
         remedy = "remove one: generation_batch_size is batch size × steps_per_generation × processes"
         yield Problem("grpo.generation_batch_size", "given together with steps_per_generation", total, remedy)
@@ -225,7 +251,7 @@ def _check_batches(values: Mapping[str, Any], table: Mapping[str, Any]) -> Itera
         yield Problem("grpo.generation_batch_size", message, total, remedy)
         return
     source = "steps_per_generation" if steps is not None else "gradient_accumulation_steps"
-    steps = steps if steps is not None else value("gradient_accumulation_steps")
+    steps = steps if steps is not None else grpo["gradient_accumulation_steps"]
     made_of = f"per_device_train_batch_size {device} × {source} {steps} × {world} process(es)"
     batch = device * steps * world if total is None else total
     if batch % group == 0:
@@ -243,11 +269,12 @@ def _check_batches(values: Mapping[str, Any], table: Mapping[str, Any]) -> Itera
     yield Problem("grpo.num_generations", message, group, remedy)
 
 
-def divisors_near(number: int, wish: int) -> list[int]:
-    """The divisors of `number` from 2 up that are next to `wish`, below and above: none, one or two."""
-    divisors = [d for d in range(2, number + 1) if number % d == 0]
-    below, above = [d for d in divisors if d < wish], [d for d in divisors if d > wish]
-    return below[-1:] + above[:1]
+def divisors_near(number: int, wish: int, reach: int = 10_000) -> list[int]:
+    """The divisors of `number` from 2 up that are next to `wish`, below and above, within `reach`: none, one or two."""
+    below = range(min(wish - 1, number), max(1, wish - 1 - reach), -1)
+    above = range(wish + 1, min(number, wish + reach) + 1)
+    nearest = (next((d for d in side if number % d == 0), None) for side in (below, above))
+    return [divisor for divisor in nearest if divisor is not None]
 
 
 def multiples_near(wish: int, unit: int) -> list[int]:
@@ -256,10 +283,10 @@ def multiples_near(wish: int, unit: int) -> list[int]:
     return [m for m in (below, below + unit) if m > 0]
 
 
-def _check_combinations(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Pairs of fields that TRL refuses, after the model is loaded; here before."""
-    loss, level = values.get("loss_type", "dapo"), values.get("importance_sampling_level", "token")
-    if values.get("sync_ref_model") and values.get("beta", 0.0) == 0.0:
+def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """Pairs of fields that TRL's trainer refuses, after the model is loaded; its GRPOConfig refuses others itself."""
+    loss, level = grpo["loss_type"], grpo["importance_sampling_level"]
+    if grpo["sync_ref_model"] and grpo["beta"] == 0.0:
         yield Problem(
             "grpo.sync_ref_model", "needs a reference model", True, "set grpo.beta above 0, or remove it"
         )
@@ -270,14 +297,3 @@ def _check_combinations(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "grpo.loss_type", "vespo works on tokens", loss, "set grpo.importance_sampling_level: token"
         )
-    low, high = (
-        values.get("vllm_importance_sampling_clip_min"),
-        values.get("vllm_importance_sampling_clip_max", 3.0),
-    )
-    if low is not None and high is not None and low >= high:
-        key = "grpo.vllm_importance_sampling_clip_min"
-        yield Problem(
-            key, f"not below vllm_importance_sampling_clip_max {high:g}", low, f"set it below {high:g}"
-        )
-    if values.get("bf16") and values.get("fp16"):
-        yield Problem("grpo.fp16", "set together with bf16", True, "keep one of the two")

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from recipes.config.grpo import RANGES, field_table, import_grpo_config, loss_types, settable
-from recipes.config.grpo_fields import GONE, OWNED, REFUSED
+from recipes.config.grpo import GONE, OWNED, RANGES, REFUSED, grpo_section, import_grpo_config
 from recipes.config.schema import ORDER, SECTIONS, nested_section
 from recipes.problems import describe_type, show
 
@@ -91,26 +90,22 @@ def _metadata(field: FieldInfo) -> Iterator[Any]:
 
 
 def _grpo() -> Iterator[str]:
-    table = field_table(import_grpo_config(""))
     yield _GRPO
-    ranges = [
-        (
-            f"`{name}`",
-            " and ".join(f"{sign} {bound:g}" for sign, bound in RANGES[name]),
-            f"`{show(table[name][1])}`",
-        )
-        for name in settable(import_grpo_config(""))
+    fields = grpo_section(import_grpo_config("")).model_fields
+    rows = [
+        (f"`{name}`", _range(field).strip(), f"`{show(field.default)}`")
+        for name, field in fields.items()
         if name in RANGES
     ]
-    yield _table(("field", "range", "TRL's default"), ranges)
-    yield f"`loss_type`: {', '.join(loss_types(table))}.\n"
+    yield _table(("field", "range", "TRL's default"), rows)
+    yield f"`loss_type`: {describe_type(fields['loss_type'].annotation)}.\n"
     yield "Set elsewhere:\n"
     yield _table(("field", "set instead"), [(f"`{name}`", where) for name, where in sorted(OWNED.items())])
     yield "Refused:\n"
     yield _table(
         ("field", "why, and what to do"), [(f"`{name}`", why) for name, why in sorted(REFUSED.items())]
     )
-    yield "No longer in TRL or transformers:\n"
+    yield "No longer in TRL or transformers, though still copied:\n"
     yield _table(("field", "what replaced it"), [(f"`{name}`", what) for name, what in sorted(GONE.items())])
 
 

@@ -1,6 +1,6 @@
 """The sections of a run's YAML that are ours: every key, its type, default, range and one line about it.
 
-`grpo` is TRL's (grpo_fields.py) and the rest of `task` is the task's own (`recipes.tasks`). The reference
+`grpo` is TRL's (grpo.py) and the rest of `task` is the task's own (`recipes.tasks`). The reference
 docs/configuration.md is generated from the descriptions here.
 """
 
@@ -109,17 +109,17 @@ class HeadConfig(Section):
 
 
 class StepConfig(Section):
-    """How the completions of a generation become gradients."""
+    """How a batch is cut and run through the model. The loss is TRL's either way, and so are the gradients."""
 
     impl: Literal["packed", "trl"] = Field(
         "packed",
-        description="packed: every prompt once, no padding, nothing computed that has no gradient, the same gradients; "
-        "trl: TRL's padded batches. Unsloth's trainer has a step of its own",
+        description="packed: one row of tokens a group, no padding, no rows without a gradient, no repeated pass; "
+        "trl: TRL's own padded micro-batches, as a baseline",
     )
     token_budget: Positive | None = Field(
         None,
-        description="tokens computed at a time (packed only), a micro-batch at least; null: as many as a padded "
-        "micro-batch has",
+        description="tokens of one forward and backward pass, prompts counted once (packed only): lower needs less "
+        "memory; null: planned from the memory at hand",
     )
 
 

@@ -1,27 +1,40 @@
-"""A configuration means the same under every loader: TRL's defaults, where Unsloth's GRPOConfig has others.
+"""Unsloth as far as a configuration is concerned: its import, and that a configuration means the same under it.
 
-Unsloth derives a class from TRL's and changes what is left out, the learning rate and the optimizer among it; a few
-options it fills in from others. docs/configuration.md promises TRL's, so what Unsloth would change is written out.
+Unsloth rewrites TRL's trainers when it is imported, so it comes before TRL, and it reads at that moment whether vLLM
+shall sleep between generations. It derives a class from TRL's GRPOConfig and changes what is left out, the learning
+rate and the optimizer among it; a few options it fills in from others. docs/configuration.md promises TRL's defaults,
+so the class is told every field.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-# Of TRL 1.15. Fields whose default Unsloth changes too, but to no effect on what is trained, are left to it.
-TRL_DEFAULTS: dict[str, Any] = {
-    "beta": 0.0,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-6,
-    "mask_truncated_completions": False,
-    "optim": "adamw_torch_fused",
-    "per_device_train_batch_size": 8,
-    "vllm_importance_sampling_correction": True,
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-}
+MAX_SEQ_LENGTH = 2048  # Unsloth's own default
+_STANDBY = "UNSLOTH_VLLM_STANDBY"
+
+
+def import_unsloth(standby: bool = False) -> None:
+    """Import it, before TRL. standby: `model.vllm_standby`.
+
+    Raises:
+        ImportError, NotImplementedError, RuntimeError: it is missing, or does not work here.
+        ValueError: this process has imported it with the other `standby`.
+    """
+    wanted = "1" if standby else "0"
+    if "unsloth" in sys.modules:
+        if os.environ.get(_STANDBY, "0") != wanted:
+            raise ValueError(
+                f"model.vllm_standby: {str(standby).lower()}, but this process has imported Unsloth with the "
+                "other choice, which it reads once; start a new process (in a notebook: restart the kernel)"
+            )
+        return
+    os.environ[_STANDBY] = wanted  # Unsloth's only way to be told
+    import unsloth  # noqa: F401
 
 
 def is_unsloths(grpo_config: type) -> bool:
@@ -30,10 +43,10 @@ def is_unsloths(grpo_config: type) -> bool:
 
 
 def trl_meaning(grpo: Mapping[str, Any]) -> dict[str, Any]:
-    """The `grpo` section for Unsloth's GRPOConfig, so that it means what it means to TRL's."""
-    meant = {**TRL_DEFAULTS, **grpo}
-    if meant.get("epsilon_high") is None:  # TRL: as epsilon; Unsloth: 0.28 for dapo, 5 for cispo
-        meant["epsilon_high"] = meant.get("epsilon", 0.2)
-    if meant.get("loss_type") == "dr_grpo" and meant.get("scale_rewards", "group") in ("group", True):
+    """Every field of the `grpo` section as Unsloth's GRPOConfig must be told it, to mean what TRL's means."""
+    meant = dict(grpo)
+    if grpo["epsilon_high"] is None:  # TRL: as epsilon; Unsloth: 0.28 for dapo, 5 for cispo
+        meant["epsilon_high"] = grpo["epsilon"]
+    if grpo["loss_type"] == "dr_grpo" and grpo["scale_rewards"] in ("group", True):
         meant["scale_rewards"] = None  # Unsloth turns "group" into no scaling, and null into "group"
     return meant

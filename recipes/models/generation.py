@@ -7,14 +7,16 @@ generate(["357>26="], Sampling(max_new_tokens=6))  -> [["3*7+5"]]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 Prompt = Any  # text, or a list of chat messages
+NO_CHAT: Mapping[str, Any] = MappingProxyType({})
 UNCUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # the model's own distribution
 
 
@@ -30,12 +32,12 @@ class Sampling:
 Generate = Callable[[list[Prompt], Sampling], list[list[str]]]
 
 
-def by_transformers(model: Any, tokenizer: Any) -> Generate:
-    """`model.generate`. The model's mode is left as it was."""
+def by_transformers(model: Any, tokenizer: Any, chat: Mapping[str, Any] = NO_CHAT) -> Generate:
+    """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it."""
 
     @torch.no_grad()
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
-        encoded = encode(tokenizer, prompts).to(model.device)
+        encoded = encode(tokenizer, prompts, chat).to(model.device)
         was_training = model.training
         model.eval()
         try:
@@ -55,12 +57,13 @@ def by_trainer(trainer: Any) -> Generate:
 
     Under Unsloth `trainer.vllm_generation` is TRL's too: it hands the current adapters to the shared engine.
     """
+    chat = trainer.chat_template_kwargs
     if not trainer.use_vllm:
-        return by_transformers(trainer.model, trainer.processing_class)
+        return by_transformers(trainer.model, trainer.processing_class, chat)
     engine, tokenizer = trainer.vllm_generation, trainer.processing_class
 
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
-        ids = token_ids(tokenizer, prompts)
+        ids = token_ids(tokenizer, prompts, chat)
         if trainer.state.global_step != trainer._last_loaded_step:  # as the trainer does before it samples
             engine.sync_weights()
             trainer._last_loaded_step = trainer.state.global_step
@@ -90,26 +93,32 @@ def _sampled_with(engine: Any, sampling: Sampling) -> Iterator[None]:
         vars(engine).update(before)
 
 
-def encode(tokenizer: Any, prompts: list[Prompt]) -> Any:
+def encode(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_CHAT) -> Any:
     """Prompts as one batch padded on the left: `input_ids` and `attention_mask`, both (B, longest)."""
-    texts, special = rendered(tokenizer, prompts)
+    texts, special = rendered(tokenizer, prompts, chat)
     return tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
     )
 
 
-def token_ids(tokenizer: Any, prompts: list[Prompt]) -> list[list[int]]:
+def token_ids(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_CHAT) -> list[list[int]]:
     """The same tokens, one list a prompt, without padding."""
-    texts, special = rendered(tokenizer, prompts)
+    texts, special = rendered(tokenizer, prompts, chat)
     return tokenizer(texts, add_special_tokens=special)["input_ids"]
 
 
-def rendered(tokenizer: Any, prompts: list[Prompt]) -> tuple[list[str], bool]:
-    """Prompts as text, and whether the tokenizer must add its special tokens: a chat template writes its own."""
+def rendered(
+    tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_CHAT
+) -> tuple[list[str], bool]:
+    """Prompts as text, and whether the tokenizer must add its special tokens: a chat template writes its own.
+
+    chat: what the template is told beside the messages, the run's `chat_template_kwargs` (Qwen3: enable_thinking).
+    """
     if isinstance(prompts[0], str):
         return prompts, True
     render = tokenizer.apply_chat_template
-    return [str(render(chat, tokenize=False, add_generation_prompt=True)) for chat in prompts], False
+    options = {**chat, "tokenize": False, "add_generation_prompt": True}
+    return [str(render(messages, **options)) for messages in prompts], False
 
 
 def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:

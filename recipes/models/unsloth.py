@@ -1,38 +1,11 @@
-"""The loader `unsloth`: its import, which comes before TRL's, and `FastLanguageModel`.
-
-Unsloth rewrites TRL's trainers when it is imported, and reads at that moment whether vLLM shall sleep between
-generations. Its trainer takes no `peft_config`, so the adapters are put on here.
-"""
+"""The loader `unsloth`: `FastLanguageModel`. Its trainer takes no `peft_config`, so the adapters are put on here."""
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 from recipes.config.schema import LoraSection, ModelConfig
-
-MAX_SEQ_LENGTH = 2048  # Unsloth's own default
-_STANDBY = "UNSLOTH_VLLM_STANDBY"
-
-
-def import_unsloth(standby: bool = False) -> None:
-    """Import it, before TRL. standby: `model.vllm_standby`.
-
-    Raises:
-        ImportError, NotImplementedError, RuntimeError: it is missing, or does not work here.
-        ValueError: this process has imported it with the other `standby`.
-    """
-    wanted = "1" if standby else "0"
-    if "unsloth" in sys.modules:
-        if os.environ.get(_STANDBY, "0") != wanted:
-            raise ValueError(
-                f"model.vllm_standby: {str(standby).lower()}, but this process has imported Unsloth with the "
-                "other choice, which it reads once; start a new process (in a notebook: restart the kernel)"
-            )
-        return
-    os.environ[_STANDBY] = wanted  # Unsloth's only way to be told
-    import unsloth  # noqa: F401
+from recipes.config.unsloth import MAX_SEQ_LENGTH
 
 
 def load(config: ModelConfig, lora: LoraSection | None, seed: int) -> tuple[Any, Any]:

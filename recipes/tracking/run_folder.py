@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from recipes.config.source import read_file
+from recipes.problems import ConfigError
 from recipes.tracking.environment import environment
 from recipes.tracking.files import LinesFile, MetricsFile, plain, write_whole
 
@@ -100,13 +102,25 @@ def _number(checkpoint: Path) -> int:
 
 
 def existing(root: Path, name: str) -> list[Path]:
-    """The folders of the runs called `name`, oldest first: name, name-2, name-3, …"""
+    """The folders of the runs called `name`, oldest first: name, name-2, name-3, …
+
+    The name that a run has recorded decides: `llama-3` is the third run of `llama`, or the first of `llama-3`.
+    """
     numbered = [(1, root / name)] if (root / name).is_dir() else []
     for path in root.glob(f"{name}-*"):
         suffix = path.name.removeprefix(f"{name}-")
         if path.is_dir() and suffix.isdecimal() and int(suffix) > 1:
             numbered.append((int(suffix), path))
-    return [path for _, path in sorted(numbered)]
+    return [path for _, path in sorted(numbered) if _recorded_name(path) in (name, None)]
+
+
+def _recorded_name(folder: Path) -> str | None:
+    """`run.name` in the folder's config.yaml; None if that cannot be read."""
+    try:
+        run = read_file(folder / "config.yaml").data.get("run")
+    except ConfigError:
+        return None
+    return run.get("name") if isinstance(run, dict) else None
 
 
 def _make_next(root: Path, name: str, taken: int) -> Path:

@@ -49,7 +49,7 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
         greedy = complete(generate, rows, Sampling(length), settings.batch_size)
         found: dict[str, Any] = greedy_figures(task, [texts[0] for texts in greedy], rows)
         if sampled and settings.samples:
-            drawn = Sampling(length, settings.samples, config.grpo.get("temperature", 1.0))
+            drawn = Sampling(length, settings.samples, config.grpo["temperature"])
             batch_size = max(1, settings.batch_size // settings.samples)
             with torch.random.fork_rng():
                 torch.manual_seed(config.run.seed)
@@ -96,8 +96,8 @@ def _shares(name: str, verdicts: list[bool]) -> dict[str, Any]:
 def sampled_figures(task: Task, samples: Sequence[Sequence[str]], rows: Sequence[Row]) -> dict[str, float]:
     """pass@k and maj@k of `samples[i]`, k completions for `rows[i]`, each judged once."""
     k = len(samples[0])
-    every = [(text, row) for texts, row in zip(samples, rows, strict=True) for text in texts]
-    judged = judge_all(task.is_correct, *zip(*every, strict=True), task.options)
+    texts = [text for drawn in samples for text in drawn]
+    judged = judge_all(task.is_correct, texts, [row for row in rows for _ in range(k)], task.options)
     verdicts = [judged[start : start + k] for start in range(0, len(judged), k)]
     places = [majority([task.answer_of(text) for text in texts]) for texts in samples]
     votes = [place is not None and right[place] for place, right in zip(places, verdicts, strict=True)]
@@ -142,7 +142,7 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
     model, tokenizer = load_checkpoint(place, config.model)
-    measure = evaluator(config, task, by_transformers(model, tokenizer))
+    measure = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
     return {"checkpoint": str(place), **measure()}
 
 

@@ -9,7 +9,7 @@ memhead may be off by three times what the plain computation in the same precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memhead import linear_logprobs
-from recipes.models.generation import encode
+from recipes.models.generation import NO_CHAT, encode
 
 ALLOWANCE, FLOOR = 3.0, 1e-5
 
@@ -35,9 +35,13 @@ def check_head(
     chunk: int | None = None,
     backend: str | None = None,
     rows: int = 64,
+    chat: Mapping[str, Any] = NO_CHAT,
 ) -> dict[str, Any]:
-    """Compare on the first `rows` tokens of `prompts`; returns the errors and `"passed"`, for the run folder."""
-    hidden, targets = _real_rows(model, tokenizer, prompts, rows)
+    """Compare on the first `rows` tokens of `prompts`; returns the errors and `"passed"`, for the run folder.
+
+    chat: what the chat template is told beside the messages.
+    """
+    hidden, targets = _real_rows(model, encode(tokenizer, prompts, chat).to(model.device), rows)
     head = model.get_output_embeddings()
     weight, bias = head.weight.detach(), getattr(head, "bias", None)
     options: dict[str, Any] = {"temperature": temperature, **_scaling(model.config)}
@@ -66,11 +70,8 @@ def check_head(
 
 
 @torch.no_grad()
-def _real_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], rows: int
-) -> tuple[Tensor, Tensor]:
+def _real_rows(model: PreTrainedModel, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
     """What the head receives, (N, H), and the tokens that follow, (N,), for at most `rows` tokens without padding."""
-    batch = encode(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()
     try:  # the model without its head: Unsloth's forward multiplies with the weight and never calls the module

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from recipes.config.grpo import world_size
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
-from recipes.models.unsloth import import_unsloth
+from recipes.config.unsloth import import_unsloth
 from recipes.problems import ConfigError, Problem
 from recipes.tracking.reporters import missing as missing_tracker
 
@@ -28,11 +29,12 @@ _LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: a CUDA device, whether it computes in bfloat16, the packages out of those looked for."""
+    """What there is: a CUDA device, whether it computes in bfloat16, which of the packages, how many processes."""
 
     cuda: bool
     bfloat16: bool
     packages: frozenset[str]
+    processes: int = 1  # as the launcher announces them
 
     @classmethod
     def here(cls) -> Machine:
@@ -44,18 +46,26 @@ class Machine:
             cuda=cuda,
             bfloat16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
             packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
+            processes=world_size(),
         )
 
 
 def check(config: RunConfig, machine: Machine | None = None) -> None:
-    """Raises ConfigError with everything that is missing. machine: None for this one."""
+    """Raises ConfigError with everything that is missing, or that TRL refuses. machine: None for this one."""
+    machine = machine or Machine.here()
+    if machine.processes > 1:
+        remedy = "start one without torchrun or accelerate launch: python train_grpo.py --config …"
+        raise ConfigError(
+            [Problem("", f"WORLD_SIZE says {machine.processes} processes; a run is one", remedy=remedy)]
+        )
     problems = [
-        *missing(config, machine or Machine.here()),
+        *missing(config, machine),
         *missing_tracker(config.tracking.report_to),
         *_checkpoints(config.model),
     ]
     if problems:
         raise ConfigError(problems)
+    config.grpo_config("checkpoints")  # TRL's own refusals, before there is a run folder
 
 
 def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -124,7 +134,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Inside the process, that is; a server has a machine of its own."""
     if config.model.fast_inference:
         key = "model.fast_inference"
-    elif config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server":
+    elif config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server":
         key = "grpo.use_vllm"
     else:
         return
@@ -141,7 +151,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    name = config.grpo.get("optim") or ""
+    name = config.grpo["optim"]
     if not any(part in name for part in _OPTIMIZERS_OF_BITSANDBYTES):
         return
     remedy = "or set it to adamw_torch_fused"

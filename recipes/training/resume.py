@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
-from recipes.config.load import ConfigError, RunConfig, load_config
-from recipes.problems import Problem, join, show
+from recipes.config.load import RunConfig, load_config
+from recipes.config.schema import ModelConfig
+from recipes.problems import ConfigError, Problem, join, show
 from recipes.tracking.run_folder import STATE, RunFolder
 
+WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 FINISHED = "finished.json"  # written last of all, with the step whose model is in final/
 # Within the model and the task: what concerns memory, speed and patience alone, so that another card can take over.
 MAY_CHANGE = {
@@ -60,7 +62,21 @@ def is_trained(config: RunConfig, folder: RunFolder) -> bool:
 
 def _is_last(config: RunConfig, step: int) -> bool:
     """Whether no step comes after this one. Where epochs decide in place of max_steps, the trainer itself sees it."""
-    return 0 < config.grpo.get("max_steps", -1) <= step
+    return 0 < config.grpo["max_steps"] <= step
+
+
+def model_to_load(config: RunConfig, folder: RunFolder) -> ModelConfig:
+    """The model section to load by: what the warm start left, where a resumed run has had one.
+
+    A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
+    """
+    place = folder.path / WARM_START
+    if not (place / "config.json").is_file():
+        return config.model
+    started: dict[str, Any] = {"name": str(place.resolve()), "revision": None, "tokenizer": None}
+    if config.model.loader == "scratch":
+        started |= {"loader": "transformers", "scratch": None}
+    return config.model.model_copy(update=started)
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:

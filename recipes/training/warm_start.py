@@ -6,8 +6,10 @@ and flatters the accuracy *before* GRPO, so what GRPO adds is, if anything, unde
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config.schema import WarmStartConfig
-from recipes.models.generation import rendered
+from recipes.models.generation import NO_CHAT, rendered
 from recipes.models.precision import Precision
 
 IGNORED = -100  # the label that transformers leaves out of its loss
@@ -54,14 +56,16 @@ def warm_start(
     precision: Precision,
     probe: Callable[[], float],
     on_step: Callable[[WarmStartStep], Any] = lambda step: None,
+    chat: Mapping[str, Any] = NO_CHAT,
 ) -> WarmStartResult:
     """Train on `examples` in their order, from the start again when they end, until `probe()` reaches the target.
 
     `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end; `on_step` is called after each step.
-    A batch that does not fit is cut, with the same gradient. Raises ValueError if there are fewer examples than one
+    A batch that does not fit is cut, with the same gradient. `chat`: what the chat template is told beside the
+    messages. Raises ValueError if there are fewer examples than one
     batch.
     """
-    batches = _batches(tokenizer, examples, settings.batch_size)
+    batches = _batches(functools.partial(collate, tokenizer, chat=chat), examples, settings.batch_size)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -132,27 +136,24 @@ class _Gradient:
         return total
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int) -> Iterator[Batch]:
+def _batches(collated: Callable[[Examples], Batch], examples: Examples, batch_size: int) -> Iterator[Batch]:
     """Batches of `batch_size` without end; the examples left over by the last whole batch of a round are dropped."""
     if len(examples) < batch_size:
         raise ValueError(
             f"run.warm_start.batch_size: {batch_size} is more than the {len(examples)} examples there are; lower it"
         )
-    return _endless(tokenizer, examples, batch_size)
+    rounds = itertools.cycle(range(0, len(examples) - batch_size + 1, batch_size))
+    return (collated(examples[start : start + batch_size]) for start in rounds)
 
 
-def _endless(tokenizer: PreTrainedTokenizerBase, examples: Examples, batch_size: int) -> Iterator[Batch]:
-    while True:
-        for start in range(0, len(examples) - batch_size + 1, batch_size):
-            yield collate(tokenizer, examples[start : start + batch_size])
-
-
-def collate(tokenizer: PreTrainedTokenizerBase, examples: Examples) -> Batch:
+def collate(
+    tokenizer: PreTrainedTokenizerBase, examples: Examples, chat: Mapping[str, Any] = NO_CHAT
+) -> Batch:
     """Prompt, completion, end token, padded on the right: three tensors (B, longest).
 
     Labels are the completion and its end token; prompt and padding are left out of the loss.
     """
-    texts, special = rendered(tokenizer, [prompt for prompt, _ in examples])
+    texts, special = rendered(tokenizer, [prompt for prompt, _ in examples], chat)
     prompts = tokenizer(texts, add_special_tokens=special).input_ids
     answers = tokenizer([answer for _, answer in examples], add_special_tokens=False).input_ids
     answers = [[*answer, tokenizer.eos_token_id] for answer in answers]

@@ -19,7 +19,6 @@ with warnings.catch_warnings(record=True) as said:
     import_grpo_config("unsloth")  # as the configuration's check does: unsloth first, then trl
 
 import ast
-import dataclasses
 import functools
 import inspect
 from types import SimpleNamespace
@@ -36,8 +35,9 @@ from unsloth_files import write_files
 from unsloth_zoo import rl_replacements
 
 from memhead.integrations import unsloth as memhead_unsloth
+from recipes.config.grpo import OWNED, defaults
 from recipes.config.load import load_config
-from recipes.config.unsloth import TRL_DEFAULTS, is_unsloths
+from recipes.config.unsloth import is_unsloths
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
 from recipes.training.preflight import Machine, missing
@@ -45,12 +45,6 @@ from recipes.training.rewards import Rewards
 from recipes.training.trainer import install_head, make_trainer
 
 TRLS_OWN = trl.GRPOConfig
-# Defaults that Unsloth changes with no effect on what is trained: logging, evaluation by TRL (ours is apart), caches.
-HARMLESS = {
-    "eval_accumulation_steps", "generation_kwargs", "include_num_input_tokens_seen", "logging_nan_inf_filter",
-    "logging_steps", "per_device_eval_batch_size", "router_aux_loss_coef", "seed", "torch_empty_cache_steps",
-    "bf16", "loss_type",
-}  # fmt: skip  # bf16, seed and logging_steps are always given; loss_type: null means dapo there
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +66,12 @@ def config(tmp_path_factory):
 def evens(completion_ids, **columns):
     """The share of even tokens, the first counting most."""
     return [sum((token % 2 == 0) / (1 + i) for i, token in enumerate(ids)) for ids in completion_ids]
+
+
+def given(config, fields):
+    """The configuration with these fields of `grpo`, and TRL's defaults for the rest."""
+    grpo = {**defaults(TRLS_OWN), **fields}
+    return config.model_copy(update={"grpo": grpo, "grpo_given": fields})
 
 
 def train(config, folder, impl):
@@ -170,23 +170,23 @@ def test_ours_takes_every_argument_of_unsloths():
 
 def test_the_defaults_are_trls(config, tmp_path):
     """What a configuration leaves out is TRL's choice, whichever class Unsloth puts in its place."""
-    fields = {field.name for field in dataclasses.fields(TRLS_OWN) if field.init}
     trls, unsloths = ({
-        name: parameter.default for name, parameter in inspect.signature(kind).parameters.items() if name in fields
+        name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()
     } for kind in (TRLS_OWN, trl.GRPOConfig))  # fmt: skip
-    changed = {name for name in unsloths if unsloths[name] != trls[name]}
-    assert {name: trls[name] for name in changed - HARMLESS} == TRL_DEFAULTS
+    changed = {name for name in trls if name in unsloths and unsloths[name] != trls[name]}
+    assert {"learning_rate", "optim", "beta", "weight_decay"} < changed
 
-    bare = config.model_copy(update={"grpo": {"num_generations": 4}})
+    bare = given(config, {"num_generations": 4})
     made, plain = (
         bare.grpo_config(tmp_path),
         TRLS_OWN(str(tmp_path), num_generations=4, use_cpu=True, bf16=False),
     )
-    for name in [*TRL_DEFAULTS, "loss_type", "scale_rewards"]:
+    for name in changed - set(OWNED) - {"epsilon_high", "bf16"}:
         assert getattr(made, name) == getattr(plain, name), name
     assert made.epsilon_high == made.epsilon == plain.epsilon
+    assert made.bf16 is False
     for loss in ("dapo", "dr_grpo", "cispo"):
-        made = config.model_copy(update={"grpo": {"loss_type": loss}}).grpo_config(tmp_path)
+        made = given(config, {"loss_type": loss}).grpo_config(tmp_path)
         assert (made.epsilon_high, made.scale_rewards) == (0.2, "group")
         assert made.mask_truncated_completions is False
 
@@ -194,7 +194,7 @@ def test_the_defaults_are_trls(config, tmp_path):
 def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
     assert memhead_unsloth.generates_trainers()
     assert unsloth.DEVICE_TYPE == "cuda"
-    bypassing = config.model_copy(update={"grpo": {"entropy_coef": 0.01}})
+    bypassing = given(config, {"entropy_coef": 0.01})
     (problem,) = missing(bypassing, Machine(cuda=False, bfloat16=True, packages=frozenset({"unsloth"})))
     assert "grpo.entropy_coef=0.01" in problem.line("")
     with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0\.01"):

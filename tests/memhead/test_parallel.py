@@ -72,7 +72,7 @@ def work(rank: int, world: int, store: str) -> None:
                     compare(name, mine, trainable, dtype)
                     if name == "everything":
                         with (
-                            MonkeyPatch.context() as patch
+                            pytest.MonkeyPatch.context() as patch
                         ):  # as on a GPU, which is sent rows before it is asked
                             # 256 rows for a weight of 40 rows, 128 for larger ones
                             patch.setitem(planning.UNASKED, "cpu", 256 * 40 * 24)

@@ -12,7 +12,8 @@ import pytest
 
 import train_grpo
 from recipes.config.load import ConfigError
-from recipes.notebook import RunFailed, apart, run_apart
+from recipes.config.source import read_overrides
+from recipes.notebook import RunFailed, _overrides, apart, configure, run_apart
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
@@ -63,3 +64,37 @@ def test_a_run_that_fails_says_so(tmp_path, capsys):
     with pytest.raises(RunFailed, match="quickstart ended with exit status 1"):
         run_apart(train_grpo.main, CONFIG, {"run.output_root": tmp_path / "file"})
     assert "file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "007",
+        "null",
+        "",
+        "true",
+        True,
+        5e-6,
+        "5e-6",
+        7,
+        "a: b",
+        "two\nlines",
+        [1, "2"],
+        {"a.b": "0x1"},
+        "é😀",
+    ],
+)
+def test_a_setting_keeps_its_type(value):
+    """In the notebook's own process and in the run's, which gets a command line."""
+    (argument,) = _overrides({"some.key": value})
+    found = read_overrides([argument]).data["some"]["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_settings_of_a_notebook(tmp_path):
+    config = configure(CONFIG, {"run.name": "007", "run.warm_start": None, "run.output_root": tmp_path})
+    assert (config.run.name, config.run.warm_start) == ("007", None)
+    assert config.run.output_root == str(tmp_path)
+    with pytest.raises(ConfigError, match=r"head\.chunk: cannot be written as YAML"):
+        configure(CONFIG, {"head.chunk": object()})

@@ -1,18 +1,22 @@
 """The configuration: what it accepts, and that each mistake is one readable line and exit status 2."""
 
+import dataclasses
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from recipes.config.grpo import field_table, import_grpo_config, loss_types
-from recipes.config.grpo_fields import GONE, OWNED, REFUSED
+from recipes.config import load
+from recipes.config.grpo import GONE, OWNED, REFUSED, defaults, grpo_section, import_grpo_config, loss_types
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.source import dump, read_text
+from recipes.problems import visible
 from recipes.tasks.gsm8k import Gsm8k
 
 ROOT = Path(__file__).parents[3]
@@ -57,6 +61,7 @@ def test_defaults_and_name(good):
     config = load_config(good)
     assert config.run.name == "good"
     assert config.head.impl == "memhead"
+    assert (config.step.impl, config.step.token_budget) == ("packed", None)
     assert config.lora is None
     assert config.model.scratch.hidden_size == 128
 
@@ -104,6 +109,28 @@ def test_lora_becomes_a_peft_config(good):
     assert peft_config.task_type == "CAUSAL_LM"
 
 
+def test_grpo_is_complete_and_grpo_given_is_what_was_written(good):
+    """Every field that may be set, with the value that TRL's own class would have."""
+    config = load_config(good)
+    assert config.grpo_given == {"learning_rate": 5e-6, "num_generations": 4}
+    plain = {field.name: field for field in dataclasses.fields(import_grpo_config(""))}
+    assert set(config.grpo) == set(plain) - set(OWNED) - set(REFUSED)
+    for name in set(config.grpo) - set(config.grpo_given):
+        factory = plain[name].default_factory
+        default = plain[name].default if factory is dataclasses.MISSING else factory()
+        assert config.grpo[name] == default, name
+    assert (config.grpo["learning_rate"], config.grpo["num_generations"]) == (5e-6, 4)
+    assert yaml.safe_load(config.to_yaml())["grpo"] == {"learning_rate": 5e-6, "num_generations": 4}
+
+
+def test_grpo_config_of_the_complete_section_is_that_of_the_given_fields(good, tmp_path):
+    made = load_config(good).grpo_config(tmp_path)
+    owned = {name: getattr(made, name) for name in OWNED if name != "output_dir"}
+    kept = {"project": "memhead", "use_cpu": made.use_cpu, "bf16": made.bf16, "fp16": made.fp16}
+    plain = import_grpo_config("")(str(tmp_path), learning_rate=5e-6, num_generations=4, **owned, **kept)
+    assert made.to_dict() == plain.to_dict()
+
+
 # base: files
 
 
@@ -114,7 +141,7 @@ def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
         "base: good.yaml\ngrpo:\n  num_generations: 8\nlora: {r: 4}\nrun: {warm_start: {}}\n",
     )
     grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\nlora: null\n")
-    assert load_config(child).grpo == {"learning_rate": 5e-6, "num_generations": 8}
+    assert load_config(child).grpo_given == {"learning_rate": 5e-6, "num_generations": 8}
     assert load_config(child).lora.r == 4
     assert load_config(grandchild).lora is None
 
@@ -175,6 +202,75 @@ def test_a_file_that_is_missing(tmp_path):
     assert "cannot be read: No such file" in str(error_of(tmp_path / "none.yaml"))
 
 
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+MERGES = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
+HOSTILE = {
+    "a NUL byte": ("a: \0", "not valid YAML: unacceptable character #x0000"),
+    "a surrogate": ("a: \ud800", "is not UTF-8 text"),
+    "brackets": ("a: " + "[" * 20_000, "opens more than 100 brackets at once"),
+    "closed brackets": ("a: " + "[" * 20_000 + "]" * 20_000, "opens more than 100 brackets at once"),
+    "braces": ("a: " + "{a: " * 20_000, "opens more than 100 brackets at once"),
+    "dashes": ("a:\n" + "- " * 20_000, "x.yaml:2: is nested more than 20 deep"),
+    "digits": ("a: " + "9" * 4300, "x.yaml:1: is a number of 4,300 digits"),
+    "hexadecimal digits": ("a: 0x" + "f" * 9000, "x.yaml:1: is a number of 9,002 digits"),
+    "a bomb of aliases": ("a0: &a0 [x]\n" + ALIASES, "holds more than 5,000 keys and values"),
+    "a bomb of merges": ("a0: &a0 {x: 1}\n" + MERGES, "holds more than 5,000 keys and values"),
+    "a tag that lies": ("a: !!int x", "not valid YAML: invalid literal for int()"),
+    "megabytes": ("a: b\n" * 1_000_000, "is longer than 200,000 characters"),
+    "strange keys": ("".join(f"key{i}: 1\n" for i in range(1000)), "key49: unknown key"),
+    "a long key": (f"{'k' * 100_000}: 1", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_at_once(tmp_path, kind):
+    text, expected = HOSTILE[kind]
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    import_grpo_config("")
+    started = time.process_time()
+    error = error_of(path)
+    assert time.process_time() - started < 1.0
+    assert expected in str(error)
+    assert len(error.lines) <= 60
+
+
+def test_a_section_with_thousands_of_mistakes_lists_fifty(tmp_path):
+    text = GOOD + "".join(f"  key{i}: 1\n" for i in range(1000))
+    error = error_of(write(tmp_path, "x.yaml", text))
+    assert len(error.lines) == 51
+    assert "grpo: has 950 more mistakes; mend these first" in error.lines[-1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grpo.per_device_train_batch_size=" + "9" * 90,
+        "grpo.num_generations=" + "9" * 90,
+        "a." * 20_000 + "b=1",
+    ],
+)
+def test_numbers_and_keys_beyond_all_measure(good, override):
+    started = time.process_time()
+    assert len(str(error_of(good, override))) < 2000
+    assert time.process_time() - started < 1.0
+
+
+def test_nothing_that_reaches_the_terminal_commands_it(good, tmp_path):
+    """A key, a value, a file's name: escapes and other control characters are written out."""
+    texts = (
+        str(error_of(good, "grpo.\x1b[31mred=1")),
+        str(error_of(write(tmp_path, "x.yaml", '"\\e]0;title\\a": 1\n' + GOOD))),
+        str(error_of(good, 'grpo.loss_type="\\u202egrpo"')),
+        str(error_of(tmp_path / "a\x9b2Jb.yaml")),
+        visible("first line\n\tthen \x1b[2J and \r and \u202e, é 😀\ud800"),
+    )
+    for text in texts:
+        assert all(character.isprintable() or character in "\n\t" for character in text)
+    assert "grpo.\\x1b[31mred: unknown key" in texts[0]
+    assert texts[4] == "first line\n\tthen \\x1b[2J and \\r and \\u202e, é 😀\\ud800"
+
+
 # mistakes in a value, by override: each message names key, value and remedy
 
 MISTAKES = {
@@ -195,6 +291,10 @@ MISTAKES = {
     "grpo.num_generations=4.5": "must be an integer",
     "grpo.num_generations=null": "must be an integer",
     "grpo.mask_truncated_completions=1": "must be true or false (value 1)",
+    "grpo.debug={a: 1}": "grpo.debug: must be text or a list of values (value {'a': 1})",
+    "grpo.include_num_input_tokens_seen={}": "must be text or true or false (value {})",
+    "grpo.chat_template_kwargs=[1]": "grpo.chat_template_kwargs: must be a mapping or null (value [1])",
+    "grpo.include_for_metrics=[loss, 1]": "grpo.include_for_metrics.1: must be text (value 1)",
     "model.scratch.hidden_size=2.5": "must be an integer (value 2.5)",
     "model.load_in_4bit=yes": "must be true or false (value 'yes')",
     "task.eval_problems=many": "task.eval_problems: must be an integer (value 'many')",
@@ -207,13 +307,15 @@ MISTAKES = {
     "grpo.epsilon=-0.1": "must be >= 0",
     "grpo.beta=-1": "must be >= 0",
     "grpo.max_completion_length=0": "must be >= 1",
-    "grpo.top_p=1.5": "must be > 0 and <= 1",
+    "grpo.top_p=1.5": "grpo.top_p: out of range (value 1.5); must be <= 1",
     "grpo.loss_type=ppo": "grpo.loss_type: unknown choice (value 'ppo'); use grpo, dr_grpo, dapo",
     "grpo.lr_scheduler_type=cosin": "use linear, cosine",
     "grpo.scale_rewards=batches": "use group, batch, none, true or false",
     "grpo.optim=adam": "use adamw_torch",
     "model.loader=hf": "model.loader: unknown choice (value 'hf'); use scratch, transformers or unsloth",
     "head.impl=liger": "use memhead, trl or full",
+    "step.impl=padded": "step.impl: unknown choice (value 'padded'); use packed or trl",
+    "step.token_budget=0": "step.token_budget: out of range (value 0); must be >= 1",
     "head.chunk=0": "head.chunk: out of range (value 0); must be >= 1",
     "task.eval_problems=0": "task.eval_problems: out of range (value 0); must be >= 1",
     "run.warm_start.target_accuracy=1.5": "must be <= 1",
@@ -347,12 +449,24 @@ def test_batches_agree_with_trl(good, batch, accumulation, generations, tmp_path
 
 
 def test_every_loss_type_of_trl_is_known():
-    listed = loss_types(field_table(import_grpo_config("")))
+    listed = get_args(grpo_section(import_grpo_config("")).model_fields["loss_type"].annotation)
     assert set(listed) == {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
 
 
+def test_a_help_text_that_lists_no_loss_types_leaves_the_field_unchecked(good, monkeypatch):
+    assert loss_types("Specifies the loss formulation to use.") == ()
+
+    @dataclasses.dataclass
+    class Later(import_grpo_config("")):
+        loss_type: str = dataclasses.field(default="dapo", metadata={"help": "See the documentation."})
+
+    monkeypatch.setattr(load, "import_grpo_config", lambda *_: Later)
+    assert load_config(good, ["grpo.loss_type=of_next_year"]).grpo["loss_type"] == "of_next_year"
+    assert "must be text" in str(error_of(good, "grpo.loss_type=3"))
+
+
 def test_history_is_disjoint_from_the_installed_fields():
-    fields = set(field_table(import_grpo_config("")))
+    fields = {field.name for field in dataclasses.fields(import_grpo_config(""))}
     assert not fields & set(GONE)
     assert set(OWNED) <= fields
     assert set(REFUSED) <= fields
@@ -360,11 +474,10 @@ def test_history_is_disjoint_from_the_installed_fields():
 
 def test_trl_defaults_pass_our_checks(good):
     """No range or type of ours may refuse what TRL itself starts from."""
-    skipped = {*OWNED, *REFUSED, "num_generations", "learning_rate"}
-    fields = field_table(import_grpo_config(""))
+    skipped = {"num_generations", "learning_rate"}
     overrides = [
         f"grpo.{name}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"
-        for name, (_, default, _) in fields.items()
+        for name, default in defaults(import_grpo_config("")).items()
         if name not in skipped and isinstance(default, (bool, int, float, str))
     ]
     assert len(overrides) > 80

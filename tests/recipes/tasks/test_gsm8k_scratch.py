@@ -1,5 +1,6 @@
 """GSM8K from nothing: the tokenizer, and a whole run with adapters – interrupted, resumed, evaluated, exported."""
 
+import inspect
 import json
 import os
 import random
@@ -10,13 +11,13 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import train_grpo
 from recipes import export
 from recipes.config.load import load_config
 from recipes.models import load as models
-from recipes.models.generation import by_transformers
+from recipes.models.generation import by_transformers, encode, token_ids
 from recipes.models.tokenizers import bpe_tokenizer
 from recipes.tasks import gsm8k
 from recipes.training.callbacks import BypassGuard
@@ -161,3 +162,34 @@ def test_samples_leave_the_random_state_and_may_be_left_out(command, tmp_path):
     assert first == second
     assert "pass@2" in first
     assert not any("@" in key for key in measure(sampled=False))
+
+
+def test_every_prompt_is_rendered_as_training_renders_it(command, monkeypatch):
+    """grpo.chat_template_kwargs reaches the template in TRL's trainer and in everything around it."""
+    told = {}  # function of ours or of TRL on the way to the template -> what the template was told
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def recorded(self, *arguments, **options):
+        on_the_way = {frame.function for frame in inspect.stack()}
+        for place in ("collate", "evaluate", "check_head", "_tokenize_prompts"):
+            if place in on_the_way:
+                told.setdefault(place, set()).add(options.get("terse"))
+        return render(self, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", recorded)
+    command = [*command, "grpo.chat_template_kwargs={terse: really}", "grpo.max_steps=1"]
+    kept = [text for text in command if text != "grpo.max_steps=3"]
+    assert train_grpo.main(kept) == 0
+    assert told == {place: {"really"} for place in ("collate", "evaluate", "check_head", "_tokenize_prompts")}
+    told.clear()
+    assert train_grpo.main([*kept, "--evaluate", "tiny/final"]) == 0
+    assert told == {"evaluate": {"really"}}
+
+
+def test_what_the_template_is_told_changes_the_prompt(monkeypatch):
+    monkeypatch.setattr("recipes.models.tokenizers.CHAT_TEMPLATE", "{{ messages[0].content }}{{ tone }}")
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    prompt = [{"role": "user", "content": "How many?"}]
+    assert tokenizer.decode(encode(tokenizer, [prompt], {"tone": " Now!"}).input_ids[0]) == "How many? Now!"
+    assert tokenizer.decode(token_ids(tokenizer, [prompt], {"tone": " Now!"})[0]) == "How many? Now!"
+    assert tokenizer.decode(encode(tokenizer, [prompt]).input_ids[0]) == "How many?"

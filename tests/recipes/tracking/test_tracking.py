@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,25 @@ def test_a_phase_within_a_phase_belongs_to_the_outer():
 def test_a_second_run_of_the_name_gets_a_number(tmp_path):
     names = [RunFolder.create(tmp_path, "run").path.name for _ in range(3)]
     assert names == ["run", "run-2", "run-3"]
+
+
+def test_the_recorded_name_says_whose_run_a_folder_is(tmp_path):
+    """`llama-2` may be the second run of `llama`, or the first of `llama-2`."""
+
+    def begin(name):
+        text = f"run: {{name: {name}}}\n"
+        folder = RunFolder.create(tmp_path, name, SimpleNamespace(to_yaml=lambda: text))
+        state = folder.path / "checkpoints" / "checkpoint-1" / "trainer_state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+        return folder.path.name
+
+    assert [begin(name) for name in ("llama", "llama-3", "llama", "llama", "llama-3", "llama-2")] == [
+        "llama", "llama-3", "llama-2", "llama-4", "llama-3-2", "llama-2-2",
+    ]  # fmt: skip
+    (tmp_path / "llama-4" / "checkpoints" / "checkpoint-1" / "trainer_state.json").unlink()
+    latest = {name: RunFolder.to_resume(tmp_path, name).path.name for name in ("llama", "llama-3", "llama-2")}
+    assert latest == {"llama": "llama-2", "llama-3": "llama-3-2", "llama-2": "llama-2-2"}
 
 
 def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):

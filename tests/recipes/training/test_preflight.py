@@ -196,5 +196,36 @@ def test_data_and_rewards_that_are_not_there(tmp_path, capsys, override, key):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("grpo.fp16=true", "fp16 and bf16"),
+        ("grpo.vllm_importance_sampling_clip_min=5.0", "must be less than"),
+        ("grpo.accelerator_config={nonsense: 1}", "nonsense"),  # a TypeError of accelerate's
+        ("grpo.dataloader_prefetch_factor=2", "dataloader_prefetch_factor"),
+    ],
+)
+def test_what_grpo_config_refuses_leaves_no_folder(tmp_path, capsys, override, said):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch}\ntask: {name: countdown}\ngrpo: {bf16: true, use_cpu: true}\n")
+    config = load_config(path, [override, f"run.output_root={tmp_path / 'runs'}"])
+    assert train_grpo.train(config) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("grpo: TRL refuses it: ")
+    assert said in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = load_config(path, [f"run.output_root={tmp_path / 'runs'}"])
+    assert train_grpo.train(config) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("WORLD_SIZE says 2 processes; a run is one; start one without torchrun")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_unsloth_was_never_imported():
     assert sys.modules.get("unsloth") is None

@@ -11,7 +11,7 @@ import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.callbacks import BypassGuard, Interruption
-from recipes.training.resume import is_finished, require_same
+from recipes.training.resume import is_finished, model_to_load, require_same
 
 
 @pytest.fixture
@@ -157,3 +157,29 @@ def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize(
+    ("model", "loader"),
+    [
+        ("{loader: unsloth, name: some/model, revision: v1, tokenizer: other}", "unsloth"),
+        ("{loader: transformers, name: some/model, revision: v1}", "transformers"),
+        ("{loader: scratch}", "transformers"),
+    ],
+)
+def test_a_resumed_run_loads_what_the_warm_start_left_by_its_own_loader(
+    tmp_path, without_unsloth, model, loader
+):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {model}\ntask: {{name: countdown}}\nrun: {{warm_start: {{}}}}\n")
+    config, folder = load_config(path), RunFolder(tmp_path / "run")
+    assert model_to_load(config, folder) == config.model  # the run begins
+    place = folder.path / "warm_start"
+    place.mkdir(parents=True)
+    (place / "adapter_config.json").touch()  # of Unsloth's adapters, which stand on the run's own model
+    assert model_to_load(config, folder) == config.model
+    (place / "config.json").touch()
+    found = model_to_load(config, folder)
+    assert (found.loader, found.name) == (loader, str(place))
+    assert (found.revision, found.tokenizer, found.scratch) == (None, None, None)
+    assert found.max_seq_length == config.model.max_seq_length

@@ -1,0 +1,143 @@
+"""What only several keys of a configuration show together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from recipes.config.schema import LoraSection, ModelConfig, RunSection, ScratchConfig
+from recipes.config.unsloth import MAX_SEQ_LENGTH
+from recipes.problems import Problem, one_of
+
+
+def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every such problem. The sections are parsed and valid each by itself; `grpo` is complete."""
+    model, lora, run, grpo = (sections[name] for name in ("model", "lora", "run", "grpo"))
+    if model.loader == "scratch":
+        yield from _check_scratch(model, lora, run)
+    elif model.name is None:
+        yield Problem("model.name", "is missing", remedy="set it to a hub id or a local path")
+    elif model.scratch is not None:
+        remedy = "remove it, or set model.loader: scratch"
+        yield Problem("model.scratch", f"means nothing to the loader {model.loader}", remedy=remedy)
+    if model.loader == "unsloth":
+        yield from _check_unsloth(model, lora, run, grpo)
+    else:
+        yield from _unsloths(model)
+    if model.tokenizer == "bpe" and model.loader != "scratch":
+        remedy = "remove it: a checkpoint has its own, or set model.loader: scratch"
+        yield Problem("model.tokenizer", "is trained for a new model alone", "bpe", remedy)
+    yield from _check_quantised(model, lora)
+    if lora is not None and isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules:
+        remedy = "remove 'lm_head' from it: TRL does not train an adapter there"
+        yield Problem("lora.target_modules", "adapts the head", lora.target_modules, remedy)
+    if run.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
+        yield Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
+    yield from _check_lengths(model, grpo)
+    yield from _check_task_fits(sections)
+
+
+def _check_scratch(model: ModelConfig, lora: LoraSection | None, run: RunSection) -> Iterator[Problem]:
+    shape = model.scratch or ScratchConfig()
+    if lora is not None and run.warm_start is None:  # which saves the model that the adapters belong to
+        remedy = "add run.warm_start, or set lora: null"
+        yield Problem("lora", "a new model's adapters would be all that is kept of it", remedy=remedy)
+    if model.name is not None:
+        remedy = "remove it, or set model.loader: transformers"
+        yield Problem("model.name", "means nothing to the loader scratch", model.name, remedy)
+    if shape.hidden_size % (2 * shape.heads):
+        unit = 2 * shape.heads
+        below = shape.hidden_size // unit * unit
+        near = one_of(size for size in (below, below + unit) if size)
+        message = f"not a multiple of 2 × heads {shape.heads}"  # rotary positions turn pairs within a head
+        yield Problem("model.scratch.hidden_size", message, shape.hidden_size, f"set it to {near}")
+    if shape.kv_heads is not None and shape.heads % shape.kv_heads:
+        message = f"does not divide heads {shape.heads}"
+        yield Problem("model.scratch.kv_heads", message, shape.kv_heads, "set it to a divisor, or null")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model, key):
+            remedy = "remove it: a new model is trained in full"
+            yield Problem(f"model.{key}", "means nothing to the loader scratch", True, remedy)
+
+
+def _check_quantised(model: ModelConfig, lora: LoraSection | None) -> Iterator[Problem]:
+    if model.load_in_4bit and model.load_in_8bit:
+        yield Problem("model.load_in_8bit", "set together with load_in_4bit", True, "keep one of the two")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model, key) and lora is None:
+            yield Problem(f"model.{key}", "quantised weights cannot be trained", True, "add a lora section")
+
+
+def _unsloths(model: ModelConfig) -> Iterator[Problem]:
+    """Keys that only the loader unsloth knows."""
+    remedy = "remove it, or set model.loader: unsloth"
+    for key in ("fast_inference", "gpu_memory_utilization", "vllm_standby"):
+        if getattr(model, key):
+            yield Problem(f"model.{key}", "is Unsloth's", getattr(model, key), remedy)
+
+
+def _check_unsloth(
+    model: ModelConfig, lora: LoraSection | None, run: RunSection, grpo: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What Unsloth drops without a word, or refuses after the weights are loaded."""
+    if model.attn_implementation is not None:
+        chosen = model.attn_implementation
+        yield Problem("model.attn_implementation", "is Unsloth's to choose", chosen, "remove it")
+    if lora is not None and run.warm_start is not None and grpo["beta"]:
+        remedy = "set grpo.beta: 0.0, or model.loader: transformers"
+        yield Problem("run.warm_start", "Unsloth's KL is to the model before it", remedy=remedy)
+    if model.fast_inference:
+        yield from _check_shared_weights(model, lora)
+        return
+    for key in ("gpu_memory_utilization", "vllm_standby"):
+        if getattr(model, key):
+            remedy = "set model.fast_inference: true, or remove it"
+            yield Problem(f"model.{key}", "is vLLM's", getattr(model, key), remedy)
+    if grpo["use_vllm"]:
+        yield Problem("grpo.use_vllm", "is model.fast_inference here", True, "set that in its place")
+
+
+def _check_shared_weights(model: ModelConfig, lora: LoraSection | None) -> Iterator[Problem]:
+    """What Unsloth's vLLM, which trains and generates with one copy of the weights, cannot do."""
+    if lora is None:
+        remedy = "add a lora section, or set model.fast_inference: false"
+        yield Problem("lora", "vLLM shares frozen weights alone", None, remedy)
+    remedy = "remove it, or set model.fast_inference: false"
+    if lora is not None and lora.modules_to_save is not None:
+        yield Problem("lora.modules_to_save", "vLLM takes adapters alone", lora.modules_to_save, remedy)
+    if model.load_in_8bit:
+        yield Problem("model.load_in_8bit", "vLLM has no such weights", True, remedy)
+    if model.revision:
+        yield Problem("model.revision", "vLLM loads the main branch", model.revision, remedy)
+
+
+def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """A completion follows a prompt of one token at least."""
+    limits = {"model.max_seq_length": model.max_seq_length}
+    if model.loader == "scratch":
+        limits["model.scratch.max_positions"] = (model.scratch or ScratchConfig()).max_positions
+    elif model.loader == "unsloth":
+        limits["model.max_seq_length"] = model.max_seq_length or MAX_SEQ_LENGTH
+    length = grpo["max_completion_length"]
+    for key, limit in limits.items():
+        if limit is not None and length >= limit:
+            yield Problem(
+                "grpo.max_completion_length",
+                f"leaves no room for a prompt within {key} {limit}",
+                length,
+                f"set it below {limit}, or raise {key}",
+            )
+
+
+def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """The task beside the other sections."""
+    from recipes.rewards.contract import problems
+    from recipes.tasks import get_task
+
+    task = get_task(sections["task"].name)(sections["task"].options, sections["run"].seed)
+    yield from problems(task.reward_weights, task.rewards)
+    model = sections["model"]
+    if model.loader == "scratch" and model.tokenizer is None and not task.characters:
+        message = f"the task {task.name} has no list of characters to make one of"
+        yield Problem("model.tokenizer", message, None, "set it to bpe, or name a tokenizer")
