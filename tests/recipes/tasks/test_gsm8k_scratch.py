@@ -171,7 +171,7 @@ def test_every_prompt_is_rendered_as_training_renders_it(command, monkeypatch):
 
     def recorded(self, *arguments, **options):
         on_the_way = {frame.function for frame in inspect.stack()}
-        for place in ("collate", "evaluate", "check_head", "_tokenize_prompts"):
+        for place in ("collate", "complete", "check_head", "_tokenize_prompts"):
             if place in on_the_way:
                 told.setdefault(place, set()).add(options.get("terse"))
         return render(self, *arguments, **options)
@@ -180,10 +180,10 @@ def test_every_prompt_is_rendered_as_training_renders_it(command, monkeypatch):
     command = [*command, "grpo.chat_template_kwargs={terse: really}", "grpo.max_steps=1"]
     kept = [text for text in command if text != "grpo.max_steps=3"]
     assert train_grpo.main(kept) == 0
-    assert told == {place: {"really"} for place in ("collate", "evaluate", "check_head", "_tokenize_prompts")}
+    assert told == {place: {"really"} for place in ("collate", "complete", "check_head", "_tokenize_prompts")}
     told.clear()
     assert train_grpo.main([*kept, "--evaluate", "tiny/final"]) == 0
-    assert told == {"evaluate": {"really"}}
+    assert told == {"complete": {"really"}}
 
 
 def test_what_the_template_is_told_changes_the_prompt(monkeypatch):
