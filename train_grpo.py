@@ -16,21 +16,18 @@ import argparse
 import os
 import shlex
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = (
-    "1"  # before TRL and transformers are imported: they phone home otherwise
-)
+# Before TRL and transformers are imported: they phone home otherwise.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from recipes.config.load import RunConfig, load_config
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 
-
-class RunError(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
+if TYPE_CHECKING:
+    from recipes.tracking.run_folder import RunFolder
+    from recipes.training.session import Session, Trained
 
 
 def main(arguments: list[str]) -> int:
@@ -66,89 +63,23 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
-    """The run, top to bottom. Returns the exit status."""
-    from recipes.training import preflight  # the heavy imports wait until the configuration is right
+    """The run, top to bottom: begin, optimise, finish. Returns the exit status."""
+    from recipes.training.preflight import check  # the heavy imports wait until the configuration is right
 
     try:
-        preflight.check(config)
+        check(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
 
-    from recipes.models import load as models
-    from recipes.models.generation import by_trainer, by_transformers
-    from recipes.models.precision import Precision
-    from recipes.report.page import write_report
-    from recipes.tracking.tracker import RunFolder, print_summary, track
-    from recipes.training.callbacks import AccuracyEvery, BypassGuard, HeadBypassed, Interruption, SaySigns
-    from recipes.training.evaluation import evaluator
-    from recipes.training.resume import (
-        FINISHED,
-        is_finished,
-        is_trained,
-        model_to_load,
-        require_same,
-        restore,
-    )
-    from recipes.training.rewards import prepare
-    from recipes.training.trainer import install_head, make_trainer
+    from memhead.integrations.handle import HeadBypassed
+    from recipes.training.session import RunError
 
     try:
-        task = config.make_task()
-        begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
-        if begun is not None:
-            require_same(config, begun)
-            if is_finished(config, begun):
-                print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
-                return 0
-            print(f"Resuming from {begun.checkpoint}", flush=True)
-        rewards = prepare(task)  # before a folder is written to: a reward may break the contract
-        if begun is not None:
-            folder = begun
-            folder.begin_session(config)
-        else:
-            folder = RunFolder.create(config.run.output_root, config.run.name, config)
-        checkpoint = folder.checkpoint
-        arguments = config.grpo_config(folder.path / "checkpoints")
-        start = model_to_load(config, folder)
-        model, tokenizer = models.load(start, task, config.run.seed, lora=config.lora)
-        if config.run.warm_start is not None and checkpoint is None:
-            probe = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
-            precision = Precision.of(arguments)
-            _warm_start(config, config.run.warm_start, task, model, tokenizer, precision, probe, folder)
-        _check_head(config, task, model, tokenizer, folder)
-
-        with install_head(config, arguments) as handle, Interruption() as interruption:
-            trainer = make_trainer(config, arguments, rewards, task, model, tokenizer)
-            trainer.add_callback(BypassGuard(handle))
-            trainer.add_callback(interruption)
-            trainer.add_callback(SaySigns())
-            tracker = track(trainer, folder, config.tracking)
-            evaluate = evaluator(config, task, by_trainer(trainer))
-            if config.run.evaluation.every is not None:
-                trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
-            finished = False
-            try:
-                if checkpoint is None:
-                    tracker.evaluated(0, evaluate())
-                    trainer.train()
-                elif is_trained(config, folder):
-                    restore(trainer, checkpoint)
-                    tracker.drop_after(trainer.state.global_step)
-                else:
-                    trainer.train(resume_from_checkpoint=str(checkpoint))
-                if _took_every_step(trainer):
-                    _save(trainer, tokenizer, folder.final)  # first: the evaluation may be cut off
-                    if not interruption.asked:
-                        tracker.evaluated(trainer.state.global_step, evaluate())
-                        finished = True
-            except KeyboardInterrupt:
-                pass  # a second Ctrl-C
-            finally:
-                tracker.close()
-                earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}  # of the sessions before
-                calls, rows = earlier["calls"] + handle.calls, earlier["rows"] + handle.rows
-                folder.write_json("head.json", {"impl": config.head.impl, "calls": calls, "rows": rows})
+        session = begin(config, resume=resume)
+        if session is None:
+            return 0
+        trained = optimise(session)
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
@@ -158,100 +89,114 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
+    return finish(session, trained, command)
 
+
+def begin(config: RunConfig, *, resume: bool) -> Session | None:
+    """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already."""
+    from recipes.models import load
+    from recipes.tracking.run_folder import RunFolder
+    from recipes.training.head_check import require_exact_head
+    from recipes.training.resume import is_finished, model_to_load, require_same
+    from recipes.training.rewards import prepare
+    from recipes.training.session import Session
+    from recipes.training.warm_start import begin_supervised
+
+    task = config.make_task()
+    begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
+    if begun is not None:
+        require_same(config, begun)
+        if is_finished(config, begun):
+            print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
+            return None
+        print(f"Resuming from {begun.checkpoint}", flush=True)
+    rewards = prepare(task)  # before a folder is written to: a reward may break the contract
+    folder = begun or RunFolder.create(config.run.output_root, config.run.name)
+    folder.begin_session(config)
+    arguments = config.grpo_config(folder.path / "checkpoints")
+    model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
+    session = Session(config, task, rewards, folder, arguments, model, tokenizer)
+    if config.run.warm_start is not None and folder.checkpoint is None:
+        begin_supervised(session, config.run.warm_start)
+    require_exact_head(session)
+    return session
+
+
+def optimise(session: Session) -> Trained:
+    """GRPO from the first step, or the last checkpoint, to the last step or whatever ends it before."""
+    from recipes.models.generation import by_trainer
+    from recipes.tracking.tracker import track
+    from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
+    from recipes.training.evaluation import evaluator
+    from recipes.training.resume import is_trained, restore
+    from recipes.training.session import Trained
+    from recipes.training.trainer import count_calls, install_head, make_trainer
+
+    config, folder, checkpoint = session.config, session.folder, session.folder.checkpoint
+    with install_head(config, session.arguments) as handle, Interruption() as interruption:
+        trainer = make_trainer(session)
+        tracker = track(trainer, folder, config.tracking)
+        evaluate = evaluator(config, session.task, by_trainer(trainer))
+        for callback in (BypassGuard(handle), interruption, SaySigns()):
+            trainer.add_callback(callback)
+        if config.run.evaluation.every is not None:
+            trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
+        finished = False
+        try:
+            if checkpoint is None:
+                tracker.evaluated(0, evaluate())
+                trainer.train()
+            elif is_trained(config, folder):
+                restore(trainer, checkpoint)
+                tracker.drop_after(trainer.state.global_step)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint))
+            if _took_every_step(trainer):
+                _save(trainer, folder.final)  # first: the evaluation may be cut off
+                if not interruption.asked:
+                    tracker.evaluated(trainer.state.global_step, evaluate())
+                    finished = True
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C
+        finally:
+            tracker.close()
+            count_calls(handle, folder)
+    return Trained(trainer, tracker, finished)
+
+
+def finish(session: Session, trained: Trained, command: str) -> int:
+    """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
+    from recipes.report.page import write_report
+    from recipes.tracking.terminal import print_summary
+    from recipes.training.resume import FINISHED
+
+    folder, trainer = session.folder, trained.trainer
     if not _took_every_step(trainer):
-        _save(trainer, tokenizer, folder.path / "interrupted")
+        _save(trainer, folder.path / "interrupted")
     if trainer.state.log_history:
         write_report(folder)
-    print_summary(tracker.summary(), folder)
-    if finished:
+    print_summary(trained.tracker.summary(), folder)
+    if trained.finished:
         folder.write_json(FINISHED, {"step": trainer.state.global_step})
         return 0
     print(f"Stopped at step {trainer.state.global_step}. {_how_to_go_on(folder, command)}")
     return 130
 
 
-def _warm_start(
-    config: RunConfig,
-    settings: Any,
-    task: Any,
-    model: Any,
-    tokenizer: Any,
-    precision: Any,
-    evaluate: Any,
-    folder: Any,
-) -> None:
-    """Supervised training until the model knows the task well enough for GRPO to find something to reward."""
-    from recipes.training.resume import WARM_START
-    from recipes.training.trainer import head_of_warm_start
-    from recipes.training.warm_start import WarmStartStep, warm_start
-
-    examples = task.warm_start_examples(settings.steps * settings.batch_size)
-    started = time.perf_counter()
-
-    def report(taken: WarmStartStep) -> None:
-        folder.metrics.append({"warm_start": asdict(taken)})
-        if taken.step % settings.check_every == 0:
-            seconds = time.perf_counter() - started
-            print(
-                f"warm start  step {taken.step}  loss {taken.loss:.3f}  accuracy {taken.accuracy:.3f}  "
-                f"{seconds:.0f} s",
-                flush=True,
-            )
-
-    with head_of_warm_start(config, model):
-        result = warm_start(
-            model,
-            tokenizer,
-            examples,
-            settings,
-            precision=precision,
-            probe=lambda: evaluate(sampled=False)["accuracy"],
-            on_step=report,
-            chat=config.chat_template_kwargs,
-        )
-    folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
-    place = folder.path / WARM_START  # where adapters begin, and the comparison with more supervision
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    model.name_or_path = model.config._name_or_path = str(
-        place.resolve()
-    )  # an adapter remembers its base by it
-
-
-def _check_head(config: RunConfig, task: Any, model: Any, tokenizer: Any, folder: Any) -> None:
-    """The head against full logits in float64 on real rows, kept as head_check.json."""
-    from recipes.training.head_check import check_head
-
-    prompts = task.held_out[:4]["prompt"]  # or as many as there are
-    found = check_head(
-        model,
-        tokenizer,
-        prompts,
-        temperature=config.grpo["temperature"],
-        chunk=config.head.chunk,
-        backend=config.head.backend,
-        chat=config.chat_template_kwargs,
-    )
-    path = folder.write_json("head_check.json", found)
-    if not found["passed"]:
-        raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
-
-
 def _took_every_step(trainer: Any) -> bool:
     return 0 < trainer.state.max_steps <= trainer.state.global_step
 
 
-def _how_to_go_on(folder: Any, command: str) -> str:
+def _how_to_go_on(folder: RunFolder, command: str) -> str:
     if folder.checkpoint is None:  # stopped at once, or after the last step, without run.save_every
         return f"There is no checkpoint to go on from; to begin again: {command}"
     return f"To go on: {command} --resume"
 
 
-def _save(trainer: Any, tokenizer: Any, place: Path) -> None:
+def _save(trainer: Any, place: Path) -> None:
     """The model as safetensors with its tokenizer."""
     trainer.save_model(str(place))
-    tokenizer.save_pretrained(str(place))
+    trainer.processing_class.save_pretrained(str(place))
 
 
 def _command(options: argparse.Namespace) -> str:

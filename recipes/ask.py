@@ -14,6 +14,7 @@ import torch
 from recipes.config.load import RunConfig
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
+from recipes.models.precision import Precision
 from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder
 
@@ -42,11 +43,11 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
 def _answers(config: RunConfig, run: RunFolder, task: Task, prompt: Any) -> tuple[str, str]:
     """What the model answers without the training, and with it."""
     length = config.completion_length
+    precision = Precision.of(config.grpo_config(run.path))
 
     def answer(model: Any, tokenizer: Any) -> str:
-        return by_transformers(model, tokenizer, config.chat_template_kwargs)([prompt], Sampling(length))[0][
-            0
-        ].strip()
+        generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
+        return generate([prompt], Sampling(length))[0][0].strip()
 
     model, tokenizer = load_checkpoint(run.final, config.model)
     after = answer(model, tokenizer)
@@ -63,7 +64,7 @@ def _untrained(config: RunConfig, run: RunFolder, task: Task) -> tuple[Any, Any]
     warm_start = run.path / "warm_start"
     if warm_start.is_dir():
         return load_checkpoint(warm_start, config.model)
-    return models.load(config.model, task, config.run.seed)
+    return models.load(config.model, task, config.run.seed, lora=config.lora)
 
 
 def _instead(prompt: Any, question: str) -> Any:

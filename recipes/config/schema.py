@@ -60,7 +60,8 @@ class ModelConfig(Section):
         "one token a character of the task",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the weights; auto: the checkpoint's, float32 for scratch"
+        "auto",
+        description="dtype of the weights; auto: float32 where they are trained, where frozen the checkpoint's",
     )
     load_in_4bit: bool = Field(
         False, description="quantise the frozen weights to 4 bits; needs `lora` and a GPU"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from recipes.models.precision import AS_WEIGHTS, Precision
+
 Prompt = Any  # text, or a list of chat messages
 NO_CHAT: Mapping[str, Any] = MappingProxyType({})
 UNCUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # the model's own distribution
@@ -32,8 +34,10 @@ class Sampling:
 Generate = Callable[[list[Prompt], Sampling], list[list[str]]]
 
 
-def by_transformers(model: Any, tokenizer: Any, chat: Mapping[str, Any] = NO_CHAT) -> Generate:
-    """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it."""
+def by_transformers(
+    model: Any, tokenizer: Any, chat: Mapping[str, Any] = NO_CHAT, precision: Precision = AS_WEIGHTS
+) -> Generate:
+    """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it; precision: the run's."""
 
     @torch.no_grad()
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
@@ -41,9 +45,10 @@ def by_transformers(model: Any, tokenizer: Any, chat: Mapping[str, Any] = NO_CHA
         was_training = model.training
         model.eval()
         try:
-            tokens = model.generate(
-                **encoded, generation_config=_generation_config(model, tokenizer, sampling)
-            )
+            with precision.autocast(model.device):
+                tokens = model.generate(
+                    **encoded, generation_config=_generation_config(model, tokenizer, sampling)
+                )
         finally:
             model.train(was_training)
         answers = tokens[:, encoded["input_ids"].shape[1] :]  # (prompts × samples, completion)
@@ -59,7 +64,8 @@ def by_trainer(trainer: Any) -> Generate:
     """
     chat = trainer.chat_template_kwargs
     if not trainer.use_vllm:
-        return by_transformers(trainer.model, trainer.processing_class, chat)
+        precision = Precision.of(trainer.args)
+        return by_transformers(trainer.model, trainer.processing_class, chat, precision)
     engine, tokenizer = trainer.vllm_generation, trainer.processing_class
 
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:

@@ -89,7 +89,7 @@ def load(
     if config.loader == "scratch":
         model, tokenizer = _from_scratch(config, task, seed)
     else:
-        model, tokenizer = _from_pretrained(config)
+        model, tokenizer = _from_pretrained(config, trained=lora is None)
     return to_gpu(model), tokenizer
 
 
@@ -108,11 +108,19 @@ def _from_scratch(
     return model.to(_dtype(config) or torch.float32), tokenizer
 
 
-def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint from a local folder or the hub. Code that comes with a checkpoint is never run."""
+def _from_pretrained(
+    config: ModelConfig, *, trained: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint from a local folder or the hub. Code that comes with a checkpoint is never run.
+
+    trained: every weight will be, so `dtype: auto` is float32: an update of AdamW vanishes in bfloat16's rounding.
+    """
     if config.name is None:
         raise ValueError("model.name: is missing; set it to a hub id or a local path")
-    options: dict[str, Any] = {"dtype": _dtype(config) or "auto", "revision": config.revision}
+    options: dict[str, Any] = {
+        "dtype": _dtype(config) or (torch.float32 if trained else "auto"),
+        "revision": config.revision,
+    }
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     options |= quantisation(config)

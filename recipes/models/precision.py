@@ -45,5 +45,8 @@ class Precision:
         }
 
 
+AS_WEIGHTS = Precision()
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -136,7 +136,8 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
 
 def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:
     model = config.model
-    dtype = shape.dtype if model.dtype == "auto" else model.dtype
+    trained = "float32" if config.lora is None and model.loader != "unsloth" else shape.dtype
+    dtype = trained if model.dtype == "auto" else model.dtype
     weights = DTYPE_BYTES.get(dtype, 4)
     four = "4bit-double" if model.loader == "unsloth" else "4bit"
     asked = four if model.load_in_4bit else "8bit" if model.load_in_8bit else ""

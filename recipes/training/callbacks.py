@@ -6,45 +6,27 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 
+from memhead.integrations.handle import Handle
 from recipes.rewards.signs import Signs
 
 
-class Calls(Protocol):
-    """The part of an installed head that is looked at: how often it was called."""
-
-    calls: int
-
-
-class HeadBypassed(RuntimeError):
-    """A training step was taken and the head was never called."""
-
-
 class BypassGuard(TrainerCallback):
-    """Raises `HeadBypassed` at the end of an optimizer step during which `handle.calls` did not grow.
+    """Raises memhead's `HeadBypassed` at the end of an optimizer step that never called the installed head."""
 
-    A bypass is silent in TRL and in Unsloth: training goes on, with other memory and perhaps other numbers.
-    """
-
-    def __init__(self, handle: Calls) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._before = handle.calls
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the count."""
-        self._before = self._handle.calls
+        """An evaluation's calls are none of the step's."""
+        self._handle.watch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare the count."""
-        if self._handle.calls == self._before:
-            raise HeadBypassed(
-                f"training step {state.global_step} never reached memhead: its log-probabilities were computed by "
-                "something else; remove what bypasses it (Liger kernels, another patch of the trainer; docs/loaders.md "
-                "has Unsloth's options), or set head.impl: trl to train without memhead"
-            )
+        """Ask."""
+        self._handle.expect_calls(f"training step {state.global_step}")
 
 
 class Interruption(TrainerCallback):

@@ -24,6 +24,7 @@ import torch
 
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Generate, Sampling, by_transformers
+from recipes.models.precision import Precision
 from recipes.problems import visible
 from recipes.rewards.verdicts import judge_all
 
@@ -142,7 +143,9 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
     model, tokenizer = load_checkpoint(place, config.model)
-    measure = evaluator(config, task, by_transformers(model, tokenizer, config.chat_template_kwargs))
+    precision = Precision.of(config.grpo_config(place))  # as it was trained
+    generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
+    measure = evaluator(config, task, generate)
     return {"checkpoint": str(place), **measure()}
 
 

@@ -2,7 +2,7 @@
 
     hidden states and weight of the model -> log-probabilities and d(sum)/d(hidden) by memhead
                                           -> the same by full logits in float64
-                                          -> the same by full logits in the model's own precision, as a yardstick
+                                          -> the same by full logits in the run's own precision, as a yardstick
 
 memhead may be off by three times what the plain computation in the same precision is off, plus 1e-5.
 """
@@ -17,13 +17,34 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memhead import linear_logprobs
+from memhead.integrations.transformers import head_options
+from memhead.reference import full_logprobs
 from recipes.models.generation import NO_CHAT, encode
+from recipes.models.precision import AS_WEIGHTS, Precision
+from recipes.training.session import RunError, Session
 
 ALLOWANCE, FLOOR = 3.0, 1e-5
 
-Result = tuple[
-    Tensor, Tensor
-]  # log-probabilities (N,) and their gradient with respect to hidden (N, H), float64
+# Log-probabilities (N,) and their gradient with respect to hidden (N, H), both float64.
+Result = tuple[Tensor, Tensor]
+
+
+def require_exact_head(session: Session) -> None:
+    """Check the session's head, keep the figures as head_check.json. Raises RunError if they are too far off."""
+    config = session.config
+    found = check_head(
+        session.model,
+        session.tokenizer,
+        session.task.held_out[:4]["prompt"],  # or as many as there are
+        temperature=config.grpo["temperature"],
+        chunk=config.head.chunk,
+        backend=config.head.backend,
+        chat=config.chat_template_kwargs,
+        precision=session.precision,
+    )
+    path = session.folder.write_json("head_check.json", found)
+    if not found["passed"]:
+        raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
 
 
 def check_head(
@@ -36,32 +57,44 @@ def check_head(
     backend: str | None = None,
     rows: int = 64,
     chat: Mapping[str, Any] = NO_CHAT,
+    precision: Precision = AS_WEIGHTS,
 ) -> dict[str, Any]:
     """Compare on the first `rows` tokens of `prompts`; returns the errors and `"passed"`, for the run folder.
 
-    chat: what the chat template is told beside the messages.
+    chat: what the chat template is told beside the messages. precision: that of the run.
     """
-    hidden, targets = _real_rows(model, encode(tokenizer, prompts, chat).to(model.device), rows)
-    head = model.get_output_embeddings()
+    batch = encode(tokenizer, prompts, chat).to(model.device)
+    with precision.autocast(model.device):
+        hidden, targets = _real_rows(model, batch, rows)
+    head, scaling = model.get_output_embeddings(), head_options(model.config)
     weight, bias = head.weight.detach(), getattr(head, "bias", None)
-    options: dict[str, Any] = {"temperature": temperature, **_scaling(model.config)}
+    options: dict[str, Any] = {
+        "bias": None if bias is None else bias.detach(),
+        "temperature": temperature,
+        "softcap": scaling.softcap,
+        "logit_scale": scaling.logit_scale,
+    }
 
     def memhead(h: Tensor) -> Tensor:
-        return linear_logprobs(
-            h, weight, targets, bias=bias, chunk=chunk, backend=backend, **options
-        ).logprobs
+        with precision.autocast(h.device):
+            return linear_logprobs(h, weight, targets, chunk=chunk, backend=backend, **options).logprobs
 
     def plain(h: Tensor) -> Tensor:
-        return _full(h, weight, bias, targets, **options)
+        with precision.autocast(h.device):
+            return full_logprobs(h, weight, targets, widen=False, **options).logprobs
 
-    exact = _run(lambda h: _full(h, weight.double(), _double(bias), targets, **options), hidden.double())
-    ours, theirs = _errors(_run(memhead, hidden), exact), _errors(_run(plain, hidden), exact)
+    def exact(h: Tensor) -> Tensor:
+        return full_logprobs(h, weight, targets, dtype=torch.float64, **options).logprobs
+
+    truth = _run(exact, hidden.double())
+    ours, theirs = _errors(_run(memhead, hidden), truth), _errors(_run(plain, hidden), truth)
     return {
         "rows": len(targets),
         "vocabulary": weight.shape[0],
         "hidden_size": weight.shape[1],
         "dtype": str(weight.dtype).removeprefix("torch."),
-        **options,
+        "precision": precision.describe(model),
+        **{name: value for name, value in options.items() if name != "bias"},
         "memhead": ours,
         "full_logits": theirs,
         "allowed": {name: ALLOWANCE * error + FLOOR for name, error in theirs.items()},
@@ -83,34 +116,6 @@ def _real_rows(model: PreTrainedModel, batch: Any, rows: int) -> tuple[Tensor, T
     return hidden[:, :-1][real][:rows], batch["input_ids"][:, 1:][real][:rows]
 
 
-def _scaling(config: Any) -> dict[str, float]:
-    """What stands between product and softmax in some models: Gemma's softcap, Cohere's and Granite's scale."""
-    found: dict[str, float] = {}
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        found["softcap"] = float(softcap)
-    if scale := getattr(config, "logit_scale", None):
-        found["logit_scale"] = float(scale)
-    elif divisor := getattr(config, "logits_scaling", None):
-        found["logit_scale"] = 1.0 / float(divisor)
-    return found
-
-
-def _full(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """Log-probabilities (N,) by the whole matrix of logits (N, V), in the dtype of its inputs."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
 def _run(logprobs: Callable[[Tensor], Tensor], hidden: Tensor) -> Result:
     """Log-probabilities and the gradient of their sum."""
     leaf = hidden.detach().clone().requires_grad_()
@@ -125,7 +130,3 @@ def _errors(found: Result, exact: Result) -> dict[str, float]:
         "logprob_error": float((found[0] - exact[0]).abs().max()),
         "gradient_error": float((found[1] - exact[1]).norm() / exact[1].norm().clamp_min(1e-30)),
     }
-
-
-def _double(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().double()

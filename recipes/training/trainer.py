@@ -7,8 +7,8 @@ from typing import Any
 
 from memhead.integrations.handle import Handle
 from recipes.config.load import RunConfig
-from recipes.tasks import Task
-from recipes.training.rewards import Rewards
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.session import Session
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -39,25 +39,26 @@ def head_of_warm_start(config: RunConfig, model: Any) -> AbstractContextManager[
     return transformers.patch(model, chunk=config.head.chunk, backend=config.head.backend)
 
 
-def make_trainer(
-    config: RunConfig,
-    arguments: Any,
-    rewards: Rewards,
-    task: Task,
-    model: Any,
-    tokenizer: Any,
-) -> Any:
-    """The trainer. arguments: the run's GRPOConfig, which gets the rewards' weights."""
-    arguments.reward_weights = rewards.weights
+def count_calls(handle: Handle, folder: RunFolder) -> None:
+    """Keep how often the head was called, the run's earlier sessions included."""
+    earlier = folder.read_json("head.json") or {"calls": 0, "rows": 0}
+    calls, rows = earlier["calls"] + handle.calls, earlier["rows"] + handle.rows
+    folder.write_json("head.json", {"impl": handle.impl, "calls": calls, "rows": rows})
+
+
+def make_trainer(session: Session) -> Any:
+    """The session's trainer; its GRPOConfig gets the rewards' weights."""
+    config, arguments, model = session.config, session.arguments, session.model
+    arguments.reward_weights = session.rewards.weights
     unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
     adapters = config.lora.peft_config() if config.lora is not None and not unsloth else None
     trainer_class, options = _step(config, arguments, model, adapters)
     trainer = trainer_class(
         model=model,
-        processing_class=tokenizer,
+        processing_class=session.tokenizer,
         args=arguments,
-        train_dataset=task.train,
-        reward_funcs=rewards.functions,
+        train_dataset=session.task.train,
+        reward_funcs=session.rewards.functions,
         peft_config=adapters,
         **options,
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config.schema import WarmStartConfig
-from recipes.models.generation import NO_CHAT, rendered
+from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.precision import Precision
+from recipes.training.evaluation import evaluator
+from recipes.training.resume import WARM_START
+from recipes.training.session import Session
+from recipes.training.trainer import head_of_warm_start
 
 IGNORED = -100  # the label that transformers leaves out of its loss
 
@@ -89,6 +94,42 @@ def warm_start(
         if settings.target_accuracy is not None and taken.accuracy >= settings.target_accuracy:
             break
     return WarmStartResult(taken.step, taken.step * settings.batch_size, taken.accuracy, taken.loss)
+
+
+def begin_supervised(session: Session, settings: WarmStartConfig) -> None:
+    """The run's warm start: trained, logged, saved beside the run, where adapters find their base."""
+    config, folder, model, tokenizer = session.config, session.folder, session.model, session.tokenizer
+    examples = session.task.warm_start_examples(settings.steps * settings.batch_size)
+    generate = by_transformers(model, tokenizer, config.chat_template_kwargs, session.precision)
+    evaluate = evaluator(config, session.task, generate)
+    started = time.perf_counter()
+
+    def report(taken: WarmStartStep) -> None:
+        folder.metrics.append({"warm_start": asdict(taken)})
+        if taken.step % settings.check_every == 0:
+            print(
+                f"warm start  step {taken.step}  loss {taken.loss:.3f}  accuracy {taken.accuracy:.3f}  "
+                f"{time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+
+    with head_of_warm_start(config, model):
+        result = warm_start(
+            model,
+            tokenizer,
+            examples,
+            settings,
+            precision=session.precision,
+            probe=lambda: evaluate(sampled=False)["accuracy"],
+            on_step=report,
+            chat=config.chat_template_kwargs,
+        )
+    folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
+    place = folder.path / WARM_START
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    # An adapter remembers its base by this name.
+    model.name_or_path = model.config._name_or_path = str(place.resolve())
 
 
 def rate_share(step: int, settings: WarmStartConfig) -> float:

@@ -42,6 +42,7 @@ from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
 from recipes.training.preflight import Machine, missing
 from recipes.training.rewards import Rewards
+from recipes.training.session import Session
 from recipes.training.trainer import install_head, make_trainer
 
 TRLS_OWN = trl.GRPOConfig
@@ -88,9 +89,9 @@ def train(config, folder, impl):
         model.for_inference = functools.partial(FastBaseModel.for_inference, model)
         model._unsloth_user_float32 = True
         tokenizer = AutoTokenizer.from_pretrained(config.model.name)
-        trainer = make_trainer(
-            config, arguments, Rewards([evens], [1.0]), config.make_task(), model, tokenizer
-        )
+        rewards = Rewards([evens], [1.0])
+        session = Session(config, config.make_task(), rewards, folder, arguments, model, tokenizer)
+        trainer = make_trainer(session)
         assert not trainer.args.fp16
         assert not trainer.args.bf16
         tracker = track(trainer, folder, progress=False)

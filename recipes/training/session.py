@@ -1,0 +1,43 @@
+"""What a run consists of once it has begun, as one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.config.load import RunConfig
+from recipes.models.precision import Precision
+from recipes.tasks import Task
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.rewards import Rewards
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that has begun, or goes on: all that training takes."""
+
+    config: RunConfig
+    task: Task
+    rewards: Rewards
+    folder: RunFolder
+    arguments: Any  # the run's GRPOConfig
+    model: Any
+    tokenizer: Any
+
+    @property
+    def precision(self) -> Precision:
+        """In what everything of this run computes."""
+        return Precision.of(self.arguments)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where the training ended."""
+
+    trainer: Any
+    tracker: Any
+    finished: bool  # every step taken, the model saved and evaluated

@@ -1,0 +1,113 @@
+"""One precision from the first evaluation to the last: seen by what the model's layers compute in."""
+
+import json
+
+import pytest
+import torch
+
+import train_grpo
+from recipes.config.load import load_config
+from recipes.models.load import load
+from recipes.models.precision import Precision
+from recipes.training.evaluation import evaluate_checkpoint
+
+CONFIG = """
+model:
+  loader: scratch
+  scratch: {hidden_size: 32, layers: 1, intermediate_size: 64}
+task: {name: countdown, eval_problems: 24}
+grpo:
+  max_steps: 1
+  per_device_train_batch_size: 8
+  num_generations: 4
+  max_completion_length: 6
+  learning_rate: 1.0e-12     # the first step is taken at a rate that changes no weight
+  bf16: true
+  use_cpu: true
+run:
+  name: tiny
+  warm_start: {steps: 2, batch_size: 8, check_every: 2, target_accuracy: null}
+  evaluation: {every: 1, size: 24, batch_size: 24}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture
+def computed_in(monkeypatch):
+    """The dtypes in which linear layers multiply."""
+    seen = set()
+    # The patch compares one small loss with the model's own, in the weights' dtype and to its precision.
+    monkeypatch.setattr("memhead.integrations.transformers._check", lambda model: None)
+    original = torch.nn.Linear.forward
+
+    def forward(self, x):
+        out = original(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    return seen
+
+
+def test_everything_computes_in_bfloat16_where_training_does(path, tmp_path, computed_in):
+    command = ["--config", str(path), f"run.output_root={tmp_path}"]
+    assert train_grpo.main(command) == 0
+    assert computed_in == {torch.bfloat16}  # warm start, head check, evaluations, generation, scoring, loss
+    folder = tmp_path / "tiny"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before, after = (line for line in lines if "accuracy" in line)
+    same = {name: value for name, value in before.items() if name.startswith("accuracy")}
+    assert same == {name: after[name] for name in same}
+    computed_in.clear()
+    found = evaluate_checkpoint(load_config(path), folder / "final")
+    assert computed_in == {torch.bfloat16}
+    assert {name: found[name] for name in same} == same
+    assert json.loads((folder / "head_check.json").read_text())["precision"] == {
+        "trained_weights": "float32",
+        "frozen_weights": "none",
+        "products": "bfloat16",
+        "logits": "float32",
+    }
+
+
+def test_without_autocast_it_is_float32(path, tmp_path, computed_in):
+    assert train_grpo.main(["--config", str(path), f"run.output_root={tmp_path}", "grpo.bf16=false"]) == 0
+    assert computed_in == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "products"),
+    [(True, False, torch.bfloat16), (False, True, torch.float16), (False, False, None)],
+)
+def test_it_is_what_the_trainer_will_do(bf16, fp16, products):
+    class Arguments:
+        pass
+
+    Arguments.bf16, Arguments.fp16 = bf16, fp16
+    precision = Precision.of(Arguments)
+    assert precision.products == products
+    with precision.autocast("cpu"):
+        assert torch.is_autocast_enabled("cpu") == (products is not None)
+        if products is not None:
+            assert torch.get_autocast_dtype("cpu") == products
+
+
+def test_weights_that_are_trained_are_float32_unless_asked_otherwise(path, tmp_path):
+    config = load_config(path)
+    model, tokenizer = load(config.model, config.make_task(), 0)
+    half = tmp_path / "half"
+    model.bfloat16().save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    saved = {"model.loader": "transformers", "model.name": half, "model.scratch": "null"}
+    dtypes = {}
+    for name, more in {"full": [], "lora": ["lora={}"], "asked": ["model.dtype=bfloat16"]}.items():
+        settings = [f"{key}={value}" for key, value in saved.items()]
+        chosen = load_config(path, [*settings, "run.warm_start=null", *more])
+        dtypes[name] = load(chosen.model, chosen.make_task(), 0, lora=chosen.lora)[0].dtype
+    assert dtypes == {"full": torch.float32, "lora": torch.bfloat16, "asked": torch.bfloat16}
