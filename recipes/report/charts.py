@@ -194,11 +194,16 @@ def _policy() -> Iterator[_Quantity]:
 
 
 def _tokens() -> Iterator[_Quantity]:
-    yield "Tokens a second", "of the whole step", "", [_Series("tokens/s", _at("tokens", "per_second"))]
+    yield (
+        "Tokens a second",
+        "real ones, from sampling to backward",
+        "",
+        [_Series("tokens/s", _at("tokens", "per_second"))],
+    )
     kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
-    yield "Tokens a step", "computed, and those that are no padding or repeat", "", kinds
+    yield "Tokens a step", "of all rows; computed with a gradient", "", kinds
     share = _Series("left out", _at("tokens", "left_out_share"))
-    yield "Left out", "share of completion tokens without a gradient", "%", [share]
+    yield "Left out", "share of completions without a gradient", "%", [share]
 
 
 def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterator[Lines]:
