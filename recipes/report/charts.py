@@ -128,7 +128,10 @@ def _trl(name: str) -> Read:
 
 
 def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list[Chart]:
-    """What was learned, what became of the policy, what it cost. plan: a run folder's plan.json, for one run alone."""
+    """What was learned, what became of the policy, what it cost.
+
+    plan: a run folder's plan.json, the fields of `recipes.plan.plan.Memory`; it is drawn for one run alone.
+    """
     records = [record for run in runs.values() for record in run]
     quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
     return [*_drawn(runs, quantities), *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
