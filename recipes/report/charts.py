@@ -128,7 +128,10 @@ def _trl(name: str) -> Read:
 
 
 def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list[Chart]:
-    """What was learned, what became of the policy, what it cost. plan: a run folder's plan.json, for one run alone."""
+    """What was learned, what became of the policy, what it cost.
+
+    plan: a run folder's plan.json, the fields of `recipes.plan.plan.Memory`; it is drawn for one run alone.
+    """
     records = [record for run in runs.values() for record in run]
     quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
     return [*_drawn(runs, quantities), *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
@@ -194,11 +197,16 @@ def _policy() -> Iterator[_Quantity]:
 
 
 def _tokens() -> Iterator[_Quantity]:
-    yield "Tokens a second", "of the whole step", "", [_Series("tokens/s", _at("tokens", "per_second"))]
+    yield (
+        "Tokens a second",
+        "real ones, from sampling to backward",
+        "",
+        [_Series("tokens/s", _at("tokens", "per_second"))],
+    )
     kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
-    yield "Tokens a step", "computed, and those that are no padding or repeat", "", kinds
+    yield "Tokens a step", "of all rows; computed with a gradient", "", kinds
     share = _Series("left out", _at("tokens", "left_out_share"))
-    yield "Left out", "share of completion tokens without a gradient", "%", [share]
+    yield "Left out", "share of completions without a gradient", "%", [share]
 
 
 def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterator[Lines]:

@@ -272,7 +272,7 @@ def _colour(number: int) -> str:
     return f"#a1b2d{number % COLOURS}"
 
 
-def _number(value: float, digits: int = 4) -> str:
+def _number(value: float, digits: int = 6) -> str:
     """A number in as few characters as it takes; `digits` that count, or the whole part where that has more."""
     scale, name = next((found for size, found in _SCALES.items() if abs(value) >= size), (1.0, ""))
     value /= scale

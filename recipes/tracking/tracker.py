@@ -44,6 +44,12 @@ _NAMES = {  # TRL's name of a metric -> ours
     "learning_rate": "learning_rate",
     "epoch": "epoch",
 }
+_TOKENS = {  # the packed step's name of a metric -> ours, below "tokens"
+    "step/tokens_computed": "computed",
+    "step/tokens_real": "real",
+    "step/left_out": "left_out_share",
+    "step/tokens_per_second": "per_second",
+}
 
 
 def track(
@@ -202,11 +208,13 @@ def _record(step: int, logs: dict[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step}
     rest: dict[str, Any] = {}
     record.update({ours: logs[name] for name, ours in _NAMES.items() if name in logs})
+    if tokens := {ours: logs[name] for name, ours in _TOKENS.items() if name in logs}:
+        record["tokens"] = tokens
     rewards = {}
     for name, value in logs.items():
         if name.startswith("rewards/") and name.endswith("/mean"):
             rewards[name.removeprefix("rewards/").removesuffix("/mean")] = value
-        elif name not in _NAMES and name != "step" and not name.startswith(("time/", "memory/")):
+        elif name not in {*_NAMES, *_TOKENS, "step"} and not name.startswith(("time/", "memory/")):
             rest[name] = value
     return {**record, "rewards": rewards, "trl": rest}
 

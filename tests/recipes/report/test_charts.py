@@ -89,7 +89,7 @@ def test_memory_stands_beside_the_plan(records):
 
 def test_the_plan_is_found_by_its_own_names_of_the_phases(records):
     config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
-    planned = plan(config).phases
+    planned = plan(config).memory.phases
     (chart,) = [chart for chart in charts({"a": records}, {"phases": planned}) if isinstance(chart, Peaks)]
     assert dict(zip(chart.phases, chart.planned)) == {
         "generation": planned["generation"] / 2**20,

@@ -43,8 +43,8 @@ def run(tmp_path_factory):
         r=4
     ).peft_config()  # with adapters the reference policy, for beta, needs no second model
     settings = {"beta": 0.04, "gradient_accumulation_steps": 2, "peft_config": adapters}
-    with memhead_trl.install():
-        yield recorded_run(tmp_path_factory.mktemp("runs"), **settings)
+    with memhead_trl.install():  # for the run alone: other tests install it anew
+        return recorded_run(tmp_path_factory.mktemp("runs"), **settings)
 
 
 def test_one_line_a_step_with_every_figure(run):

@@ -42,6 +42,11 @@ def test_leaves_a_whole_run_folder(tmp_path, capsys):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all("accuracy" in lines[step] for step in (0, 2, 3))
     assert set(lines[1]["rewards"]) == {"correct", "well_formed"}
+    for line in lines[1:]:
+        tokens = line["tokens"]
+        assert set(tokens) == {"computed", "real", "left_out_share", "per_second"}
+        assert 0 < tokens["computed"] <= tokens["real"]
+        assert not any(name.startswith("step/") for name in line["trl"])
     for name in ("config.yaml", "environment.json", "warm_start.json", "completions.jsonl", "report.png"):
         assert (folder / name).stat().st_size > 0
     assert json.loads((folder / "head_check.json").read_text())["passed"]
