@@ -173,6 +173,23 @@ def test_a_batch_with_one_that_hangs_keeps_the_others_verdicts():
     verifier.close()
 
 
+class Silent:
+    """Never has a verdict in time."""
+
+    def same(self, gold, completion):
+        return None
+
+    same_answer = same
+
+
+def test_no_verdict_in_time_is_neither_right_nor_a_reward():
+    task = make(dataset="none")
+    task.__dict__["_verifier"] = Silent()
+    assert task.is_correct(r"\boxed{7}", {"answer": "7"}) is False
+    assert task.is_correct_lenient(r"\boxed{7}", {"answer": "7"}) is False
+    assert task.correctness([r"\boxed{7}", "7"], answer=["7", "7"]) == [None, 0.0]
+
+
 def test_ctrl_c_for_the_whole_group_does_not_reach_the_process(verifier):
     assert verifier.same_answer("7", "7.0") is True
     process = verifier._process

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -30,6 +31,7 @@ from recipes.rewards.signs import Signs
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
 from recipes.rewards.verdicts import judge_all
 from recipes.tasks.gsm8k import Gsm8k
+from recipes.training.callbacks import SaySigns
 
 ROWS = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
 KNOWN = Gsm8k(Gsm8k.Options(), 0).rewards
@@ -408,3 +410,11 @@ def test_a_reward_constant_from_the_start_is_named():
             if step == 5
             else []
         )
+
+
+def test_the_trainers_logs_reach_the_terminal(capsys):
+    callback = SaySigns()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2)
+    for _ in range(2):
+        callback.on_log(None, state, None, logs=logs(frac_reward_zero_std=1.0))
+    assert capsys.readouterr().out.count("within each group all completions earned the same") == 1
