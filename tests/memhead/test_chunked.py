@@ -305,7 +305,7 @@ def test_float16_products_of_a_gpu_do_not_flush_small_gradients(monkeypatch, ups
     by_logits = torch.randn(9, 53) * upstream * torch.logspace(0, -3, 9)[:, None]
     weight_grad, bias_grad = torch.zeros(53, 12), torch.zeros(53)
     by_hidden = _fold_gradient(
-        by_logits, head.hidden, head.weight, weight_grad, bias_grad, torch.empty(9, 12)
+        by_logits, head.hidden, head.weight, torch.float16, weight_grad, bias_grad, torch.empty(9, 12)
     )
     for row, expected in zip(by_hidden, by_logits @ head.weight.float(), strict=True):
         assert relative_error(row, expected) < 2e-3
