@@ -106,5 +106,5 @@ def full_logprobs(
 
 def _entropy(logp: Tensor, *, forbidding: bool) -> Tensor:
     """(...) of log-probabilities (..., V), among which a bias may have put -inf: 0 * -inf would be NaN."""
-    finite = logp.clamp_min(torch.finfo(logp.dtype).min) if forbidding else logp
+    finite = logp.clamp_min(-1e4) if forbidding else logp  # exp(-1e4) is 0 in every dtype
     return -(logp.exp() * finite).sum(-1)

@@ -58,8 +58,11 @@ def install(
         raise RuntimeError(
             f"trl {trl.__version__} has no fused head to replace; memhead needs trl>=1.15: pip install -U trl"
         )
-    if (installed := _installed()) is not None:
-        raise ValueError(f"impl={installed.impl!r} is installed in TRL already; call uninstall() first")
+    if (handle := installed()) is not None:
+        raise ValueError(
+            f"impl={handle.impl!r} is installed in TRL already; call uninstall() of its handle first, which "
+            "memhead.integrations.trl.installed() returns"
+        )
     original = utils._ChunkedLogProbFunction
     refuse_lora_again = allow_lora_head() if impl != "trl" else None
 
@@ -88,11 +91,11 @@ def install(
     return handle
 
 
-def uninstall() -> None:
-    """Put back what :func:`install` replaced, for whoever has lost its handle; nothing happens where it did not."""
-    handle = _installed()
-    if handle is not None:
-        handle.uninstall()
+def installed() -> Handle | None:
+    """The handle of what :func:`install` put into TRL, for whoever has lost it; ``None`` where nothing is."""
+    from trl.trainer import utils
+
+    return getattr(getattr(utils, "_ChunkedLogProbFunction", None), INSTALLED, None)
 
 
 def name_handle(handle: Handle) -> None:
@@ -100,12 +103,6 @@ def name_handle(handle: Handle) -> None:
     from trl.trainer import utils
 
     setattr(utils._ChunkedLogProbFunction, INSTALLED, handle)
-
-
-def _installed() -> Handle | None:
-    from trl.trainer import utils
-
-    return getattr(getattr(utils, "_ChunkedLogProbFunction", None), INSTALLED, None)
 
 
 def _memhead_apply(

@@ -103,11 +103,6 @@ def install(
     return handle
 
 
-def uninstall() -> None:
-    """See :func:`memhead.integrations.trl.uninstall`; both places are given back."""
-    memhead_trl.uninstall()
-
-
 class _SharedHandle(Handle):
     """Counts the calls of TRL's slot among its own."""
 

@@ -109,12 +109,12 @@ def test_a_second_installation_is_refused():
     assert trl.trainer.utils._ChunkedLogProbFunction is before
 
 
-def test_uninstall_without_the_handle():
-    before = trl.trainer.utils._ChunkedLogProbFunction
-    memhead_trl.uninstall()  # nothing to do
-    memhead_trl.install()
-    memhead_trl.uninstall()
-    assert trl.trainer.utils._ChunkedLogProbFunction is before
+def test_a_lost_handle_is_found():
+    assert memhead_trl.installed() is None
+    handle = memhead_trl.install()
+    assert memhead_trl.installed() is handle
+    handle.uninstall()
+    assert memhead_trl.installed() is None
 
 
 def test_an_installation_that_fails_leaves_nothing_behind(monkeypatch):
