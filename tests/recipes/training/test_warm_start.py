@@ -181,6 +181,19 @@ def test_evaluation_of_nothing_is_an_error(loaded):
         complete(by_transformers(*loaded), [], Sampling(4))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "scale"),
+    [("lm_head_multiplier", 0.5, 0.5), ("logit_scale", 0.25, 0.25), ("logits_scaling", 4.0, 0.25)],
+)
+def test_head_check_scales_logits_as_the_architecture_does(loaded, attribute, value, scale):
+    """Falcon-H1, Cohere and Granite, by the names in their configurations."""
+    model, tokenizer = loaded
+    setattr(model.config, attribute, value)
+    found = check_head(model, tokenizer, ["357>26="])
+    assert found["logit_scale"] == scale
+    assert found["passed"]
+
+
 def test_head_check_passes_and_finds_a_wrong_head(loaded, monkeypatch):
     model, tokenizer = loaded
     found = check_head(model, tokenizer, ["357>26=", "12>"], temperature=0.7)
