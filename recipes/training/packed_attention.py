@@ -38,7 +38,7 @@ def varlen_available(device: torch.device, *, half: bool) -> bool:
 
 def use_varlen(model: Any) -> None:
     """Let ``model``'s attention take packed rows; every other call goes to the attention it had."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    for config in _configs(model):
         before = config._attn_implementation
         if before.startswith(PREFIX):
             continue
@@ -47,6 +47,17 @@ def use_varlen(model: Any) -> None:
         if before in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
         config._attn_implementation = name
+
+
+def leave_varlen(model: Any) -> None:
+    """Undo :func:`use_varlen`."""
+    for config in _configs(model):
+        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+
+
+def _configs(model: Any) -> list[Any]:
+    """Its own and its text model's, which may be the same."""
+    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
 
 
 def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:

@@ -272,6 +272,26 @@ class PackedStep(_Trainer):
 
         return Scores(unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens)
 
+    def packed_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """(B, K) by one packed forward of all rows; 0 where there is no token."""
+        lengths = measure(batch)
+        rows = lengths.completion.nonzero()[:, 0].tolist()
+        return self._score(model, batch, lengths, rows, entropy=False).logps
+
+    def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """(B, K) by TRL's forward; anything where there is no token."""
+        return super()._get_per_token_logps_and_entropies(
+            model, batch.input_ids, batch.attention_mask, batch.completion_width
+        )[0]
+
+    def give_up_packing(self) -> None:
+        """Go on as TRL's trainer: the same object, its attention as it was."""
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                packed_attention.leave_varlen(self._causal_model(model))
+        order = type(self).__mro__
+        self.__class__ = order[order.index(PackedStep) + 1]
+
     def _causal_model(self, model: Any) -> Any:
         """The causal language model in all that wraps it."""
         inner = self.accelerator.unwrap_model(model)
