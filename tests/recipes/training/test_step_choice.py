@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ def kept(tmp_path):
 )
 def test_a_packed_run_says_and_keeps_its_bins(tmp_path, capsys, overrides, budget, said):
     assert run(tmp_path, *overrides) == 0
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert re.search(r"step 1/1:.*\s[\d,]+\s+tokens/s\s+\d+\s+%\s+left\s+out\n", printed, re.DOTALL)
+    assert re.search(r"│ tokens a second +│ +[\d,]+ │ +[\d,]+ │", printed)
     step, check, tokens = kept(tmp_path)
     assert step == {"impl": "packed", "token_budget": budget}
     assert check["passed"]
