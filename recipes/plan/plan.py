@@ -21,11 +21,12 @@ from rich.table import Table
 from memhead.planning import Chunk
 from recipes.config.load import EXIT_STATUS, RunConfig
 from recipes.plan import formulas as memory
-from recipes.plan.setting import Setting, notes
+from recipes.plan.setting import Setting, notes, vllm_share
 from recipes.problems import ConfigError, Problem
 
 GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
+MOST_TOKENS = 16_384  # of a planned bin: on an H100, a 1B model's step is bound by arithmetic well below it
 FRAGMENTATION = 0.05  # share of the device that the allocator cannot use: an estimate
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CARDS = {  # MiB, as nvidia-smi gives the total
@@ -207,7 +208,8 @@ def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
     setting = Setting.of(config, device=device_bytes is not None)
     longest = None
     if device_bytes is not None and setting.complete:
-        longest = longest_completion(setting, usable(device_bytes))
+        longest = longest_completion(config, setting, usable(device_bytes))
+    setting = in_bins(config, setting, token_budget(config, setting, device_bytes))
     return Plan(
         name=config.run.name,
         setting=setting,
@@ -308,12 +310,38 @@ def store(config: RunConfig, s: Setting) -> Storage:
     )
 
 
-def longest_completion(s: Setting, available: int) -> int:
-    """The longest completion whose peak stays within `available` bytes, 0 if none; at most what the model takes."""
-    return _largest(
-        max(0, s.shape.positions - s.prompt),
-        lambda completion: measure(replace(s, completion=completion)).peak <= available,
-    )
+def longest_completion(config: RunConfig, s: Setting, available: int) -> int:
+    """The longest completion whose peak stays within `available` bytes, in the smallest bins that the run can have.
+
+    0 if none; at most what the model takes.
+    """
+
+    def peak(completion: int) -> int:
+        return measure(in_bins(config, replace(s, completion=completion), config.step.token_budget)).peak
+
+    return _largest(max(0, s.shape.positions - s.prompt), lambda completion: peak(completion) <= available)
+
+
+def token_budget(config: RunConfig, s: Setting, device_bytes: int | None) -> int | None:
+    """Tokens of the packed step's bins: `step.token_budget`, or the most that fits beside vLLM and is of use.
+
+    None where a bin is one micro-batch, with as many tokens as it has slots when padded: on a CPU, where no formula
+    covers the layers, and where no more than that fits.
+    """
+    if config.step.token_budget is not None:
+        return config.step.token_budget
+    if device_bytes is None or not s.varlen or not s.complete:
+        return None
+    planned = min(MOST_TOKENS, plan_token_budget(s, device_bytes - round(vllm_share(config) * device_bytes)))
+    return planned if planned > s.slots else None
+
+
+def in_bins(config: RunConfig, s: Setting, budget: int | None) -> Setting:
+    """The setting with the bins of the packed step, where the run takes it. A micro-batch is never divided."""
+    if config.step.impl == "trl" or config.model.loader == "unsloth":
+        return s
+    least = s.slots if config.step.token_budget is None else s.packed
+    return replace(s, bin_tokens=max(least, budget or 0))
 
 
 def plan_token_budget(s: Setting, device_bytes: int) -> int:

@@ -39,6 +39,17 @@ class Setting:
         return self.prompt + self.completion
 
     @property
+    def slots(self) -> int:
+        """Of one padded micro-batch."""
+        return self.sequences * self.length
+
+    @property
+    def packed(self) -> int:
+        """Tokens of the same, prompts counted once a group."""
+        groups, rest = divmod(self.sequences, self.generations)
+        return groups * self.group.tokens + (self.prompt + rest * (self.completion - 1) if rest else 0)
+
+    @property
     def batch(self) -> Batch:
         """One forward pass with a gradient."""
         if self.bin_tokens is None:
@@ -122,8 +133,8 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
             "a few sequences at a time where memory is short is not counted"
         )
     if model.fast_inference or grpo.get("use_vllm"):
-        share = model.gpu_memory_utilization or grpo.get("vllm_gpu_memory_utilization") or 0.3
-        sleeps = model.vllm_standby or grpo.get("vllm_enable_sleep_mode")
+        share = _vllm_reserves(config)
+        sleeps = _vllm_sleeps(config)
         meanwhile = "it frees the cache" if sleeps else "it keeps both: training must fit beside them"
         found.append(
             f"vLLM takes up to {share:.0%} of the device for weights and KV cache, under Unsloth the weights that are "
@@ -132,6 +143,22 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
     if config.head.impl == "trl":
         found.append("head.impl: trl is counted as memhead; both hold one chunk of logits")
     return found
+
+
+def vllm_share(config: RunConfig) -> float:
+    """What vLLM holds of the device while the model trains, 0 to 1: nothing if it sleeps or is a server elsewhere."""
+    here = config.model.fast_inference or (
+        config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server"
+    )
+    return _vllm_reserves(config) if here and not _vllm_sleeps(config) else 0.0
+
+
+def _vllm_reserves(config: RunConfig) -> float:
+    return config.model.gpu_memory_utilization or config.grpo.get("vllm_gpu_memory_utilization") or 0.3
+
+
+def _vllm_sleeps(config: RunConfig) -> bool:
+    return bool(config.model.vllm_standby or config.grpo.get("vllm_enable_sleep_mode"))
 
 
 def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:

@@ -25,7 +25,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
     before and after: all figures of the evaluation before training, and of the last one. reward first and last are
     means over a tenth of the logged steps that have one (at least one), since one batch says little. seconds: summed
-    by phase over all steps. memory: MiB by phase and figure, the peak over the run.
+    by phase over all steps. memory: MiB by phase and figure, the peak over the run. tokens: those of a step (computed,
+    real, per_second) and the share of completions left out, as means: of all steps, and of the first and last as above;
+    empty where TRL's step ran.
     """
     logged = logged_steps(records)
     rewarded = [record for record in logged if record.get("reward") is not None]
@@ -55,6 +57,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "reward_window": few,
         "rewards_first": _means([record.get("rewards") or {} for record in first]),
         "rewards_last": _means([record.get("rewards") or {} for record in last]),
+        "tokens": _mean_tokens(logged),
+        "tokens_first": _mean_tokens(first),
+        "tokens_last": _mean_tokens(last),
         "seconds": {phase: value for phase, value in seconds.items() if value},
         "seconds_total": sum(seconds.values()),
         "memory": memory,
@@ -65,6 +70,10 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith(_EVALUATED)}
+
+
+def _mean_tokens(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    return _means([record.get("tokens") or {} for record in records])
 
 
 def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
@@ -91,7 +100,17 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         (f"  {name}", format_figure(first.get(name)), format_figure(last.get(name)))
         for name in {**first, **last}
     ]
+    shown = [tokens_in_words(summary[f"tokens_{end}"]) for end in ("first", "last")]
+    rows += [(name, *(found.get(name, "–") for found in shown)) for name in {**shown[0], **shown[1]}]
     return Table(("", "before", "after"), rows)
+
+
+def tokens_in_words(tokens: dict[str, float | None]) -> dict[str, str]:
+    """Of a record's or a summary's tokens the two figures that are shown, by name; nothing of nothing."""
+    rate, share = tokens.get("per_second"), tokens.get("left_out_share")
+    if rate is None or share is None:
+        return {}
+    return {"tokens a second": f"{rate:,.0f}", "completions left out": f"{100 * share:.0f} %"}
 
 
 def by_phase(summary: dict[str, Any]) -> Table:
@@ -128,6 +147,7 @@ def _main_figures(summary: dict[str, Any]) -> dict[str, str]:
         "reward, last tenth": format_figure(summary["reward_last"]),
         "training time": f"{summary['seconds_total']:.1f} s",
         "time a step": f"{summary['seconds_total'] / steps:.3f} s" if steps else "–",
+        **tokens_in_words(summary["tokens"]),
         f"highest {MEANING[figure]}": format_mib(highest_peak(summary, figure)),
     }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from recipes.tracking import escape
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import before_and_after, by_phase, format_mib
+from recipes.tracking.summary import before_and_after, by_phase, format_mib, tokens_in_words
 
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
@@ -27,6 +27,7 @@ class Progress:
         self._total = 0
         self._reward = self._accuracy = self._memory = "–"
         self._peak = 0.0
+        self._tokens = ""
 
     def start(self, step: int, total: int) -> None:
         """Begins at `step` of `total` optimizer steps."""
@@ -63,6 +64,9 @@ class Progress:
             self._reward = f"{record['reward']:.3f}"
         self._peak = max([self._peak, *(peak for peak in peaks if peak is not None)])
         self._memory = format_mib(self._peak) if self._peak else "–"
+        if tokens := tokens_in_words(record.get("tokens") or {}):
+            rate, left_out = tokens.values()
+            self._tokens = f"  {rate} tokens/s  {left_out} left out"
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures())
         elif step % max(1, self._total // _PLAIN_LINES) == 0 or step == self._total:
@@ -76,11 +80,11 @@ class Progress:
             self._bar = None
 
     def _figures(self) -> str:
-        return f"reward {self._reward}  accuracy {self._accuracy}  peak {self._memory}"
+        return f"reward {self._reward}  accuracy {self._accuracy}  peak {self._memory}{self._tokens}"
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:
-    """The final table: accuracy and reward before and after, time and peak memory by phase, the folder."""
+    """The final table: accuracy, reward and tokens before and after, time and peak memory by phase, the folder."""
     console = console or Console()
     title = f"{folder.path.name}: {summary['steps']} steps"
     console.print(replace(before_and_after(summary), title=title).terminal())

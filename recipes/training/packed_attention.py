@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -36,7 +38,7 @@ def varlen_available(device: torch.device, *, half: bool) -> bool:
 
 def use_varlen(model: Any) -> None:
     """Let ``model``'s attention take packed rows; every other call goes to the attention it had."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    for config in _configs(model):
         before = config._attn_implementation
         if before.startswith(PREFIX):
             continue
@@ -45,6 +47,17 @@ def use_varlen(model: Any) -> None:
         if before in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
         config._attn_implementation = name
+
+
+def leave_varlen(model: Any) -> None:
+    """Undo :func:`use_varlen`."""
+    for config in _configs(model):
+        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+
+
+def _configs(model: Any) -> list[Any]:
+    """Its own and its text model's, which may be the same."""
+    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
 
 
 def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
@@ -120,10 +133,35 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rows = query[0].transpose(0, 1).contiguous()  # (T, heads, D)
-    seen_keys, seen_values = (x[0].transpose(0, 1).index_select(0, keys.keys) for x in (key, value))
+    seen_keys, seen_values = (gather(x[0].transpose(0, 1), keys) for x in (key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out: Any = varlen_attn(  # a tensor, unless more is asked for
         rows, seen_keys, seen_values, keys.query_ends, keys.key_ends, keys.longest_query, keys.longest_keys,
         scale=scaling, window_size=window,
     )  # fmt: skip
     return out[None]
+
+
+def gather(tokens: Tensor, keys: VarlenKeys) -> Tensor:
+    """``tokens`` (T, heads, D), each as often as segments see it: (T_k, heads, D).
+
+    The gradient of a token is the sum over its copies, in float32 where they have 16 bits, and in the same order every
+    time; that of torch's own ``index_select`` rounds after each addition, and atomics leave the order to chance.
+    """
+    gathered: Tensor = _Gather.apply(tokens, keys)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, keys: VarlenKeys) -> Tensor:
+        ctx.keys = keys
+        return tokens.index_select(0, keys.keys)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # (T_k, heads, D)
+        keys = ctx.keys
+        # A bag is summed by one thread a column, in float32, and rounded once.
+        summed = embedding_bag(keys.copies, gradient.flatten(1), keys.copies_begin, mode="sum")
+        return summed.view(-1, *gradient.shape[1:]), None

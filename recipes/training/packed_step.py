@@ -47,13 +47,21 @@ class Scores(NamedTuple):
 
 
 class PackedStep(_Trainer):
-    """To be put before TRL's trainer: :func:`packed`."""
+    """To be put before TRL's trainer: :func:`packed`.
+
+    Args:
+        token_budget: tokens of a bin, whatever it takes. None for ``planned_tokens``, or as many as a micro-batch has
+            slots when padded if that is more.
+    """
 
     vllm_importance_sampling_correction: bool
 
-    def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, token_budget: int | None = None, planned_tokens: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._token_budget = token_budget
+        self._planned_tokens = planned_tokens
         self._rollout: Rollout | None = None
         self._place = 0  # of the next micro-batch in its accumulation window
         self._scores: Scores | None = None  # for the loss that TRL is about to compute
@@ -91,7 +99,9 @@ class PackedStep(_Trainer):
         )  # of window, or rollout
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
-            self._rollout = Rollout.shuffled(sampled, count, self._only_by_advantage(), self._token_budget)
+            self._rollout = Rollout.shuffled(
+                sampled, count, self._only_by_advantage(), self._token_budget, self._planned_tokens
+            )
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:
             self._rollout.plan(range(index, end))
@@ -209,7 +219,8 @@ class PackedStep(_Trainer):
         lengths = measure(batch)
         order = lengths.group.argsort(stable=True)
         rows = order[lengths.completion[order] > 0].tolist()
-        budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
+        slots = (batch_size or len(rows)) * input_ids.shape[1]
+        budget = self._token_budget or max(self._planned_tokens, slots)
         bins = plan_bins(lengths, [[r] for r in rows], budget) or [range(0)]
         found = [
             self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
@@ -260,6 +271,26 @@ class PackedStep(_Trainer):
             return flat.view(shape)
 
         return Scores(unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens)
+
+    def packed_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """(B, K) by one packed forward of all rows; 0 where there is no token."""
+        lengths = measure(batch)
+        rows = lengths.completion.nonzero()[:, 0].tolist()
+        return self._score(model, batch, lengths, rows, entropy=False).logps
+
+    def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """(B, K) by TRL's forward; anything where there is no token."""
+        return super()._get_per_token_logps_and_entropies(
+            model, batch.input_ids, batch.attention_mask, batch.completion_width
+        )[0]
+
+    def give_up_packing(self) -> None:
+        """Go on as TRL's trainer: the same object, its attention as it was."""
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                packed_attention.leave_varlen(self._causal_model(model))
+        order = type(self).__mro__
+        self.__class__ = order[order.index(PackedStep) + 1]
 
     def _causal_model(self, model: Any) -> Any:
         """The causal language model in all that wraps it."""

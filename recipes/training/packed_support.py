@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 
 # Attention over whole prefixes alone, relative positions, nothing that a batch or a row's length changes. Each is
 # tested against TRL's padded way in float64 (tests/recipes/training/test_packed_step.py).
@@ -16,22 +18,41 @@ ARCHITECTURES = frozenset(
     }
 )  # fmt: skip
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # whose angles depend on the longest row of a batch
+_IMAGES = {"image", "images"}  # columns that TRL's trainer knows
 _LARGEST_HEAD = 256  # of torch's varlen attention
+_LOOPS = (
+    "tools",
+    "rollout_func",
+    "environment_factory",
+)  # TRL's ways to write into a completion from outside
 
 
-def why_not(model: Any, arguments: Any, lora: Any, *, varlen: bool) -> str | None:
+def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
     """The reason not to pack, or None.
 
     Args:
-        model: a causal language model of transformers, or one with adapters.
-        arguments: TRL's GRPOConfig.
-        lora: PEFT's LoraConfig of adapters that the trainer will put on, or None.
+        given: what TRL's GRPOTrainer is made with: ``model``, ``args`` and what else there is. ``peft_config`` stands
+            for adapters that the trainer will put on.
         varlen: one row with variable-length attention; else a row a group with a dense mask.
     """
-    return next(_reasons(model, arguments, lora, varlen), None)
+    reasons = (_of_the_run(given), _of_the_model(given["model"], given.get("peft_config"), varlen))
+    return next(chain(*reasons), None)
 
 
-def _reasons(model: Any, arguments: Any, lora: Any, varlen: bool) -> Iterator[str]:
+def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
+    if (processes := given["args"].world_size) > 1:
+        yield f"{processes} processes would plan their bins apart from each other"
+    if (cards := given["args"].n_gpu) > 1:
+        yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
+    for name in _LOOPS:
+        if given.get(name):
+            yield f"{name} writes tokens into completions that the policy did not sample, which has not been tested"
+    columns = set(getattr(given.get("train_dataset"), "column_names", None) or ())
+    if isinstance(given.get("processing_class"), ProcessorMixin) or columns & _IMAGES:
+        yield "images take positions that a row of tokens does not show"
+
+
+def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
     config = model.config
     text = config.get_text_config()
     if config.model_type not in ARCHITECTURES:

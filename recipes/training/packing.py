@@ -48,6 +48,8 @@ class VarlenKeys(NamedTuple):
     key_ends: Tensor  # (S + 1,) int32, cumulative
     longest_query: int
     longest_keys: int
+    copies: Tensor  # (T_k,) where in `keys` each token stands, token by token: the inverse of `keys`
+    copies_begin: Tensor  # (T,) int64, where those of a token begin
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,16 @@ def _varlen(
     segment, offset = _spread(count)
     of_prompt = prompt_slot[group][segment] + offset
     of_itself = slot[segment] + offset - shared[segment]
+    keys = torch.where(offset < shared[segment], of_prompt, of_itself)
+    times = keys.bincount()  # every token is a key of its own segment
     return VarlenKeys(
-        keys=torch.where(offset < shared[segment], of_prompt, of_itself),
+        keys=keys,
         query_ends=_ends(length),
         key_ends=_ends(count),
         longest_query=int(length.max()),
         longest_keys=int(count.max()),
+        copies=keys.argsort(stable=True),
+        copies_begin=times.cumsum(0) - times,
     )
 
 

@@ -34,13 +34,14 @@ class Rollout:
 
     @classmethod
     def shuffled(
-        cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None
+        cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None, planned: int = 0
     ) -> Rollout:
         """``count`` micro-batches of whole groups, in random order, as far as groups fit.
 
         Args:
             only_by_advantage: rows whose advantage is zero need not be computed.
-            budget: None for as many tokens as a micro-batch has slots when padded, which is what fits TRL's way.
+            budget: tokens of a bin. None for ``planned``, or as many as a micro-batch has slots when padded if that
+                is more: what fits TRL's way.
         """
         from trl.trainer.utils import split_tensor_dict
 
@@ -55,7 +56,7 @@ class Rollout:
         if only_by_advantage:
             live &= (moved["advantages"].reshape(len(order), -1) != 0).any(1).cpu()
         if budget is None:
-            budget = padded(moved).input_ids.numel() // count
+            budget = max(planned, padded(moved).input_ids.numel() // count)
         return cls(moved, split_tensor_dict(moved, count), lengths, live, budget)
 
     @property

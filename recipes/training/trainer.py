@@ -9,6 +9,7 @@ from memhead.integrations.handle import Handle
 from recipes.config.load import RunConfig
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import Session
+from recipes.training.step_choice import trainer_with_step
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -47,41 +48,25 @@ def count_calls(handle: Handle, folder: RunFolder) -> None:
 
 
 def make_trainer(session: Session) -> Any:
-    """The session's trainer; its GRPOConfig gets the rewards' weights."""
+    """The session's trainer; its GRPOConfig gets the rewards' weights.
+
+    Raises ConfigError for a step that was asked for by name and is not exact.
+    """
     config, arguments, model = session.config, session.arguments, session.model
     arguments.reward_weights = session.rewards.weights
     unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
     adapters = config.lora.peft_config() if config.lora is not None and not unsloth else None
-    trainer_class, options = _step(config, arguments, model, adapters)
-    trainer = trainer_class(
-        model=model,
-        processing_class=session.tokenizer,
-        args=arguments,
-        train_dataset=session.task.train,
-        reward_funcs=session.rewards.functions,
-        peft_config=adapters,
-        **options,
-    )
+    given = {
+        "model": model,
+        "processing_class": session.tokenizer,
+        "args": arguments,
+        "train_dataset": session.task.train,
+        "reward_funcs": session.rewards.functions,
+        "peft_config": adapters,
+    }
+    trainer = trainer_with_step(session, given)
     if unsloth and "ref" in getattr(model, "peft_config", {}):
         # TRL's trainer copies adapters that a model comes with, as reference. These are new: without them is the
         # same. And of a checkpoint with a copy transformers resumes the copy alone.
         model.delete_adapter("ref")
     return trainer
-
-
-def _step(config: RunConfig, arguments: Any, model: Any, adapters: Any) -> tuple[type, dict[str, Any]]:
-    """The trainer's class by `step.impl`, and what it takes beside TRL's arguments. Says so where it cannot pack."""
-    import trl
-
-    if config.step.impl == "trl" or config.model.loader == "unsloth":  # whose trainer has a step of its own
-        return trl.GRPOTrainer, {}
-    from recipes.training.packed_attention import varlen_available
-    from recipes.training.packed_step import packed
-    from recipes.training.packed_support import half_precision, why_not
-
-    varlen = varlen_available(arguments.device, half=half_precision(model, arguments))
-    reason = why_not(model, arguments, adapters, varlen=varlen)
-    if reason is not None:
-        print(f"step.impl: packed would not be exact, so TRL's step is used: {reason}", flush=True)
-        return trl.GRPOTrainer, {}
-    return packed(trl.GRPOTrainer), {"token_budget": config.step.token_budget}

@@ -103,6 +103,7 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
                 "grpo": grpo,
                 "lora": {"r": 16, "alpha": 16, "target_modules": adapted},
                 "head": {"impl": row["head"]},
+                "step": {"impl": "trl"},
             }
         )
     )
@@ -312,10 +313,12 @@ def test_a_saved_head_has_a_copy_a_gradient_and_states():
     assert trained.peak >= frozen.peak + 4 * head
 
 
+ONE_B = ROOT / "configs" / "llama3.2_1b_gsm8k.yaml"
+
+
 def in_bins(tokens, *overrides):
     """Setting of the 1B run: 4 groups sampled at a time, each of 8 completions of 512 tokens on a prompt of 256."""
-    found = plan(load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", overrides), 24 * GIB).setting
-    return replace(found, bin_tokens=tokens)
+    return replace(plan(load_config(ONE_B, overrides), 24 * GIB).setting, bin_tokens=tokens)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +343,51 @@ def test_the_token_budget_has_bounds():
     assert plan_token_budget(s, 3 * GIB) == 0
     with pytest.raises(ValueError, match=r"gpt2; set step\.token_budget"):
         plan_token_budget(replace(s, shape=replace(s.shape, layer=None, kind="gpt2")), 80 * GIB)
+
+
+def bin_of(device, *overrides):
+    return plan(load_config(ONE_B, overrides), device).setting.bin_tokens
+
+
+def test_a_run_takes_the_largest_bin_that_fits_and_is_of_use():
+    assert bin_of(80 * GIB) == 16384
+    planned = bin_of(6 * GIB)
+    assert 8 * 768 < planned < 16384
+    assert plan(load_config(ONE_B), 6 * GIB).peak <= usable(6 * GIB)
+    assert bin_of(3 * GIB) == 8 * 768  # not even a micro-batch fits, and it is never divided
+    assert plan(load_config(ONE_B), 3 * GIB).fits is False
+
+
+def test_a_run_takes_the_bins_it_is_told_to():
+    assert bin_of(80 * GIB, "step.token_budget=9000") == 9000
+    assert bin_of(80 * GIB, "step.token_budget=100") == 256 + 8 * 511  # one group, which is not divided
+    assert bin_of(80 * GIB, "step.token_budget=100", "grpo.per_device_train_batch_size=12") == (
+        2 * 256 + 12 * 511
+    )
+    assert bin_of(80 * GIB, "step.impl=trl") is None
+
+
+def test_bins_leave_room_for_a_vllm_that_stays():
+    beside = ["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.5"]
+    assert bin_of(10 * GIB, *beside) == bin_of(5 * GIB)
+    assert bin_of(10 * GIB, *beside, "grpo.vllm_enable_sleep_mode=true") == bin_of(10 * GIB)
+    assert bin_of(10 * GIB, "grpo.use_vllm=true", "grpo.vllm_mode=server") == bin_of(10 * GIB)
+
+
+def test_a_bin_is_one_micro_batch_where_nothing_can_be_planned(tmp_path):
+    quickstart = plan(load_config(QUICKSTART)).setting
+    assert quickstart.bin_tokens == quickstart.sequences * quickstart.length
+    assert bin_of(80 * GIB, "model.attn_implementation=eager") == 8 * 768
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "tokens", "measured"), [(200, 204, 16000, 30.7), (256, 256, 12000, 23.6)]
+)
+def test_a_bin_against_what_an_h100_measured(prompt, completion, tokens, measured):
+    """benchmarks/packed_gpu.py with torch 2.11: LoRA on every linear layer of the 1B architecture."""
+    s = in_bins(tokens, "model.gradient_checkpointing=false", "lora.r=16")
+    peak = measure(replace(s, prompt=prompt, completion=completion, sampled=0)).peak / GIB
+    assert peak == pytest.approx(measured, rel=0.05)
 
 
 def test_a_bin_of_as_many_tokens_takes_no_more_than_a_padded_batch():

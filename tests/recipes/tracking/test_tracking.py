@@ -16,7 +16,7 @@ from recipes.tracking import reporters as trackers
 from recipes.tracking.files import LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import summarize
+from recipes.tracking.summary import before_and_after, main_figures, summarize
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.callbacks import AccuracyEvery
 
@@ -278,6 +278,23 @@ def test_a_step_with_a_null_reward_keeps_its_seconds_and_memory():
     assert (summary["steps"], summary["seconds"]) == (3, {"forward": 6.0})
     assert summary["memory"] == {"forward": {"tensor_peak_mib": 30.0}}
     assert (summary["reward_first"], summary["reward_last"]) == (0.25, 0.75)
+
+
+def test_the_packed_steps_tokens_are_in_the_table_of_the_run_and_of_several():
+    def step(number, rate, share):
+        tokens = {"computed": 600.0, "real": 1000.0, "left_out_share": share, "per_second": rate}
+        return {"step": number, "reward": 0.5, "time": {"forward": 2.0}, "tokens": tokens}
+
+    records = [{"step": 0}, *(step(n, 1000.0 * n, 0.04 * n) for n in range(1, 21))]
+    summary = summarize(records)
+    rows = {name: cells for name, *cells in before_and_after(summary).rows}
+    assert rows["tokens a second"] == ["1,500", "19,500"]
+    assert rows["completions left out"] == ["6 %", "78 %"]
+    without = summarize([{"step": 1, "reward": 0.5, "time": {"forward": 2.0}}])
+    assert not any("tokens" in name for name, *_ in before_and_after(without).rows)
+    both = {name: cells for name, *cells in main_figures([("packed", summary), ("trl", without)]).rows}
+    assert both["tokens a second"] == ["10,500", "–"]
+    assert both["completions left out"] == ["42 %", "–"]
 
 
 # Trackers

@@ -5,6 +5,8 @@ import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 
 import train_grpo
@@ -146,6 +148,43 @@ def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsy
     assert steps == [0, 1, 2, 3]
     assert "accuracy" in folder.metrics.read()[-1]
     assert (folder.final / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_stopped_half_way_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    """The same weights to the bit: the packed step keeps nothing from one generation to the next."""
+    ended = BypassGuard.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    changed = ("grpo.max_steps", "run.evaluation.every", "run.warm_start.", "run.name")
+    kept = [setting for setting in TINY if not setting.startswith(changed)]
+    settings = [
+        "grpo.max_steps=4", "grpo.gradient_accumulation_steps=2", "run.warm_start=null", "run.evaluation.every=null",
+        "run.save_every=2", "step.impl=packed", f"run.output_root={tmp_path}",
+    ]  # fmt: skip
+    whole, halves = (
+        ["--config", CONFIG, *kept, *settings, f"run.name={name}"] for name in ("whole", "halves")
+    )
+    assert train_grpo.main(whole) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(BypassGuard, "on_step_end", stop)
+        assert train_grpo.main(halves) == 130
+    assert train_grpo.main([*halves, "--resume"]) == 0
+    found, expected = (
+        [line for line in RunFolder(tmp_path / name).metrics.read() if "reward" in line]
+        for name in ("halves", "whole")
+    )
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    halves, whole = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halves", "whole")
+    )
+    start = load_file(tmp_path / "halves" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert any(not torch.equal(start[name], value) for name, value in whole.items())  # it learns
+    assert all(torch.equal(halves[name], value) for name, value in whole.items())
 
 
 def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():

@@ -1,0 +1,118 @@
+"""The step's start-up check: one real micro-batch, packed and by TRL's padded way, on the loaded model.
+
+    the packed step      -> log-probabilities, and the gradients of a few parameters
+    TRL, padded          -> the same, which the packed step is held against
+    TRL, row by row      -> the same, as a yardstick: what padding alone changes in this precision
+
+The packed step may differ from TRL's padded way by three times what TRL's rows alone do, plus a floor that depends on
+the precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.training.packed_support import half_precision
+from recipes.training.packing import PaddedBatch
+
+ALLOWANCE = 3.0
+FLOOR = {True: 0.05, False: 1e-3}  # by whether it computes in 16 bits; of both errors
+PROMPT_TOKENS = 256  # the last ones of a longer prompt
+COMPLETIONS = (1, 24, 9)  # tokens of each prompt's completions
+PARAMETERS = 8
+
+# Log-probabilities (B, K) and some parameters' gradients in one vector, both float64.
+Result = tuple[Tensor, Tensor]
+
+
+def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Compare the two on these prompts' tokens; returns the errors and ``"passed"``, for the run folder.
+
+    Args:
+        trainer: with the packed step, as it is before training.
+        prompts: token ids. Completions are made of their tokens too.
+    """
+    model = trainer.model
+    batch = micro_batch(prompts, trainer.processing_class.pad_token_id, model.device)
+    mask = batch.attention_mask[:, batch.prompt_width :]
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(mask.shape, generator=draw).to(model.device) * mask
+    parameters = _some([p for p in model.parameters() if p.requires_grad])
+
+    def result(logps_of: Callable[[Any, PaddedBatch], Tensor], part: PaddedBatch, rows: slice) -> Result:
+        with trainer.accelerator.autocast():
+            logps = logps_of(model, part) * mask[rows, : part.completion_width]
+            loss = (logps.float() * weight[rows, : part.completion_width]).sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return logps.detach().double(), torch.cat([g.detach().double().flatten() for g in flat])
+
+    was_training = model.training
+    model.train()  # as in the loss: with gradient checkpointing, if there is any
+    try:
+        everything = slice(0, len(mask))
+        padded = result(trainer.padded_logps, batch, everything)
+        packed = result(trainer.packed_logps, batch, everything)
+        alone = [
+            result(trainer.padded_logps, _row(batch, i), slice(i, i + 1)) for i in range(len(batch.input_ids))
+        ]
+    finally:
+        model.train(was_training)
+    logps = torch.zeros_like(padded[0])
+    for i, (found, _) in enumerate(alone):
+        logps[i, : found.shape[1]] = found[0]
+    by_row = logps, torch.stack([gradient for _, gradient in alone]).sum(0)
+    ours, yardstick = _errors(packed, padded, mask), _errors(by_row, padded, mask)
+    half = half_precision(model, trainer.args)
+    allowed = {name: ALLOWANCE * error + FLOOR[half] for name, error in yardstick.items()}
+    return {
+        "rows": len(mask),
+        "tokens": int(batch.attention_mask.sum()),
+        "parameters": len(parameters),
+        "packed": ours,
+        "row_by_row": yardstick,
+        "allowed": allowed,
+        "passed": all(ours[name] <= allowed[name] for name in ours),  # a NaN is not
+    }
+
+
+def micro_batch(prompts: list[list[int]], padding: int, device: Any) -> PaddedBatch:
+    """Each prompt with completions of three lengths, taken from the prompts' tokens one after another."""
+    prompts = [prompt[-PROMPT_TOKENS:] for prompt in prompts]
+    source = [token for prompt in reversed(prompts) for token in prompt]
+    width, longest = max(map(len, prompts)), max(COMPLETIONS)
+    ids, mask, begin = [], [], 0
+    for prompt in prompts:
+        for length in COMPLETIONS:
+            completion = [source[(begin + i) % len(source)] for i in range(length)]
+            left, right = width - len(prompt), longest - length
+            ids.append([padding] * left + prompt + completion + [padding] * right)
+            mask.append([0] * left + [1] * (len(prompt) + length) + [0] * right)
+            begin += length
+    return PaddedBatch(torch.tensor(ids, device=device), torch.tensor(mask, device=device), longest)
+
+
+def _row(batch: PaddedBatch, row: int) -> PaddedBatch:
+    """One row without its padding."""
+    real = batch.attention_mask[row].bool()
+    completion = int(real[batch.prompt_width :].sum())
+    return PaddedBatch(batch.input_ids[row, real][None], batch.attention_mask[row, real][None], completion)
+
+
+def _some(parameters: list[Tensor]) -> list[Tensor]:
+    """The first, the last, and some between."""
+    count = min(PARAMETERS, len(parameters))
+    return [parameters[i * (len(parameters) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _errors(found: Result, expected: Result, mask: Tensor) -> dict[str, float]:
+    """Of a log-probability, in nats, as a root mean square; of the gradient, in proportion to its norm."""
+    difference = (found[0] - expected[0]) * mask
+    return {
+        "logprob_error": float((difference.square().sum() / mask.sum()).sqrt()),
+        "gradient_error": float((found[1] - expected[1]).norm() / expected[1].norm().clamp_min(1e-30)),
+    }

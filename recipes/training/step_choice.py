@@ -1,0 +1,111 @@
+"""Which step a run takes: the packed one where it is exact, TRL's by name elsewhere. It is said, and kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recipes.config.load import RunConfig
+from recipes.models.generation import token_ids
+from recipes.problems import ConfigError, Problem
+from recipes.training.session import Session
+
+PROMPTS = 2  # of the start-up check
+
+
+def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
+    """A trainer by ``step.impl``.
+
+    Args:
+        given: what TRL's GRPOTrainer takes.
+
+    Raises ConfigError where packing was asked for by name and the start-up check finds it off.
+    """
+    import trl
+
+    config = session.config
+    if config.model.loader == "unsloth":
+        _keep(session, {"impl": "unsloth"})  # whose trainer has a step of its own
+        return trl.GRPOTrainer(**given)
+    if config.step.impl == "trl":
+        _keep(session, {"impl": "trl"})
+        return trl.GRPOTrainer(**given)
+    from recipes.training.packed_attention import varlen_available
+    from recipes.training.packed_step import packed
+    from recipes.training.packed_support import half_precision, why_not
+
+    arguments = given["args"]
+    varlen = varlen_available(arguments.device, half=half_precision(given["model"], arguments))
+    reason = why_not(given, varlen=varlen)
+    if reason is not None:
+        _fall_back(session, reason)
+        return trl.GRPOTrainer(**given)
+    budget = planned_budget(config, arguments.device)
+    asked = config.step.token_budget
+    trainer = packed(trl.GRPOTrainer)(**given, token_budget=asked, planned_tokens=budget or 0)
+    reason = _check(session, trainer)
+    if reason is not None:
+        trainer.give_up_packing()
+        if "impl" in config.step.model_fields_set:
+            raise ConfigError([Problem("step.impl", reason, "packed", "set it to trl")])
+        _fall_back(session, reason)
+        return trainer
+    if budget is None:
+        bins = "as many tokens as a padded micro-batch has slots"
+    else:
+        bins = f"{budget} tokens" + (", as told" if asked else ", planned from memory")
+    print(f"step: packed, in bins of {bins}", flush=True)
+    _keep(session, {"impl": "packed", "token_budget": budget})
+    return trainer
+
+
+def planned_budget(config: RunConfig, device: torch.device) -> int | None:
+    """Tokens of a bin, as `recipes.plan.plan.token_budget` has them, from the memory that is there for this run."""
+    from recipes.plan.plan import RESERVE, token_budget
+    from recipes.plan.setting import Setting
+
+    if config.step.token_budget is not None or device.type != "cuda":
+        return config.step.token_budget
+    try:
+        setting = Setting.of(config, device=True)
+    except ConfigError:  # no sizes to plan with
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device) + int(RESERVE)  # the plan counts CUDA's context itself
+    return token_budget(config, setting, min(total, free + ours))
+
+
+def _check(session: Session, trainer: Any) -> str | None:
+    """Why the packed step is not to be trusted with this model, or None; the figures go to head_check.json."""
+    from recipes.training.step_check import check_step
+
+    prompts = token_ids(
+        session.tokenizer,
+        session.task.held_out[:PROMPTS]["prompt"],  # or as many as there are
+        session.config.chat_template_kwargs,
+    )
+    try:
+        found = check_step(trainer, prompts)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a kernel that does not take this model's heads, or this card
+        found = {"passed": False, "error": str(error)}
+    name = "head_check.json"
+    path = session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": found})
+    if found["passed"]:
+        return None
+    if "error" in found:
+        return f"it does not run on this model: {found['error'].splitlines()[0]}"
+    return f"it disagrees with TRL's padded way on this model; {path} has the figures"
+
+
+def _fall_back(session: Session, reason: str) -> None:
+    print(f"step.impl: packed would not be exact, so TRL's step is used: {reason}", flush=True)
+    _keep(session, {"impl": "trl", "why": reason})
+
+
+def _keep(session: Session, step: dict[str, Any]) -> None:
+    """The session's step, in its environment.json."""
+    name = "environment.json"
+    session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": step})

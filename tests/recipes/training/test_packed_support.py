@@ -1,0 +1,86 @@
+"""Where the packed step is not taken, and what is said."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig
+from rollouts import SMALL, configurations, model_of
+
+from recipes.training.packed_support import ARCHITECTURES, why_not
+
+
+def given(**changes: Any) -> dict[str, Any]:
+    """A trainer's arguments that can be packed, but for `changes`."""
+    plain = {
+        "model": model_of("llama"),
+        "args": SimpleNamespace(world_size=1, n_gpu=1),
+        "train_dataset": Dataset.from_dict({"prompt": ["a"]}),
+        "peft_config": None,
+    }
+    return plain | changes
+
+
+def a_model(name: str, attention: str = "sdpa", **settings: Any) -> Any:
+    """The little of a model that is looked at."""
+    config = configurations()[name] if isinstance(name, str) else name
+    config._attn_implementation = attention
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return SimpleNamespace(config=config)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("name", configurations())
+def test_every_tested_architecture_is_packed(name, varlen):
+    assert why_not(given(model=a_model(name)), varlen=varlen) is None
+    assert {config.model_type for config in configurations().values()} == ARCHITECTURES
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": a_model(transformers.GPT2Config())}, "the architecture gpt2 is not among"),
+        ({"model": a_model("llama", rope_parameters=DYNAMIC)}, r"its rotary positions \(dynamic\) depend"),
+        ({"model": a_model("llama", attention_dropout=0.1)}, "attention_dropout is 0.1"),
+        ({"model": a_model("phi", resid_pdrop=0.2)}, "resid_pdrop is 0.2"),
+        ({"model": a_model("llama", output_router_logits=True)}, "a mixture of experts balances"),
+        ({"model": a_model("llama", "flash_attention_2")}, "flash_attention_2 takes no dense mask"),
+        ({"peft_config": LoraConfig(lora_dropout=0.05)}, "lora.dropout is 0.05"),
+        ({"peft_config": LoraConfig(use_dora=True)}, "DoRA has not been tested"),
+        ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
+        ({"args": SimpleNamespace(world_size=2, n_gpu=1)}, "2 processes would plan"),
+        ({"args": SimpleNamespace(world_size=1, n_gpu=4)}, "one process with 4 GPUs"),
+        ({"tools": [print]}, "tools writes tokens"),
+        ({"rollout_func": print}, "rollout_func writes tokens"),
+        ({"environment_factory": print}, "environment_factory writes tokens"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["a"], "image": [1]})}, "images take positions"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["a"], "images": [[1]]})}, "images take positions"),
+        ({"processing_class": object.__new__(transformers.ProcessorMixin)}, "images take positions"),
+    ],
+)  # fmt: skip
+def test_what_is_not_packed_is_named(changes, reason):
+    assert why_not(given(), varlen=False) is None
+    found = why_not(given(**changes), varlen=False)
+    assert found is not None
+    assert re.match(reason, found), found
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (a_model("gemma2", "eager"), "torch's variable-length attention has no softcap"),
+        (a_model(transformers.LlamaConfig(**SMALL, head_dim=512)), "torch's variable-length .* at most 256, not 512"),
+    ],
+)  # fmt: skip
+def test_what_variable_length_attention_does_not_compute_is_named(model, reason):
+    assert re.match(reason, why_not(given(model=model), varlen=True))
+    assert why_not(given(model=model), varlen=False) is None

@@ -1,0 +1,137 @@
+"""Which step a run takes, what it says of it, and what the run folder keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_quickstart import CONFIG, TINY
+
+import train_grpo
+from recipes.config.load import load_config
+from recipes.plan.plan import GIB, plan
+from recipes.training import step_check, step_choice
+
+ONE_B = Path(CONFIG).with_name("llama3.2_1b_gsm8k.yaml")
+
+
+def run(tmp_path, *more):
+    short = ["grpo.max_steps=1", "run.warm_start=null", "run.evaluation.every=null"]
+    changed = ("grpo.max_steps", "run.warm_start", "run.evaluation.every")
+    kept = [setting for setting in TINY if not setting.startswith(changed)]
+    return train_grpo.main(["--config", CONFIG, *kept, *short, f"run.output_root={tmp_path}", *more])
+
+
+def kept(tmp_path):
+    """The step as environment.json has it, head_check.json's figures of it, and the tokens of the last step."""
+    folder = tmp_path / "tiny"
+    environment, check = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("environment", "head_check")
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "reward" in line)
+    return environment["step"], check.get("step"), logged.get("tokens")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "budget", "said"),
+    [
+        ([], None, "step: packed, in bins of as many tokens as a padded micro-batch has slots\n"),
+        (["step.token_budget=70", "step.impl=packed"], 70, "step: packed, in bins of 70 tokens, as told\n"),
+    ],
+    ids=["default", "as told"],
+)
+def test_a_packed_run_says_and_keeps_its_bins(tmp_path, capsys, overrides, budget, said):
+    assert run(tmp_path, *overrides) == 0
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert re.search(r"step 1/1:.*\s[\d,]+\s+tokens/s\s+\d+\s+%\s+left\s+out\n", printed, re.DOTALL)
+    assert re.search(r"│ tokens a second +│ +[\d,]+ │ +[\d,]+ │", printed)
+    step, check, tokens = kept(tmp_path)
+    assert step == {"impl": "packed", "token_budget": budget}
+    assert check["passed"]
+    assert check["packed"]["gradient_error"] < 1e-4
+    assert 0 < tokens["computed"] < tokens["real"]
+
+
+def disagrees(monkeypatch):
+    monkeypatch.setattr(step_check, "check_step", lambda *a: {"passed": False, "packed": {}})
+    return "it disagrees with TRL's padded way on this model; "
+
+
+def does_not_run(monkeypatch):
+    def check(*arguments):
+        raise RuntimeError("no kernel for heads of 7\nsecond line")
+
+    monkeypatch.setattr(step_check, "check_step", check)
+    return "it does not run on this model: no kernel for heads of 7"
+
+
+@pytest.mark.parametrize("fault", [disagrees, does_not_run])
+def test_a_step_that_fails_its_check_is_trls(tmp_path, capsys, monkeypatch, fault):
+    reason = fault(monkeypatch)
+    assert run(tmp_path) == 0
+    line = f"step.impl: packed would not be exact, so TRL's step is used: {reason}"
+    assert line in capsys.readouterr().out
+    step, check, tokens = kept(tmp_path)
+    assert step["impl"] == "trl"
+    assert step["why"].startswith(reason)
+    assert not check["passed"]
+    assert tokens is None
+
+
+def test_a_step_asked_for_by_name_that_fails_its_check_is_an_error(tmp_path, capsys, monkeypatch):
+    reason = disagrees(monkeypatch)
+    assert run(tmp_path, "step.impl=packed") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"step.impl: {reason}")
+    assert error.endswith("head_check.json has the figures (value 'packed'); set it to trl\n")
+
+
+def test_a_gpu_without_memory_for_the_check_is_no_fault_of_the_step(tmp_path, monkeypatch):
+    def check(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(step_check, "check_step", check)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path)
+
+
+def test_trls_step_is_neither_checked_nor_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(step_check, "check_step")
+    assert run(tmp_path, "step.impl=trl") == 0
+    assert "step:" not in capsys.readouterr().out
+    assert kept(tmp_path) == ({"impl": "trl"}, None, None)
+
+
+@pytest.fixture
+def gpu(monkeypatch, without_unsloth):
+    """A device on which other programs hold something."""
+
+    def free(gib: float, total: float, reserved: float = 0.0) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * GIB), int(total * GIB)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved * GIB))
+        return torch.device("cuda")
+
+    return free
+
+
+def test_bins_are_planned_from_the_memory_that_is_there(gpu):
+    config = load_config(ONE_B)
+    budget = step_choice.planned_budget
+    empty = gpu(5.5, total=6)
+    assert budget(config, empty) == plan(config, 6 * GIB).setting.bin_tokens  # CUDA's context is in the plan
+    assert budget(config, gpu(3.5, total=6, reserved=2)) == budget(config, empty)  # the model is loaded
+    assert budget(config, gpu(5.25, total=80)) == budget(config, empty)  # somebody else is there
+    assert budget(config, gpu(79, total=80)) == 16384
+    assert budget(config, torch.device("cpu")) is None
+    assert budget(load_config(ONE_B, ["step.token_budget=5"]), empty) == 5
+    assert budget(load_config(ONE_B, ["model.attn_implementation=eager"]), empty) is None
+
+
+def test_a_model_whose_sizes_are_not_at_hand_has_no_plan(gpu, tmp_path):
+    elsewhere = load_config(ONE_B, [f"model.name={tmp_path}/nothing"])
+    assert step_choice.planned_budget(elsewhere, gpu(79, total=80)) is None
