@@ -223,7 +223,9 @@ def test_an_answer_that_is_no_text_is_refused_by_its_row(value, tmp_path):
     rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
     rows[2]["answer"] = value
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ConfigError, match=r"task\.answer_column: .*row 3: column 'answer' is .*; (fill|write)"):
+    with pytest.raises(
+        ConfigError, match=r"task\.answer_column: .*row 3: column 'answer' is .*; (fill|write)"
+    ):
         both_splits(make(dataset=str(file), held_out=2))
 
 
