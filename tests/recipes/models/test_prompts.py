@@ -73,6 +73,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_hostile_template_stays_in_the_sandbox(check, tmp_path, template):
-    with pytest.raises(ConfigError, match="cannot render a prompt"):
+    with pytest.raises(
+        ConfigError, match=r"cannot render a prompt \((SecurityError|OverflowError|UndefinedError)"
+    ):
         check(template.replace("MARK", str(tmp_path / "mark")))
     assert not (tmp_path / "mark").exists()
