@@ -2,7 +2,7 @@
 
 rows = read_rows("openai/gsm8k", "train", "main")      from the hub, or its cache
 rows = read_rows("../shared/data/gsm8k", "train")      a folder: train.jsonl, train.parquet or data/train-*.parquet
-rows = read_rows("problems.jsonl", "train", None, [Column("question", text)])      one file, whatever its split is called
+rows = read_rows("problems.jsonl", "train", None, [Column("n", text)])     one file, of any split
 
 Every value of the columns is looked at when it is read: what is no problem is one line with file, row and column.
 """
@@ -48,7 +48,7 @@ class Column:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where rows come from: a file, or a split of the hub's. Rows are counted from 1, in a file of lines as lines are."""
+    """A file, or a split on the hub, and its rows: counted from 1, in a file of lines as its lines are."""
 
     name: str
     rows: list[tuple[int, Any]]
