@@ -27,6 +27,7 @@ from recipes.models.generation import Generate, Sampling, by_transformers
 from recipes.models.precision import Precision
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
+from recipes.tracking.phases import in_phase
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
@@ -45,6 +46,7 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     rows: list[Row] = list(task.held_out)[: settings.size]
     length = config.completion_length
 
+    @in_phase("evaluation")
     def measure(*, sampled: bool = True) -> dict[str, Any]:
         started = time.perf_counter()
         greedy = complete(generate, rows, Sampling(length), settings.batch_size)

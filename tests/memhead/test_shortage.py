@@ -74,7 +74,7 @@ def test_the_tile_is_halved_to_its_least():
         seen.append(tile)
         tile = tile.halved()
     assert seen == [(1000, 300), (500, 300), (250, 300), (125, 300), (62, 300), (32, 300), (32, 128)]
-    assert Chunk(40, 200).halved() is None
+    assert Chunk(32, 200).halved() is None
 
 
 def test_what_no_tile_helps_is_the_callers():
