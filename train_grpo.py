@@ -188,7 +188,7 @@ def finish(session: Session, trained: Trained, command: str) -> int:
     if not _took_every_step(trainer):
         _save(trainer, folder.path / "interrupted")
     if trainer.state.log_history:
-        print(*write_measured(folder, trained.tracker.summary()), sep="\n")
+        print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
     print_summary(trained.tracker.summary(), folder)
     if trained.finished:

@@ -61,24 +61,24 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
         raise ConfigError([_no_tokenizer(config, error)]) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([_no_tokenizer(config, error)]) from error
-    rendered, error = _rendered(tokenizer, prompt, config.chat_template_kwargs)
-    if error is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
-        error = f"it leaves out what the {lost[0]} says"
-    if error is None:
+    rendered, fault = _rendered(tokenizer, prompt, config.chat_template_kwargs)
+    if fault is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
+        fault = f"it leaves out what the {lost[0]} says"
+    if fault is None:
         return []
-    raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), error)])
+    raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
 
 
-def _unrenderable(config: RunConfig, tokenizer: Any, prompt: Any, name: str, error: str) -> Problem:
+def _unrenderable(config: RunConfig, tokenizer: Any, prompt: Any, name: str, fault: str) -> Problem:
     """What to change so that the template renders the prompt: the system message, the form, or the template."""
     options = type(config.task.options).model_fields
     remedies = ["set task.prompt: plain"] if "prompt" in options else []
     remedies.append("set model.tokenizer to one whose template can")
     others = [message for message in prompt if message["role"] != "system"]
     if len(others) == len(prompt) or _rendered(tokenizer, others, config.chat_template_kwargs)[1] is not None:
-        message = f"the chat template of {name} cannot render a prompt ({error})"
+        message = f"the chat template of {name} cannot render a prompt ({fault})"
         return Problem("task", message, remedy=", or ".join(remedies))
-    message = f"the chat template of {name} has no system role ({error})"
+    message = f"the chat template of {name} has no system role ({fault})"
     if "system_prompt" not in options:
         return Problem("task", message, remedy=", or ".join(remedies))
     remedies.insert(0, 'set it to ""')

@@ -174,7 +174,9 @@ def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape
 def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfig:
     """transformers' configuration of the run's model: made from scratch, local, in the hub's cache, or in the table.
 
-    network: also fetch it from the hub. Raises ConfigError if it is nowhere, or of an architecture that transformers does not know.
+    network: also fetch it from the hub.
+
+    Raises ConfigError if it is nowhere, needs code of its own, or transformers does not know its architecture.
     """
     from transformers import AutoConfig
 

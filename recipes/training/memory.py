@@ -138,12 +138,14 @@ def remedies(config: RunConfig, phase: str) -> list[str]:
         return [*first, *(text for text, _ in _changes(config, None))]
     name = PLANNED.get(phase.rpartition(": ")[2], "forward, loss and backward")
     before = measure(setting).phases[name]
-    saved = {
-        text: 0 if other is None else before - measure(other).phases[name]
-        for text, other in _changes(config, setting)
-    }
+    unplanned, saved = [], dict[str, int]()
+    for text, other in _changes(config, setting):
+        if other is None:
+            unplanned.append(text)
+        elif (gain := before - measure(other).phases[name]) > 0:
+            saved[text] = gain
     ranked = sorted(saved, key=lambda text: -saved[text])
-    return [*first, *(f"{t}  saves {_gib(saved[t])} as planned" if saved[t] > 0 else t for t in ranked)]
+    return [*first, *(f"{text}  saves {_gib(saved[text])} as planned" for text in ranked), *unplanned]
 
 
 def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Setting | None]]:
