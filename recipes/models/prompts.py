@@ -12,6 +12,7 @@ from typing import Any
 from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
+from recipes.models.foreign import no_foreign_code
 from recipes.problems import ConfigError, Problem
 from recipes.tasks import Task
 
@@ -59,6 +60,8 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
         if not network:
             return [f"NOT looked at: the chat template of {name}, which is not on this machine"]
         raise ConfigError([_no_tokenizer(config, error)]) from error
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([_no_tokenizer(config, error)]) from error
     rendered, fault = _rendered(tokenizer, prompt, config.chat_template_kwargs)
@@ -98,13 +101,20 @@ def _tokenizer(config: RunConfig, name: str, network: bool) -> Any:
     from transformers import AutoTokenizer
 
     revision = None if config.model.loader == "scratch" else config.model.revision
-    return AutoTokenizer.from_pretrained(
-        name, revision=revision, trust_remote_code=False, local_files_only=not network
-    )
+    with no_foreign_code(_key(config), name):
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=not network
+        )
 
 
 def _no_tokenizer(config: RunConfig, error: Exception) -> Problem:
-    key = "model.name" if config.model.tokenizer is None else "model.tokenizer"
     name = config.model.tokenizer or config.model.name
     reason = str(error).partition("\n")[0]
-    return Problem(key, f"its tokenizer cannot be loaded ({reason})", name, "name a model with its tokenizer")
+    return Problem(
+        _key(config), f"its tokenizer cannot be loaded ({reason})", name, "name a model with its tokenizer"
+    )
+
+
+def _key(config: RunConfig) -> str:
+    """What names the tokenizer."""
+    return "model.name" if config.model.tokenizer is None else "model.tokenizer"

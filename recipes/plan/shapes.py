@@ -217,7 +217,8 @@ def _scratch(config: RunConfig) -> PretrainedConfig:
     elif config.model.tokenizer is not None:
         from transformers import AutoTokenizer
 
-        vocab = len(AutoTokenizer.from_pretrained(config.model.tokenizer, local_files_only=True))
+        name = config.model.tokenizer
+        vocab = len(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
     return LlamaConfig(
