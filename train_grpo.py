@@ -73,13 +73,15 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         return EXIT_STATUS
 
     from memhead.integrations.handle import HeadBypassed
+    from recipes.training.memory import explained
     from recipes.training.session import RunError
 
     try:
-        session = begin(config, resume=resume)
-        if session is None:
-            return 0
-        trained = optimise(session)
+        with explained(config):
+            session = begin(config, resume=resume)
+            if session is None:
+                return 0
+            trained = optimise(session)
     except KeyboardInterrupt:
         print("\nStopped before training began; run the same command again.", file=sys.stderr)
         return 130
@@ -95,14 +97,18 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
 def begin(config: RunConfig, *, resume: bool) -> Session | None:
     """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already."""
     from recipes.models import load
+    from recipes.models.prompts import check_problems
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.head_check import require_exact_head
+    from recipes.training.memory import plan_of, write_plan
     from recipes.training.resume import is_finished, model_to_load, require_same
     from recipes.training.rewards import prepare
     from recipes.training.session import Session
     from recipes.training.warm_start import begin_supervised
 
     task = config.make_task()
+    check_problems(config, task)
+    planned = plan_of(config)
     begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
     if begun is not None:
         require_same(config, begun)
@@ -113,6 +119,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     folder = begun or RunFolder.create(config.run.output_root, config.run.name)
     folder.begin_session(config)
+    write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer)
@@ -128,9 +135,11 @@ def optimise(session: Session) -> Trained:
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
+    from recipes.training.memory import explain
     from recipes.training.resume import is_trained, restore
     from recipes.training.session import Trained
     from recipes.training.trainer import count_calls, install_head, make_trainer
+    from recipes.training.worst_case import require_room
 
     config, folder, checkpoint = session.config, session.folder, session.folder.checkpoint
     with install_head(config, session.arguments) as handle, Interruption() as interruption:
@@ -143,6 +152,7 @@ def optimise(session: Session) -> Trained:
             trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
         finished = False
         try:
+            require_room(session, trainer)
             if checkpoint is None:
                 tracker.evaluated(0, evaluate())
                 trainer.train()
@@ -158,6 +168,9 @@ def optimise(session: Session) -> Trained:
                     finished = True
         except KeyboardInterrupt:
             pass  # a second Ctrl-C
+        except (RuntimeError, MemoryError) as error:
+            explain(error, config, trainer, tracker.summary())
+            raise
         finally:
             tracker.close()
             count_calls(handle, folder)
@@ -168,12 +181,14 @@ def finish(session: Session, trained: Trained, command: str) -> int:
     """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
     from recipes.report.page import write_report
     from recipes.tracking.terminal import print_summary
+    from recipes.training.memory import write_measured
     from recipes.training.resume import FINISHED
 
     folder, trainer = session.folder, trained.trainer
     if not _took_every_step(trainer):
         _save(trainer, folder.path / "interrupted")
     if trainer.state.log_history:
+        print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
     print_summary(trained.tracker.summary(), folder)
     if trained.finished:

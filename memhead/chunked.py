@@ -25,6 +25,7 @@ from memhead import checks
 from memhead.arguments import compute_dtype
 from memhead.planning import default_tile, plan_rows
 from memhead.products import add_product, as_operand, operand_dtype, product, result_dtype
+from memhead.shortage import in_smaller_tiles
 from memhead.sweep import blocks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -181,6 +182,17 @@ def _scale(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _sweep(
+    settings: Settings, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """:func:`_pass`, in chunks of as many rows as there is memory for."""
+    return in_smaller_tiles(
+        settings,
+        lambda s: s._replace(rows=s.rows // 2) if s.rows > 1 else None,
+        lambda s: _pass(s, tensors, needs, upstream),
+    )
+
+
+def _pass(
     settings: Settings, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Losses (N,) and the gradients needed, of their sum weighted by ``upstream`` (N,) (None: ones).

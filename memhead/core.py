@@ -11,6 +11,7 @@ is split over processes) and :mod:`memhead.integrations.bitsandbytes` (a quantis
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from memhead.checks import check_differentiated_once, check_targets_in_vocabular
 from memhead.masking import KeptRows, Part, known_part, select
 from memhead.planning import resolve_chunk, unasked_rows
 from memhead.products import operand_dtype, result_dtype
+from memhead.shortage import in_smaller_tiles
 from memhead.statistics import UNSET, Rows, Upstream, one_minus_p
 from memhead.sweep import LEAST_ROWS, Work, backward_sweep, forward_sweep
 from memhead.weights import Weight
@@ -124,9 +126,10 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
                 padding = torch.arange(LEAST_ROWS).clamp_max(num_rows - 1)
                 x, targets, temperature = select(padding, x, targets, temperature)
             place = part.place(results[-1]) if len(x) == num_rows else None
-            rows, out = forward_sweep(
-                problem.work(x, targets, temperature), direction=direction, out=place, merge=merge
-            )
+            sweep = partial(forward_sweep, direction=direction, out=place, merge=merge)
+            work = problem.work(x, targets, temperature)
+            # What is merged by several processes cannot be repeated by one of them.
+            rows, out = in_smaller_tiles(work, Work.halved, sweep) if merge is None else sweep(work)
             out = hidden.new_empty(0) if out is None else out
             results = [
                 part.put(_first(y, num_rows), len(hidden), into) if want else y
@@ -161,13 +164,14 @@ def recompute(
         # A blank row's logits may be those of a bias: exp(z - lse_others) must not be infinite.
         values.append(part.take(saved.lse_others, blank=-UNSET))
         rows = part.take(hidden), part.take(problem.targets), part.take(problem.temperature, blank=1)
-        by_hidden, by_parts, by_bias = backward_sweep(
-            problem.work(*rows),
-            Upstream(*values),
+        sweep = partial(
+            backward_sweep,
+            upstream=Upstream(*values),
             hidden_dtype=hidden_dtype if needs.hidden else None,
             weight_parts=parts,
             bias_grad=needs.bias,
         )
+        by_hidden, by_parts, by_bias = in_smaller_tiles(problem.work(*rows), Work.halved, sweep)
     return Gradients(
         None if by_hidden is None else part.put(by_hidden, len(hidden), None),
         by_parts.pop(0) if needs.weight else None,

@@ -39,6 +39,9 @@ KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 # mask keeps fewer rows, the rest is wasted.
 UNASKED = {"cuda": 4e11}
 
+# (rows, columns) of a tile that is not halved any more.
+FEWEST = 32, 128
+
 
 class Chunk(NamedTuple):
     """A tile of logits: ``rows`` tokens by ``columns`` vocabulary entries."""
@@ -67,6 +70,18 @@ class Chunk(NamedTuple):
         """
         rows = min(num_rows, 4 * self.rows)
         return self if rows <= self.rows else Chunk(rows, max(1, self.rows * self.columns // rows))
+
+    def halved(self) -> Chunk | None:
+        """The tile to try where memory failed for this one, None if there is no sensible one.
+
+        Rows first: a row's bits do not depend on how many are worked on with it (from :data:`FEWEST` on).
+        """
+        rows, columns = FEWEST
+        if self.rows > rows:
+            return Chunk(max(rows, self.rows // 2), self.columns)
+        if self.columns >= 2 * columns:
+            return Chunk(self.rows, self.columns // 2 // columns * columns)
+        return None
 
 
 def default_tile(device_type: str, tile_itemsize: int) -> Chunk:

@@ -18,8 +18,9 @@ from memhead.core import Problem
 from memhead.masking import kept_rows, put_back, select
 from memhead.planning import plan_kept_rows
 from memhead.products import operand_dtype, result_dtype
-from memhead.statistics import FoldSpec
-from memhead.sweep import HeadGradients, forward_sweep
+from memhead.shortage import in_smaller_tiles
+from memhead.statistics import FoldSpec, Rows
+from memhead.sweep import HeadGradients, Work, forward_sweep
 from memhead.weights import DenseWeight
 
 # Of the operator; the first of them are tensors.
@@ -93,8 +94,12 @@ def summed_logprobs_op(
         check_targets_in_vocabulary(t, weight.shape[0])
         settings = Settings(spec, rows, backend, compute)
         work = Problem(hidden, DenseWeight(weight), targets, bias, mask, None, settings).work(x, t, None)
-        gradients = HeadGradients(work, by_bias=bias_grad)
-        results, direction = forward_sweep(work, direction=hidden_grad, gradients=gradients)
+
+        def sweep(work: Work) -> tuple[HeadGradients, Rows, Tensor | None]:
+            gradients = HeadGradients(work, by_bias=bias_grad)
+            return gradients, *forward_sweep(work, direction=hidden_grad, gradients=gradients)
+
+        gradients, results, direction = in_smaller_tiles(work, Work.halved, sweep)
         nothing = hidden.new_empty(0)
         by_bias = gradients.by_bias
         return (

@@ -34,6 +34,11 @@ class Work(NamedTuple):
     compute: torch.dtype
     vocab_size: int  # of the whole vocabulary, other processes' parts included
 
+    def halved(self) -> Work | None:
+        """The same in tiles of half the size; None where there are no smaller ones."""
+        chunk = self.chunk.halved()
+        return None if chunk is None else self._replace(chunk=chunk)
+
     def tile(self, rows: slice, columns: slice) -> Tile:
         """What belongs to the raw products of these rows and columns."""
         return Tile(

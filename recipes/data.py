@@ -2,39 +2,104 @@
 
 rows = read_rows("openai/gsm8k", "train", "main")      from the hub, or its cache
 rows = read_rows("../shared/data/gsm8k", "train")      a folder: train.jsonl, train.parquet or data/train-*.parquet
-rows = read_rows("problems.jsonl", "train")            one file, whatever the split is called
+rows = read_rows("problems.jsonl", "train", None, [Column("n", text)])     one file, of any split
+
+Every value of the columns is looked at when it is read: what is no problem is one line with file, row and column.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import load_dataset
 
-from recipes.problems import ConfigError, Problem
+from recipes.problems import ABSENT, ConfigError, Problem, one_of
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_KINDS = (".jsonl", ".json", ".parquet")
 
 
-def read_rows(dataset: str, split: str, config: str | None = None) -> Rows:
-    """The rows of a split. `config`: the dataset's configuration on the hub.
+class BadValue(ValueError):
+    """A value that a column cannot hold. str(): what is wrong with it; remedy: what to do about it."""
 
-    Raises ConfigError if they cannot be had.
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a task reads.
+
+    read: the value as the task takes it; raises BadValue. key: what names the column in the YAML, if anything does.
+    """
+
+    name: str
+    read: Callable[[Any], Any]
+    key: str = "task.dataset"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file, or a split on the hub, and its rows: counted from 1, in a file of lines as its lines are."""
+
+    name: str
+    rows: list[tuple[int, Any]]
+
+
+def read_rows(dataset: str, split: str, config: str | None = None, columns: Sequence[Column] = ()) -> Rows:
+    """The rows of a split with their columns as those read them. `config`: the dataset's configuration on the hub.
+
+    Raises ConfigError if they cannot be had, if there are none, or if a value is not what its column holds.
     """
     files = _local_files(dataset, split)
-    if files:
-        return list(load_dataset(_KINDS[files[0].suffix], data_files=[str(file) for file in files])["train"])
-    try:
-        return list(load_dataset(dataset, config, split=split))
-    except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
-        message = f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
-        remedy = f"check the network and the id, or give a folder with {split}.jsonl"
-        raise ConfigError([Problem("task.dataset", message, dataset, remedy)]) from error
+    sources = [_read_file(file) for file in files] if files else [_read_hub(dataset, split, config)]
+    rows = [_checked(source.name, *row, columns) for source in sources for row in source.rows]
+    if not rows:
+        remedy = "put problems into it, or name another dataset"
+        raise ConfigError([Problem("task.dataset", "has no rows", sources[0].name, remedy)])
+    return rows
+
+
+def text(value: Any) -> str:
+    """A text that says something."""
+    if value is None:
+        raise BadValue("is null", "fill it in or take the row out")
+    if not isinstance(value, str):
+        raise BadValue(f"is {kind_of(value)}", "write it as text")
+    if not value.strip():
+        raise BadValue("is empty", "fill it in or take the row out")
+    if re.search("[\ud800-\udfff]", value):
+        raise BadValue("holds half a surrogate pair", "write the character whole")
+    return value
+
+
+def whole_number(value: Any) -> int:
+    """A whole number that a dataset can hold."""
+    if value is None:
+        raise BadValue("is null", "fill it in or take the row out")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadValue(f"is {kind_of(value)}", "write a whole number")
+    if abs(value) >= 2**63:
+        raise BadValue("is too large", "write a whole number below 2**63, or take the row out")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    for kind, name in ((bool, "true or false"), (str, "a text"), (int, "a number"), (float, "a number")):
+        if isinstance(value, kind):
+            return name
+    return {list: "a list", dict: "an object", type(None): "null"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def is_one_file(dataset: str) -> bool:
@@ -42,10 +107,16 @@ def is_one_file(dataset: str) -> bool:
     return Path(dataset).expanduser().is_file()
 
 
+def is_on_the_hub(dataset: str) -> bool:
+    """Whether the data is to be fetched: the name is that of no file or folder, and looks like none."""
+    return not Path(dataset).expanduser().exists() and not _looks_local(dataset)
+
+
 def hold_out(rows: Rows, count: int, seed: str) -> tuple[Rows, Rows]:
-    """Rows as (train, held out), shuffled by the seed. Raises ValueError if none is left to train on."""
+    """Rows as (train, held out), shuffled by the seed. Raises ConfigError if none is left to train on."""
     if len(rows) <= count:
-        raise ValueError(f"task.held_out: {count} of {len(rows)} problems leaves none to train on; lower it")
+        message = f"{count} of {len(rows)} problems leaves none to train on"
+        raise ConfigError([Problem("task.held_out", message, remedy="lower it")])
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[count:], shuffled[:count]
@@ -60,6 +131,101 @@ def rounds(rows: Sequence[T], count: int, seed: str) -> list[T]:
     while len(order) < count:
         order += rng.sample(rows, len(rows))
     return order[:count]
+
+
+def _checked(source: str, number: int, row: Any, columns: Sequence[Column]) -> dict[str, Any]:
+    """The row with its columns as they are read."""
+    if not isinstance(row, dict):
+        fault = f"is {kind_of(row)}, no object with columns"
+        raise _refused("task.dataset", source, number, fault, row, "write an object")
+    for column in columns:
+        if column.name not in row:
+            there = ", ".join(map(str, row)) or "none"
+            remedy = "rename one" if column.key == "task.dataset" else "name one of them"
+            message = f"{source}, row {number}: lacks {column.name!r}, has {there}"
+            raise ConfigError([Problem(column.key, message, remedy=remedy)])
+        value = row[column.name]
+        try:
+            row[column.name] = column.read(value)
+        except BadValue as error:
+            fault = f"column {column.name!r} {error}"
+            raise _refused(column.key, source, number, fault, value, error.remedy) from error
+    return row
+
+
+def _refused(key: str, source: str, number: int, message: str, value: Any, remedy: str) -> ConfigError:
+    return ConfigError([Problem(key, f"{source}, row {number}: {message}", value, remedy)])
+
+
+def _read_file(file: Path) -> _Source:
+    try:
+        if file.suffix == ".parquet":
+            return _Source(str(file), list(enumerate(_parquet(file), 1)))
+        with file.open(encoding="utf-8-sig") as lines:
+            listed = _listed(lines.read()) if file.suffix == ".json" else None
+            lines.seek(0)
+            rows = list(enumerate(listed, 1)) if listed is not None else list(_lines(file, lines))
+            return _Source(str(file), rows)
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "mend it: text in UTF-8, or parquet"
+        raise ConfigError([Problem("task.dataset", f"cannot be read: {error}", str(file), remedy)]) from error
+
+
+def _parquet(file: Path) -> Rows:
+    """Its rows. Raises OSError for a file that is none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
+
+
+def _listed(text: str) -> list[Any] | None:
+    """The rows of a file that is one list; None for a file of lines."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return whole if isinstance(whole, list) else None
+
+
+def _lines(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
+    """One object a line; empty lines count, and are no rows."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = str(error) or "too deeply nested"
+            fault = f"is no JSON ({reason})"
+            raise _refused("task.dataset", str(file), number, fault, line.strip(), "correct it") from error
+
+
+def _read_hub(dataset: str, split: str, config: str | None) -> _Source:
+    try:
+        rows = load_dataset(dataset, config, split=split)
+    except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
+        raise ConfigError([_hub_problem(dataset, split, config, error)]) from error
+    return _Source(f"{dataset}, split {split}", list(enumerate(rows, 1)))
+
+
+def _hub_problem(dataset: str, split: str, config: str | None, error: Exception) -> Problem:
+    configs = re.search(r"(?:available configs|Available): \[(.*?)\]", str(error))
+    if configs is not None and "onfig" in str(error):
+        names = one_of(name.strip().strip("'\"") for name in configs[1].split(","))
+        message = "needs a configuration" if config is None else f"has no configuration {config!r}"
+        value = ABSENT if config is None else config
+        return Problem("task.config", f"{dataset} {message}", value, f"set it to {names}")
+    message = f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
+    remedy = f"check the network and the id, or give a folder with {split}.jsonl"
+    return Problem("task.dataset", message, dataset, remedy)
+
+
+def _looks_local(dataset: str) -> bool:
+    return Path(dataset).suffix in _KINDS or dataset.startswith((".", "/", "~"))
 
 
 def _local_files(dataset: str, split: str) -> list[Path]:
@@ -80,7 +246,7 @@ def _local_files(dataset: str, split: str) -> list[Path]:
                 [Problem("task.dataset", f"is none of {', '.join(_KINDS)}", dataset, "convert it")]
             )
         return [place]
-    if place.suffix in _KINDS or dataset.startswith((".", "/", "~")):
+    if _looks_local(dataset):
         remedy = "correct the path, or give an id of the hub such as openai/gsm8k"
         raise ConfigError([Problem("task.dataset", "no such file or folder", dataset, remedy)])
     return []

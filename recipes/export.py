@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from recipes.models.checkpoint import require_base
-from recipes.problems import visible
+from recipes.models.foreign import no_foreign_code
+from recipes.problems import ConfigError, visible
 from recipes.report.model_card import model_card
 
 LOGITS_TOLERANCE = {
@@ -53,7 +54,8 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
         require_base(final)
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
-    model = _with_adapter(final, base).eval()
+    with no_foreign_code("", base or str(final)):
+        model = _with_adapter(final, base).eval()
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         raise ExportError("the base is quantised; name the unquantised one that it was made from with --base")
     tokens = torch.arange(32)[None] % model.config.vocab_size
@@ -66,7 +68,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     changed = sum(not torch.equal(weight, after[name]) for name, weight in before.items())
     dtype = str(merged.dtype).removeprefix("torch.")
     merged.save_pretrained(place)
-    AutoTokenizer.from_pretrained(final).save_pretrained(place)
+    AutoTokenizer.from_pretrained(final, trust_remote_code=False).save_pretrained(place)
     proof = {
         "adapted_weights": len(before),
         "changed_weights": changed,
@@ -88,8 +90,9 @@ def _with_adapter(final: Path, base: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if base is None:
-        return AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto")
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), final)
+        return AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto", trust_remote_code=False)
+    unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    return PeftModel.from_pretrained(unquantised, final)
 
 
 def _fault(proof: dict[str, Any]) -> str:
@@ -111,7 +114,7 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def _reload(place: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+    return AutoModelForCausalLM.from_pretrained(place, dtype="auto", trust_remote_code=False).eval()
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -167,7 +170,7 @@ def main(arguments: list[str]) -> int:
             (place / "README.md").write_text(model_card(options.run), encoding="utf-8")
         if options.gguf:
             print(gguf(options.run))
-    except (ExportError, OSError) as error:
+    except (ConfigError, ExportError, OSError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0

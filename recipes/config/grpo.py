@@ -232,6 +232,15 @@ def world_size() -> int:
     return int(announced) if announced.isdecimal() else 1
 
 
+def problems_of_batch(grpo: Mapping[str, Any], loader: str = "transformers") -> int:
+    """Problems of a generation batch, each with its group of completions. Unsloth raises a batch to one group."""
+    group, device = grpo["num_generations"], grpo["per_device_train_batch_size"]
+    steps = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
+    if loader == "unsloth":
+        device = max(device, group)
+    return (grpo["generation_batch_size"] or device * steps * world_size()) // group
+
+
 def _check_batches(grpo: Mapping[str, Any]) -> Iterator[Problem]:
     """TRL samples `generation_batch_size` completions at a time: whole groups of `num_generations`.
 

@@ -231,6 +231,11 @@ class RunSection(Section):
         description="steps between two checkpoints, and one at the end; null: none but where Ctrl-C or SIGTERM stops "
         "the run",
     )
+    checks: bool = Field(
+        True,
+        description="before the first step: the head against full logits, and a step of the longest prompt and "
+        "completions without an update, to see that it fits; false skips both",
+    )
     warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
     evaluation: EvaluationConfig = Field(
         default_factory=lambda: EvaluationConfig(), description="accuracy on held-out problems"

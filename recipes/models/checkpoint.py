@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.config.schema import ModelConfig
+from recipes.models.foreign import no_foreign_code
 from recipes.models.load import quantisation, to_gpu
 
 
@@ -14,7 +15,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
 
     trained: the run's model section. An adapter's base is quantised as in training; Unsloth's is by its name.
-    Raises FileNotFoundError if the folder is no checkpoint.
+    Raises FileNotFoundError if the folder is no checkpoint, ConfigError if code of the model's own would have to be run.
     """
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,9 +28,11 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     if adapter:
         require_base(place)
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     options = quantisation(trained) if adapter and trained.loader == "transformers" else {}
-    return to_gpu(kind.from_pretrained(place, dtype="auto", **options)), tokenizer
+    with no_foreign_code("", str(place)):
+        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", trust_remote_code=False)
+        model = kind.from_pretrained(place, dtype="auto", trust_remote_code=False, **options)
+    return to_gpu(model), tokenizer
 
 
 def require_base(place: Path) -> None:

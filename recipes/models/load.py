@@ -26,6 +26,7 @@ from transformers import (
 
 from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
+from recipes.models.foreign import no_foreign_code
 from recipes.models.tokenizers import bpe_tokenizer
 from recipes.tasks import Task
 
@@ -124,7 +125,8 @@ def _from_pretrained(
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     options |= quantisation(config)
-    model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
+    with no_foreign_code("model.name", config.name):
+        model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
     return model, _pretrained_tokenizer(config.tokenizer or config.name, config.revision)
 
 

@@ -3,7 +3,7 @@
     plan = plan(load_config("configs/llama3.1_8b_gsm8k.yaml"), device_bytes=parse_device("L4"))
     plan.print()
 
-Reads config files only: no weights, no network. The formulas are in recipes/plan/formulas.py and docs/memory.md.
+Reads no weights and asks no network. The formulas are in recipes/plan/formulas.py and docs/memory.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from memhead.planning import Chunk
 from recipes.config.load import EXIT_STATUS, RunConfig
+from recipes.models.prompts import check_problems
 from recipes.plan import formulas as memory
 from recipes.plan.setting import Setting, notes, vllm_share
 from recipes.problems import ConfigError, Problem
@@ -223,9 +224,14 @@ def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
 
 
 def show(config: RunConfig, device: str | None) -> int:
-    """The command line's `--plan --device`: prints the plan; the exit status is 2 for a mistake, else 0."""
+    """The command line's `--plan --device`: prints the plan; the exit status is 2 for a mistake, else 0.
+
+    Data and tokenizer that lie on this machine are looked at as a run looks at them.
+    """
     try:
-        plan(config, None if device is None else parse_device(device)).print()
+        found = plan(config, None if device is None else parse_device(device))
+        unseen = check_problems(config, config.make_task(), network=False)
+        replace(found, notes=[*found.notes, *unseen]).print()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS

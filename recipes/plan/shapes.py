@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from recipes.config.load import RunConfig
-from recipes.problems import ConfigError, Problem
+from recipes.models.foreign import no_foreign_code
+from recipes.problems import ConfigError, Problem, one_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -140,6 +141,13 @@ class Trained:
         except ValueError as error:
             remedy = "name layers that the model has, or write all-linear"
             raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
+        if model.config.tie_word_embeddings and hasattr(adapted.get_input_embeddings(), "lora_embedding_A"):
+            message = "adapts the embedding, which is tied to the head: the merged head would be another one"
+            targets = sorted(lora.target_modules or ())
+            tied = [name for name in targets if name.rpartition(".")[2] in _embedding_name(adapted)]
+            raise ConfigError(
+                [Problem("lora.target_modules", message, targets, f"remove {one_of(tied)} from it")]
+            )
         trained = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
         adapters = sum(size for name, size in trained if ".lora_" in name)
         return cls(
@@ -163,10 +171,12 @@ def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape
     return replace(ModelShape.of(model), dtype=dtype), Trained.of(model, lora)
 
 
-def model_config(config: RunConfig) -> PretrainedConfig:
+def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfig:
     """transformers' configuration of the run's model: made from scratch, local, in the hub's cache, or in the table.
 
-    Raises ConfigError if it is nowhere, or of an architecture that transformers does not know.
+    network: also fetch it from the hub.
+
+    Raises ConfigError if it is nowhere, needs code of its own, or transformers does not know its architecture.
     """
     from transformers import AutoConfig
 
@@ -174,9 +184,14 @@ def model_config(config: RunConfig) -> PretrainedConfig:
         return _scratch(config)
     name = config.model.name or ""
     try:
-        return AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=True)
+        with no_foreign_code("model.name", name):
+            return AutoConfig.from_pretrained(
+                name, revision=config.model.revision, local_files_only=not network, trust_remote_code=False
+            )
     except OSError:
         pass
+    except ConfigError:
+        raise
     except ValueError as error:
         message = str(error).splitlines()[0]
         raise ConfigError(
@@ -202,7 +217,8 @@ def _scratch(config: RunConfig) -> PretrainedConfig:
     elif config.model.tokenizer is not None:
         from transformers import AutoTokenizer
 
-        vocab = len(AutoTokenizer.from_pretrained(config.model.tokenizer, local_files_only=True))
+        name = config.model.tokenizer
+        vocab = len(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
     return LlamaConfig(
@@ -272,6 +288,12 @@ def _cache_layer(layer: Any) -> CacheLayer:
         window=None if window is None else window - 1,  # beside the token in hand
         fixed=sum(t.numel() for t in states),
     )
+
+
+def _embedding_name(model: Any) -> list[str]:
+    """The parts of the dotted name of a model's input embedding."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding).split(".")
 
 
 def _under(adapter: Any) -> torch.Tensor:

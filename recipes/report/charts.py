@@ -12,20 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.tracking.meters import HEADLINE, MEANING
-from recipes.tracking.phases import PHASES
+from recipes.tracking.phases import PHASES, PLANNED
 from recipes.tracking.summary import summarize
 
 Record = dict[str, Any]
 Records = list[Record]
 Read = Callable[[Record], float | None]
 _THIN = 0.015  # share of the time below which a phase has no area of its own
-_PLANNED = {  # phase -> the plan's name of the phase in whose height it counts
-    "generation": "generation",
-    "scoring": "scoring without gradient",
-    "forward": "forward, loss and backward",
-    "backward": "forward, loss and backward",
-    "optimizer": "optimizer",
-}
 
 
 @dataclass(frozen=True)
@@ -264,6 +257,6 @@ def _memory(runs: dict[str, Records], plan: dict[str, Any] | None) -> Iterator[P
             continue
         measured = [[memory.get(p, {}).get(figure) for p in phases] for memory in of]
         sizes = (plan or {}).get("phases", {}) if len(runs) == 1 else {}
-        planned = [None if (size := sizes.get(_PLANNED.get(p, ""))) is None else size / 2**20 for p in phases]
+        planned = [None if (size := sizes.get(PLANNED.get(p, ""))) is None else size / 2**20 for p in phases]
         note = MEANING[figure] + (", and the plan (◆)" if any(planned) else "")
         yield Peaks("Memory by phase", note, phases, measured, planned)

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 from datasets import Dataset
 from pydantic import Field, model_validator
 
-from recipes.data import Rows, hold_out, read_rows
+from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, whole_number
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
 from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
@@ -56,6 +56,9 @@ class TinyZero(Task):
             None,
             min_length=1,
             description="hub id, folder or file with columns nums and target; null: problems made by the seed",
+        )
+        config: str | None = Field(
+            None, description="the dataset's configuration on the hub; null: its only one"
         )
         prompt: Literal["chat", "plain"] = Field(
             "chat", description="chat messages; or TinyZero's plain text for models that know no chat"
@@ -120,12 +123,8 @@ class TinyZero(Task):
             problems = _made(options.min_numbers, options.max_numbers, f"countdown_tinyzero {self.seed}")
             held_out = [next(problems) for _ in range(options.held_out)]
             return [next(problems) for _ in range(options.train_size or MADE)], held_out
-        rows = read_rows(options.dataset, "train")  # TinyZero's data has this split alone
-        for column in ("nums", "target"):
-            if rows and column not in rows[0]:
-                raise ValueError(
-                    f"task.dataset: {options.dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
-                )
+        # TinyZero's data has this split alone.
+        rows = read_rows(options.dataset, "train", options.config, COLUMNS)
         train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}")
         kept_back = {_key(row) for row in held_out}
         return [row for row in train if _key(row) not in kept_back][: options.train_size], held_out
@@ -147,6 +146,22 @@ class TinyZero(Task):
             {"role": "system", "content": _SYSTEM},
             {"role": "user", "content": problem},
         ]
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """A list of them. Raises BadValue for anything else."""
+    remedy = "write a list of whole numbers, such as [3, 5, 7]"
+    if not isinstance(value, list):
+        raise BadValue(f"is {kind_of(value)}", remedy)
+    if not value:
+        raise BadValue("is empty", remedy)
+    try:
+        return [whole_number(item) for item in value]
+    except BadValue as error:
+        raise BadValue(f"holds what {error}", remedy) from error
+
+
+COLUMNS = (Column("nums", _whole_numbers), Column("target", whole_number))
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import Rows, hold_out, is_one_file, read_rows, rounds
+from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, read_rows, rounds, text
 from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import lenient_answer, numbers, strict_answer, text_of
+from recipes.rewards.latex import gold_text
 from recipes.tasks import Example, Row, Task
 
 SYSTEM_PROMPT = """\
@@ -46,6 +47,9 @@ class Gsm8k(Task):
             "openai/gsm8k",
             min_length=1,
             description="hub id; or a folder with train.jsonl and test.jsonl, or one .jsonl file",
+        )
+        config: str | None = Field(
+            "main", description="the dataset's configuration on the hub; null: its only one"
         )
         prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
         system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the question")
@@ -118,14 +122,7 @@ class Gsm8k(Task):
         return rows, self._read("test")
 
     def _read(self, split: str) -> Rows:
-        dataset = self.options.dataset
-        rows = read_rows(dataset, split, "main")
-        for column in ("question", "answer"):
-            if rows and column not in rows[0]:
-                raise ValueError(
-                    f"task.dataset: {dataset} has columns {sorted(rows[0])} and lacks {column!r}; rename one"
-                )
-        return rows
+        return read_rows(self.options.dataset, split, self.options.config, COLUMNS)
 
     @cached_property
     def _drawn(self) -> list[int]:
@@ -143,7 +140,7 @@ class Gsm8k(Task):
         return Dataset.from_dict(
             {
                 "prompt": [self._prompt(row["question"]) for row in rows],
-                "answer": [row["answer"].rpartition("####")[2].strip() for row in rows],
+                "answer": [_number(row["answer"]) for row in rows],
             }
         )
 
@@ -157,17 +154,37 @@ class Gsm8k(Task):
 
 def solution_text(answer: str) -> str:
     """A solution of the data in the form that is asked for, without its `<<…>>` calculator notes."""
-    reasoning, _, number = answer.partition("####")
-    reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{number.strip()}\n</answer>\n"
+    reasoning = re.sub(r"<<.*?>>", "", answer.rpartition("####")[0]).strip()
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{_number(answer)}\n</answer>\n"
+
+
+def _number(answer: str) -> str:
+    """What the data writes after its `####`, or all of it where there is none."""
+    return answer.rpartition("####")[2].strip()
+
+
+def _solution(value: Any) -> str:
+    """A solution that ends in one number, or that number alone, as text. Raises BadValue for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return gold_text(value)
+        except ValueError as error:
+            raise BadValue(str(error), "correct it or take the row out") from error
+    if isinstance(value, list):
+        raise BadValue("is a list", "write the number as text")
+    answer = text(value)
+    if len(numbers(_number(answer))) != 1:
+        raise BadValue("ends in no number, or in several", "correct it, as in: 2 + 2 = 4 #### 4")
+    return answer
+
+
+COLUMNS = (Column("question", text), Column("answer", _solution))
 
 
 def _gold(answer: str) -> Fraction:
-    """The data's answer as a number. Raises ValueError if it is none."""
-    found = numbers(answer)
-    if len(found) != 1:
-        raise ValueError(f"answer: {answer!r} is not one number; correct the data")
-    return found[0]
+    """The data's answer as a number."""
+    (found,) = numbers(answer)
+    return found
 
 
 def integer(completions: list[Any], **_: Any) -> list[float]:

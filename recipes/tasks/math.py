@@ -16,8 +16,7 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import Rows, hold_out, is_one_file, read_rows
-from recipes.problems import ConfigError, Problem
+from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, read_rows, text
 from recipes.rewards.call import Reward
 from recipes.rewards.contract import RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
@@ -113,34 +112,20 @@ class Math(Task):
         return train, self._read(options.eval_split)
 
     def _read(self, split: str) -> Rows:
-        """The rows of a split. Raises ConfigError or ValueError, with what to do about it."""
-        rows = read_rows(self.options.dataset, split, self.options.config)
-        for key in ("problem_column", "answer_column"):
-            column = getattr(self.options, key)
-            if rows and column not in rows[0]:
-                raise ValueError(
-                    f"task.{key}: no column {column!r}; the data has {', '.join(sorted(rows[0]))}"
-                )
-        return rows
+        options = self.options
+        columns = (
+            Column(options.problem_column, text, "task.problem_column"),
+            Column(options.answer_column, _gold, "task.answer_column"),
+        )
+        return read_rows(options.dataset, split, options.config, columns)
 
     def _dataset(self, rows: Rows) -> Dataset:
-        answers = [self._gold(row[self.options.answer_column], place) for place, row in enumerate(rows, 1)]
         return Dataset.from_dict(
             {
                 "prompt": [self._prompt(row[self.options.problem_column]) for row in rows],
-                "answer": answers,
+                "answer": [row[self.options.answer_column] for row in rows],
             }
         )
-
-    def _gold(self, value: Any, place: int) -> str:
-        """The answer that a row gives. Raises ConfigError for what is none."""
-        try:
-            answer = gold_text(value)
-        except ValueError as error:
-            message = f"{self.options.dataset}, row {place}: {error}"
-            remedy = "give each problem its answer as text or as a number"
-            raise ConfigError([Problem("task.answer_column", message, value, remedy)]) from error
-        return boxed(answer) or answer
 
     def _prompt(self, problem: str) -> Any:
         system = self.options.system_prompt
@@ -148,6 +133,19 @@ class Math(Task):
             return f"{system}\n\n{problem.strip()}\n"
         said = [{"role": "system", "content": system}] if system else []
         return [*said, {"role": "user", "content": problem}]
+
+
+def _gold(value: Any) -> str:
+    """The answer that a row gives, out of its box. Raises BadValue for what is none."""
+    if value is None:
+        raise BadValue("is null", "fill it in or take the row out")
+    if isinstance(value, list):
+        raise BadValue("is a list", "write one text, such as 1, 2")
+    try:
+        answer = gold_text(value)
+    except ValueError as error:
+        raise BadValue(str(error), "write the answer as text or as a number") from error
+    return text(boxed(answer) or answer)
 
 
 def boxed_once(completions: list[Any], **_: Any) -> list[float]:

@@ -27,12 +27,35 @@ import torch
 from recipes.tracking.meters import Meter, persistent_tensors
 
 PHASES = ("generation", "rewards", "scoring", "forward", "backward", "optimizer", "other")
+PLANNED = {  # phase -> the plan's name of the phase in whose height it counts
+    "generation": "generation",
+    "scoring": "scoring without gradient",
+    "forward": "forward, loss and backward",
+    "backward": "forward, loss and backward",
+    "optimizer": "optimizer",
+}
 _METHODS = {  # method of the trainer -> its phase
     "_generate": "generation",
     "_calculate_rewards": "rewards",
     "_get_per_token_logps_and_entropies": "scoring",
     "compute_loss": "forward",
 }
+
+
+@contextmanager
+def in_phase(name: str) -> Iterator[None]:
+    """What fails inside remembers the phase, as `phase_of` tells it; of phases within phases the inner one."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, "phase"):
+            error.phase = name  # type: ignore[attr-defined]
+        raise
+
+
+def phase_of(error: BaseException) -> str | None:
+    """The phase in which it was raised, None outside of every one."""
+    return getattr(error, "phase", None)
 
 
 class PhaseClock:
@@ -67,6 +90,10 @@ class PhaseClock:
         if self._inside or self._step_began is None:
             yield
             return
+        with in_phase(name):
+            yield from self._measured(name)
+
+    def _measured(self, name: str) -> Iterator[None]:
         self._inside = True
         figures: dict[str, float] = {}
         self._synchronize()

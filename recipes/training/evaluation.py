@@ -25,8 +25,9 @@ import torch
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Generate, Sampling, by_transformers
 from recipes.models.precision import Precision
-from recipes.problems import visible
+from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
+from recipes.tracking.phases import in_phase
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
@@ -45,6 +46,7 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     rows: list[Row] = list(task.held_out)[: settings.size]
     length = config.completion_length
 
+    @in_phase("evaluation")
     def measure(*, sampled: bool = True) -> dict[str, Any]:
         started = time.perf_counter()
         greedy = complete(generate, rows, Sampling(length), settings.batch_size)
@@ -142,6 +144,7 @@ def majority(answers: Sequence[Hashable | None]) -> int | None:
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
+    _ = task.held_out  # what is wrong with the data is said before a model is loaded
     model, tokenizer = load_checkpoint(place, config.model)
     precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
@@ -153,6 +156,9 @@ def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
     try:
         print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1

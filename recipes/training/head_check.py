@@ -21,6 +21,7 @@ from memhead.integrations.transformers import head_options
 from memhead.reference import full_logprobs
 from recipes.models.generation import NO_CHAT, encode
 from recipes.models.precision import AS_WEIGHTS, Precision
+from recipes.tracking.phases import in_phase
 from recipes.training.session import RunError, Session
 
 ALLOWANCE, FLOOR = 3.0, 1e-5
@@ -29,9 +30,15 @@ ALLOWANCE, FLOOR = 3.0, 1e-5
 Result = tuple[Tensor, Tensor]
 
 
+@in_phase("the check of the head")
 def require_exact_head(session: Session) -> None:
-    """Check the session's head, keep the figures as head_check.json. Raises RunError if they are too far off."""
+    """Check the session's head, keep the figures as head_check.json. Raises RunError if they are too far off.
+
+    Does nothing where `run.checks` is off.
+    """
     config = session.config
+    if not config.run.checks:
+        return
     found = check_head(
         session.model,
         session.tokenizer,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipes.config.schema import WarmStartConfig
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.precision import Precision
+from recipes.tracking.phases import in_phase
 from recipes.training.evaluation import evaluator
 from recipes.training.resume import WARM_START
 from recipes.training.session import Session
@@ -96,6 +97,7 @@ def warm_start(
     return WarmStartResult(taken.step, taken.step * settings.batch_size, taken.accuracy, taken.loss)
 
 
+@in_phase("warm start")
 def begin_supervised(session: Session, settings: WarmStartConfig) -> None:
     """The run's warm start: trained, logged, saved beside the run, where adapters find their base."""
     config, folder, model, tokenizer = session.config, session.folder, session.model, session.tokenizer

@@ -1,0 +1,52 @@
+"""Out of memory in a pass over tiles: the tile is halved, and the pass repeated from its beginning.
+
+A smaller tile gives the same result, to rounding, in more launches. What a pass needs beside its tile (outputs, sums
+over rows) no smaller tile makes smaller; where that does not fit, the last error is the caller's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+Tile = TypeVar("Tile")
+
+# torch has a class of its own for a GPU's caching allocator alone.
+_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
+SAID = (
+    "memhead: out of memory with a tile of logits; the pass was repeated with a smaller one, to the same result. "
+    "A smaller chunk (head.chunk in a recipe) saves the attempt"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device and in whichever library."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def in_smaller_tiles(tile: Tile, halved: Callable[[Tile], Tile | None], run: Callable[[Tile], T]) -> T:
+    """``run(tile)``, repeated with ``halved(tile)`` as long as memory fails and there is a half.
+
+    ``run`` starts from nothing each time. That a tile was halved is a ``RuntimeWarning``, whose text is always the
+    same: Python's default filter shows it once.
+    """
+    attempt: Tile | None = tile
+    while attempt is not None:
+        try:
+            found = run(attempt)
+        except (RuntimeError, MemoryError) as error:
+            smaller = halved(attempt) if is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+        else:
+            if attempt is not tile:
+                warnings.warn(SAID, RuntimeWarning, stacklevel=1)  # one place, so once whoever calls
+            return found
+        attempt = smaller  # out here, where the error no longer keeps the failed pass's tensors
+    raise AssertionError("the loop ends by return or raise")

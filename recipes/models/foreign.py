@@ -1,0 +1,24 @@
+"""No code of a model's own: what comes with a checkpoint is data, and is never run, nor offered to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recipes.problems import ConfigError, Problem
+
+
+@contextmanager
+def no_foreign_code(key: str, name: str) -> Iterator[None]:
+    """Around `from_pretrained(…, trust_remote_code=False)`: its refusal without its advice to trust the code.
+
+    Raises ConfigError, under `key`, for a checkpoint that cannot be loaded without code of its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        message = "needs code of its own to be loaded, which is not run here"
+        remedy = "name a model of an architecture that transformers itself knows"
+        raise ConfigError([Problem(key, message, name, remedy)]) from error

@@ -1,0 +1,120 @@
+"""A task's problems beside the run's batch and its chat template, looked at before a model is loaded.
+
+check_problems(config, task)      ConfigError: too few for a batch, or prompts that the template cannot render or cuts
+
+`--plan` asks for what lies on this machine alone: `check_problems(config, task, network=False)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes.config.grpo import problems_of_batch
+from recipes.config.load import RunConfig
+from recipes.data import is_on_the_hub
+from recipes.models.foreign import no_foreign_code
+from recipes.problems import ConfigError, Problem
+from recipes.tasks import Task
+
+
+def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> list[str]:
+    """Raises ConfigError for data or prompts that the run would fail on. Reads the data, and the tokenizer's files.
+
+    network: False reads only what is on this machine. Returns a sentence for each thing that was not looked at.
+    """
+    dataset = getattr(task.options, "dataset", None)
+    if not network and dataset is not None and is_on_the_hub(dataset):
+        return [f"NOT looked at: the problems of {dataset}, which are on the hub"]
+    _check_number(config, task)
+    return _check_template(config, task.train[0]["prompt"], network)
+
+
+def _check_number(config: RunConfig, task: Task) -> None:
+    """TRL draws whole generation batches of different problems; of fewer it makes no batch, and no step."""
+    found, needed = len(task.train), problems_of_batch(config.grpo, config.model.loader)
+    held_out = len(task.held_out)  # read in any case, so that what is wrong with it is said now
+    if found >= needed:
+        return
+    options = task.options
+    cut = found == getattr(options, "train_size", None)
+    key = "task.train_size" if cut else "task.dataset" if hasattr(options, "dataset") else "task"
+    place = getattr(options, "dataset", None)
+    message = (
+        f"{found} problems to train on, beside {held_out} held out, are fewer than the {needed} of a batch"
+    )
+    remedy = "raise it" if cut else "give it more rows, hold fewer out"
+    remedy += ", or set grpo.per_device_train_batch_size lower or grpo.num_generations higher"
+    raise ConfigError(
+        [Problem(key, message if cut or place is None else f"{place}: {message}", remedy=remedy)]
+    )
+
+
+def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
+    """The first prompt is rendered as generation will render it."""
+    name = config.model.tokenizer or config.model.name
+    if isinstance(prompt, str) or name in (None, "bpe"):  # whose template is ours
+        return []
+    try:
+        tokenizer = _tokenizer(config, str(name), network)
+    except OSError as error:
+        if not network:
+            return [f"NOT looked at: the chat template of {name}, which is not on this machine"]
+        raise ConfigError([_no_tokenizer(config, error)]) from error
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError([_no_tokenizer(config, error)]) from error
+    rendered, fault = _rendered(tokenizer, prompt, config.chat_template_kwargs)
+    if fault is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
+        fault = f"it leaves out what the {lost[0]} says"
+    if fault is None:
+        return []
+    raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
+
+
+def _unrenderable(config: RunConfig, tokenizer: Any, prompt: Any, name: str, fault: str) -> Problem:
+    """What to change so that the template renders the prompt: the system message, the form, or the template."""
+    options = type(config.task.options).model_fields
+    remedies = ["set task.prompt: plain"] if "prompt" in options else []
+    remedies.append("set model.tokenizer to one whose template can")
+    others = [message for message in prompt if message["role"] != "system"]
+    if len(others) == len(prompt) or _rendered(tokenizer, others, config.chat_template_kwargs)[1] is not None:
+        message = f"the chat template of {name} cannot render a prompt ({fault})"
+        return Problem("task", message, remedy=", or ".join(remedies))
+    message = f"the chat template of {name} has no system role ({fault})"
+    if "system_prompt" not in options:
+        return Problem("task", message, remedy=", or ".join(remedies))
+    remedies.insert(0, 'set it to ""')
+    return Problem("task.system_prompt", message, prompt[0]["content"], ", or ".join(remedies))
+
+
+def _rendered(tokenizer: Any, prompt: Any, chat: Any) -> tuple[str, str | None]:
+    """The prompt as text, and what the template said against it. It runs in transformers' sandbox."""
+    try:
+        options = {**chat, "tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(prompt, **options)), None
+    except Exception as error:  # a template may raise anything: jinja's errors, or one of Python's own
+        return "", f"{type(error).__name__}: {error}"
+
+
+def _tokenizer(config: RunConfig, name: str, network: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    revision = None if config.model.loader == "scratch" else config.model.revision
+    with no_foreign_code(_key(config), name):
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=not network
+        )
+
+
+def _no_tokenizer(config: RunConfig, error: Exception) -> Problem:
+    name = config.model.tokenizer or config.model.name
+    reason = str(error).partition("\n")[0]
+    return Problem(
+        _key(config), f"its tokenizer cannot be loaded ({reason})", name, "name a model with its tokenizer"
+    )
+
+
+def _key(config: RunConfig) -> str:
+    """What names the tokenizer."""
+    return "model.name" if config.model.tokenizer is None else "model.tokenizer"

@@ -1,0 +1,103 @@
+"""Where memory fails for a tile, the pass is repeated with half of it, to the same result, and one warning says so.
+
+The allocations fail for real: a process of its own may have no more than so much address space (RLIMIT_AS).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from memhead.planning import Chunk
+from memhead.shortage import in_smaller_tiles, is_out_of_memory
+
+SCRIPT = """\
+import resource, sys, warnings
+import psutil, torch
+from torch.nn.functional import cross_entropy
+from memhead import chunked_linear, linear_cross_entropy, linear_logprobs
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+N, H, V, ROOM = 1024, 8, 32768, 96 * 2**20
+hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+targets = torch.randint(0, V, (N,))
+
+def loss(chunk):
+    tile = chunk if isinstance(chunk, int) else chunk[0]
+    if {which!r} == "logprobs":
+        found = linear_logprobs(hidden, weight, targets, entropy=True, chunk=chunk)
+        return (found.logprobs * torch.linspace(-1, 1, N)).sum() + found.entropy.sum()
+    if {which!r} == "cross_entropy":
+        return linear_cross_entropy(hidden, weight, targets, chunk=tile)
+    return chunked_linear(hidden, weight, lambda z, t: cross_entropy(z, t, reduction="none"), targets, chunk=tile)
+
+def run(chunk):
+    value = loss(chunk)
+    return value.detach(), *torch.autograd.grad(value, (hidden, weight))
+
+wanted = run((64, 4096))
+before = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (before + ROOM, resource.RLIM_INFINITY))
+try:
+    torch.empty(N * V)  # 128 MiB: the whole tile
+    sys.exit("the limit does not hold")
+except RuntimeError:
+    pass
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("default")
+    for _ in range(2):
+        found = run((N, V))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for a, b in zip(found, wanted, strict=True):
+    torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+texts = [str(w.message) for w in said]
+assert len(texts) == len(set(texts)) == 1 and "out of memory with a tile" in texts[0], texts
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("which", ["logprobs", "cross_entropy", "chunked_linear"])
+def test_a_pass_that_runs_out_of_memory_is_repeated(which):
+    script = textwrap.dedent(SCRIPT).replace("{which!r}", repr(which))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_tile_is_halved_to_its_least():
+    tile, seen = Chunk(1000, 300), []
+    while tile is not None:
+        seen.append(tile)
+        tile = tile.halved()
+    assert seen == [(1000, 300), (500, 300), (250, 300), (125, 300), (62, 300), (32, 300), (32, 128)]
+    assert Chunk(32, 200).halved() is None
+
+
+def test_what_no_tile_helps_is_the_callers():
+    def run(rows):
+        seen.append(rows)
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    seen: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        in_smaller_tiles(8, lambda n: n // 2 or None, run)
+    assert seen == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not fit"), ValueError("out of memory"), KeyError("x")]
+)
+def test_other_errors_are_not_tried_again(error):
+    def run(rows):
+        seen.append(rows)
+        raise error
+
+    seen: list[int] = []
+    with pytest.raises(type(error)):
+        in_smaller_tiles(8, lambda n: n // 2, run)
+    assert seen == [8]
+    assert not is_out_of_memory(error)

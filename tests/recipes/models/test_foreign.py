@@ -1,0 +1,134 @@
+"""What comes with a checkpoint is data: neither its Python files nor its pickles are run, nor is that offered."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import train_grpo
+from recipes import export
+from recipes.ask import ask
+from recipes.config.load import load_config
+from recipes.config.schema import ModelConfig, ScratchConfig
+from recipes.models.load import character_tokenizer, load, scratch_llama
+from recipes.models.tokenizers import CHAT_TEMPLATE
+from recipes.problems import ConfigError
+from recipes.tracking.run_folder import RunFolder
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+CODE = """\
+import pathlib
+pathlib.Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+"""
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """The file that foreign code would make; and nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was offered to run foreign code"))
+    return tmp_path / "mark"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A saved model of a few thousand parameters with a tokenizer."""
+    tokenizer = character_tokenizer("0123456789+-*()>=")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    place = tmp_path / "model"
+    shape = ScratchConfig(hidden_size=32, layers=1, intermediate_size=32)
+    scratch_llama(shape, tokenizer, 0).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def make_foreign(place, mark):
+    """The model as one that only code of its own can load."""
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "evil", "architectures": ["EvilModel"]}
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "evil.py").write_text(CODE.format(mark=str(mark)))
+
+
+class Pickled:
+    """Unpickled as a whole it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def refused(said, mark):
+    assert "code of its own" in said
+    assert "trust_remote_code" not in said
+    assert not mark.exists()
+
+
+def test_training_plan_and_evaluation_refuse_a_models_own_code(
+    tmp_path, model, mark, without_unsloth, capsys
+):
+    make_foreign(model, mark)
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        json.dumps(
+            {
+                "model": {"loader": "transformers", "name": str(model)},
+                "task": {"name": "countdown"},
+                "run": {"output_root": str(tmp_path / "runs")},
+            }
+        )
+    )
+    for mode in ([], ["--plan"], ["--evaluate", str(model)]):
+        assert train_grpo.main(["--config", str(run), *mode]) == 2
+        refused(capsys.readouterr().err, mark)
+    assert not (tmp_path / "runs").exists()
+    config = ModelConfig(loader="transformers", name=str(model))
+    with pytest.raises(ConfigError) as error:
+        load(config, None, 0)
+    refused(str(error.value), mark)
+
+
+def test_export_and_ask_refuse_a_models_own_code(tmp_path, model, mark, without_unsloth, capsys):
+    run = tmp_path / "run"
+    base = load(ModelConfig(loader="transformers", name=str(model)), None, 0)[0]
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(run / "final")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, run / "final")
+    make_foreign(model, mark)
+    for more in ([], ["--base", str(model)]):
+        assert export.main([str(run), "--merge", *more]) == 1
+        refused(capsys.readouterr().err, mark)
+    with pytest.raises(ConfigError) as error:
+        ask(load_config(CONFIG), RunFolder(run))
+    refused(str(error.value), mark)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_pickled_weights_are_not_unpickled(tmp_path, model, mark, without_unsloth, capsys, adapter):
+    place = tmp_path / "final"
+    if adapter:
+        base = load(ModelConfig(loader="transformers", name=str(model)), None, 0)[0]
+        get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(place)
+        for file in model.glob("tokenizer*"):
+            shutil.copy(file, place)
+        (place / "adapter_model.safetensors").unlink()
+        torch.save({"weight": Pickled(mark)}, place / "adapter_model.bin")
+    else:
+        shutil.copytree(model, place)
+        (place / "model.safetensors").unlink()
+        torch.save({"weight": Pickled(mark)}, place / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        train_grpo.main(["--config", CONFIG, "--evaluate", str(place)])
+        pytest.fail(capsys.readouterr().err + "Weights only")  # a refusal in words
+    assert not mark.exists()

@@ -1,0 +1,162 @@
+"""A run that has too little memory says so on one page, keeps its last step, and takes its largest step first.
+
+The allocations that fail here fail for real: more bytes are asked of the allocator than any machine can address.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_grpo
+from recipes.config.load import load_config
+from recipes.problems import ConfigError
+from recipes.training.memory import _asked, explain, plan_of, remedies
+from recipes.training.packed_step import PackedStep
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+TINY = [
+    "model.scratch.hidden_size=32",
+    "model.scratch.layers=1",
+    "model.scratch.intermediate_size=32",
+    "grpo.per_device_train_batch_size=16",
+    "grpo.num_generations=4",
+    "run.warm_start=null",
+    "run.save_every=null",
+    "run.evaluation.size=16",
+    "run.evaluation.every=null",
+]
+TOO_MUCH = 2**60
+
+
+def run(tmp_path, *more, steps=3, name="tiny"):
+    own = [f"grpo.max_steps={steps}", f"run.name={name}", f"run.output_root={tmp_path}"]
+    return train_grpo.main(["--config", CONFIG, *TINY, *own, *more])
+
+
+def metrics(tmp_path, name="tiny"):
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """A function: the loss asks for too much memory wherever `when(trainer, inputs)` says so."""
+
+    def fail(when):
+        compute = PackedStep._compute_loss
+
+        def computed(trainer, model, inputs):
+            if when(trainer, inputs):
+                torch.empty(TOO_MUCH, dtype=torch.uint8)
+            return compute(trainer, model, inputs)
+
+        monkeypatch.setattr(PackedStep, "_compute_loss", computed)
+        return lambda: monkeypatch.setattr(PackedStep, "_compute_loss", compute)
+
+    return fail
+
+
+def test_a_step_without_memory_is_one_page_and_a_checkpoint(tmp_path, capsys, fail):
+    mend = fail(lambda trainer, _: trainer.state.global_step == 2)
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "out of memory in the phase 'forward' after step 2" in said
+    assert f"asked for  {TOO_MUCH / 2**30:.2f} GiB" in said
+    for words in (
+        "free ",
+        "planned",
+        "measured",
+        "forward, loss and backward",
+        "most useful first",
+        "--resume",
+    ):
+        assert words in said
+    (checkpoint,) = (tmp_path / "tiny" / "checkpoints").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2"
+    assert str(checkpoint) in said
+    mend()
+    assert run(tmp_path, "--resume") == 0
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_what_does_not_fit_fails_before_the_first_step(tmp_path, capsys, fail):
+    def is_longest(trainer, inputs):
+        return bool(inputs.run) and inputs.batch.completion_width == trainer.args.max_completion_length
+
+    seen = []
+    fail(lambda trainer, inputs: is_longest(trainer, inputs) and not seen.append(len(inputs.lengths.group)))
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "out of memory in the phase 'a worst-case step before the first: forward' after step 0" in said
+    assert seen == [16]  # the whole batch in one bin
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+def test_the_checks_change_nothing_but_can_be_left_out(tmp_path, capsys):
+    assert run(tmp_path, steps=2) == 0
+    checked = capsys.readouterr().out
+    assert run(tmp_path, "run.checks=false", steps=2, name="unchecked") == 0
+    unchecked = capsys.readouterr().out
+    assert "worst case  16 × (" in checked
+    assert "worst case" not in unchecked
+    assert not (tmp_path / "unchecked" / "head_check.json").exists()
+    assert (tmp_path / "tiny" / "head_check.json").exists()
+    for with_it, without in zip(metrics(tmp_path), metrics(tmp_path, "unchecked"), strict=True):
+        for key in ("reward", "loss", "grad_norm", "entropy", "accuracy", "tokens"):
+            a, b = with_it.get(key), without.get(key)
+            if key == "tokens" and a is not None:
+                a, b = a["computed"], b["computed"]
+            assert a == b, key
+    plan = json.loads((tmp_path / "tiny" / "plan.json").read_text())
+    assert plan["measured"].keys() <= plan["phases"].keys()
+    highest = metrics(tmp_path)[1]["memory"]["backward"]["tensor_peak_mib"] * 2**20
+    assert plan["measured"]["forward, loss and backward"] >= highest > 2**16
+    assert "memory  forward, loss and backward: planned" in checked
+
+
+def test_trls_step_is_tried_too(tmp_path, capsys):
+    assert run(tmp_path, "step.impl=trl", steps=1) == 0
+    assert "worst case  16 × (" in capsys.readouterr().out
+
+
+def test_what_helps_most_comes_first(without_unsloth):
+    config = load_config(CONFIG, ["head.impl=full", "grpo.max_completion_length=48"])
+    found = remedies(config, "forward")
+    saved = [line.split("saves ")[1] for line in found if "saves" in line]
+    sizes = [float(text.split()[0]) * (1024 if "GiB" in text else 1) for text in saved]
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert "a lora section" in found[-1]
+    assert remedies(config, "evaluation")[0].startswith("run.evaluation.batch_size=")
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total", "2.50 GiB"),
+        ("can't allocate memory: you tried to allocate 1073741824 bytes. Error code 12", "1.00 GiB"),
+        ("bad_alloc", "not said"),
+    ],
+)
+def test_how_much_was_asked_for(message, size):
+    assert _asked(message) == size
+
+
+def test_other_errors_stay_what_they_are():
+    explain(RuntimeError("shapes do not fit"), config=None)  # raises nothing
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_a_tied_embedding_is_refused_before_training(without_unsloth, tied):
+    lora = "lora={r: 2, target_modules: [q_proj, embed_tokens]}"
+    config = load_config(CONFIG, [lora, f"model.scratch.tie_embeddings={str(tied).lower()}"])
+    if not tied:
+        assert plan_of(config) is not None
+        return
+    with pytest.raises(
+        ConfigError, match=r"lora\.target_modules: adapts the embedding, .* remove embed_tokens"
+    ) as e:
+        plan_of(config)
+    assert len(e.value.lines) == 1
