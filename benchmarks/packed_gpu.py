@@ -2,10 +2,13 @@
 
     python -m benchmarks.packed_gpu --output DIR           # under 9 minutes on an H100
     python -m benchmarks.packed_gpu --output DIR --toy     # the same code on a tiny model, on a CPU
+    python -m benchmarks.packed_gpu --output DIR --budget 12000
 
 The same rollouts go to each in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
 window, forward and backward; `scoring` the pass for old log-probabilities that TRL makes before it where vLLM samples
 and the packed step does not. Zero groups cost TRL the same as others, so they are measured for the packed step alone.
+It runs in bins of as many tokens as a padded micro-batch has slots, and in those that `step.token_budget: null` gives a
+run on this card, or `--budget`.
 Under `agreement`: losses, and gradients against those of TRL's way in float32 where the model is small enough.
 """
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from recipes.training.packed_attention import PREFIX
-from recipes.training.packed_step import packed
+from recipes.training.packed_step import PackedStep, packed
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHARED = {
@@ -46,6 +49,11 @@ MODELS = {
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
+HUB = {
+    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-8b": "meta-llama/Llama-3.1-8B-Instruct",
+}  # to plan with
+CHECKPOINTING = {"llama-1b": False, "llama-8b": True, "toy": False}
 SIZE = 8  # completions a group
 MIB = 2**20
 
@@ -130,7 +138,36 @@ def make_model(name: str, toy: bool) -> Any:
     return model
 
 
-def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, **settings: Any) -> Any:
+def planned_budget(name: str, shape: Shape) -> int:
+    """What a run of this model and shape would take on this card; 0 for a micro-batch's slots."""
+    import tempfile
+
+    import yaml
+
+    from recipes.config.load import load_config
+    from recipes.plan.plan import token_budget
+    from recipes.plan.setting import Setting
+
+    run = {
+        "model": {
+            "loader": "transformers", "name": HUB[name], "dtype": "bfloat16",
+            "max_seq_length": shape.prompts[1] + shape.longest, "gradient_checkpointing": CHECKPOINTING[name],
+        },
+        "task": {"name": "gsm8k"},
+        "grpo": {
+            "per_device_train_batch_size": SIZE, "num_generations": SIZE, "max_completion_length": shape.longest,
+            "gradient_accumulation_steps": shape.groups,
+        },
+        "lora": {"r": 16, "alpha": 16, "target_modules": LAYERS},
+    }  # fmt: skip
+    path = Path(tempfile.mkdtemp()) / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    config = load_config(path)
+    device_bytes = torch.cuda.get_device_properties(0).total_memory
+    return token_budget(config, Setting.of(config, device=True), device_bytes) or 0
+
+
+def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, *, budget: int = 0, **settings: Any) -> Any:
     """A trainer as `train()` leaves it before the first step; one group a micro-batch, one window a generation."""
     import tempfile
 
@@ -154,6 +191,7 @@ def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, **settings: An
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "1"}] * SIZE),
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        **({"planned_tokens": budget} if issubclass(kind, PackedStep) else {}),
     )
     if arguments.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -229,13 +267,16 @@ def measure(
     device = next(model.parameters()).device
     vocab_size = MODELS[name]["vocab_size"]
     config = model.get_base_model().config
-    checkpointing = {"gradient_checkpointing": name == "llama-8b"}
+    checkpointing = {"gradient_checkpointing": CHECKPOINTING[name]}
+    planned = options.budget or (0 if options.toy else planned_budget(name, shape))
     stock = "full" if options.toy else "trl"  # TRL 1.15 has no head for a CPU
     gradients: dict[str, Tensor] = {}
-    contestants = [("packed", "memhead", 0.0), ("packed", "memhead", 0.3), ("padded", stock, 0.0)]
+    contestants = [("packed", "memhead", 0.0, 0), ("padded", stock, 0.0, 0)]
+    if planned:
+        contestants[1:1] = [("packed", "memhead", zeros, planned) for zeros in (0.0, 0.3)]
     if name != "llama-8b" or shape.name == "gsm8k":  # where the head is a hundredth of the step, time is dear
-        contestants.append(("padded", "memhead", 0.0))
-    for way, head, zeros in contestants:
+        contestants.append(("padded", "memhead", 0.0, 0))
+    for way, head, zeros, budget in contestants:
         if time.time() > until:
             return
         row: dict[str, Any] = {
@@ -243,13 +284,14 @@ def measure(
             "shape": shape.name,
             "way": way,
             "head": head,
+            "budget": budget or "slots",
             "zeros": round(zeros * shape.groups) / shape.groups,
         }
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
         try:
             with memhead_trl.install(head):
                 kind = packed(GRPOTrainer) if way == "packed" else GRPOTrainer
-                trainer = make_trainer(kind, model, options.toy, shape, **checkpointing)
+                trainer = make_trainer(kind, model, options.toy, shape, budget=budget, **checkpointing)
                 trainer.fed = rollout(shape, vocab_size, zeros, device)
                 row["loss"] = window(trainer)
                 if zeros == 0.0:
@@ -300,9 +342,9 @@ def measure(
 def table(rows: list[dict]) -> str:
     """Markdown: seconds as a share of TRL's own, with and without its scoring pass."""
     lines = [
-        "| model | shape | way | zero groups | seconds | scoring | of TRL's loss | of TRL's with scoring | peak GiB |"
-        " tokens computed | real tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | shape | way | bins of | zero groups | seconds | scoring | of TRL's loss | of TRL's with scoring |"
+        " peak GiB | tokens computed | real tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     stock = {
         (r["model"], r["shape"]): r
@@ -312,7 +354,9 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         if "agreement" in r:
             continue
-        start = f"| {r['model']} | {r['shape']} | {r['way']}, {r['head']} | {r['zeros']:.0%} |"
+        start = (
+            f"| {r['model']} | {r['shape']} | {r['way']}, {r['head']} | {r['budget']} | {r['zeros']:.0%} |"
+        )
         if "seconds" not in r:
             lines.append(f"{start} {r.get('error', '')} |||||||")
             continue
@@ -337,6 +381,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=int, help="tokens of a bin; without: as planned for this card")
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
