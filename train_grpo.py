@@ -117,8 +117,9 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
             return None
         print(f"Resuming from {begun.checkpoint}", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
-    folder = begun or RunFolder.create(config.run.output_root, config.run.name)
-    folder.begin_session(config)
+    if begun is not None:
+        begun.begin_session(config)
+    folder = begun or RunFolder.create(config.run.output_root, config.run.name, config)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)

@@ -100,8 +100,8 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         (f"  {name}", format_figure(first.get(name)), format_figure(last.get(name)))
         for name in {**first, **last}
     ]
-    shown = [tokens_in_words(summary[f"tokens_{end}"]) for end in ("first", "last")]
-    rows += [(name, *(found.get(name, "–") for found in shown)) for name in {**shown[0], **shown[1]}]
+    before, after = (tokens_in_words(summary[f"tokens_{end}"]) for end in ("first", "last"))
+    rows += [(name, before.get(name, "–"), after.get(name, "–")) for name in {**before, **after}]
     return Table(("", "before", "after"), rows)
 
 
