@@ -1,0 +1,69 @@
+"""What `pip install .` gives a library user: memhead alone, and the README's lines work with it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKED = ("pyproject.toml", "README.md", "LICENSE", "memhead", "recipes")  # recipes: what must be left out
+
+CHECK = """
+import importlib.util, torch, memhead
+assert importlib.util.find_spec("recipes") is None
+assert memhead.__file__.startswith({site!r}), memhead.__file__
+torch.manual_seed(0)
+lm_head = torch.nn.Linear(8, 50, bias=False)
+hidden, targets = torch.randn(20, 8), torch.randint(50, (20,))
+{lines}
+full, ours = {full}, logprobs
+torch.testing.assert_close(ours, full)
+assert ours.shape == (20,) and bool((ours < 0).all())
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The wheel, unpacked."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in PACKED:
+        source, target = ROOT / name, folder / "source" / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
+    subprocess.run([*command, "--wheel-dir", folder, folder / "source"], check=True)
+    (wheel,) = folder.glob("*.whl")
+    ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_holds_memhead_alone(site):
+    assert {place.name for place in site.iterdir() if place.suffix != ".dist-info"} == {"memhead"}
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "memhead").rglob("*.py")}
+    assert {str(file.relative_to(site)) for file in (site / "memhead").rglob("*")} >= modules
+
+
+def test_the_readme_lines_work_from_the_wheel(site, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    have, write = block.split("# write this")
+    lines = f"{have}\nfull_logits = logprobs\n# {write}"
+    code = CHECK.format(site=str(site), lines=lines, full="full_logits")
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(
+        run, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
