@@ -1,4 +1,4 @@
-"""What every function that scores tokens takes, checked once and brought into the form that the sweeps use."""
+"""The arguments of every function that scores tokens, checked once and brought into the form the sweeps use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """One value for each row of hidden (N, H), and the plain ones."""
+    """The arguments with a value for each row of hidden (N, H), and the plain ones as settings."""
 
     targets: Tensor  # (N,) int64
     mask: Tensor | None  # (N,) bool
@@ -47,7 +47,7 @@ def read_arguments(
     chunk: int | tuple[int, int] | None,
     backend: str | None,
 ) -> Arguments:
-    """See :func:`memhead.linear_logprobs`; the head itself, targets included, is checked before.
+    """See :func:`memhead.linear_logprobs`. The head's tensors and the targets have been checked by the caller.
 
     Raises:
         ValueError: naming argument, value and rule.
@@ -74,7 +74,7 @@ def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:
 def split_temperature(
     temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
-    """The temperature as (N,) in ``dtype``, or None, and as a number, 1 beside a tensor."""
+    """The temperature as a tensor (N,) in ``dtype``, or None, and as a number, 1 where there is a tensor."""
     if not isinstance(temperature, Tensor):
         checks.check_positive("temperature", temperature)
         return None, float(temperature)

@@ -43,7 +43,7 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
 
 
 def check_no_tangent(**tensors: Tensor | None) -> None:
-    """No tensor is one of forward-mode differentiation, whose tangent would be lost."""
+    """Refuse tensors of forward-mode differentiation: their tangents would be lost."""
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise ValueError(
@@ -52,10 +52,10 @@ def check_no_tangent(**tensors: Tensor | None) -> None:
 
 
 def check_differentiated_once() -> None:
-    """To be called in a backward pass, where gradients are on only if its result is to be differentiated again.
+    """Refuse double backward. To be called in a backward pass, where gradients are on only under ``create_graph``.
 
     Raises:
-        RuntimeError: it is; torch's ``once_differentiable`` is silent where the upstream gradient is constant.
+        RuntimeError: they are on. (torch's ``once_differentiable`` stays silent if the upstream gradient is constant.)
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -92,7 +92,7 @@ def check_integers(name: str, tensor: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
-    """``tensor``, if there is one, is where hidden is."""
+    """``tensor``, if given, is on hidden's device."""
     if tensor is not None and tensor.device != hidden.device:
         raise ValueError(
             f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one device"
@@ -106,13 +106,13 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_at_least_one(name: str, value: int) -> None:
-    """``value`` is a count, of at least one."""
+    """``value`` is at least 1."""
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 
 
 def check_chunk(chunk: int | tuple[int, int] | None) -> None:
-    """A chunk is rows, or (rows, columns), and holds at least one of each."""
+    """A chunk is a number of rows or (rows, columns), each at least 1."""
     if chunk is None:
         return
     sizes = (chunk, 1) if isinstance(chunk, int) else chunk
@@ -123,7 +123,7 @@ def check_chunk(chunk: int | tuple[int, int] | None) -> None:
 
 
 def check_row_chunk(chunk: int | None) -> None:
-    """A chunk of whole rows of logits is their number, at least one."""
+    """A chunk of whole rows of logits is a number of rows, at least 1."""
     if chunk is not None and not isinstance(chunk, int):
         raise ValueError(f"chunk={chunk} must be a number of rows: whole rows of logits are held at a time")
     check_chunk(chunk)
@@ -150,7 +150,7 @@ def check_targets_in_vocabulary(targets: Tensor, vocab_size: int) -> None:
 
 
 def check_temperatures(temperature: Tensor | None) -> None:
-    """As :func:`check_targets_in_vocabulary`, for per-row temperatures, where there are any."""
+    """Like :func:`check_targets_in_vocabulary`, for per-row temperatures, if given."""
     if temperature is None:
         return
     positive = temperature > 0

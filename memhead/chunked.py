@@ -1,16 +1,16 @@
 """Any row-wise loss of the head's logits, one chunk of rows at a time.
 
 A loss that works row by row has, in one chunk of rows, everything its gradient needs. So while the
-chunk's logits exist, autograd runs through the transform, and the gradient by the logits is turned
-into those by hidden, weight and bias at once; the backward pass only multiplies by the upstream
+chunk's logits exist, autograd runs through the transform, and the gradient of the logits is turned
+into those of hidden, weight and bias at once; the backward pass only multiplies by the upstream
 gradient. Two products for a frozen head, three for a trainable one, and nothing is derived by hand.
 
 With ``reduction="none"`` each row has an upstream gradient of its own. What belongs to a row is
 scaled by it; what rows share (weight, bias, a module's parameters) is recomputed in the backward.
 
-A function of the caller's cannot be an argument of an operator, and a compiler that looked inside
-would unroll the loop over chunks, anew for every number of rows. So under ``torch.compile``
-:func:`chunked_linear` is one break of the graph, and runs as it does without.
+The caller's function cannot be an argument of a torch operator, and a compiler that traced it would
+unroll the loop over chunks, again for every number of rows. So under ``torch.compile``
+:func:`chunked_linear` breaks the graph once and runs uncompiled.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def chunked_linear(
     Args:
         hidden: (..., H), floating point.
         weight: (V, H), floating point.
-        transform: ``transform(logits (R, V), *rows of row_args) -> (R,)``, working on each row by
+        transform: ``transform(logits (R, V), *rows of row_args) -> (R,)``, treating each row by
             itself; a function, or a module whose parameters get their gradients. The logits are
             float32 (float64 for float64 inputs) and must not be changed in place.
         row_args: tensors (..., *) with hidden's leading dimensions: targets, a teacher's hidden
@@ -69,10 +69,10 @@ def chunked_linear(
         chunk: rows of a chunk; ``None`` plans it (:func:`memhead.planning.plan_rows`).
 
     Returns:
-        A scalar, or the losses (...), in the logits' dtype. Differentiable once, by hidden, weight,
-        bias, row_args and the parameters of a module. Until the backward pass a trainable weight's
-        gradient (V, H) is held in the logits' dtype. Under ``torch.compile`` the call is one break of
-        the graph; ``fullgraph=True`` refuses it.
+        A scalar, or the losses (...), in the logits' dtype. Differentiable once, with respect to
+        hidden, weight, bias, row_args and the parameters of a module. Until the backward pass a
+        trainable weight's gradient (V, H) is held in the logits' dtype. Under ``torch.compile`` the
+        call breaks the graph; ``fullgraph=True`` refuses it.
 
     Raises:
         ValueError: arguments that do not fit together, a transform that does not return one value
@@ -139,10 +139,10 @@ class _ChunkedLinear(torch.autograd.Function):
         checks.check_differentiated_once()
         settings: Settings = ctx.settings
         factor: Tensor | None = upstream
-        grads = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
+        grads = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second read
         if settings.reduction == "mean":
             factor = upstream / max(1, ctx.num_rows)
-        if not ctx.num_rows:  # upstream is infinite where somebody divides by their number
+        if not ctx.num_rows:  # upstream is infinite where the caller divides by the number of rows
             factor = torch.zeros_like(upstream)
         if ctx.recompute:
             grads = _sweep(settings, grads, ctx.needs_input_grad[1:], upstream)[1]
@@ -159,18 +159,18 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
 
 
 def _is_per_row(index: int, settings: Settings) -> bool:
-    """Whether a tensor of :class:`_ChunkedLinear` has one part for each row."""
+    """Whether a tensor of :class:`_ChunkedLinear` has an entry for each row."""
     return index == 0 or 3 <= index < 3 + settings.num_row_args
 
 
 def _scale(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``grad * factor`` in ``dtype``, where a factor (N,) belongs to grad's rows.
+    """``grad * factor`` in ``dtype``; a factor (N,) holds one number for each row of grad.
 
     Block by block, because the wide product would be a second buffer of the weight's size.
     """
     if factor is None:
         return grad.to(dtype)
-    # The product is wide: float16 ends at 65504, where a gradient scaler begins.
+    # The product is taken in float32: float16 ends at 65504, where a gradient scaler starts.
     wide = torch.promote_types(grad.dtype, factor.dtype)
     if grad.dim() == 0:
         return (grad.to(wide) * factor).to(dtype)
@@ -234,7 +234,7 @@ def _pass(
             by_hidden = _fold_gradient(by_logits, x, weight, settings.compute, grads[1], grads[2], acc)
         if grads[0] is not None and by_hidden is not None:
             grads[0][rows] = by_hidden
-        del by_logits  # before the next chunk has one of its own
+        del by_logits  # freed before the next chunk makes its own
     return losses, grads
 
 
@@ -243,7 +243,7 @@ def _grad_dtype(index: int, tensor: Tensor, settings: Settings, result: torch.dt
 
 
 def _leaves(others: list[Tensor | None], rows: slice, num_row_args: int) -> list[Tensor]:
-    """This chunk's row_args, cut off from their graph, and the module's parameters as they are."""
+    """This chunk's row_args, detached, and the module's parameters as they are."""
     return [x[rows].detach() if i < num_row_args else x for i, x in enumerate(others)]  # type: ignore[index, misc]
 
 
@@ -252,13 +252,13 @@ def fill_logits(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.d
     for columns, w in _weight_tiles(weight, compute):
         if w is weight:
             product(x, w.t(), out)
-        else:  # a product writes to contiguous memory only
+        else:  # a product only writes to contiguous memory
             out[:, columns] = product(x, w.t(), out.new_empty(len(x), len(w)))
     return out if bias is None else out.add_(bias)
 
 
 def _weight_tiles(weight: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight itself if it is an operand as it is, else one piece after the other: no weight-sized copy."""
+    """The weight itself if it already is an operand, else piece by piece, so that no weight-sized copy exists."""
     if weight.dtype == compute == operand_dtype(compute, weight.device):
         yield slice(0, len(weight)), weight
         return
@@ -275,7 +275,7 @@ def _through_transform(
     *,
     check: bool,
 ) -> list[Tensor | None]:
-    """Run the transform on a chunk; gradients by its inputs, None where not needed or not used."""
+    """Run the transform on a chunk. Returns the gradients of its inputs, None where not needed or not used."""
     device, dtype, enabled = settings.autocast
     row_inputs = inputs[: 1 + settings.num_row_args]
     for x, need in zip(row_inputs, needs):
@@ -300,7 +300,7 @@ def _through_transform(
 
 
 def _refuse_captured(values: Tensor, known: list[Tensor]) -> None:
-    """The transform's graph must end in tensors that we know: any other would lose its gradient."""
+    """Refuse a transform whose graph ends in a tensor that we do not know: its gradient would be lost."""
     known_ids = {id(x) for x in known}
     pending, seen = [values.grad_fn], set()
     while pending:
@@ -308,7 +308,7 @@ def _refuse_captured(values: Tensor, known: list[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # of the graph's ends, the leaf
+        variable = getattr(node, "variable", None)  # the leaf, at an end of the graph
         if variable is not None and id(variable) not in known_ids:
             raise ValueError(
                 f"transform captures a tensor of shape {tuple(variable.shape)} that requires a gradient, or "
@@ -327,12 +327,12 @@ def _fold_gradient(
     bias_grad: Tensor | None,  # (V,), added to
     acc: Tensor | None,  # at least (R, H), overwritten
 ) -> Tensor | None:
-    """Gradient by hidden (R, H), if ``acc`` is there for it; those of weight and bias are added up."""
+    """Gradient of hidden (R, H) if ``acc`` is given; those of weight and bias are added to theirs."""
     if bias_grad is not None:
         bias_grad.add_(by_logits.sum(0))
     largest = None
     if x.dtype == torch.float16:
-        # Brought to 1 row by row, so that a row with a small gradient does not flush to zero.
+        # Each row is scaled to a maximum of 1, so that a row with a small gradient does not flush to zero.
         largest = by_logits.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # (R, 1)
         by_logits = by_logits / largest
     grad = by_logits.to(x.dtype)

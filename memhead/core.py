@@ -1,11 +1,11 @@
-"""The contract that every head keeps: score rows, then give their gradients from what that has left.
+"""The contract that every head keeps: score rows, then compute their gradients from what scoring saved.
 
     rows, saved = score(problem, direction=True)
     by = gradients(problem, saved, grad_logprobs, grad_entropy, Needs(hidden=True))
 
 :mod:`memhead.ops` (a weight that is a tensor, with or without LoRA), :mod:`memhead.parallel` (one that
 is split over processes) and :mod:`memhead.integrations.bitsandbytes` (a quantised one) differ in their
-:class:`Problem` and in how autograd hears of it; what is computed, and to which bits, stands here.
+:class:`Problem` and in how they register with autograd; what is computed, down to the bits, is defined here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Merge = Callable[[Tensor, Tensor | None], None]
 
 
 class Problem(NamedTuple):
-    """A head and the rows to score, as a caller has them; nothing is planned or checked yet."""
+    """A head and the rows to score, as the caller has them; nothing is planned or checked yet."""
 
     hidden: Tensor  # (N, H)
     weight: Weight  # (V, H)
@@ -46,11 +46,11 @@ class Problem(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, other processes' included."""
+        """Size of the whole vocabulary, other processes' parts included."""
         return self.weight.shape[0] if self.total is None else self.total
 
     def work(self, hidden: Tensor, targets: Tensor, temperature: Tensor | None) -> Work:
-        """What to do for these rows of the problem, (R, H), (R,) and (R,): tile and backend are chosen here."""
+        """The work for these rows of the problem, (R, H), (R,) and (R,): chooses tile and backend."""
         spec, chunk, backend, compute = self.settings
         operand = operand_dtype(compute, hidden.device)
         module = get_backend(backend, hidden.device, result_dtype(operand))
@@ -72,13 +72,13 @@ class Problem(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward; no memory of the results, which a caller may change in place."""
+    """What the backward pass needs from the forward; shares no memory with the results, which a caller may change."""
 
     logprobs: Tensor  # (N,)
-    entropy: Tensor  # (N,), without elements where it was not wanted
+    entropy: Tensor  # (N,), empty if not wanted
     lse_others: Tensor  # (N,)
-    direction: Tensor  # (N, H), without elements where it was not wanted
-    kept: Tensor  # (1,) on the CPU, beside a mask: see masking.KeptRows.count
+    direction: Tensor  # (N, H), empty if not wanted
+    kept: Tensor  # (1,) on the CPU, if there is a mask: see masking.KeptRows.count
 
 
 class Needs(NamedTuple):
@@ -91,7 +91,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Those that are wanted and not zero throughout."""
+    """The gradients that are wanted; None, too, where one is zero throughout."""
 
     hidden: Tensor | None = None  # (N, H)
     weight: Tensor | None = None  # (V, H)
@@ -103,14 +103,14 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
     """Per-row results (N,), 0 where the mask leaves a row out, and what :func:`gradients` needs later.
 
     Args:
-        direction: also compute the direction of hidden's gradient, for one more product.
+        direction: also compute the direction of hidden's gradient, at the price of one more product.
         merge: see :func:`memhead.sweep.forward_sweep`.
 
     Raises:
         ValueError: a target outside the vocabulary, or a temperature that is not positive.
     """
     hidden, mask, spec = problem.hidden, problem.mask, problem.settings.spec
-    # By the whole vocabulary, so that all processes that share it work on the same parts.
+    # Planned for the whole vocabulary, so that all processes that share it work on the same parts.
     unasked = unasked_rows(problem.vocab_size, hidden.shape[1], device_type=hidden.device.type)
     kept = KeptRows(mask, unasked)
     wanted = (True, *spec.wanted, True, direction)
@@ -142,7 +142,7 @@ def score(problem: Problem, *, direction: bool, merge: Merge | None = None) -> t
 
 
 def _first(results: Tensor, num_rows: int) -> Tensor:
-    """The first rows of (R, *), in memory of their own: a view among its results autograd lets nobody change."""
+    """The first rows of (R, *), in their own memory: autograd forbids changing a result that is a view."""
     return results if len(results) == num_rows else results[:num_rows].clone()
 
 
@@ -154,7 +154,7 @@ def recompute(
     needs: Needs,
     hidden_dtype: torch.dtype,
 ) -> Gradients:
-    """The part of :func:`gradients` that takes the logits once more."""
+    """The part of :func:`gradients` that recomputes the logits."""
     hidden, mask = problem.hidden, problem.mask
     parts = tuple(p for p, need in zip(problem.weight.parts, (needs.weight, needs.update)) if need)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -190,13 +190,13 @@ def gradients(
     recompute: Callable[..., Gradients] = recompute,
     hidden_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Gradients of what :func:`score` gave, in the dtypes of what they belong to.
+    """Gradients from those of the rows that :func:`score` returned, each in its tensor's dtype.
 
-    Hidden's is the saved direction, scaled, unless the entropy has one too. For the others, and for
-    that of the entropy, the logits are recomputed once.
+    Hidden's is the saved direction, scaled, unless the entropy has a gradient too. For that, and for
+    the gradients of all other tensors, the logits are recomputed once.
 
     Args:
-        recompute: stands in for :func:`recompute`; an operator that a compiler does not look into.
+        recompute: replaces :func:`recompute`, by an operator that is opaque to a compiler.
         hidden_dtype: of hidden's gradient; ``None`` is hidden's own.
     """
     check_differentiated_once()
@@ -219,7 +219,7 @@ def gradients(
 
 
 def _by_logits(problem: Problem, grad: Tensor | None) -> Tensor | None:
-    """An upstream gradient (N,), times what the logits' scale and temperature make of it."""
+    """An upstream gradient (N,) times logit_scale / temperature; 0 where the mask is false."""
     if grad is None:
         return None
     grad = grad * problem.settings.spec.slope(problem.temperature)
@@ -228,14 +228,13 @@ def _by_logits(problem: Problem, grad: Tensor | None) -> Tensor | None:
 
 
 class Call(NamedTuple):
-    """A head that is no operator: how its problem is made, and what its processes do together."""
+    """A head that is not a torch operator: how its problem is made, and what its processes do together."""
 
     problem: Callable[[Tensor, Tensor | None, Tensor | None], Problem]  # of hidden, weight and bias
     direction: bool
     merge: Merge | None = None
-    add_up: Callable[[Tensor], Any] | None = (
-        None  # adds the other processes' gradient by hidden (N, H), in place
-    )
+    # adds the other processes' gradients of hidden (N, H), in place
+    add_up: Callable[[Tensor], Any] | None = None
 
 
 def score_with_autograd(
@@ -243,7 +242,7 @@ def score_with_autograd(
 ) -> tuple[Tensor, ...]:
     """The first five of :func:`score`'s Rows, with :func:`gradients` for a backward pass.
 
-    A weight that is no tensor is ``None``.
+    A weight that is not a tensor is passed as ``None``.
     """
     return _Score.apply(call, hidden, weight, bias)  # type: ignore[no-any-return]
 

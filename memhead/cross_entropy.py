@@ -36,7 +36,7 @@ def linear_cross_entropy(
         hidden: (..., H), floating point.
         weight: (V, H), floating point.
         targets: (...), integers in 0..V-1, or ``ignore_index``: such rows are not computed.
-        bias: (V,); -inf forbids a token, but not beside a softcap c, which makes -c of it.
+        bias: (V,); -inf forbids a token, except under a softcap c, which turns it into -c.
         ignore_index: target of the rows that do not count.
         reduction: "mean" over the rows that count (NaN if none does, as in torch), "sum", or
             "none" (0 for the rows that do not count).
@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, or (...) with "none"; float32 (float64 for float64 inputs). ``torch.compile`` takes it
-        into its graph, but for label smoothing and z-loss (:func:`memhead.chunked_linear`).
+        into its graph, except with label smoothing or z-loss (:func:`memhead.chunked_linear`).
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.

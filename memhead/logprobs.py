@@ -2,9 +2,9 @@
 
 The idea, for one token with hidden state h, target t and logits z_v = W_v . h:
 
-1. Its log-probability needs of all V logits only their log-sum-exp. So the logits are computed in
-   tiles (some rows by some vocabulary columns), and each tile is folded into a few running sums
-   per row and forgotten. Nothing of size N x V is ever held.
+1. Beside the target's own logit, its log-probability only needs the log-sum-exp of the V logits. So
+   the logits are computed in tiles (some rows by some vocabulary columns), and each tile is folded
+   into a few running sums per row and forgotten. Nothing of size N x V is ever held.
 
 2. Its gradient is one vector of the size of h:
 
@@ -16,12 +16,12 @@ The idea, for one token with hidden state h, target t and logits z_v = W_v . h:
    ``grad_hidden = grad[:, None] * (1 - p_t)[:, None] * direction``: two products in all, which is
    what full logits cost, and no recomputation.
 
-3. The target is kept out of both sums and joined in float32 at the end. ``1 - p_t`` and
+3. The target is kept out of both sums and added in float32 at the end. ``1 - p_t`` and
    ``log p_t`` then never come from a cancellation, so a token that the model is sure of keeps its
    exact value and gradient (memhead.statistics has the algebra).
 
 4. Only what cannot be known before the upstream gradient arrives is recomputed in the backward:
-   the gradient of a trainable weight or bias, and that of the entropy, if anybody asks for it.
+   the gradient of a trainable weight or bias, and that of the entropy, if one arrives.
 
 The loop over tiles is :func:`memhead.sweep.forward_sweep`; the row-wise work on a tile is
 :func:`memhead.backends.torch.fold_tile` (and its Triton twin).
@@ -86,10 +86,10 @@ def linear_logprobs(
         weight: (V, H), floating point. The products run in the promoted dtype of the two, or in
             autocast's where autocast is on, and give float32.
         targets: (...), integers in 0..V-1 wherever ``mask`` is true.
-        bias: (V,); -inf forbids a token, but not beside a softcap c, which makes -c of it.
-        mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. Where
-            there are more than a few hundred, a GPU is asked once how many it keeps, and works on
-            the first meanwhile (:mod:`memhead.masking`); inside a CUDA graph it cannot be asked.
+        bias: (V,); -inf forbids a token, except under a softcap c, which turns it into -c.
+        mask: (...), bool; rows where it is false are not computed: 0, with zero gradient. With more
+            than a few hundred rows a GPU is asked once how many are kept, while it works on the
+            first ones (:mod:`memhead.masking`); inside a CUDA graph it cannot be asked.
         temperature: > 0, one number or one per row (...). Not differentiated.
         softcap: c > 0 of ``c * tanh(x / c)`` (Gemma 2), after the scale, before the temperature.
         logit_scale: factor on the logits (Cohere, Granite's 1 / logits_scaling).
@@ -102,8 +102,8 @@ def linear_logprobs(
         backend: "torch" or "triton"; ``None`` takes the fastest that runs on hidden's device.
 
     Returns:
-        :class:`LinearLogprobs`; logprobs and entropy are differentiable by hidden, weight, bias
-        and the low-rank update.
+        :class:`LinearLogprobs`; logprobs and entropy are differentiable with respect to hidden,
+        weight, bias and the low-rank update.
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.
@@ -134,7 +134,7 @@ def linear_logprobs(
 
 
 def as_results(rows: Sequence[Tensor], spec: FoldSpec, shape: torch.Size) -> LinearLogprobs:
-    """The first of ``rows``, each (N,) in the order of :class:`LinearLogprobs`, in ``shape``."""
+    """The first five of ``rows``, each (N,) and in the order of :class:`LinearLogprobs`, in ``shape``."""
     entropies, *metrics = (
         x.reshape(shape) if want else None for x, want in zip(rows[1:5], spec.wanted, strict=True)
     )

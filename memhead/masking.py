@@ -1,8 +1,8 @@
-"""Rows that a mask leaves out are not computed: they are taken away before, and put back as zeros after.
+"""Rows that a mask leaves out are not computed: they are taken out before, and put back as zeros after.
 
-How many rows a mask keeps decides the size of every product, and a GPU tells it only when it has
-worked off its queue; it then stands idle until the next launch arrives. :class:`KeptRows` therefore
-sends out the first rows before it asks, and the answer is there while the GPU works on them.
+How many rows a mask keeps decides the size of every product, but a GPU can answer only once it has
+worked through its queue, and then idles until the next launch arrives. :class:`KeptRows` therefore
+launches the first rows before it asks, so that the answer arrives while the GPU works on them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ALL = (
-    -1
-)  # the count of rows that nobody asked for: all are computed, and those that a mask leaves out are blank
+# Stands for the count of kept rows where the GPU was not asked: all are computed, those left out as blanks.
+ALL = -1
 
 
 def kept_rows(mask: Tensor | None) -> Tensor | None:
@@ -63,7 +62,7 @@ class Part(NamedTuple):
         return torch.where(_along(self.real, x), x, blank)
 
     def place(self, into: Tensor | None) -> Tensor | None:
-        """The memory of these rows in (N, *), to write results to that :meth:`put` need not copy; None: scattered."""
+        """These rows of ``into`` (N, *), where results need no copy by :meth:`put`; None where they are scattered."""
         return into[self.which] if into is not None and isinstance(self.which, slice) else None
 
     def put(self, rows: Tensor, num_rows: int, into: Tensor | None) -> Tensor:
@@ -81,15 +80,15 @@ def _along(real: Tensor, x: Tensor) -> Tensor:
 
 
 class KeptRows:
-    """The rows that a mask (N,) keeps, in parts; ``unasked`` rows go out before a GPU is asked for their number."""
+    """The rows that a mask (N,) keeps, in parts; the first ``unasked`` are launched before a GPU is asked how many."""
 
     def __init__(self, mask: Tensor | None, unasked: int | None) -> None:
         self.mask, self.unasked = mask, unasked
-        # For the backward pass, on the CPU, where reading it waits for nothing: how many rows are kept, or ALL.
+        # How many rows are kept, or ALL: for the backward pass, on the CPU, where reading it never waits.
         self.count = ALL
 
     def parts(self) -> Iterator[Part]:
-        """Rows to be computed one part after the other; ``count`` is there after the last."""
+        """The parts to compute, one after another; ``count`` is set after the last."""
         mask, first = self.mask, self.unasked
         if mask is None:
             yield Part()
@@ -111,7 +110,7 @@ class KeptRows:
 
 
 def known_part(mask: Tensor, count: int) -> Part:
-    """The rows that the mask (N,) keeps, whose number :class:`KeptRows` found."""
+    """The rows that the mask (N,) keeps, given the count that :class:`KeptRows` found."""
     if count == len(mask):
         return Part()
     return Part(None, mask) if count == ALL else Part(_kept_first(mask)[:count])

@@ -1,6 +1,6 @@
 """:mod:`memhead.core` as torch operators, so that autograd and ``torch.compile`` see one opaque step each.
 
-Only tensors and plain numbers cross an operator's border; inside, the loop over tiles is ordinary
+Only tensors and plain numbers cross an operator's border. Inside, the loop over tiles is ordinary
 Python, which a compiler neither unrolls nor specialises for a number of rows.
 """
 
@@ -22,11 +22,11 @@ HEAD = (
     "Tensor hidden, Tensor weight, Tensor? update, Tensor targets, Tensor? bias, Tensor? mask, "
     "Tensor? temperature, float[] numbers, bool[] outputs, SymInt[] chunk, str? backend, ScalarType compute"
 )
-TENSORS = 7  # of them
+TENSORS = 7  # the first arguments
 
 
 class Head(NamedTuple):
-    """A problem in the form in which it crosses the border, see :data:`HEAD`."""
+    """A problem as an operator takes it: tensors and plain numbers, in the order of :data:`HEAD`."""
 
     hidden: Tensor  # (N, H), or (N, H + r) with an update
     weight: Tensor  # (V, H)
@@ -52,7 +52,7 @@ class Head(NamedTuple):
         temperature: Tensor | None,
         settings: Settings,
     ) -> Head:
-        """From plain tensors and what :func:`memhead.arguments.read_arguments` made of the others."""
+        """From tensors and the settings that :func:`memhead.arguments.read_arguments` returned."""
         spec, chunk, backend, compute = settings
         tile = [] if chunk is None else [chunk] if isinstance(chunk, int) else list(chunk)
         tensors = hidden, weight, update, targets, bias, mask, temperature
@@ -77,7 +77,7 @@ class Head(NamedTuple):
     schema=f"({HEAD}, bool direction) -> ({', '.join(['Tensor'] * (5 + len(Saved._fields)))})",
 )
 def logprobs_op(*arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`memhead.core.score`: the first five of its Rows, and then what it saves."""
+    """:func:`memhead.core.score`: the first five of its Rows, followed by what it saves."""
     *head, direction = arguments
     rows, saved = core.score(Head(*head).problem, direction=direction)
     return *rows[:5], *saved
@@ -110,7 +110,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "Tensor lse_others, Tensor kept, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def logprobs_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`memhead.core.recompute`; gradients that are not needed have no elements."""
+    """:func:`memhead.core.recompute`; gradients that are not needed are empty."""
     head = Head(*arguments[: len(Head._fields)])
     grad_logprobs, grad_entropy, logprobs, entropy, lse_others, kept, needs = arguments[len(head) :]
     saved = Saved(logprobs, entropy, lse_others, head.hidden.new_empty(0), kept)
@@ -136,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
+    tensors = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second read
     head, saved = Head(*tensors[:TENSORS], *ctx.plain), Saved(*tensors[TENSORS:])
     wanted = dict(zip(Head._fields, ctx.needs_input_grad))
     needs = Needs(*(wanted[name] for name in Needs._fields))

@@ -1,10 +1,10 @@
 """The head with its vocabulary split over a process group (tensor parallelism).
 
 Every process holds some rows of the weight and sees all hidden states. It folds its own part of the
-vocabulary as if it were all there is; then, block of rows by block of rows, the processes agree on
-a common reference and add up their statistics, a few numbers for each row. So each does two
-products of its own size, and what crosses the network is those statistics, and in the backward
-pass the hidden gradient, once.
+vocabulary as if that were all of it; then, block of rows by block of rows, the processes agree on
+a common reference and add up their statistics, a few numbers for each row. So each computes two
+products of its own size, and only those statistics cross the network, and once, in the backward
+pass, the gradient of hidden.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def vocab_parallel_logprobs(
     chunk: int | tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> LinearLogprobs:
-    """:func:`memhead.linear_logprobs` of a weight of which this process holds some rows.
+    """:func:`memhead.linear_logprobs` where this process holds only some rows of the weight.
 
-    Every process of the group makes the same call, with the same tensors but for weight and bias,
-    and goes on with the same loss.
+    Every process of the group makes the same call, with the same tensors except weight and bias,
+    and continues with the same loss.
 
     Args:
         hidden: (..., H), the same on every process.
         weight: (V_rank, H): the processes' parts, in the order of their ranks, are the vocabulary.
-            They need not be of one size.
+            Their sizes may differ.
         targets: (...), numbers in the whole vocabulary, the same on every process.
         group: the process group; ``None`` is the default one.
         bias: (V_rank,), this process's part.
@@ -64,8 +64,8 @@ def vocab_parallel_logprobs(
         backend: likewise.
 
     Returns:
-        :class:`LinearLogprobs`, the same on every process; differentiable by hidden (the whole
-        gradient, on every process) and by this process's weight and bias.
+        :class:`LinearLogprobs`, the same on every process; differentiable with respect to hidden (the
+        whole gradient, on every process) and to this process's weight and bias.
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.

@@ -18,25 +18,19 @@ MIB = 1 << 20
 DEFAULT_TILE = {"cpu": (1024, 4 * MIB), "cuda": (2048, 160 * MIB)}
 
 # Bytes of a chunk of whole rows of logits, and the fewest rows where the weight's gradient is wanted.
-# Four such chunks exist at a time in cross entropy. Trained, by chunked_linear, on 2 CPU cores with
-# oneDNN's products (without them): H = 1024, V = 32768, N = 2048: 1.3 s (2.8 s) with 128 rows, 1.5 s
-# (2.4 s) with 512; H = 1024, V = 128256, N = 512: 1.9 s with 64 rows, 1.7 s with 128, 1.6 s with 204.
+# Four such chunks exist at a time in cross entropy. Measured in benchmarks/results/planning.md.
 WHOLE_ROWS = {"cpu": 16 * MIB, "cuda": 128 * MIB}
 TRAINED_ROWS = 128
 
 # (rows, bytes) of a block of rows whose exponentials are kept over the whole vocabulary
 # (memhead.sweep.HeadGradients). Every block reads and writes the weight's gradient once, so few rows
-# are slow. On 2 CPU cores, in multiples of the three products by oneDNN (by torch.mm, which take twice
-# as long): H = 1024, V = 32768, N = 2048: 1.22 (1.17) with 256 rows, 1.17 (1.08) with 512, 1.15 (1.05)
-# with 768; by torch.mm, H = 2048, V = 128256, N = 512: 1.35 with 128, 1.21 with 256, 1.16 with 512.
-# Not done on a GPU: a float32 head of Llama-3.1-8B under autocast, N = 8192, takes an H100 as long as
-# four products do with 1024 rows, and 0.86 of it with 2048, at half a gigabyte more. With float32
-# operands it was not measured.
+# are slow. On a GPU it gains little for its memory, so it is not done there. Both were measured:
+# benchmarks/results/planning.md.
 KEPT_BLOCK = {"cpu": (512, 256 * MIB)}
 
-# Multiply-adds of one product over the rows that go out before a GPU is asked how many rows a mask
-# keeps (memhead.masking): two such products take an H100 2 ms, about what the next launches take. If the
-# mask keeps fewer rows, the rest is wasted.
+# Multiply-adds of one product over the rows that are launched before a GPU is asked how many rows a
+# mask keeps (memhead.masking): enough to keep it busy until the next launches arrive. If the mask keeps
+# fewer rows, the rest is wasted.
 UNASKED = {"cuda": 4e11}
 
 # (rows, columns) of a tile that is not halved any more.
@@ -59,7 +53,7 @@ class Chunk(NamedTuple):
         return self.rows * self.columns * tile_itemsize + accumulators
 
     def within(self, num_rows: int, vocab_size: int) -> Chunk:
-        """This tile, no larger than what there is to compute."""
+        """This tile, cut to what there is to compute."""
         return Chunk(max(1, min(self.rows, num_rows)), max(1, min(self.columns, vocab_size)))
 
     def taller(self, num_rows: int) -> Chunk:
@@ -95,9 +89,9 @@ def default_tile(device_type: str, tile_itemsize: int) -> Chunk:
 
 
 def plan_chunk(num_rows: int, vocab_size: int, *, device_type: str = "cpu", tile_itemsize: int = 4) -> Chunk:
-    """The tile for ``num_rows`` tokens of a vocabulary where nobody asks for one, see :func:`resolve_chunk`.
+    """The default tile for ``num_rows`` tokens of a vocabulary, see :func:`resolve_chunk`.
 
-    What is worked on beside inputs and outputs (:meth:`Chunk.workspace_bytes`) is under 128 MiB on a
+    Its working memory beside inputs and outputs (:meth:`Chunk.workspace_bytes`) is under 128 MiB on a
     CPU and under 256 MiB on a GPU for every model we know.
     """
     return default_tile(device_type, tile_itemsize).within(num_rows, vocab_size)
@@ -109,10 +103,10 @@ def plan_rows(
     """Rows per chunk when a transform needs whole rows of logits (:func:`memhead.chunked_linear`).
 
     Such a chunk holds rows x vocab_size logits, their gradient and whatever the transform's own
-    graph keeps: 16 MiB of logits on a CPU (they are read again soon), 128 MiB on a GPU. A weight's
-    gradient, where it is ``trained``, is read and written for every chunk, so there a chunk is
-    never of fewer than 128 rows; what that takes is less than the second copy of the gradient in
-    the backward pass, and so no part of the peak, from a hidden size of 512 on.
+    graph keeps: 16 MiB of logits on a CPU (they are read again soon), 128 MiB on a GPU. The gradient
+    of a ``trained`` weight is read and written for every chunk, so there a chunk never has fewer than
+    128 rows; from a hidden size of 512 upwards that takes less than the second copy of the gradient
+    in the backward pass, so the peak does not rise.
     """
     budget = WHOLE_ROWS["cpu" if device_type == "cpu" else "cuda"]
     rows = max(budget // (vocab_size * itemsize), TRAINED_ROWS if trained else 1)
@@ -120,9 +114,9 @@ def plan_rows(
 
 
 def plan_kept_rows(vocab_size: int, *, device_type: str, itemsize: int) -> int | None:
-    """Rows per block of a trainable head's summed loss (:mod:`memhead.summed_op`); None: do without.
+    """Rows per block of a trainable head's summed loss (:mod:`memhead.summed_op`); None: use no such blocks.
 
-    Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes, that of the products' operands.
+    Such a block holds rows x vocab_size exponentials of ``itemsize`` bytes, the size of a product's operands.
     """
     if device_type not in KEPT_BLOCK:
         return None

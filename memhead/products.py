@@ -71,13 +71,12 @@ def add_product(acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> Tensor:
     return acc
 
 
-# oneDNN's product gives new memory: at most so many bytes at a time, which stay in cache until they are used.
-# (Copied to where they belong, a tile of logits costs two per cent of its product.)
+# oneDNN's product returns new memory: at most so many bytes at a time, which stay in cache until they are used.
 ONEDNN_BYTES = 8 << 20
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in new memory. torch has no public function for it; this is the one its compiler calls."""
+    """``a @ b`` in new memory. torch has no public function for it; its compiler calls this one."""
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 

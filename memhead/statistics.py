@@ -110,7 +110,7 @@ class Upstream(NamedTuple):
 def headroom(operand: torch.dtype) -> tuple[float, float, float]:
     """(shift, lazy, depth) of a reference: the maximum less ``shift``, renewed when exceeded by ``lazy``.
 
-    One that is only a guess is also renewed where all logits are lower by more than ``depth``.
+    A guessed reference is also renewed where all logits are lower than it by more than ``depth``.
 
     The exponentials enter the second product in the operands' dtype. float32 and bfloat16 have the
     range for a reference that is far from the maximum, so that it almost never has to move;
@@ -121,7 +121,7 @@ def headroom(operand: torch.dtype) -> tuple[float, float, float]:
 
 
 def new_statistics(num_rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Statistics (len(Stat), num_rows) of rows of which nothing has been seen."""
+    """Statistics (len(Stat), num_rows) of rows before their first tile."""
     return _unseen(dtype, like.device).repeat(1, num_rows)
 
 
@@ -135,7 +135,7 @@ def _unseen(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def restore_infinity(values: Tensor) -> Tensor:
-    """Give forbidden logits, kept as :data:`LOWEST`, their infinity back."""
+    """Turn forbidden logits, kept as :data:`LOWEST`, back into -inf."""
     return F.threshold(values, UNSET, float("-inf"))
 
 

@@ -23,7 +23,7 @@ from memhead.statistics import FoldSpec, Rows
 from memhead.sweep import HeadGradients, Work, forward_sweep
 from memhead.weights import DenseWeight
 
-# Of the operator; the first of them are tensors.
+# The operator's arguments; the first TENSORS of them are tensors.
 ARGUMENTS = (
     *("hidden", "weight", "targets", "bias", "mask"),
     *("numbers", "wanted", "rows", "backend", "compute"),
@@ -32,10 +32,10 @@ TENSORS = 5
 
 
 def block_rows(hidden: Tensor, weight: Tensor, chunk: int | tuple[int, int] | None) -> int | None:
-    """Rows of a block, or None where there is no gradient to collect, or four products are the better bargain.
+    """Rows of a block, or None where there is no gradient to collect, or four products are the better choice.
 
-    A gradient in half precision would need a float32 accumulator of twice its size beside it,
-    from the forward pass on. And who names a tile's columns has said how much memory there is.
+    A gradient in half precision would need a float32 accumulator of twice its size beside it, from
+    the forward pass on. And a caller who gives a tile's columns has set a limit to the memory.
     """
     operand = operand_dtype(compute_dtype(hidden, weight), hidden.device)
     trainable = torch.is_grad_enabled() and weight.requires_grad
@@ -75,14 +75,14 @@ def summed_logprobs_op(
     bias: Tensor | None,  # (V,)
     mask: Tensor,  # (N,) bool
     numbers: list[float],  # logit_scale, softcap
-    wanted: list[bool],  # gradients by hidden and by bias
+    wanted: list[bool],  # the gradients of hidden and of bias
     rows: int,  # of a block
     backend: str | None,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the rows' log-probabilities, and its gradients by weight (V, H) and bias (V,).
+    """Sum of the rows' log-probabilities, and its gradients of weight (V, H) and bias (V,).
 
-    That by hidden comes as the direction (N, H) and its coefficient (N,), see
+    That of hidden comes as the direction (N, H) and its coefficient (N,), see
     :func:`memhead.backends.torch.finish_direction`. What is not wanted is empty.
     """
     hidden_grad, bias_grad = wanted
@@ -148,9 +148,9 @@ summed_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _InPlace(torch.autograd.Function):
-    """The operator without a compiler: its backward pass scales the weight's gradient where it lies.
+    """The operator without a compiler: its backward pass scales the weight's gradient in place.
 
-    So there never is a second tensor of that size. The first backward pass hands the gradient out;
+    So there is never a second tensor of that size. The first backward pass hands the gradient out;
     another one, through a retained graph, computes it again.
     """
 
@@ -171,26 +171,26 @@ class _InPlace(torch.autograd.Function):
         return _by_argument(
             ctx,
             hidden=_by_hidden(ctx, direction, coefficient, upstream),
-            # A saved tensor must not be seen to change; .data is the same memory and counts by itself.
+            # A saved tensor must not be seen to change; .data is the same memory with its own version counter.
             weight=by_weight.data.mul_(upstream),
             bias=by_bias.data.mul_(upstream),
         )
 
 
 def _upstream(upstream: Tensor, mask: Tensor) -> Tensor:
-    """The scalar upstream gradient; that of a mean over no rows is NaN, and has no row to go to."""
+    """The scalar upstream gradient; that of a mean over no rows is NaN, and reaches no row."""
     check_differentiated_once()
     return torch.where(mask.any(), upstream, 0.0)
 
 
 def _by_hidden(ctx: Any, direction: Tensor, coefficient: Tensor, upstream: Tensor) -> Tensor | None:
-    """(N, H), written at once in hidden's dtype; None where nobody wants it."""
+    """(N, H), written at once in hidden's dtype; None if not needed."""
     if not ctx.needs_input_grad[ARGUMENTS.index("hidden")]:
         return None
     return torch.mul(direction, (coefficient * upstream)[:, None], out=torch.empty_like(direction))
 
 
 def _by_argument(ctx: Any, **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One for each of the operator's arguments, None where nobody wants it."""
+    """A gradient for each of the operator's arguments, None if not needed."""
     needed = zip(ARGUMENTS, ctx.needs_input_grad, strict=True)
     return tuple(gradients.get(name) if need else None for name, need in needed)

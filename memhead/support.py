@@ -6,7 +6,7 @@ ratio of new to old probability is unbiased only if both are renormalised over t
     E_old[new_S / old_S] = sum_{v in S} new_S(v) = 1,  but  E_old[new / old] = new(S) / old(S)
 
 So the support is computed once, from the policy that sampled, and both are evaluated on it. It is
-small: its weight rows are gathered for some rows at a time, and no logit outside it is computed.
+small: its weight rows are gathered for a few rows at a time, and no logit outside it is computed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def truncation_support(
     """Tokens that the sampler could have drawn, (..., K) int64, the most likely first, padded with -1.
 
     The filters work in the order of transformers' ``generate``: temperature, top-k, top-p of what
-    top-k left, min-p. (vLLM applies min-p first: the same tokens unless top-p is set as well.)
-    Tokens as likely as the k-th are kept, as there. K is what the widest row needs; finding it
+    top-k left, min-p. (vLLM applies min-p first: the same tokens unless top-p is set as well.) As in
+    ``generate``, tokens as likely as the k-th are kept. K is what the widest row needs; finding it
     synchronises a GPU once.
 
     Args:
@@ -139,8 +139,8 @@ def supported_logprobs(
         chunk: rows of which the support's weight rows are held at a time; ``None`` plans it.
 
     Returns:
-        :class:`LinearLogprobs`; logprobs and entropy are differentiable by hidden, weight and bias.
-        Beside the chunk, some (N, K) tensors are held.
+        :class:`LinearLogprobs`; logprobs and entropy are differentiable with respect to hidden, weight
+        and bias. Beside the chunk, a few (N, K) tensors are held.
 
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.
@@ -219,7 +219,7 @@ class _SupportLogits(torch.autograd.Function):
 
 
 def _widen(x: Tensor, compute: torch.dtype, result: torch.dtype) -> Tensor:
-    """What the products of :mod:`memhead.sweep` see of ``x``, wide enough to lose nothing more."""
+    """``x`` as the products of :mod:`memhead.sweep` round it, in a dtype wide enough to lose nothing more."""
     return x.to(compute).to(result)
 
 

@@ -1,8 +1,8 @@
-"""The two passes over the vocabulary: one for values, and one, if it must be, for gradients.
+"""The two passes over the vocabulary: one for values, and one, where needed, for gradients.
 
-``forward_sweep`` is all there is to a frozen head. ``backward_sweep`` recomputes the logits once
-for what cannot be known before the upstream gradient arrives: the gradients of the weight and the
-bias, and that of the entropy.
+``forward_sweep`` is all that a frozen head needs. ``backward_sweep`` recomputes the logits once for
+what cannot be known before the upstream gradient arrives: the gradients of the weight and the bias,
+and that of the entropy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memhead.weights import Weight, WeightPart
 
 
 class Work(NamedTuple):
-    """Rows that are computed together, and how: what :mod:`memhead.core` makes of a work."""
+    """Rows that are computed together, and how: what :mod:`memhead.core` makes of a problem."""
 
     hidden: Tensor  # (N, H)
     weight: Weight  # (V, H)
@@ -69,12 +69,12 @@ class Work(NamedTuple):
 
     @property
     def whole_at_once(self) -> bool:
-        """Whether a tile that keeps no exponentials costs no memory, be it as wide as the vocabulary."""
+        """Whether a tile without kept exponentials costs no memory, even if it is as wide as the vocabulary."""
         features = self.operand, self.hidden.shape[1], self.hidden.device
         return self.backend.fuses(*features) and self.weight.views(self.operand)
 
     def coefficient(self, logprobs: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the directions (R, H) of these rows lack to be the gradients of their logprobs, (R,)."""
+        """(R,): the factor that turns the directions (R, H) of these rows into the gradients of their logprobs."""
         return one_minus_p(logprobs) * self.spec.slope(_slice(self.temperature, rows))
 
 
@@ -100,7 +100,7 @@ def row_blocks(total: int, size: int) -> Iterator[slice]:
 
 
 class HeadGradients:
-    """Gradients of the sum of all log-probabilities by weight and bias, collected in a forward sweep.
+    """Gradients of weight and bias for the sum of all log-probabilities, collected in a forward sweep.
 
     Where every row's upstream gradient is the same number, nothing has to be recomputed for them:
     the exponentials of one block of rows are kept over the whole vocabulary, until its rows are
@@ -110,7 +110,7 @@ class HeadGradients:
     def __init__(self, work: Work, *, by_bias: bool) -> None:
         self.work = work
         hidden, vocab_size = work.hidden, work.weight.shape[0]
-        # The first block of rows writes it: on a CPU, clearing a gradient costs a tenth of a product.
+        # The first block of rows writes it, which saves clearing it.
         self.by_weight = hidden.new_empty(work.weight.shape, dtype=work.result)
         if not len(hidden):
             self.by_weight.zero_()
@@ -127,7 +127,7 @@ class HeadGradients:
         self._kept.append((columns, exps, stats[Stat.REFERENCE].clone()))
 
     def fold(self, x: Tensor, stats: Tensor, rows: slice) -> None:
-        """Add what a complete block of rows x (R, H) gives; forget its tiles."""
+        """Add the contribution of a complete block of rows x (R, H), and forget its tiles."""
         work = self.work
         targets, others = work.targets[rows], stats[Stat.OTHERS]
         logprobs = finish(stats, work.weight.shape[0], work.spec).logprobs
@@ -161,13 +161,13 @@ def forward_sweep(
 ) -> tuple[Rows, Tensor | None]:
     """Per-row results (N,) and, if wanted, the direction (N, H) of the hidden gradient.
 
-    One product for the values; with ``direction`` a second one, of the exponentials that are there
-    anyway. Working memory: one tile of logits and one block of float32 accumulators.
+    One product for the values; with ``direction`` a second one, of exponentials that exist anyway.
+    Working memory: one tile of logits and one block of float32 accumulators.
 
     ``merge(statistics, accumulator)`` is called on a block of rows that has seen this process's
     part of the vocabulary (:mod:`memhead.parallel`). ``out`` (N, H) is memory for the direction.
-    ``gradients`` are collected by the way, at the price of one more product and of a block of rows
-    of the whole vocabulary.
+    ``gradients`` are collected along the way, at the price of one more product and of a block of
+    rows of the whole vocabulary.
     """
     hidden, weight, chunk = work.hidden, work.weight, work.chunk
     (num_rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
@@ -227,7 +227,7 @@ def backward_sweep(
     weight_parts: tuple[WeightPart, ...] = (),
     bias_grad: bool = False,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-    """Gradients by hidden (N, H), by parts of the weight (each (V, width)) and by the bias (V,).
+    """Gradients of hidden (N, H), of the weight's parts (each (V, width)) and of the bias (V,).
 
     The vocabulary is the outer loop, so that a tile of the weight's gradient is summed over all
     rows in float32 and rounded once, without a second buffer of the weight's size; the price is a
@@ -238,7 +238,7 @@ def backward_sweep(
     chunk = work.chunk.taller(num_rows)
     scale, upstream = _scaled(work, upstream)
     hidden_acc = hidden.new_zeros(hidden.shape, dtype=work.result) if hidden_dtype else None
-    # Every tile of it is written below; on a CPU, clearing it first costs a tenth of a product.
+    # Every tile of it is written below, so it need not be cleared.
     weight_grads = [hidden.new_empty((vocab_size, part.width), dtype=part.dtype) for part in weight_parts]
     if not num_rows:
         weight_grads = [grad.zero_() for grad in weight_grads]
@@ -286,7 +286,7 @@ def backward_sweep(
 
 
 def _rows_like(hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory (N, H) row after row, as the operators promise a compiler, whatever hidden's layout."""
+    """Contiguous memory (N, H), as the operators promise a compiler, whatever hidden's layout."""
     return torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
 
 

@@ -20,7 +20,7 @@ class WeightPart(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many features."""
+        """The number of features."""
         return self.features.stop - self.features.start
 
 

@@ -1,6 +1,6 @@
 """The same functions twice: ``torch.py`` for every device, ``triton.py`` for GPUs.
 
-This package's submodules are named after what they use, so here torch itself is only imported from.
+The submodules are named after what they use, so this file only imports names from torch, never torch itself.
 """
 
 from __future__ import annotations

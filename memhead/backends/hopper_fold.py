@@ -1,14 +1,14 @@
 """A product folded into the statistics of its rows in one kernel; see ``hopper_tile.py`` for the idea.
 
-All exponentials of a row must have one reference, but nobody knows the row's maximum beforehand. So
-each block of columns takes the same guess, the row's target's logit (``hopper_target.py``), unless its
-own maximum is far from it (statistics.headroom), and writes its sums and their reference down. They
+All exponentials of a row must have one reference, but the row's maximum is not known beforehand. So
+each block of columns takes the same guess, the logit of the row's target (``hopper_target.py``), unless
+its own maximum is far from it (statistics.headroom), and writes down its sums and their reference. They
 depend on the row and the block alone: not on how the vocabulary is cut into tiles, not on whether a
-gradient is wanted. Two kernels make statistics of a row of them:
+gradient is wanted. Two kernels turn them into the statistics of a row:
 
 - :func:`_merge_kernel` adds up the blocks of a row that has seen the vocabulary;
 - :func:`_correct_kernel`, where a gradient is wanted, settles on one reference after each tile, and
-  brings the exponentials of the rare block with another one to it.
+  rescales the exponentials of the rare block that has another one.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _correct_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,  # at least the tile's
 ):
-    """Settle on one reference for the rows of a tile and of what came before it; they rarely differ."""
+    """Settle on one reference for the rows of a tile and of those before it; the references rarely differ."""
     row = tl.program_id(0).to(tl.int64)
     num_blocks = tl.cdiv(num_columns, BLOCK_N)
     block = tl.arange(0, BLOCKS)
@@ -208,7 +208,7 @@ def _merge_kernel(
     WANT_TOP1: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The statistics of a row from those of all its blocks, so many LANES at a time."""
+    """The statistics of a row from those of all its blocks, LANES of them at a time."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     stats = stats_ptr + row

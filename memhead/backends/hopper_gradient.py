@@ -1,4 +1,4 @@
-"""The gradient by the logits in the kernel that recomputes them; see ``hopper_tile.py`` for the idea."""
+"""The gradient of the logits in the kernel that recomputes them; see ``hopper_tile.py`` for the idea."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The targets' logits, before the first tile.
 
-The fused kernel of ``hopper_fold.py`` need then only leave the target's column out. And it has a
-reference for a row's exponentials before it has seen the row: of a trained model the target's
-logit is rarely far from the largest, and where it is, the row is brought to another one.
+The fused kernel of ``hopper_fold.py`` then only needs to leave the target's column out. And it has a
+reference for a row's exponentials before it has seen the row: in a trained model the target's logit
+is rarely far from the largest, and where it is, the row is brought to another reference.
 
 They are the diagonal of the product of a block of hidden states with the weight rows of their
-targets, a thousandth of the whole product. A matrix unit's sums are short by some of the last
-bits; taken by the same unit in the same order, a target's logit is as short as its rivals', where
-an exact one would be off from them: for Llama's head the mean error would be seven times larger.
+targets, a thousandth of the whole product. A matrix unit's sums lack some of the last bits; taken by
+the same unit in the same order, a target's logit lacks the same as its rivals', where an exact one
+would be off from them (benchmarks/results/gpu_log.md has the errors).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What the kernels of ``hopper_fold.py`` and ``hopper_gradient.py`` share: a product, and what it means.
 
 For GPUs with a tensor memory accelerator. On Hopper (and Blackwell's data-centre chips) Triton's own
-product runs within a few per cent of the vendor's library, so the logits need not exist in memory
-at all, not even as a tile: the row-wise work is done on the product's registers, and what is
-written is what the next product reads, in the operands' dtype.
+product is about as fast as the vendor's library, so the logits need not exist in memory at all, not
+even as a tile: the row-wise work is done on the product's registers, and what is written is what the
+next product reads, in the operands' dtype.
 
-The mainloop is the plain persistent one: a program an SM, blocks in groups that share their operands
-in L2. While a program works on a block's registers its matrix unit rests, so each instruction for
-each logit counts: five of them take 3 per cent of the product's time at H = 4096. Therefore
+The mainloop is the plain persistent one: one program per SM, blocks in groups that share their operands
+in L2. While a program works on a block's registers its matrix unit idles, so each instruction for
+each logit counts (benchmarks/results/gpu_log.md). Therefore
 
 - what is the same for a whole row (scale, temperature, the logarithm's base) is one factor, and
   what it multiplies is called *capped* below: the raw product, or its tanh where there is a softcap;
@@ -63,12 +63,12 @@ def tile_columns(wanted: int, vocab_size: int, device: torch.device) -> int:
 
 
 def padded(columns: int) -> int:
-    """Columns of the blocks that hold so many."""
+    """``columns`` rounded up to whole blocks."""
     return ceil_div(columns, BLOCK_COLUMNS) * BLOCK_COLUMNS
 
 
 def whole_blocks(buffer: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """The buffer's first memory as (R, padded C)."""
+    """The beginning of the buffer as (R, padded C)."""
     columns = padded(num_columns)
     return buffer[: num_rows * columns].view(num_rows, columns)
 
@@ -127,7 +127,7 @@ def load_temperature(temperature_ptr, row, real, HAS_TEMPERATURE: tl.constexpr, 
 @triton.jit
 def row_factor(temperature, logit_scale, inverse_temperature, softcap: tl.constexpr):
     """(M,) positive: what a capped value is multiplied by to give its logit in units of log 2."""
-    # Not quite 0 for a scale of 0: what stands for minus infinity is divided by it.
+    # Not quite 0 for a scale of 0: the stand-in for minus infinity is divided by it.
     factor = tl.maximum(tl.abs(logit_scale), 1e-8) * LOG2_E
     if softcap != 0.0:
         factor = softcap * LOG2_E
@@ -141,14 +141,14 @@ def cap_slope(capped):
 
 
 def grid(num_rows: int, num_columns: int, device: torch.device) -> tuple[int]:
-    """One program an SM, or one a block where there are fewer."""
+    """One program per SM, or one per block where there are fewer blocks."""
     blocks = ceil_div(num_rows, BLOCK_ROWS) * ceil_div(num_columns, BLOCK_COLUMNS)
     return (min(blocks, multiprocessors(device) or 1),)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU that these kernels are for; 0 of any other device."""
+    """The number of SMs of a GPU that these kernels are for; 0 for any other device."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -62,7 +62,7 @@ def start_rows(
     tile: Tile,  # the whole vocabulary
     operand: torch.dtype,
 ) -> Tensor | None:
-    """What comes before the first tile of a block of rows: memory for what :func:`end_rows` needs; here nothing."""
+    """Prepare a block of rows before its first tile: memory for what :func:`end_rows` needs, here nothing."""
     return None
 
 
@@ -78,7 +78,7 @@ def fold_product(
 
 
 def end_rows(partial: Tensor | None, stats: Tensor, spec: FoldSpec) -> None:
-    """What comes after the last tile, for a :func:`fold_product` that leaves statistics (len(Stat), R) incomplete."""
+    """Complete the statistics (len(Stat), R) after the last tile, where :func:`fold_product` leaves that open."""
 
 
 def gradient_product(x: Tensor, w: Tensor, buffer: Tensor, *rest: Any) -> Tensor:
@@ -94,7 +94,7 @@ def tile_dtype(operand: torch.dtype, hidden_size: int, device: torch.device) -> 
 def buffer_columns(
     rows: int, columns: int, operand: torch.dtype, hidden_size: int, device: torch.device
 ) -> int:
-    """How many columns the buffer of a tile must have; none where the product brings its own memory."""
+    """How many columns the buffer of a tile must have; 0 where the product brings its own memory."""
     return 0 if brings_memory(operand, device, rows * columns) else columns
 
 
@@ -188,8 +188,8 @@ def finish_direction(
 ) -> None:
     """``out = softcap'(z_t) W_t - sum_{v != t} q_v softcap'(z_v) W_v``, see memhead.statistics.
 
-    ``(1 - p_t) * logit_scale / T * out`` is the gradient of the log-probability by the hidden
-    state. It is kept without that factor because so it never underflows, in float16 either.
+    ``(1 - p_t) * logit_scale / T * out`` is the gradient of the log-probability with respect to the
+    hidden state. It is kept without that factor so that it never underflows, not even in float16.
     """
     others = stats[Stat.OTHERS]
     acc.mul_(torch.where(others > 0, -1 / others, 0.0)[:, None])
@@ -203,7 +203,7 @@ def logit_gradient(
     upstream: Upstream,  # each (R,); the gradients times logit_scale / T
     operand: torch.dtype,
 ) -> Tensor:
-    """Gradient by the raw products (R, C), in the operand dtype.
+    """Gradient of the raw products (R, C), in the operand dtype.
 
         d log p_t / d z_v = (1 - p_t) (1[v = t] - q_v),  q_t = 0
         d entropy / d z_v = -p_v (log p_v + entropy)

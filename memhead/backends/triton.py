@@ -208,7 +208,7 @@ def fuses(operand: torch.dtype, hidden_size: int, device: torch.device) -> bool:
 def tile_columns(
     wanted: int, vocab_size: int, operand: torch.dtype, hidden_size: int, device: torch.device
 ) -> int:
-    """At most ``wanted``: as many as fit the registers of a program, where a program works on a row."""
+    """At most ``wanted``: as many as fit the registers of a program, where one program works on one row."""
     if fuses(operand, hidden_size, device):
         return hopper_tile.tile_columns(wanted, vocab_size, device)
     return min(wanted, MAX_COLUMNS)

@@ -24,7 +24,7 @@ BEFORE = tl.constexpr(int(Stat.BEFORE))
 AFTER = tl.constexpr(int(Stat.AFTER))
 
 
-# Triton's own two unwrap and wrap constants for the compiler, which costs a launch as much as its arguments do.
+# Triton's own versions of these two wrap constants for the compiler, which slows down every launch.
 def ceil_div(total: int, size: int) -> int:
     """How many blocks of ``size`` hold ``total``; on the host."""
     return -(-total // size)

@@ -1,1 +1,1 @@
-"""Where other libraries call memhead: each module is imported only by who uses that library."""
+"""Where other libraries call memhead; each module is imported only by those who use that library."""

@@ -116,7 +116,7 @@ class Weight4bit:
 def _unpacked_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Codes and state in the usual order, from the one that bitsandbytes gives a layer evaluated on a CPU.
 
-    Its own inverse changes the state it is given and quantises the scales anew: it gets a copy, and
+    Its own inverse changes the state it is given and quantises the scales again: it gets a copy, and
     the scales, kept transposed, are taken as they are.
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -162,7 +162,7 @@ def quantized_logprobs(
     chunk: int | tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> LinearLogprobs:
-    """:func:`memhead.linear_logprobs` of a frozen weight that exists tile by tile only.
+    """:func:`memhead.linear_logprobs` of a frozen weight that only ever exists tile by tile.
 
     Args:
         hidden: (..., H), floating point; its dtype, or autocast's, is that of the products.

@@ -12,7 +12,7 @@ class HeadBypassed(RuntimeError):
 class Handle:
     """An installed head: how often it was called, and the way back.
 
-    A bypass is silent: training goes on, with other memory and perhaps other numbers. So ask after
+    A bypass is silent: training goes on, with other memory and perhaps other numbers. So check after
     every step; a trainer's callback does it in two lines:
 
         def on_step_begin(self, args, state, control, **_): self.handle.watch()
@@ -36,14 +36,14 @@ class Handle:
         self.rows += rows
 
     def watch(self) -> None:
-        """Look at calls from here on; needed where others than the steps that are asked about make some."""
+        """Count calls from here on; needed where calls are also made outside the steps that are checked."""
         self._calls_seen = self.calls
 
     def expect_calls(self, what: str) -> None:
-        """Ask whether ``what`` ("training step 3") called the head, and watch on.
+        """Check that ``what`` ("training step 3") called the head, and count from here on.
 
         Raises:
-            HeadBypassed: not one call arrived since :meth:`watch`, or since the last time this was asked.
+            HeadBypassed: no call arrived since :meth:`watch`, or since the last check.
         """
         if self.calls == self._calls_seen:
             raise HeadBypassed(

@@ -10,17 +10,17 @@ from memhead.logprobs import LowRankUpdate
 
 
 def is_lora(layer: object) -> bool:
-    """Whether ``layer`` is a LoRA layer around a linear head, of whatever variant."""
+    """Whether ``layer`` is a LoRA layer of any variant around a linear head."""
     return isinstance(layer, LoraLinear)
 
 
 def is_supported(layer: object) -> bool:
-    """Whether ``layer`` is a LoRA layer around a linear head whose every adapter is plain LoRA."""
+    """Whether ``layer`` is a LoRA layer around a linear head with plain LoRA adapters only."""
     return isinstance(layer, LoraLinear) and not any(unsupported(layer, name) for name in layer.lora_A)
 
 
 def unsupported(layer: LoraLinear, adapter: str) -> str:
-    """What of ``adapter`` plain LoRA does not cover, by PEFT's name for it; empty if nothing."""
+    """What plain LoRA does not cover in ``adapter``, by PEFT's name for it; empty if there is nothing."""
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
     if layer.lora_bias.get(adapter):

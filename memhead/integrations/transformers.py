@@ -128,7 +128,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give the model its own forward back; nothing happens to one that is not patched."""
+    """Give the model its own forward back; a model that is not patched is left alone."""
     base = _base(model)
     if not _is_patched(base):
         return
@@ -253,7 +253,7 @@ def _whole(parameter: Any) -> Tensor:
 def _check(model: Any) -> None:
     """Compare the loss of eight tokens with the model's own, and that with what its own logits give.
 
-    The first comparison allows for half precision, under which a small term of a loss could hide; not so the second.
+    The first comparison allows for half precision, in which a small term of a loss could hide; the second does not.
 
     Raises:
         ValueError: they differ.

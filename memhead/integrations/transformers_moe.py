@@ -13,7 +13,7 @@ def wants_router_loss(model: Any, given: dict[str, Any]) -> bool:
     """Whether the model's own forward, with the arguments ``given`` by name, adds that loss.
 
     Raises:
-        ValueError: the call asks for it and the config does not, so that nobody has compared it.
+        ValueError: the call asks for it and the config does not, so that it was never compared.
     """
     if _function(model) is None:
         return False
@@ -55,7 +55,7 @@ def router_loss(
 
 
 def _function(model: Any) -> Callable[..., Tensor] | None:
-    """The function that the model's own forward looks up: every architecture has its copy."""
+    """The function that the model's own forward looks up: every architecture has its own copy."""
     forward = inspect.unwrap(type(model).forward)
     return getattr(forward, "__globals__", {}).get("load_balancing_loss_func")
 

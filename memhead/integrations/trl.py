@@ -92,14 +92,14 @@ def install(
 
 
 def installed() -> Handle | None:
-    """The handle of what :func:`install` put into TRL, for whoever has lost it; ``None`` where nothing is."""
+    """The handle of the head that :func:`install` put into TRL; ``None`` if there is none."""
     from trl.trainer import utils
 
     return getattr(getattr(utils, "_ChunkedLogProbFunction", None), INSTALLED, None)
 
 
 def name_handle(handle: Handle) -> None:
-    """Let ``handle`` stand for what is installed: that of an integration which has TRL's slot among others."""
+    """Register ``handle`` as the installed one: that of an integration that fills TRL's slot among others."""
     from trl.trainer import utils
 
     setattr(utils._ChunkedLogProbFunction, INSTALLED, handle)
@@ -182,7 +182,7 @@ def _update_of_head() -> LowRankUpdate | None:
 
 
 def _refuse(further: tuple[Any, ...], unknown: dict[str, Any]) -> None:
-    """An argument that a later TRL passes and we do not know must not be dropped in silence."""
+    """Refuse an argument that a later TRL passes and we do not know, rather than drop it silently."""
     given = [f"argument {10 + i}: {value!r}" for i, value in enumerate(further) if value is not None]
     given += [f"{name}={value!r}" for name, value in unknown.items() if value is not None]
     if given:

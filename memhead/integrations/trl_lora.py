@@ -1,8 +1,8 @@
 """LoRA on ``lm_head`` in TRL's trainers.
 
 TRL hands its head ``lm_head.weight`` alone, so it refuses a head that carries an adapter. With
-memhead in its slot the adapter can be honoured: :func:`allow_lora_head` lifts the refusal for
-plain LoRA, and lets the slot know which module's weight it is given.
+memhead in its slot the adapter can be taken into account: :func:`allow_lora_head` lifts the refusal
+for plain LoRA, and lets the slot know which module's weight it is given.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def allow_lora_head() -> Callable[[], None]:
     """Lift TRL's refusal for heads that :mod:`memhead.integrations.peft` can compute.
 
     Returns:
-        What puts everything back. Trainers made meanwhile keep working as long as memhead's slot
+        A function that puts everything back. Trainers made meanwhile keep working as long as memhead
         stays installed.
     """
     with ExitStack() as undo:  # an import that fails leaves nothing behind
@@ -62,7 +62,7 @@ def _replace(undo: ExitStack, module: ModuleType, name: str, replacement: Callab
 
 
 def _layers_to_refuse(base: type) -> type:
-    """A class of which those adapter layers are instances that the slot cannot compute."""
+    """A class whose instances are the adapter layers that the slot cannot compute."""
     from memhead.integrations.peft import is_supported
 
     class Refused(type):
@@ -73,7 +73,7 @@ def _layers_to_refuse(base: type) -> type:
 
 
 def _announcing(add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
-    """TRL's patch of a model's forward, which then says whose weight it hands to the slot."""
+    """TRL's patch of a model's forward, extended to say which module's weight it hands to the slot."""
 
     @functools.wraps(add_fused_lm_head)
     def add(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@
     GRPOTrainer(...).train()
     assert handle.calls > 0
 
-With a GPU Unsloth writes a trainer of its own, which scores, with gradient and without, through
+With a GPU, Unsloth writes its own trainer, which scores, with gradient and without, through
 ``unsloth_zoo.rl_replacements.grpo_chunked_hidden_states_logprobs``, imported anew at each call.
 Its other trainers, and all of them on its CPU backend, are TRL's and use TRL's slot, in which
 Unsloth has put its own class. :func:`install` takes both places.
@@ -28,7 +28,7 @@ from memhead.integrations.handle import Handle
 from memhead.logprobs import linear_logprobs
 
 SCORER = "grpo_chunked_hidden_states_logprobs"
-# What the scorer may be passed that changes nothing for us: float32 logits are ours in any case.
+# Arguments of the scorer that change nothing here: our logits are float32 in any case.
 NEUTRAL = {
     "support_top_k": (0, None),
     "support_top_p": (1.0, None),
@@ -57,12 +57,12 @@ def install(
     Args:
         impl: "memhead"; "full" for plain full logits with autograd, to compare with; "trl" for
             Unsloth's own head, only counted.
-        args: the run's GRPOConfig, if its options shall be checked for what would bypass memhead.
+        args: the run's GRPOConfig, if its options are to be checked for what would bypass memhead.
         chunk: see :func:`memhead.linear_logprobs`.
         backend: see :func:`memhead.linear_logprobs`.
 
     Raises:
-        RuntimeError: unsloth is not imported yet, or is one without this scorer.
+        RuntimeError: unsloth is not imported yet, or its version has no such scorer.
         ValueError: an unknown ``impl``, a chunk too small, an option that would bypass memhead, or a
             head that is installed already.
     """
@@ -112,7 +112,7 @@ class _SharedHandle(Handle):
 
 
 def refuse_bypasses(args: Any = None) -> None:
-    """Raise for what makes Unsloth's generated trainer compute log-probabilities without its scorer.
+    """Refuse options under which Unsloth's generated trainer computes log-probabilities without its scorer.
 
     Raises:
         ValueError: names the variable or the option of ``args`` (a GRPOConfig), its value and the remedy.
@@ -132,7 +132,7 @@ def refuse_bypasses(args: Any = None) -> None:
 
 
 def generates_trainers() -> bool:
-    """Whether this Unsloth replaces TRL's trainers by its own; on its CPU backend it keeps them."""
+    """Whether this Unsloth replaces TRL's trainers with its own; on its CPU backend it keeps them."""
     return getattr(sys.modules["unsloth"], "DEVICE_TYPE", "cuda") != "cpu"
 
 
