@@ -342,9 +342,8 @@ def _fold_gradient(
         else:
             most = largest.amax()
             x = (x * (largest / most)).to(x.dtype)
-            for columns in blocks(
-                len(weight), default_tile(x.device.type, 4).columns
-            ):  # no weight-sized temporary
+            # Tile by tile: no weight-sized temporary.
+            for columns in blocks(len(weight), default_tile(x.device.type, 4).columns):
                 part = x.new_empty((columns.stop - columns.start, x.shape[1]), dtype=by_logits.dtype)
                 weight_grad[columns].addcmul_(product(grad[:, columns].t(), x, part), most)
     if acc is None:

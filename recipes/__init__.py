@@ -7,5 +7,5 @@ import os
 # packages are first imported, so they are set here, before any module of the recipes can import them.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-# Without a GPU it says at every start that it would like a kernel from the hub, between us and our one-line errors.
+# Without a GPU it logs at every start that it would like a kernel from the hub, which hides our one-line errors.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

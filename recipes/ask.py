@@ -22,8 +22,8 @@ from recipes.tracking.run_folder import RunFolder
 def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]:
     """The question as the model sees it, and its answers, under "question", "before training", "after training".
 
-    question: put in the place of a held-out problem's; "" asks the first held-out problem itself, and then each
-    answer's name says whether it is right. Raises FileNotFoundError if the run has no final model.
+    question: replaces that of a held-out problem; "" asks the first held-out problem itself, and then each answer's
+    name says whether it is right. Raises FileNotFoundError if the run has no final model.
     """
     task = config.make_task()
     row = task.held_out[0]
@@ -41,7 +41,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
 
 
 def _answers(config: RunConfig, run: RunFolder, task: Task, prompt: Any) -> tuple[str, str]:
-    """What the model answers without the training, and with it."""
+    """The model's answers without the training and with it."""
     length = config.completion_length
     precision = Precision.of(config.grpo_config(run.path))
 
@@ -58,7 +58,7 @@ def _answers(config: RunConfig, run: RunFolder, task: Task, prompt: Any) -> tupl
 
 
 def _untrained(config: RunConfig, run: RunFolder, task: Task) -> tuple[Any, Any]:
-    """The model with which GRPO began, where every weight was trained."""
+    """The model that GRPO started from, where every weight was trained."""
     from recipes.models import load as models
 
     warm_start = run.path / "warm_start"

@@ -1,12 +1,12 @@
-"""What a run leaves for use elsewhere: merged weights that are proven, a model card, GGUF.
+"""What a run leaves for use elsewhere: merged and verified weights, a model card, GGUF.
 
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge            final/ (an adapter) -> merged/
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge --gguf     and merged.gguf, by llama.cpp's converter
 
 After training on a quantised base, `--base` names the weights that it was quantised from.
 
-`--merge` checks two things and says the figures: the merged weights differ from the base, and the merged model's
-logits are those of base and adapter. A model that fails either is not left in the folder.
+`--merge` checks two things and prints the figures: the merged weights differ from the base, and the merged model's
+logits are those of base plus adapter. A model that fails either check is not left in the folder.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from recipes.models.foreign import no_foreign_code
 from recipes.problems import ConfigError, visible
 from recipes.report.model_card import model_card
 
-LOGITS_TOLERANCE = {
-    "float32": 1e-4,
-    "bfloat16": 0.1,
-    "float16": 0.02,
-}  # of the largest logit, by the weights' dtype
+# As a share of the largest logit, by the weights' dtype.
+LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py")
 
 
 class ExportError(RuntimeError):
-    """The export cannot be made, or is wrong; the message says why and what to do."""
+    """The export cannot be made, or is faulty; the message says why and what to do."""
 
 
 def merge(run: Path, base: str | None = None) -> dict[str, Any]:
@@ -72,9 +69,8 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     proof = {
         "adapted_weights": len(before),
         "changed_weights": changed,
-        "logits_error": _relative(
-            _logits(_reload(place), tokens), wanted
-        ),  # as it will be loaded, from the disk
+        # of the model as it will be loaded, from the disk
+        "logits_error": _relative(_logits(_reload(place), tokens), wanted),
         "adapter_effect": _relative(without, wanted),
         "allowed": LOGITS_TOLERANCE[dtype],
     }
@@ -85,7 +81,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 
 
 def _with_adapter(final: Path, base: str | None) -> Any:
-    """The model of an adapter, on its own base or another one with the same weights unquantised."""
+    """The model of an adapter, on its own base or on another one with the same weights unquantised."""
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +92,7 @@ def _with_adapter(final: Path, base: str | None) -> Any:
 
 
 def _fault(proof: dict[str, Any]) -> str:
-    """What is wrong with a merge, "" if nothing is."""
+    """What is wrong with a merge, or ""."""
     if not proof["changed_weights"]:
         return (
             "the merged weights equal the base: the adapter has not learnt, or half precision rounds it away"

@@ -1,4 +1,4 @@
-"""A run in a process of its own, for notebooks: its end gives back all of its memory, the GPU's and vLLM's too.
+"""A run in its own process, for notebooks: when it ends, all of its memory is free again, the GPU's and vLLM's too.
 
 folder = run_apart(train_grpo.main, "configs/quickstart.yaml", {"grpo.max_steps": 20})
 """
@@ -21,7 +21,7 @@ from recipes.tracking.run_folder import RunFolder, existing
 
 
 class RunFailed(RuntimeError):
-    """The run did not end well; its own message has been shown."""
+    """The run failed; its own message has been shown."""
 
 
 def configure(path: str, settings: Mapping[str, Any]) -> RunConfig:
@@ -30,7 +30,7 @@ def configure(path: str, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def run_apart(main: Callable[[list[str]], int], path: str, settings: Mapping[str, Any]) -> RunFolder:
-    """Trains by `main`, train_grpo's own, and returns the run's folder; shows what the run says as it says it.
+    """Trains by `main`, that of train_grpo, and returns the run's folder; the run's output is shown as it comes.
 
     Raises RunFailed if the run ends with a status other than 0.
     """
@@ -44,7 +44,7 @@ def run_apart(main: Callable[[list[str]], int], path: str, settings: Mapping[str
 def apart(function: Callable[..., int], *arguments: Any) -> int:
     """`function(*arguments)` in a fresh process whose output is printed here as it comes; its exit status.
 
-    function: importable by name. Ctrl-C is left to the process, which receives it too. To be called from the main
+    function: importable by name. Ctrl-C is left to that process, which receives it too. Call this from the main
     thread.
     """
     context = multiprocessing.get_context("spawn")
@@ -64,16 +64,16 @@ def apart(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def _speak_into(writer: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-    """The new process: everything it prints, by whichever library, goes through `writer`."""
+    """Runs in the new process: everything printed there, by any library, goes through `writer`."""
     os.dup2(writer.fileno(), 1)
     os.dup2(writer.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # A notebook sets FORCE_COLOR, with which rich takes what only scrolls for a terminal and redraws its bar.
+    # A notebook sets FORCE_COLOR, which makes rich take the output for a terminal and redraw its bar.
     os.environ.pop("FORCE_COLOR", None)
     os.environ["COLUMNS"] = "110"
     sys.exit(function(*arguments))
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    """As arguments of a command line, which says how to go on; each is read back to the value it was, type and all."""
+    """The settings as command-line arguments, each read back to the same value and type."""
     return [override(key, value) for key, value in settings.items()]

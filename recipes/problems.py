@@ -16,7 +16,7 @@ EXIT_STATUS = 2  # what a command line returns for a bad configuration, as argpa
 
 
 class _Absent:
-    """Marks a problem that has no value to show: the key is missing, or the file is."""
+    """Marks a problem without a value to show: the key or the file is missing."""
 
     def __repr__(self) -> str:
         return "<absent>"
@@ -29,7 +29,7 @@ ABSENT = _Absent()
 class Problem:
     """One thing wrong with a configuration.
 
-    key: dotted, as one would write it in an override ("grpo.learning_rate"); "" for the file itself.
+    key: dotted, as in an override ("grpo.learning_rate"); "" for the file itself.
     message: what is wrong. remedy: what to write instead.
     """
 
@@ -60,7 +60,7 @@ class ConfigError(ValueError):
 
 
 def location(key: str, locate: Mapping[str, str], file: str) -> str:
-    """Where `key` was written: its own place, a key's in it, that of the nearest section around it, or the file."""
+    """Where `key` was written: its own place, that of a key inside it, of the section around it, or the file."""
     inside = [place for written, place in locate.items() if written.startswith(f"{key}.")]
     if key not in locate and inside:
         return inside[0]
@@ -93,9 +93,9 @@ _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def visible(text: str) -> str:
-    """The text with every character that could steer a terminal or turn the reading direction as its escape, `\\x1b`.
+    """The text with escapes (`\\x1b`) for characters that could control a terminal or change the reading direction.
 
-    Line breaks and tabs stay. Half a surrogate pair, which no file could be written with, is escaped too.
+    Line breaks and tabs stay. Half a surrogate pair, which cannot be written to a file, is escaped too.
     """
     return "".join(
         repr(c)[1:-1] if c not in "\n\t" and (c in _BIDI or unicodedata.category(c) in ("Cc", "Cs")) else c
@@ -123,7 +123,7 @@ def nearest(word: str, section: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(section: str, word: str, value: Any, known: Iterable[str]) -> Problem:
-    """The problem of a key that no section has, with the nearest one that exists."""
+    """The problem of an unknown key, with the nearest known one as a remedy."""
     known = list(known)
     guess = nearest(word, section, known)
     siblings = sorted(key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section)

@@ -1,4 +1,4 @@
-"""What only several keys of a configuration show together."""
+"""Problems that show only when several keys of a configuration are looked at together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.problems import Problem, one_of
 
 
 def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every such problem. The sections are parsed and valid each by itself; `grpo` is complete."""
+    """Every such problem. Each section is parsed and valid by itself; `grpo` is complete."""
     model, lora, run, grpo = (sections[name] for name in ("model", "lora", "run", "grpo"))
     if model.loader == "scratch":
         yield from _check_scratch(model, lora, run)
@@ -80,7 +80,7 @@ def _unsloths(model: ModelConfig) -> Iterator[Problem]:
 def _check_unsloth(
     model: ModelConfig, lora: LoraSection | None, run: RunSection, grpo: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """What Unsloth drops without a word, or refuses after the weights are loaded."""
+    """What Unsloth ignores silently, or refuses only after the weights are loaded."""
     if model.attn_implementation is not None:
         chosen = model.attn_implementation
         yield Problem("model.attn_implementation", "is Unsloth's to choose", chosen, "remove it")
@@ -113,7 +113,7 @@ def _check_shared_weights(model: ModelConfig, lora: LoraSection | None) -> Itera
 
 
 def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:
-    """A completion follows a prompt of one token at least."""
+    """A completion follows a prompt of at least one token."""
     limits = {"model.max_seq_length": model.max_seq_length}
     if model.loader == "scratch":
         limits["model.scratch.max_positions"] = (model.scratch or ScratchConfig()).max_positions
@@ -131,7 +131,7 @@ def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Prob
 
 
 def _check_task_fits(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """The task beside the other sections."""
+    """Whether the task fits the other sections."""
     from recipes.rewards.contract import problems
     from recipes.tasks import get_task
 

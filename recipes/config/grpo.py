@@ -1,7 +1,7 @@
-"""The `grpo` section: what TRL's GRPOConfig says of its fields, and here what it cannot say.
+"""The `grpo` section: the fields of TRL's GRPOConfig, and the rules that TRL does not declare.
 
-The names, types and defaults are those of the installed TRL. Here are the ranges, the choices that TRL compares but
-does not declare, the fields that are set elsewhere or refused, and batches that are whole groups.
+Names, types and defaults are those of the installed TRL. Added here: the ranges, the choices that TRL compares but
+does not declare, the fields that are set elsewhere or refused, and that batches are whole groups.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "dataloader_num_workers": _NOT_NEGATIVE,
     "save_total_limit": _COUNT,
 }
-NARROWER: dict[str, Any] = {  # name -> its type, where TRL's annotation lets more through than TRL can use
+NARROWER: dict[str, Any] = {  # name -> its type, where TRL's annotation allows more than TRL can use
     "num_generations": int,
     "max_completion_length": int,
     "chat_template_kwargs": dict[str, Any] | None,
@@ -78,7 +78,8 @@ NARROWER: dict[str, Any] = {  # name -> its type, where TRL's annotation lets mo
 }
 
 _PROMPTS = "prompts are no longer truncated: filter the data by length; max_completion_length remains"
-GONE: dict[str, str] = {  # no fields of the installed TRL and transformers, but of much that is copied from
+# Not in the installed TRL and transformers, but in many configurations that people copy.
+GONE: dict[str, str] = {
     "max_prompt_length": _PROMPTS,
     "max_length": f"set max_completion_length; {_PROMPTS}",
     "max_new_tokens": "set grpo.max_completion_length",
@@ -135,10 +136,10 @@ REFUSED: dict[str, str] = {  # name -> why, and what to do
 
 
 def import_grpo_config(loader: str, standby: bool = False) -> type:
-    """TRL's GRPOConfig class, or the one that Unsloth derives from it. Checking a configuration imports TRL here only.
+    """TRL's GRPOConfig class, or the one that Unsloth derives from it. The only place where a check imports TRL.
 
-    Unsloth rewrites TRL's trainers, and only those imported after it, so where it will load the model
-    it comes first. A missing Unsloth is not this function's to report: recipes.training.preflight names the remedy.
+    Unsloth rewrites TRL's trainers, but only those imported after it, so where it will load the model it is imported
+    first. A missing Unsloth is reported elsewhere: recipes.training.preflight names the remedy.
     standby: `model.vllm_standby`.
     """
     if loader == "unsloth":
@@ -153,7 +154,7 @@ def import_grpo_config(loader: str, standby: bool = False) -> type:
 
 @lru_cache(maxsize=2)
 def grpo_section(grpo_config: type) -> type[Section]:
-    """The fields that a configuration may set, as a section like our own: strict, with ranges and choices."""
+    """The fields that a configuration may set, as a section like the others: strict, with ranges and choices."""
     hints = typing.get_type_hints(grpo_config)
     fields = {
         field.name: _section_field(field, hints[field.name])
@@ -176,7 +177,7 @@ def _section_field(field: dataclasses.Field, hint: Any) -> tuple[Any, Any]:
 
 
 def _declared(hint: Any) -> Any:
-    """`SomeEnum | str` lets any text through; the enum says which it knows."""
+    """`SomeEnum | str` allows any text; the enum alone says which values there are."""
     options = typing.get_args(hint)
     if any(isinstance(option, type) and issubclass(option, Enum) for option in options):
         return reduce(or_, (option for option in options if option is not str))
@@ -184,7 +185,7 @@ def _declared(hint: Any) -> Any:
 
 
 def loss_types(help_text: str) -> tuple[str, ...]:
-    """The loss types as TRL's help text for the field lists them; none where it no longer does."""
+    """The loss types that TRL's help text for the field lists; none if it no longer lists them."""
     listed = re.search(r"Supported values are (.+?)\. ", help_text)
     return tuple(re.findall(r"'(\w+)'", listed.group(1))) if listed else ()
 
@@ -208,7 +209,7 @@ def check_grpo(given: dict[str, Any], grpo_config: type, known: list[str]) -> li
         else:
             rest[name] = value
     problems += parse_section("grpo", grpo_section(grpo_config), rest, known)[0]
-    if not problems:  # the checks across fields may then trust every type
+    if not problems:  # the checks across fields may now trust every type
         grpo = {**defaults(grpo_config), **given}
         problems = [*_check_batches(grpo), *_check_combinations(grpo)]
     return problems
@@ -227,7 +228,7 @@ def _not_set_here(name: str, value: Any) -> Problem | None:
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun and accelerate announce them to each one."""
+    """The number of processes of this run, as torchrun and accelerate tell each of them."""
     announced = os.environ.get("WORLD_SIZE", "")
     return int(announced) if announced.isdecimal() else 1
 
@@ -279,7 +280,7 @@ def _check_batches(grpo: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def divisors_near(number: int, wish: int, reach: int = 10_000) -> list[int]:
-    """The divisors of `number` from 2 up that are next to `wish`, below and above, within `reach`: none, one or two."""
+    """The divisors of `number`, at least 2, nearest to `wish` below and above, within `reach`: none, one or two."""
     below = range(min(wish - 1, number), max(1, wish - 1 - reach), -1)
     above = range(wish + 1, min(number, wish + reach) + 1)
     nearest = (next((d for d in side if number % d == 0), None) for side in (below, above))
@@ -293,7 +294,7 @@ def multiples_near(wish: int, unit: int) -> list[int]:
 
 
 def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
-    """Pairs of fields that TRL's trainer refuses, after the model is loaded; its GRPOConfig refuses others itself."""
+    """Pairs of fields that TRL's trainer refuses only after the model is loaded; GRPOConfig itself refuses others."""
     loss, level = grpo["loss_type"], grpo["importance_sampling_level"]
     if grpo["sync_ref_model"] and grpo["beta"] == 0.0:
         yield Problem(

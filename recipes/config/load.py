@@ -47,7 +47,7 @@ class RunConfig(Section):
     """A whole, checked configuration.
 
     grpo: every field that a configuration may set, by TRL's names, with TRL's default where none was given.
-    grpo_given: what the file and the command line say of them, and no more.
+    grpo_given: only those that the file and the command line set.
     """
 
     model: ModelConfig
@@ -62,16 +62,16 @@ class RunConfig(Section):
 
     @property
     def completion_length(self) -> int:
-        """Tokens of a completion at most."""
+        """The most tokens that a completion may have."""
         return self.grpo["max_completion_length"]
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
-        """What the chat template is told beside the messages, wherever a prompt is rendered."""
+        """The chat template's arguments beside the messages, wherever a prompt is rendered."""
         return self.grpo["chat_template_kwargs"] or {}
 
     def grpo_config(self, output_dir: str | Path) -> GRPOConfig:
-        """TRL's GRPOConfig of this run: the `grpo` section and what the other sections say of TRL's fields.
+        """TRL's GRPOConfig of this run: the `grpo` section, and the fields that follow from other sections.
 
         Raises ConfigError if TRL still refuses a field or a combination of fields.
         """
@@ -86,7 +86,7 @@ class RunConfig(Section):
             raise ConfigError([Problem("grpo", message, remedy="change the fields that it names")]) from error
 
     def make_task(self) -> Task:
-        """The run's task. To be made once and handed on: it keeps what it has read."""
+        """The run's task. Make it once and pass it on: it keeps what it has read."""
         from recipes.tasks import get_task
 
         return get_task(self.task.name)(self.task.options, self.run.seed)
@@ -125,7 +125,7 @@ class RunConfig(Section):
 
 
 def _precision(dtype: str, given: Mapping[str, Any], cuda: bool) -> dict[str, Any]:
-    """TRL's precision and device fields for this machine, but for those that were given.
+    """TRL's precision and device fields for this machine, except those that were given.
 
     TRL turns bfloat16 autocast on unless told otherwise, also on a CPU and on GPUs that have no bfloat16.
     """

@@ -1,4 +1,4 @@
-"""A section of the YAML as its pydantic model, or everything that is wrong with it in our words."""
+"""A section of the YAML as its pydantic model, or everything that is wrong with it, in plain words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from recipes.config.schema import nested_section
 from recipes.problems import Problem, describe_type, join, unknown_key
 
-MANY = 50  # problems of one section that are listed; nobody mends more at once
+MANY = 50  # problems of one section that are listed
 _BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
 _LIMITS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
 
@@ -20,7 +20,7 @@ _LIMITS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", 
 def parse_section(
     name: str, section: type[BaseModel], data: dict[str, Any], known: list[str]
 ) -> tuple[list[Problem], Any]:
-    """`data` as a `section`, strictly; or the problems, one for each key that has one.
+    """`data` as a `section`, strictly; or the problems, one per faulty key.
 
     name: the section's own key. known: the dotted keys of all sections, to suggest from.
     """
@@ -38,7 +38,7 @@ def parse_section(
 
 
 def unknown_keys(section: str, data: dict[str, Any], names: Iterable[str], known: list[str]) -> list[Problem]:
-    """The keys of `data` that are none of `names`."""
+    """A problem for each key of `data` that is not among `names`."""
     strange = ((key, value) for key, value in data.items() if key not in names)
     return [unknown_key(section, key, value, known) for key, value in islice(strange, MANY)]
 
@@ -46,7 +46,7 @@ def unknown_keys(section: str, data: dict[str, Any], names: Iterable[str], known
 def _problem(
     name: str, section: type[BaseModel], data: dict[str, Any], detail: dict[str, Any], known: list[str]
 ) -> Problem:
-    """One of pydantic's error details in our words."""
+    """One of pydantic's error details in plain words."""
     kind, value = detail["type"], detail["input"]
     words = _real_path(data, detail["loc"]) + ([detail["loc"][-1]] if kind == "missing" else [])
     key = join(name, *words)

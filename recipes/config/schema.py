@@ -19,7 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, no value is converted, nothing changes later."""
+    """A part of the configuration: unknown keys are errors, values are not converted, nothing changes later."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=()
@@ -251,16 +251,8 @@ SECTIONS: dict[str, type[Section]] = {
     "tracking": TrackingConfig,
     "run": RunSection,
 }
-ORDER = (
-    "model",
-    "head",
-    "step",
-    "task",
-    "grpo",
-    "lora",
-    "tracking",
-    "run",
-)  # of the resolved YAML and of the reference
+# Of the resolved YAML and of the reference.
+ORDER = ("model", "head", "step", "task", "grpo", "lora", "tracking", "run")
 
 
 def schema_keys() -> list[str]:

@@ -1,7 +1,7 @@
 """Reading a run's YAML: safe, no duplicate keys, `base:` files merged, overrides applied, lines remembered.
 
-A file that is no configuration (megabytes, thousands of brackets, aliases of aliases) is refused before it is built.
-Scalars follow YAML 1.2: `5e-6` is a number and `no`, `on`, `010` and `2026-01-01` are what they look like.
+A file that cannot be a configuration (megabytes, thousands of brackets, aliases of aliases) is refused before it is
+built. Scalars follow YAML 1.2: `5e-6` is a number and `no`, `on`, `010` and `2026-01-01` are what they look like.
 PyYAML's own rules are YAML 1.1, in which they are a string, two booleans, 8 and a date.
 """
 
@@ -33,10 +33,8 @@ _CORE = (  # order matters: the first pattern that matches names the type
 )
 _KNOWN_TAGS = {tag for tag, _ in _CORE} | {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 OVERRIDE = "command line"  # where a value from the command line comes from
-MAX_TEXT, MAX_VALUES = (
-    200_000,
-    5_000,
-)  # characters of a file; keys and values, an alias counted as what it stands for
+# Characters of a file; keys and values, an alias counted as what it stands for.
+MAX_TEXT, MAX_VALUES = 200_000, 5_000
 MAX_DEPTH, MAX_BRACKETS, MAX_DIGITS = 20, 100, 100  # sections in sections; open at once; of a number
 
 
@@ -64,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_core_int(self, node: yaml.ScalarNode) -> int:
-        """An integer as written: a leading zero is no octal. Raises _Refused for what nobody means as a number."""
+        """An integer as written: a leading zero does not make it octal. Raises _Refused for an absurdly long one."""
         text = node.value
         if len(text) > MAX_DIGITS:  # beyond 4,300 Python itself will not write it in a message
             raise _Refused(problem=f"is a number of {len(text):,} digits", problem_mark=node.start_mark)
@@ -103,7 +101,7 @@ def dump(data: dict[str, Any]) -> str:
 def override(key: str, value: Any) -> str:
     """`key=value` as a command line has it, that `read_overrides` reads back to an equal value of the same type.
 
-    Raises ConfigError for a value that YAML cannot say.
+    Raises ConfigError for a value that YAML cannot express.
     """
     try:
         text = yaml.dump(
@@ -145,7 +143,7 @@ def read_file(path: Path, _children: tuple[str, ...] = ()) -> Document:
         wrong = Problem("base", "must be the path of one YAML file", base, "write base: other.yaml")
         raise ConfigError([wrong], document.where, str(path))
     target = path.parent / base
-    if not os.path.isfile(target):  # False also for what no file can be called
+    if not os.path.isfile(target):  # False, too, for what cannot be the name of a file
         missing = Problem("base", "no such file", base, "the path is relative to the file that names it")
         raise ConfigError([missing], document.where, str(path))
     return merge(read_file(target, (*_children, place)), document)
@@ -154,12 +152,11 @@ def read_file(path: Path, _children: tuple[str, ...] = ()) -> Document:
 def read_text(text: str, name: str) -> Document:
     """One YAML document; `name` stands for the file in messages.
 
-    Raises ConfigError for bad YAML, a duplicate key, a key that is no text, a tag such as !!python/…, a top level
-    that is no mapping, or more than a configuration can hold.
+    Raises ConfigError for bad YAML, a duplicate key, a key that is not text, a tag such as !!python/…, a top level
+    that is not a mapping, or more than a configuration can hold.
     """
-    if (
-        len(text) > MAX_TEXT or _open_brackets(text) > MAX_BRACKETS
-    ):  # which PyYAML's scanner takes minutes over
+    # PyYAML's scanner takes minutes over many open brackets.
+    if len(text) > MAX_TEXT or _open_brackets(text) > MAX_BRACKETS:
         message = (
             f"is longer than {MAX_TEXT:,} characters, or opens more than {MAX_BRACKETS} brackets at once"
         )
@@ -281,7 +278,7 @@ def read_overrides(overrides: list[str]) -> Document:
 def merge(below: Document, above: Document) -> Document:
     """`above` over `below`: mappings are merged key by key, anything else is replaced.
 
-    A task of another name starts afresh: the options of the one below mean nothing to it.
+    A task of another name starts from nothing: the options of the one below mean nothing to it.
     """
     lower = dict(below.data)
     if _task_name(above) not in (None, _task_name(below)):

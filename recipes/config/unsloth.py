@@ -1,9 +1,9 @@
-"""Unsloth as far as a configuration is concerned: its import, and that a configuration means the same under it.
+"""Unsloth, as far as a configuration is concerned: importing it, and giving a configuration the same meaning under it.
 
-Unsloth rewrites TRL's trainers when it is imported, so it comes before TRL, and it reads at that moment whether vLLM
-shall sleep between generations. It derives a class from TRL's GRPOConfig and changes what is left out, the learning
-rate and the optimizer among it; a few options it fills in from others. docs/configuration.md promises TRL's defaults,
-so the class is told every field.
+Unsloth rewrites TRL's trainers when it is imported, so it comes before TRL, and at that moment it reads whether vLLM
+should sleep between generations. It derives a class from TRL's GRPOConfig with other defaults, for the learning rate
+and the optimizer among others, and fills in a few options from others. docs/configuration.md promises TRL's defaults,
+so every field is passed to the class.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def import_unsloth(standby: bool = False) -> None:
                 "other choice, which it reads once; start a new process (in a notebook: restart the kernel)"
             )
         return
-    os.environ[_STANDBY] = wanted  # Unsloth's only way to be told
+    os.environ[_STANDBY] = wanted  # the only way to tell Unsloth
     import unsloth  # noqa: F401
 
 
 def is_unsloths(grpo_config: type) -> bool:
-    """Whether this GRPOConfig is the one that Unsloth derives; on its CPU backend it leaves TRL's."""
+    """Whether this GRPOConfig is the one that Unsloth derives; on its CPU backend it keeps TRL's."""
     return "unsloth_num_chunks" in inspect.signature(grpo_config).parameters
 
 
 def trl_meaning(grpo: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field of the `grpo` section as Unsloth's GRPOConfig must be told it, to mean what TRL's means."""
+    """Every field of the `grpo` section, so that Unsloth's GRPOConfig means what TRL's means."""
     meant = dict(grpo)
     if grpo["epsilon_high"] is None:  # TRL: as epsilon; Unsloth: 0.28 for dapo, 5 for cispo
         meant["epsilon_high"] = grpo["epsilon"]

@@ -1,4 +1,4 @@
-"""Completions for prompts: what an evaluation asks of a run's model, by whatever generates there.
+"""Completions for prompts: one interface for an evaluation, whichever engine generates.
 
 generate = by_transformers(model, tokenizer)      model.generate
 generate = by_trainer(trainer)                    vLLM where the trainer samples with it, else the same
@@ -24,7 +24,7 @@ UNCUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # t
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to complete. temperature 0: greedily; otherwise `samples` completions a prompt, from the whole vocabulary."""
+    """How to complete. temperature 0: greedily; else `samples` completions per prompt, from the whole vocabulary."""
 
     max_new_tokens: int
     samples: int = 1
@@ -85,7 +85,7 @@ def by_trainer(trainer: Any) -> Generate:
 
 @contextmanager
 def _sampled_with(engine: Any, sampling: Sampling) -> Iterator[None]:
-    """TRL's VLLMGeneration reads these attributes at each call; the trainer's own are put back."""
+    """TRL's VLLMGeneration reads these attributes at each call; the trainer's own values are put back."""
     wanted = {
         **UNCUT,
         "temperature": sampling.temperature,
@@ -108,7 +108,7 @@ def encode(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_C
 
 
 def token_ids(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_CHAT) -> list[list[int]]:
-    """The same tokens, one list a prompt, without padding."""
+    """The same tokens, one list per prompt, without padding."""
     texts, special = rendered(tokenizer, prompts, chat)
     return tokenizer(texts, add_special_tokens=special)["input_ids"]
 
@@ -118,7 +118,7 @@ def rendered(
 ) -> tuple[list[str], bool]:
     """Prompts as text, and whether the tokenizer must add its special tokens: a chat template writes its own.
 
-    chat: what the template is told beside the messages, the run's `chat_template_kwargs` (Qwen3: enable_thinking).
+    chat: the template's arguments beside the messages, the run's `chat_template_kwargs` (Qwen3: enable_thinking).
     """
     if isinstance(prompts[0], str):
         return prompts, True
@@ -128,7 +128,7 @@ def rendered(
 
 
 def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:
-    """What a checkpoint's own generation_config.json wants (Qwen2.5: a repetition penalty) would fill every gap."""
+    """Every setting spelled out: a checkpoint's generation_config.json (Qwen2.5: a repetition penalty) fills gaps."""
     from transformers import GenerationConfig
 
     options: dict[str, Any] = {

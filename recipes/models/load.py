@@ -36,14 +36,14 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each of `characters`, and `<pad>`, `<eos>`, `<unk>` as ids 0, 1, 2.
 
-    It pads on the left, as generation needs. Raises ValueError if a character comes twice.
+    It pads on the left, as generation needs. Raises ValueError if a character occurs twice.
     """
     if len(set(characters)) != len(characters):
         raise ValueError(f"characters: {characters!r} holds a character twice; give each once")
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = Fuse()  # characters are put together again without blanks
+    tokenizer.decoder = Fuse()  # characters are joined again without blanks
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -83,7 +83,7 @@ def load(
 
     task: for a tokenizer of its characters or its text.
     lora: the run's adapters, which the loader unsloth puts on at once and the others leave to the trainer.
-    That loader and task fit each other, `load_config` has seen to.
+    `load_config` has checked that loader and task fit each other.
     """
     if config.loader == "unsloth":
         return unsloth_loader.load(config, lora, seed)
@@ -131,7 +131,7 @@ def _from_pretrained(
 
 
 def quantisation(config: ModelConfig) -> dict[str, Any]:
-    """What transformers' `from_pretrained` is told of 4-bit or 8-bit weights."""
+    """The arguments of transformers' `from_pretrained` for 4-bit or 8-bit weights."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return {}
     kind = BitsAndBytesConfig(
@@ -152,7 +152,7 @@ def to_gpu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _pretrained_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A saved tokenizer that pads on the left; without a padding token of its own the end token serves."""
+    """A saved tokenizer, set to pad on the left; one without a padding token pads with the end token."""
     tokenizer = AutoTokenizer.from_pretrained(
         name, revision=revision, padding_side="left", trust_remote_code=False
     )

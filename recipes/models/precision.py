@@ -1,8 +1,8 @@
 """The one precision of a run: warm start, scoring, loss, every evaluation and the head's check compute in it.
 
 TRL wraps the model in autocast when training begins. Whatever ran before then, or beside the trainer, would compute in
-the weights' own dtype: a model trained in float32 was measured as 0.441 before GRPO and as 0.17 in bfloat16 after it,
-by that alone. So everything that calls the model does it inside `Precision.autocast`.
+the weights' own dtype, and that alone can change an accuracy (docs/benchmarks.md has a case). So everything that calls
+the model does it inside `Precision.autocast`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype in which products run; None: that of the weights, without autocast."""
+    """The dtype in which products run; None: the weights' dtype, without autocast."""
 
     products: torch.dtype | None = None
 
     @classmethod
     def of(cls, arguments: Any) -> Precision:
-        """What the trainer will do, from its GRPOConfig (`bf16`, `fp16`)."""
+        """The trainer's precision, from its GRPOConfig (`bf16`, `fp16`)."""
         if arguments.bf16:
             return cls(torch.bfloat16)
         return cls(torch.float16 if arguments.fp16 else None)

@@ -4,8 +4,8 @@
     tokenizer.apply_chat_template([{"role": "user", "content": "2 + 2?"}], tokenize=False, add_generation_prompt=True)
     -> "<|user|>2 + 2?<eos><|assistant|>"
 
-Any text can be written in it, since its alphabet is the 256 bytes. Every digit is a token: a small model does not learn
-arithmetic on hundreds of unrelated numbers.
+It can write any text, since its alphabet is the 256 bytes. Every digit is a token of its own: a small model does not
+learn arithmetic on hundreds of unrelated numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CHAT_TEMPLATE = (
 def bpe_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocabulary` tokens; fewer if the texts have no more pairs to merge.
 
-    `<pad>` and `<eos>` are ids 0 and 1, one more token opens each role of a chat. It pads on the left, as generation
-    needs. The same texts give the same tokenizer.
+    `<pad>` and `<eos>` are ids 0 and 1; each role of a chat has a token that opens it. It pads on the left, as
+    generation needs. The same texts give the same tokenizer.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -46,7 +46,7 @@ def load(config: ModelConfig, lora: LoraSection | None, seed: int) -> tuple[Any,
 
 
 def _vllm(config: ModelConfig, lora: LoraSection | None) -> dict[str, Any]:
-    """What `from_pretrained` is told of vLLM, which then holds the weights for both. Of standby it knows already."""
+    """`from_pretrained`'s arguments for vLLM, which then holds the weights for both; standby was set at the import."""
     if not config.fast_inference:
         return {"fast_inference": False}
     options: dict[str, Any] = {"fast_inference": True}

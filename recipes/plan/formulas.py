@@ -21,7 +21,7 @@ OPTIMIZER_STATES = {  # bytes per trained element; the rest as AdamW, two states
     "adamw_bnb_8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
-# Layer inputs that stay on the card where Unsloth moves them to host memory: the layer's own, and two on their way.
+# Layer inputs that stay on the card where Unsloth moves them to host memory: the current layer's, and two in transit.
 OFFLOADED_INPUTS = 3
 TEMPORARIES = {"adamw_torch": 1}  # copies of the parameters during the step: without the fused kernel, one
 
@@ -45,7 +45,7 @@ class Precision:
 class Batch:
     """The tokens of one forward pass, in numbers.
 
-    scored: tokens whose log-probability the head computes. keys: those that attention reads, a copied one again.
+    scored: tokens whose log-probability the head computes. keys: those that attention reads, each copy counted.
     repeated: keys and values are copied for every query head, as scaled-dot-product attention does under a mask.
     mask: its elements, in every layer. angles: positions that the rotary tables hold.
     """
@@ -59,7 +59,7 @@ class Batch:
 
     @classmethod
     def padded(cls, sequences: int, prompt: int, completion: int, *, mask: bool = True) -> Batch:
-        """TRL's: sequences of one length. mask: some of it is padding."""
+        """TRL's batch: sequences of one length. mask: some of the tokens are padding."""
         length = prompt + completion
         tokens = sequences * length
         elements = tokens * length if mask else 0
@@ -70,7 +70,7 @@ class Batch:
 class Group:
     """A prompt and its completions as the packed step lays them out: [prompt | c1 | … | cG], in tokens.
 
-    A completion's first token is scored by the prompt's last state, and its last token scores none and is left out.
+    The prompt's last state scores a completion's first token; a completion's last token scores none and is left out.
     """
 
     prompt: int
@@ -79,11 +79,11 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Of the row."""
+        """The length of the row."""
         return self.prompt + self.generations * (self.completion - 1)
 
     def varlen(self, tokens: int) -> Batch:
-        """So many tokens of such groups in one row: the prompt's keys are gathered before each completion's own."""
+        """`tokens` tokens of such groups in one row: the prompt's keys are gathered before each completion's own."""
         keys = self.prompt + self.generations * (self.prompt + self.completion - 1)
         return Batch(
             tokens, self._scored(tokens), self._share(keys, tokens), repeated=False, mask=0, angles=tokens
@@ -96,8 +96,8 @@ class Group:
         return Batch(grid, self._scored(grid), grid, repeated=True, mask=grid * length, angles=grid)
 
     def most(self, tokens: int, *, varlen: bool) -> Batch:
-        """No bin of so many tokens takes more, if no completion is longer: short ones have more keys a token, long ones
-        more rows in the head and the wider mask."""
+        """The most that a bin of `tokens` tokens takes if no completion is longer: short completions have more keys per
+        token, long ones more rows in the head and a wider mask."""
         shortest = Group(self.prompt, 1, self.generations)
         scored = max(self._scored(tokens), shortest._scored(tokens))
         if varlen:
@@ -110,7 +110,7 @@ class Group:
         return self._share(self.generations * self.completion, tokens)
 
     def _share(self, count: int, tokens: int) -> int:
-        """Of a count for the whole group, what falls to `tokens` of its tokens."""
+        """The share of a whole group's count that belongs to `tokens` of its tokens."""
         return -(-count * tokens // self.tokens)
 
 
@@ -127,7 +127,7 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> int:
 
 
 def optimizer_bytes(parameters: int, size: int, optim: str) -> tuple[int, int]:
-    """(states that stay, temporaries of the step) for so many trained parameters of `size` bytes each."""
+    """(states that stay, temporaries of the step) for `parameters` trained parameters of `size` bytes each."""
     per_element = OPTIMIZER_STATES.get(optim, 2 * size)
     return round(parameters * per_element), parameters * size * TEMPORARIES.get(optim, 0)
 
@@ -139,12 +139,12 @@ def merge_bytes(shape: ModelShape, trained: Trained, size: int) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, sequences: int, length: int, e: int) -> int:
-    """What every layer keeps of every sequence; 0 where that is not known."""
+    """What every layer caches of every sequence; 0 where that is not known."""
     return sequences * e * sum(layer.elements(length) for layer in shape.cache or ())
 
 
 def sampling_bytes(shape: ModelShape, sequences: int) -> int:
-    """One row of float32 logits a sequence, and its softmax and sorted copy while a token is drawn."""
+    """One row of float32 logits per sequence, with its softmax and sorted copy while a token is drawn."""
     return 3 * 4 * sequences * shape.vocab
 
 
@@ -191,11 +191,11 @@ def activation_bytes(
     checkpointing: bool,
     offloaded: bool = False,
 ) -> int:
-    """The transformer's activations at the height of forward and backward.
+    """The transformer's activations at the peak of forward and backward.
 
-    With checkpointing: every layer's input (offloaded: three), and one layer's own while it is computed again. To
-    either come the gradients that move through one layer: three of the MLP's width and two of the hidden width.
-    Of layers that no formula describes the inputs alone are counted.
+    With checkpointing: every layer's input (offloaded: three), and one layer's activations while it is recomputed. With
+    or without, the gradients that move through one layer are added: three of the MLP's width, two of the hidden width.
+    For layers that no formula describes only the inputs are counted.
     """
     kept = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
     inputs = kept * batch.tokens * precision.e * shape.hidden
@@ -219,8 +219,8 @@ def full_logits_bytes(shape: ModelShape, rows: int, e: int) -> int:
 
 
 def memhead_bytes(shape: ModelShape, rows: int, e: int, chunk: Chunk, *, trained: bool) -> int:
-    """memhead: one tile's workspace and the gradient's direction (rows, hidden); trained: the float32 weight gradient's
-    accumulator besides, one block of the vocabulary at a time."""
+    """memhead: one tile's workspace and the gradient's direction (rows, hidden); trained: also the float32 accumulator
+    of the weight's gradient, one block of the vocabulary at a time."""
     direction = rows * shape.hidden * (4 if trained else e)
     return chunk.workspace_bytes(shape.hidden, 4, e) + direction
 

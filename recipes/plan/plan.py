@@ -1,4 +1,4 @@
-"""What a run will need, before anything of it is loaded: memory by part and by phase, whether it fits, and disk.
+"""What a run will need, before anything is loaded: memory by part and by phase, whether it fits, and disk.
 
     plan = plan(load_config("configs/llama3.1_8b_gsm8k.yaml"), device_bytes=parse_device("L4"))
     plan.print()
@@ -56,8 +56,8 @@ def parse_device(text: str) -> int:
 class Memory:
     """Bytes on the device.
 
-    parts: of this run. phases: what of them is live at each phase's height. instead: parts as they would be with the
-    other choice of checkpointing and head.
+    parts: of this run. phases: what is live at each phase's peak. instead: the parts with the other choice of
+    checkpointing and head.
     """
 
     parts: dict[str, int]
@@ -84,7 +84,7 @@ class Storage:
     host: int  # main memory of the layer inputs that Unsloth moves there
 
     def lines(self) -> list[str]:
-        """In words: disk, then main memory if it takes any."""
+        """As sentences: disk, then main memory if any is needed."""
         parts = []
         if self.download_4bit:
             parts.append(
@@ -105,7 +105,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, and what follows from it on a device of `device_bytes`."""
+    """What a run needs, and whether a device of `device_bytes` is enough."""
 
     name: str
     setting: Setting
@@ -195,7 +195,7 @@ def _gib(size: int) -> str:
 
 
 def usable(device_bytes: int) -> int:
-    """What of a device a run may count on."""
+    """The bytes of a device that a run may count on."""
     return int(device_bytes * (1 - FRAGMENTATION) - RESERVE)
 
 
@@ -379,7 +379,7 @@ def _chunk(s: Setting, batch: memory.Batch) -> Chunk:
 
 
 def _trained_bytes(s: Setting) -> int:
-    """Of the trained parameters, and so of their gradients."""
+    """Bytes of the trained parameters, and so of their gradients."""
     return s.trained.adapters * s.precision.adapter + s.trained.whole * s.precision.weights
 
 

@@ -1,4 +1,4 @@
-"""What of a run's configuration decides its memory, as one object of numbers."""
+"""The part of a run's configuration that decides its memory, as one object of numbers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def complete(self) -> bool:
-        """Whether formulas cover all of it; without, what they give is the least that it takes."""
+        """Whether formulas cover all of it; if not, what they give is a lower bound."""
         return self.shape.layer is not None and self.shape.cache is not None
 
     @classmethod
@@ -172,9 +172,8 @@ def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:
     return Precision(
         weights=2 if quantised else weights,
         e=2 if cuda else weights,
-        adapter=2
-        if quantised and model.loader == "transformers"
-        else 4,  # TRL halves those of quantised weights
+        # TRL makes the adapters of quantised weights bfloat16
+        adapter=2 if quantised and model.loader == "transformers" else 4,
         quantised=quantised,
         autocast=cuda,
     )

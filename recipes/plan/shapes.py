@@ -2,8 +2,8 @@
 
     shape, trained = sizes(model_config(config), config.lora.peft_config())
 
-So any architecture that transformers knows is counted exactly, with its adapters as PEFT puts them on. What it needs is
-the model's config.json: in a local folder, in the hub's cache, or in model_shapes.yaml. There is no network in it.
+So any architecture that transformers knows is counted exactly, with its adapters as PEFT attaches them. All it needs is
+the model's config.json: in a local folder, in the hub's cache, or in model_shapes.yaml. It never uses the network.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _TABLE = Path(__file__).with_name("model_shapes.yaml")
-# Architectures whose layers formulas.layer_bytes describes, as tests/recipes/plan counts: a Llama's, and with its
-# queries and keys normed head by head.
+# Architectures whose layers formulas.layer_bytes describes, as counted in tests/recipes/plan: those like a Llama's, and
+# those with queries and keys normed per head as well.
 _LLAMAS = {"llama", "mistral", "qwen2", "granite", "smollm3"}
 _HEAD_NORMS = {"qwen3"}
-_UNLIMITED = 2**20  # tokens: of models whose config names no longest sequence
+_UNLIMITED = 2**20  # tokens, for models whose config names no longest sequence
 _PROBE = 3  # tokens that go through the model to see what its cache keeps
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer keeps of a sequence while it is generated, in elements.
+    """What one layer keeps of a sequence during generation, in elements.
 
-    width: of every token (keys and values). window: tokens kept at most, None for all of them. fixed: of a sequence of
-    any length, as a recurrent state is.
+    width: per token (keys and values). window: the most tokens kept, None for all. fixed: per sequence of any length,
+    such as a recurrent state.
     """
 
     width: int
@@ -52,7 +52,7 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A transformer layer as a Llama has it. head_norms: queries and keys are normed, each head by itself."""
+    """A transformer layer like a Llama's. head_norms: queries and keys are normed, each head by itself."""
 
     intermediate: int
     heads: int
@@ -93,7 +93,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
-        """Counted on a model of any device, which is left as it is."""
+        """Counted on a model on any device, which is not changed."""
         text = model.config.get_text_config()
         vocab, hidden = model.get_output_embeddings().weight.shape
         return cls(
@@ -133,9 +133,9 @@ class Trained:
             return cls(adapters=0, whole=sum(p.numel() for p in model.parameters()), adapted=0, head=True)
         from peft import get_peft_model
 
-        lora.init_lora_weights = False  # there is nothing to fill, and it takes a second
+        lora.init_lora_weights = False  # nothing to fill on the meta device, and it takes a second
         try:
-            with warnings.catch_warnings():  # of what PEFT sets right by itself: a plan prints the plan
+            with warnings.catch_warnings():  # about what PEFT corrects by itself: a plan prints only the plan
                 warnings.simplefilter("ignore")
                 adapted = get_peft_model(model, lora, low_cpu_mem_usage=True)
         except ValueError as error:
@@ -159,7 +159,7 @@ class Trained:
 
 
 def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape, Trained]:
-    """A model's sizes and what of it is trained, from its configuration.
+    """A model's sizes and what is trained of it, from its configuration.
 
     Raises ConfigError: see Trained.of.
     """
@@ -205,7 +205,7 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
 
 
 def _scratch(config: RunConfig) -> PretrainedConfig:
-    """What decides sizes in recipes.models.load.scratch_llama, without its tokenizer."""
+    """The configuration of recipes.models.load.scratch_llama as far as it decides sizes, without a tokenizer."""
     from transformers import LlamaConfig
 
     from recipes.config.schema import ScratchConfig
@@ -249,7 +249,7 @@ def _layer_shape(text: PretrainedConfig) -> LayerShape | None:
 
 
 def _quantised_modules(model: PreTrainedModel) -> list[Any]:
-    """The linears that bitsandbytes replaces: all but the head. Fused experts are no linears, and stay."""
+    """The linears that bitsandbytes replaces: all but the head. Fused experts are not linears, and stay."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()

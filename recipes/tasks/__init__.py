@@ -1,6 +1,6 @@
-"""The tasks: each is one module of this folder with one subclass of `Task`; `task.name` in the YAML is the module's.
+"""The tasks: each is a module of this folder with one subclass of `Task`; `task.name` in the YAML is the module's name.
 
-    task = get_task("gsm8k")(options, seed)         made once a run: what it has read or drawn, it keeps
+    task = get_task("gsm8k")(options, seed)         made once per run: it keeps what it has read or drawn
     task.train[0]["prompt"]                         text, or chat messages
     task.is_correct(completion, task.held_out[0])   the verdict that accuracy counts
 
@@ -28,7 +28,7 @@ Example = tuple[Any, str]  # a prompt (text or chat messages) and a right comple
 
 
 class Task(ABC):
-    """Problems, and who judges their answers. A subclass gives `train`, `held_out` and `is_correct`.
+    """Problems, and the judge of their answers. A subclass defines `train`, `held_out` and `is_correct`.
 
     The other members have a default. `weights`: how much each reward counts unless the YAML says otherwise.
     `characters`: every character of a prompt or a completion, where there are few; a model made from nothing can
@@ -47,7 +47,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """As `task.name` has it."""
+        """The value of `task.name` in the YAML."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
@@ -55,7 +55,7 @@ class Task(ABC):
     def train(self) -> Dataset:
         """Problems to train on: "prompt" (text or chat messages) and the columns that `is_correct` and rewards read.
 
-        A `functools.cached_property`, as `held_out` is: both are asked for several times a run.
+        A `functools.cached_property`, like `held_out`: a run reads both several times.
         """
 
     @property
@@ -65,19 +65,19 @@ class Task(ABC):
 
     @abstractmethod
     def is_correct(self, completion: str, row: Row) -> bool:
-        """Whether the completion answers the row's problem rightly, in the form that was asked for."""
+        """Whether the completion answers the row's problem correctly, in the form that was asked for."""
 
     def is_correct_lenient(self, completion: str, row: Row) -> bool | None:
-        """Whether it is right whatever its form. None, for every completion: the task has no such second verdict."""
+        """Whether it is right in whatever form. Always None if the task has no such second verdict."""
         return None
 
     def answer_of(self, completion: str) -> Hashable | None:
-        """What maj@k counts votes for; None is no vote. Unless the task knows better, the completion itself."""
+        """What maj@k counts as a vote, None for no vote. By default the completion itself."""
         return completion.strip() or None
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
-        """The rewards by name, functions of TRL's signature (docs/rewards.md)."""
+        """The rewards by name: functions with TRL's signature (docs/rewards.md)."""
         return {"correct": self.correct}
 
     def correct(self, completions: list[Any], **columns: Any) -> list[float]:
@@ -93,7 +93,7 @@ class Task(ABC):
         raise ConfigError([Problem("run.warm_start", message, remedy="set it to null")])
 
     def corpus(self) -> Iterable[str]:
-        """Texts to train a tokenizer on, for `model.tokenizer: bpe`. Unless the task has better, `train`'s prompts."""
+        """Texts to train a tokenizer on, for `model.tokenizer: bpe`. By default the prompts of `train`."""
         return [text_of(prompt) for prompt in self.train["prompt"]]
 
     @property
@@ -108,7 +108,7 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> type[Task]:
-    """The task's class. Raises ValueError for a name that is none."""
+    """The task's class. Raises ValueError for an unknown name."""
     if name not in task_names():
         raise ValueError(f"task.name: {name!r} is no task; use one of {', '.join(task_names())}")
     module = importlib.import_module(f"{__name__}.{name}")
@@ -121,5 +121,5 @@ def get_task(name: str) -> type[Task]:
 
 
 def _is_task_of(thing: Any, module: str) -> bool:
-    """Whether it is a task that the module defines, and does not only import."""
+    """Whether it is a task that the module defines and not merely imports."""
     return isinstance(thing, type) and issubclass(thing, Task) and thing.__module__ == module

@@ -4,9 +4,9 @@ r"""Counting letters: verl's recipe of that name, in which a model learns to spe
     completion  n = n.  i != n.  n = n.  e != n.  \boxed{2}  a line each
     right       the last box holds the number
 
-Words are drawn, not looked up: their length evenly from the shortest to the longest, and of a length n the count evenly
-from 1 to n. So one word in ten is a single letter repeated, and of those there are few: some come twice within a
-split. No problem (a word and its letter) is in both splits.
+Words are drawn, not looked up: their length uniformly between shortest and longest, and for a length n the count
+uniformly from 1 to n. So one word in ten is a single letter repeated, and as there are few such words, some occur twice
+within a split. No problem (a word and its letter) is in both splits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Problem:
 
     @property
     def count(self) -> int:
-        """How often the letter is there."""
+        """How often the letter occurs."""
         return self.word.count(self.letter)
 
 
@@ -85,7 +85,7 @@ class CharCount(Task):
         return boxed(completion)
 
     def warm_start_examples(self, count: int) -> list[Example]:
-        """Train problems with their worked answers; every one comes before any comes again."""
+        """Train problems with their worked answers; all of them come once before any is repeated."""
         drawn = rounds(self._split[0], count, f"char_count warm start {self.seed}")
         return [(_prompt(problem), worked_answer(problem)) for problem in drawn]
 
@@ -95,7 +95,7 @@ class CharCount(Task):
 
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        """Problems as (train, held out). What is held out is drawn first: it has the lengths and counts as said."""
+        """Problems as (train, held out). The held-out ones are drawn first: they keep the uniform lengths and counts."""
         options = self.options
         drawn = _drawn(options.min_letters, options.max_letters, f"char_count {self.seed}")
         held_out = list(islice(drawn, options.held_out))
@@ -105,14 +105,14 @@ class CharCount(Task):
 
 
 def worked_answer(problem: Problem) -> str:
-    r"""A line a letter, which says whether it is the one, and the count in its box."""
+    r"""A line per letter that says whether it is the one, then the count in its box."""
     letter = problem.letter
     lines = [f"{each} {'=' if each == letter else '!='} {letter}." for each in problem.word]
     return "\n".join([*lines, rf"\boxed{{{problem.count}}}"])
 
 
 def _drawn(min_letters: int, max_letters: int, seed: str) -> Iterator[Problem]:
-    """Problems without end."""
+    """An endless stream of problems."""
     rng = random.Random(seed)
     while True:
         length = rng.randint(min_letters, max_letters)

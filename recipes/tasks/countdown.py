@@ -6,8 +6,8 @@
 There are 1,345 such problems (numbers 1-9, targets 0-99 that can be reached without brackets; an answer may use them
 all the same), which make 6,396 prompts, one for every order of the numbers. The run's seed holds 512 prompts out. No
 held-out prompt is ever trained on, but nearly every one's problem is, in another order of its numbers: the accuracy
-says how well a policy was learnt, not how it would do on other problems. Holding out whole problems was tried: a small
-model learns the 833 left by heart and stays below 0.47 on the others, whatever it is taught. Needs no network.
+says how well a policy was learnt, not how it would do on other problems. (Holding out whole problems was tried, see
+docs/benchmarks.md.) Needs no network.
 """
 
 import random
@@ -84,7 +84,7 @@ class Countdown(Task):
         )
 
     def warm_start_examples(self, count: int) -> list[Example]:
-        """`count` pairs of prompt and right completion: a train prompt and one of its solutions, each by chance.
+        """`count` pairs of prompt and right completion: a random train prompt with a random solution of it.
 
         Drawing among all the solutions keeps the policy's entropy up: GRPO learns from what it samples.
         """
@@ -108,7 +108,7 @@ class Problem:
 
 @lru_cache(maxsize=1)
 def solutions() -> dict[Problem, list[str]]:
-    """Every problem there is with every expression that solves it."""
+    """Every problem, with every expression that solves it."""
     found: dict[Problem, list[str]] = {}
     for numbers in combinations_with_replacement(range(1, 10), 3):
         for target, texts in expressions(numbers).items():
@@ -147,5 +147,5 @@ def _dataset(prompts: list[Prompt]) -> Dataset:
 
 
 def well_formed(completions: list[str], numbers: list[list[int]], **_: Any) -> list[float]:
-    """Reward 1 for an expression that uses every number once, whatever it comes to."""
+    """Reward 1 for an expression that uses every number once, whatever its value."""
     return [float(uses_the_numbers(text, given)) for text, given in zip(completions, numbers, strict=True)]
