@@ -1,7 +1,7 @@
-"""What the report draws: a run's records as charts, for one run or for several laid over each other.
+"""What the report draws: the records of one run, or of several laid over each other, as charts.
 
-A chart of one run may have several lines, coloured by what they are. Of several runs every line becomes a chart
-of its own, in which the colours are the runs. A chart whose figures were never logged is left out.
+A chart of one run may have several lines, coloured by what they are. With several runs every line becomes a chart of
+its own, coloured by run. A chart whose figures were never logged is left out.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _THIN = 0.015  # share of the time below which a phase has no area of its own
 class Line:
     """Values over steps.
 
-    low, high: the ends of a band around them, or of a bar at each where they are `measured` now and then.
-    aside: it goes with the chart's other line, and is drawn fainter.
+    low, high: the ends of a band around them, or of an error bar at each if they are `measured` only now and then.
+    aside: the line accompanies the chart's other line, and is drawn fainter.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines over steps. unit: "" or "%", for shares of 0 to 1. named: the lines' names stand at their ends."""
+    """Lines over steps. unit: "" or "%", for shares between 0 and 1. named: the lines' names stand at their ends."""
 
     title: str
     note: str
@@ -52,7 +52,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Areas:
-    """Seconds a step by phase, stacked. top: the axis ends there, the same for every run beside it."""
+    """Seconds per step by phase, stacked. top: the end of the axis, the same for every run beside it."""
 
     title: str
     note: str
@@ -63,7 +63,7 @@ class Areas:
 
 @dataclass(frozen=True)
 class Peaks:
-    """MiB by phase: one value a run (None: not measured), and what was planned."""
+    """MiB by phase: one value per run (None: not measured), and what was planned."""
 
     title: str
     note: str
@@ -77,7 +77,7 @@ Chart = Lines | Areas | Peaks
 
 @dataclass(frozen=True)
 class _Series:
-    """One line of a chart, as it is read from a record; the other members are Line's."""
+    """How to read one line of a chart from a record; the other members are Line's."""
 
     name: str
     value: Read
@@ -96,7 +96,7 @@ class _Series:
 
 
 def _ends(read: Read | None, kept: list[tuple[Record, float]]) -> list[float]:
-    """One end of a band, at the value itself where it was not logged; nothing without a band."""
+    """One end of a band, at the value itself where the end was not logged; empty without a band."""
     if read is None:
         return []
     return [value if (end := read(record)) is None else end for record, value in kept]
@@ -121,9 +121,9 @@ def _trl(name: str) -> Read:
 
 
 def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list[Chart]:
-    """What was learned, what became of the policy, what it cost.
+    """What was learned, how the policy changed, what it cost.
 
-    plan: a run folder's plan.json, the fields of `recipes.plan.plan.Memory`; it is drawn for one run alone.
+    plan: a run folder's plan.json, the fields of `recipes.plan.plan.Memory`; drawn only for a single run.
     """
     records = [record for run in runs.values() for record in run]
     quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
@@ -134,7 +134,7 @@ _Quantity = tuple[str, str, str, list[_Series]]  # title, note, unit, lines
 
 
 def _rewards(records: Records, *, spread: bool) -> Iterator[_Quantity]:
-    """The reward, and each of its functions unless it is the whole of it; with their spread over a batch."""
+    """The reward, and each reward function unless there is only one; with their spread over a batch."""
     names = dict.fromkeys(name for record in records for name in record.get("rewards") or {})
     whole = [name for name in names if all(_same(r.get("reward"), _at("rewards", name)(r)) for r in records)]
     note = "mean and spread (one deviation) of a batch" if spread else "mean of a batch"
@@ -203,7 +203,7 @@ def _tokens() -> Iterator[_Quantity]:
 
 
 def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterator[Lines]:
-    """One run: a chart a quantity. Several: a chart for each of its lines."""
+    """One run: a chart per quantity. Several: a chart for each of its lines."""
     for title, note, unit, series in quantities:
         if len(runs) == 1:
             (records,) = runs.values()
@@ -236,7 +236,7 @@ def _times(runs: dict[str, Records]) -> list[Areas]:
 
 
 def _stack(records: Records) -> tuple[list[int], dict[str, list[float]]]:
-    """Steps and seconds a step by phase; a phase of next to no time counts as other."""
+    """Steps and seconds per step by phase; a phase that takes hardly any time counts as other."""
     timed = [record for record in records if record.get("time")]
     seconds = {phase: [record["time"].get(phase, 0.0) for record in timed] for phase in PHASES}
     total = sum(map(sum, seconds.values()))
@@ -248,7 +248,7 @@ def _stack(records: Records) -> tuple[list[int], dict[str, list[float]]]:
 
 
 def _memory(runs: dict[str, Records], plan: dict[str, Any] | None) -> Iterator[Peaks]:
-    """A chart for each kind of figure: what a CPU's meter counts says nothing beside a GPU's."""
+    """A chart for each kind of figure: a CPU meter's figures cannot be compared with a GPU's."""
     summaries = [summarize(records) for records in runs.values()]
     for figure in dict.fromkeys(HEADLINE.values()):
         of = [s["memory"] if s["memory_figure"] == figure else {} for s in summaries]

@@ -33,7 +33,7 @@ def compare(
 ) -> Path | None:
     """Prints the comparison of two to five runs; with `out` writes out.png and out.html too, and returns the latter.
 
-    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more than that.
+    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more runs.
     """
     console = console or Console()
     runs = _read(paths)
@@ -65,7 +65,7 @@ def compare(
 
 
 def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
-    """The records of each run, by a name that no other of them has."""
+    """The records of each run, by a unique name."""
     if not 2 <= len(paths) <= MOST:
         raise ValueError(f"runs: {len(paths)} given; give two to {MOST} run folders")
     if len({Path(path).resolve() for path in paths}) < len(paths):
@@ -82,7 +82,7 @@ def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def config_differences(names: Sequence[str], paths: Sequence[Path]) -> Table:
-    """The keys in which configurations differ, with the value in each of them, a column a run."""
+    """The keys in which configurations differ, with their values, a column per run."""
     flat = [
         _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {} for path in paths
     ]

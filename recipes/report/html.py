@@ -1,4 +1,4 @@
-"""Pages from the templates beside this file: one file each, with nothing in it that needs a network or a script."""
+"""Pages from the templates beside this file: one file each, which needs neither a network nor a script."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Figure:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page by a template of that name, as text."""
+    """The page from the template of that name, as text."""
     return _TEMPLATES.get_template(f"{template}.html.j2").render(**values)
 
 

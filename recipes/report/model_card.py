@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained on what, its figures, and what it takes to run it again.
+"""The model card of a run: what was trained on what, its figures, and how to repeat it.
 
 `python -m recipes.export RUN` writes it as README.md beside the weights. What was not measured is left out.
 """
@@ -34,7 +34,7 @@ def model_card(run: Path) -> str:
 
 
 def _front_matter(config: dict[str, Any]) -> str:
-    """What the hub reads: a path of this machine is neither a base model nor a dataset there."""
+    """The hub's front matter, without paths of this machine: there they are neither a base model nor a dataset."""
     found: dict[str, Any] = {"library_name": "transformers", "tags": ["grpo", "trl", "memhead"]}
     for key, name in (
         ("base_model", config["model"].get("name")),
@@ -68,7 +68,7 @@ def _figures(summary: dict[str, Any]) -> str:
 
 
 def _head(folder: RunFolder) -> str:
-    """The head's own proof: how often it was called, and its errors against float64 when the run began."""
+    """The evidence for the head: how often it was called, and its errors against float64 at the start of the run."""
     calls, check = folder.read_json("head.json"), folder.read_json("head_check.json")
     if not calls or not check:
         return ""

@@ -27,7 +27,7 @@ from recipes.tracking.summary import (
     summarize,
 )
 
-_SAMPLES = 3  # completions shown of a step
+_SAMPLES = 3  # completions shown per step
 _LONG = (400, 12)  # characters and lines beyond which a text is folded
 _HEAD = (200, 5)  # those that stay in sight
 
@@ -107,7 +107,7 @@ class Text:
 
 
 def _samples(records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Completions of the first, a middle and the last step that has some."""
+    """Completions of the first, a middle and the last step that have some."""
     steps = sorted({record["step"] for record in records})
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]) if steps else {}
     names = ["First", "Middle", "Last"] if len(chosen) == 3 else ["First", "Last"]
@@ -133,7 +133,7 @@ def _judged(record: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A prompt or completion as text; a conversation as its messages, one a line."""
+    """A prompt or completion as text; a conversation as its messages, one per line."""
     if isinstance(value, str):
         return value
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)

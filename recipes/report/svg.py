@@ -28,15 +28,11 @@ from recipes.tracking.summary import format_mib
 COLOURS = 7  # variables --c0 … --c6
 _SIZE = (4.0, 2.2)  # inches, at 72 units each: what fills a column of the page, and a phone's width
 _FONT = 8.0  # units of the SVG; the page shows a chart at 1.25 to 1.4 times its own size
-_LEFT, _RIGHT, _TOP, _BOTTOM = (
-    0.115,
-    0.805,
-    0.95,
-    0.13,
-)  # the same in every chart: axes above each other align
+# The same in every chart, so that axes above each other align.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.115, 0.805, 0.95, 0.13
 _LEFT_OF_NAMES = 0.21
 _WIDTH = 1.5  # of a line
-_LABEL = 11  # characters for which there is room right of the axes
+_LABEL = 11  # characters that fit to the right of the axes
 _INK, _MUTED, _GRID, _SURFACE = "#a1b2c0", "#a1b2c1", "#a1b2c2", "#a1b2c3"
 _STAND_INS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _SURFACE: "surface"}
 _STAND_INS |= {f"#a1b2d{number}": f"c{number}" for number in range(COLOURS)}
@@ -65,7 +61,7 @@ _STYLE: Any = {
 
 
 def draw(chart: Chart, name: str) -> Markup:
-    """The chart as an SVG element. name: of letters and digits, unlike any other chart's on the page."""
+    """The chart as an SVG element. name: letters and digits, unique on the page."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         height = _SIZE[1] if not isinstance(chart, Peaks) else max(_SIZE[1], 0.4 + 0.26 * len(chart.phases))
         figure = Figure(figsize=(_SIZE[0], height))
@@ -94,7 +90,7 @@ def _draw_lines(axes: Axes, chart: Lines) -> None:
     ends = []
     overlaid = len(chart.lines) > 1 and not chart.named
     for number, line in enumerate(chart.lines):
-        # Where runs cover each other, those below look out on both sides.
+        # Where runs cover each other, those below show on both sides.
         below = 1 - number / (len(chart.lines) - 1) if overlaid else 0.0
         ends.append(_draw_line(axes, line, _WIDTH + 3 * below, plainly=overlaid))
     banded = [line for line in chart.lines if line.measured or not overlaid]
@@ -150,7 +146,7 @@ def _draw_line(axes: Axes, line: Line, width: float, *, plainly: bool) -> float:
 
 def _draw_areas(axes: Axes, chart: Areas) -> None:
     names = list(chart.seconds)
-    # One point is drawn as wide as a step, or nothing would be seen of it.
+    # A single point is drawn as wide as a step, or it would be invisible.
     single = len(chart.steps) == 1
     steps = [chart.steps[0] - 0.5, chart.steps[0] + 0.5] if single else chart.steps
     rows = [values * 2 if single else smooth(values) for values in chart.seconds.values()]
@@ -168,7 +164,7 @@ def _draw_areas(axes: Axes, chart: Areas) -> None:
 
 
 def _draw_peaks(axes: Axes, chart: Peaks) -> None:
-    """A row a phase: a bar for one run, a point a run for several; a diamond where the plan says it would be."""
+    """A row per phase: a bar for one run, or a point for each of several; a diamond at the planned value."""
     rows = list(range(len(chart.phases)))
     highest = max(v for values in (*chart.measured, chart.planned) for v in values if v is not None)
     size, unit = (1024.0, "GiB") if highest >= 1024 else (1.0, "MiB")
@@ -208,7 +204,7 @@ def _steps_axis(axes: Axes) -> None:
 
 
 def _beside_the_ticks(axes: Axes, text: str) -> None:
-    """The axis's unit, in the line of its numbers, right of the last."""
+    """The axis's unit, in line with its numbers, right of the last."""
     axes.annotate(
         text,
         (1, 0),
@@ -222,7 +218,7 @@ def _beside_the_ticks(axes: Axes, text: str) -> None:
 
 
 def _label_ends(axes: Axes, heights: Sequence[float], labels: Sequence[str], colours: Sequence[str]) -> None:
-    """A label right of the axes at each line's end, pushed apart where they would lie on each other."""
+    """A label right of the axes at each line's end, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     span = high - low or 1.0
     size = axes.figure.get_size_inches()[1] * 72 * (_TOP - _BOTTOM)  # type: ignore[union-attr]
@@ -249,7 +245,7 @@ def _margin(axes: Axes, height: float, text: str, colour: str) -> None:
 
 
 def spread(places: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """The places moved as little as need be, so that any two are `apart` and all lie in [low, high] if they can."""
+    """The places moved as little as necessary, so that any two are `apart`, and all within [low, high] if possible."""
     order = sorted(range(len(places)), key=places.__getitem__)
     found = [0.0] * len(places)
     floor = low
@@ -273,7 +269,7 @@ def _colour(number: int) -> str:
 
 
 def _number(value: float, digits: int = 6) -> str:
-    """A number in as few characters as it takes; `digits` that count, or the whole part where that has more."""
+    """A number in as few characters as possible, with `digits` significant ones, or the whole part if that is longer."""
     scale, name = next((found for size, found in _SCALES.items() if abs(value) >= size), (1.0, ""))
     value /= scale
     text = f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
@@ -286,7 +282,7 @@ def _percent(limits: tuple[float, float]) -> Callable[[float], str]:
 
 
 def _end_label(line: Line, percent: bool, named: bool) -> str:
-    """The name with the last value, as far as there is room."""
+    """The name with the last value, shortened to the room there is."""
     value = line.values[-1]
     digits = 2 if named else 3
     figure = f"{_number(100 * value, digits)} %" if percent else _number(value, digits)
@@ -296,7 +292,7 @@ def _end_label(line: Line, percent: bool, named: bool) -> str:
 
 
 def _inline(svg: str, description: str) -> str:
-    """matplotlib's file as an element of a page."""
+    """matplotlib's file as an element for a page."""
     body = svg[svg.index("<svg") :]
     view = re.search(r'viewBox="([^"]+)"', body)
     inside = body[body.index(">") + 1 : body.rindex("</svg>")]

@@ -1,4 +1,4 @@
-"""What a run comes to, in a sentence: whether it learned, by how much, and how sure that is."""
+"""The outcome of a run in a sentence: whether it learned, by how much, and how certain that is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.tracking.summary import logged_steps, summarize
 Records = list[dict[str, Any]]
 Interval = tuple[float, float]
 _Z_95 = statistics.NormalDist().inv_cdf(0.975)
-_FEW = 5  # logged steps on each side, below which their scatter says nothing
+_FEW = 5  # logged steps on each side; with fewer, their scatter says nothing
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _by_accuracy(before: dict[str, Any], after: dict[str, Any]) -> Verdict:
 
 
 def _by_reward(records: Records) -> Verdict:
-    """The mean reward of the first steps against the last ones', with the scatter of both."""
+    """The mean reward of the first steps against that of the last, with the scatter of both."""
     rewards = [r["reward"] for r in logged_steps(records) if r.get("reward") is not None]
     missing = "Accuracy was not measured before and after."
     count = max(len(rewards) // 10, min(10, len(rewards) // 2))
@@ -106,10 +106,10 @@ def _signed(value: float, digits: int) -> str:
 
 
 def parting(name: str, records: Records, other_name: str, others: Records) -> str:
-    """From which logged step the trajectories of two runs part, as a sentence.
+    """From which logged step the trajectories of two runs differ, as a sentence.
 
-    What was sampled (rewards and lengths of the completions) and what was computed on it (loss, gradient, entropy)
-    are told apart: two heads whose last bits differ sample the same for a while.
+    What was sampled (rewards and lengths of the completions) and what was computed from it (loss, gradient, entropy)
+    are distinguished: two heads whose last bits differ still sample the same for a while.
     """
     one, two = ({r["step"]: r for r in logged_steps(run)} for run in (records, others))
     steps = sorted(one.keys() & two.keys())
@@ -144,6 +144,6 @@ def _computed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alike(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> bool:
-    """Whether both have the same figures, each within a relative tolerance; a figure that one lacks says nothing."""
+    """Whether both have the same figures, within a relative tolerance; a figure that one of them lacks is ignored."""
     pairs = [(one[key], two[key]) for key in one.keys() & two.keys()]
     return all(a is None or b is None or math.isclose(a, b, rel_tol=tolerance) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Arithmetic expressions: read them without `eval`, list all that some numbers make.
+"""Arithmetic expressions: read them without `eval`, list all that can be made of given numbers.
 
 Grammar, over digits, `+ - *` and brackets; no blanks, no signs. `division=True` reads `/`, exactly, and blanks as well:
 
@@ -6,8 +6,8 @@ Grammar, over digits, `+ - *` and brackets; no blanks, no signs. `division=True`
     product := atom (("*" | "/") atom)*
     atom    := NUMBER | "(" sum ")"
 
-A completion is text from a model: it may be empty, endless or nested without end. `parse` reads at most `MAX_LENGTH`
-characters and `MAX_DEPTH` brackets and answers everything else with `ExpressionError`.
+A completion is text from a model: it may be empty, very long or deeply nested. `parse` reads at most `MAX_LENGTH`
+characters and `MAX_DEPTH` brackets and raises `ExpressionError` for everything else.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class ExpressionError(ValueError):
 
 @dataclass(frozen=True)
 class Expression:
-    """What an expression comes to, and the numbers that it uses, left to right."""
+    """The value of an expression, and the numbers that it uses, left to right."""
 
     value: int | Fraction  # a Fraction only where something was divided
     numbers: tuple[int, ...]
 
 
 def parse(text: str, *, division: bool = False) -> Expression:
-    """Read `text` as one expression. Raises `ExpressionError` for anything else, a division by zero included."""
+    """Read `text` as one expression. Raises `ExpressionError` for anything else, including a division by zero."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"{len(text)} characters, at most {MAX_LENGTH} are read")
     parser = _Parser(text, division)
@@ -60,7 +60,7 @@ class _Parser:
         return found
 
     def character(self) -> str:
-        """The same, blanks included: those between the digits of a number end it."""
+        """The same without skipping blanks: one between digits ends a number."""
         return self.text[self.position : self.position + 1]
 
     def take(self, wanted: str) -> str:
@@ -100,9 +100,8 @@ class _Parser:
     def number(self) -> int:
         self.peek()
         start = self.position
-        while (
-            found := self.character()
-        ) and found in "0123456789":  # str.isdigit takes other scripts' digits too
+        # Not str.isdigit, which takes other scripts' digits too.
+        while (found := self.character()) and found in "0123456789":
             self.position += 1
         digits = self.text[start : self.position]
         if not digits:

@@ -1,10 +1,10 @@
-"""One call of a reward function, whatever it does: its values, or in words what is wrong with them.
+"""One call of a reward function, whatever it does: its values, or a sentence about what is wrong with them.
 
     call(function, completions, columns, seconds)       the batch at once: a list of values, or a Fault
     isolate(function, completions, columns, seconds)    one by one, all within `seconds` again: a value or a Fault each
 
-A reward function is other people's code: it may raise, exit, hang, return anything, or change what it is given. All
-of that means the same here. Only Ctrl-C passes through.
+A reward function is other people's code: it may raise, exit, hang, return anything, or change its arguments. All of
+that becomes a Fault. Only Ctrl-C passes through.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from recipes.rewards.time_limit import TimeLimitReached, time_limit
 
 Reward = Callable[..., Any]
 Values = list[float | None]
-MAX_REWARD = (
-    1e9  # float32 tells no smaller rewards apart beside a greater one, and at 1e19 its squares are infinite
-)
+# Beside a greater reward float32 would not tell smaller ones apart, and at 1e19 its squares are infinite.
+MAX_REWARD = 1e9
 _REMEDY = "return a list with one finite number, or None, per completion"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, in words that go on after the function's name; `index`: with which completion, if that shows."""
+    """What is wrong, to be read after the function's name; `index`: the place of the completion, if known."""
 
     what: str
     index: int | None = None
@@ -55,14 +54,14 @@ def call(
         return _late(seconds)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit is one that is no Exception
+    except BaseException as error:  # sys.exit raises one that is not an Exception
         return Fault(said(error))
 
 
 async def call_async(
     function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
 ) -> Values | Fault:
-    """The same for a coroutine function; a limit holds where it awaits."""
+    """The same for a coroutine function; the limit holds where it awaits."""
     try:
         given = await asyncio.wait_for(
             function(completions=list(completions), **_copied(columns)), timeout=seconds
@@ -95,7 +94,7 @@ async def isolate_async(
 
 
 def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The row of one of `count` completions, of the columns that a reward is called with."""
+    """The row of one of `count` completions, from the columns that a reward is called with."""
     return {
         name: values[index]
         for name, values in columns.items()
@@ -118,7 +117,7 @@ def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:
 
 
 def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of their own, so that a function that empties them takes nothing from the next."""
+    """Copies of the lists, so that a function that empties them takes nothing from the next."""
     return {key: list(value) if isinstance(value, list) else value for key, value in columns.items()}
 
 
@@ -133,9 +132,8 @@ def _values(given: Any, wanted: int) -> Values | Fault:
     if inspect.iscoroutine(given):
         given.close()
         return Fault("returned a coroutine; declare the function itself with async def")
-    if isinstance(
-        given, (str, bytes, Mapping, set, frozenset)
-    ):  # they could be iterated, and would be misread
+    # These could be iterated, and would be misread.
+    if isinstance(given, (str, bytes, Mapping, set, frozenset)):
         return Fault(f"returned {show(given)}; {_REMEDY}")
     try:
         iterator = iter(given)
@@ -158,14 +156,14 @@ def _values(given: Any, wanted: int) -> Values | Fault:
 
 
 def _number(value: Any) -> float | str | None:
-    """The value as a float, or how to show it if it is no number that can be a reward."""
+    """The value as a float, or how to show it if it cannot be a reward."""
     if value is None:
         return None
     if isinstance(value, (str, bytes)):
         return f"the text {show(value)}"
     try:
         number = float(value)
-    except Exception:  # a __float__ may be anyone's
+    except Exception:  # __float__ may be anyone's code
         return show(value)
     if not math.isfinite(number):
         return f"{number}"
@@ -180,7 +178,7 @@ def said(error: BaseException) -> str:
         return f"called sys.exit({show(error.code, 60)})"
     try:
         text = str(error)
-    except Exception:  # a __str__ may be anyone's, too
+    except Exception:  # so may __str__
         text = ""
     return f"raised {type(error).__name__}: {one_line(text)}"
 
@@ -191,7 +189,7 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
 def show(value: Any, limit: int = 300) -> str:
-    """A value in one line of at most `limit` characters, whatever its own `__repr__` does."""
+    """A value in one line of at most `limit` characters, whatever its `__repr__` does."""
     try:
         text = repr(value[: limit + 1]) if isinstance(value, (str, bytes)) else _SHORT.repr(value)
     except Exception:  # 10**5000 has too many digits to be shown
@@ -200,7 +198,7 @@ def show(value: Any, limit: int = 300) -> str:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Text for a terminal: one line, shortened, and nothing in it that a terminal would obey."""
+    """Text for a terminal: one line, shortened, without control characters."""
     line = "".join(
         character if character.isprintable() else " " if character.isspace() else repr(character)[1:-1]
         for character in text[: limit + 1]

@@ -37,7 +37,7 @@ from recipes.rewards.call import (
     show,
 )
 
-FIRST_VERDICT = 64  # completions that a share of failures is taken of at least, however few came yet
+FIRST_VERDICT = 64  # a share of failures is taken of at least this many completions
 
 
 class RewardError(ValueError):
@@ -45,14 +45,14 @@ class RewardError(ValueError):
 
 
 def _no_section(weight: Any) -> Any:
-    """`task.rewards.my_rewards.brevity=0.1` on the command line is a section in a section."""
+    """Refuse what `task.rewards.my_rewards.brevity=0.1` on the command line means: a section in a section."""
     if isinstance(weight, dict):
         raise ValueError("is a section; write a name with a dot as task.rewards={my_rewards.brevity: 0.1}")
     return weight
 
 
 class RewardOptions(BaseModel):
-    """The keys of a task that say what counts how much. A task's Options build on it."""
+    """The keys of a task that weigh its rewards and limit them. A task's Options derive from it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -72,7 +72,7 @@ class RewardOptions(BaseModel):
 
 
 def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Iterator[Problem]:
-    """What is wrong with a run's weights, as far as it shows without importing the user's own functions.
+    """What is wrong with a run's weights, as far as can be seen without importing the user's own functions.
 
     known: the task's rewards.
     """
@@ -86,9 +86,9 @@ def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Itera
 
 
 def choose(weights: Mapping[str, float], known: Mapping[str, Reward]) -> dict[str, Reward]:
-    """The functions that are weighed, in that order: the task's, or the user's own.
+    """The functions that have a weight, in that order: the task's, or the user's own.
 
-    Raises ConfigError for one that cannot be imported. For weights in which `problems` finds nothing.
+    The weights have passed `problems`. Raises ConfigError for a function that cannot be imported.
     """
     return {name: known[name] if name in known else _import(name) for name in weights}
 
@@ -103,7 +103,7 @@ def _import(name: str) -> Reward:
         found = getattr(importlib.import_module(module), function)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a module may do anything while it is imported, exit included
+    except BaseException as error:  # a module may do anything while it is imported, even exit
         missing = isinstance(error, AttributeError) or getattr(error, "name", None) in _packages(module)
         remedy = (
             f"put a function {function} into {module.replace('.', '/')}.py beside where you start the run"
@@ -129,9 +129,9 @@ def check(
     completions: Sequence[Any],
     seconds: float,
 ) -> dict[str, list[float | None]]:
-    """Call each reward on a small batch, `completions[i]` answering `rows[i]`; returns what they gave.
+    """Call each reward on a small batch, `completions[i]` answering `rows[i]`; returns their values.
 
-    Raises RewardError for an exception, a hang past `seconds`, a wrong length, or a value that is no finite number.
+    Raises RewardError for an exception, a hang past `seconds`, a wrong length, or a value that is not a finite number.
     """
     columns = _columns(rows)
     given: dict[str, list[float | None]] = {}
@@ -140,7 +140,7 @@ def check(
         if isinstance(found, list):
             given[name] = found
             continue
-        if found.index is None:  # which completion it was
+        if found.index is None:  # find out which completion it was
             alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
             faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
             found = faults[0] if faults else found
@@ -152,7 +152,7 @@ def check(
 
 
 def _now(function: Reward, plain: Any, waiting: Any) -> Any:
-    """How a function is called from here: a coroutine is run to its end, in a thread that has no event loop yet."""
+    """Calls a function from synchronous code: a coroutine runs to its end, in a thread without an event loop."""
     if not is_async(function):
         return plain
 
@@ -178,8 +178,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def too_many(failed: int, scored: int, share: float) -> bool:
-    """Whether the failures so far are more than that share allows."""
-    # One failure of eight in the first step is no share yet; half of what came is, at any time.
+    """Whether there are more failures so far than that share allows."""
+    # One failure of eight in the first step is too few to judge; half of all completions is too many at any time.
     return failed > share * max(scored, FIRST_VERDICT) or failed > max(share, 0.5) * scored
 
 

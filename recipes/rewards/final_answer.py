@@ -1,4 +1,4 @@
-r"""Reading the final answer out of a completion: as numbers, exactly, in the form asked for or wherever it stands.
+r"""Reading the final answer out of a completion, as exact numbers: in the form asked for, or wherever it stands.
 
     strict     the one number inside the last `<answer>…</answer>`; anything else there is no answer
     lenient    the last `\boxed{…}`, else `####`, else the answer tag, else the last number of the text
@@ -11,8 +11,8 @@ Numbers are compared as fractions: 3.0 is 3, 1,000 is 1000 and 0.5 is 1/2, and n
     magnitudes    5k, 1.2M, 1.2 million
     signs         -5, −5, minus 5, - $5                                         not between two numbers: 10 - 15
 
-Every step takes time in proportion to the text: a pattern here never gives back what it has taken (`++`, `*+`), and
-what it took is judged afterwards.
+Every step takes time in proportion to the text: no pattern here backtracks (`++`, `*+`); what it has matched is judged
+afterwards.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """A LaTeX fraction as `1/2`; what is not made of two numbers is nothing that could be read."""
+    """A LaTeX fraction as `1/2`; one that is not made of two numbers is left unreadable."""
     above, below = (
         _SIMPLE.fullmatch(match[name] or match[f"{name}_digit"] or "") for name in ("above", "below")
     )
@@ -67,7 +67,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
     (re.compile(r"\\[$%]|\\[(\[)\]]|\*\*"), " "),
 )
 
-# Digits with what may group them; whether they are grouped well is looked at afterwards.
+# Digits with what may group them; whether the groups are well-formed is checked afterwards.
 _RUN = r"[0-9]++(?:,[0-9]++|[_'’][0-9]{3}(?![0-9])|[ ][0-9]{3}(?![0-9]|-[A-Za-z]))*+(?:\.[0-9]++)?+|\.[0-9]++"
 _POWER = r"\s?+ \^ \s*+ (?: \{{ \s*+ (?P<{0}> [-+]?[0-9]++ ) \s*+ \}} | (?P<{0}_bare> [-+]?[0-9]++ ) )"
 _NUMBER = re.compile(
@@ -103,7 +103,7 @@ def text_of(completion: Any) -> str:
     """The completion's text: TRL passes text for plain prompts and a list of messages for chat."""
     if isinstance(completion, str):
         return completion
-    contents = (part.get("content") for part in completion)  # None beside a call of a tool
+    contents = (part.get("content") for part in completion)  # None beside a tool call
     return "".join(content for content in contents if isinstance(content, str))
 
 
@@ -113,7 +113,7 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last of them; of a long text no more is worked out."""
+    """The last number of the text; the others are not worked out."""
     for place in reversed(_places(text)):
         if found := _read(*place):
             return found[-1]
@@ -131,7 +131,7 @@ def only_number(text: str) -> Fraction | None:
 
 
 def _places(text: str) -> list[tuple[re.Match[str], int]]:
-    """Where numbers stand, each with the end of the one before it (0: it is the first)."""
+    """Where numbers stand, each with the end of the number before it (0 for the first)."""
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     matches = [match for match in _NUMBER.finditer(text) if not match["other"]]
@@ -139,7 +139,7 @@ def _places(text: str) -> list[tuple[re.Match[str], int]]:
 
 
 def _read(match: re.Match[str], end: int) -> list[Fraction]:
-    """The numbers of one place; several if what groups the digits is no grouping, none for what is no number."""
+    """The numbers of one place; several if the digits turn out not to be grouped, none if it is not a number."""
     *before, last = _ungrouped(match["value"])
     values = [_decimal(digits) for digits in before] + [_value(match, last)]
     if values[0] is not None and _is_negative(match, end):
@@ -148,7 +148,7 @@ def _read(match: re.Match[str], end: int) -> list[Fraction]:
 
 
 def _ungrouped(run: str) -> list[str]:
-    """The numbers of a run of digits: one if its groups are those of a number, else each for itself."""
+    """The numbers of a run of digits: one if its groups are those of a number, else each group by itself."""
     whole, dot, decimals = run.partition(".")
     separators = {character for character in whole if character in ",_'’ "}
     if not separators:
@@ -172,7 +172,7 @@ def _decimal(digits: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str], digits: str) -> Fraction | None:
-    """What a match comes to, but for its sign; None if that is no number: 1/0, a date, more digits than one has."""
+    """The value of a match without its sign; None if it is not a number: 1/0, a date, too many digits."""
     numerator, denominator = match["numerator"], (match["denominator"] or "").replace(",", "")
     parts = match["value"].rpartition(" ")
     if denominator and not numerator and parts[0] and float(parts[2]) < float(denominator):
@@ -191,14 +191,14 @@ def _value(match: re.Match[str], digits: str) -> Fraction | None:
 
 
 def _exponent(text: str) -> int | None:
-    """None for one that makes more digits than a number has."""
+    """The exponent; None for one that makes more digits than a number has."""
     text = text.translate(_LOWERED)
     short = len(text) <= 4 and re.fullmatch("[-+]?[0-9]+", text)
     return int(text) if short and abs(int(text)) <= MAX_EXPONENT else None
 
 
 def _is_negative(match: re.Match[str], end: int) -> bool:
-    """Whether the sign is the number's own, and does not subtract it from the one that ends at `end`."""
+    """Whether the sign belongs to the number, rather than subtracting it from the one that ends at `end`."""
     word = (match["word"] or "").strip().lower()
     sign = match["sign"] or ""
     if match["minus"] or word == "negative":
@@ -218,7 +218,7 @@ _ANSWER = re.compile(r"<answer>(?P<content>(?:(?!</?answer>).)*+)</answer>", re.
 
 
 def answer_tag(text: str) -> str | None:
-    """What stands in the last `<answer>…</answer>`, None without one."""
+    """The content of the last `<answer>…</answer>`, None without one."""
     found = collections.deque(_ANSWER.finditer(text), maxlen=1)
     return found[0]["content"].strip() if found else None
 
@@ -228,7 +228,7 @@ _BARE_END = re.compile(r"\$|\\[)\]]|\n|[.,;:](?=\s|$)|$")
 
 
 def boxes(text: str) -> list[tuple[int, int | None]]:
-    r"""Where the content of each box begins and ends, by its begin; None for a brace that is never closed.
+    r"""Where the content of each box begins and ends, in order of the beginning; None for an unclosed brace.
 
     Boxes are `\boxed{5}`, `\boxed {5}`, and `\boxed 5` to the end of its formula or sentence.
     """
@@ -250,7 +250,7 @@ def boxes(text: str) -> list[tuple[int, int | None]]:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last box that is not empty; None without one, and where that one is never closed."""
+    r"""The content of the last box that is not empty; None without one, and if it is never closed."""
     for begin, end in reversed(boxes(text)):
         if end is None:
             return None

@@ -1,12 +1,12 @@
-r"""LaTeX answers as people write them, brought to what a computer algebra system reads.
+r"""LaTeX answers as people write them, brought into a form that a computer algebra system reads.
 
     parts(r"$5$;$10$")                        ["5", "10"]                an answer of several parts
     parts("The median is $2/7$.")             ["2/7"]                    one in a sentence
     parts(r"\text{18 m}^2")                   ["18"]                     with its unit
     parts("–5"), parts(r"\boldsymbol{5}")     ["-5"], ["5"]              typography
 
-Data's answers and the contents of boxes go the same way, so that what is left of both can be compared. Text that
-is not understood stays as it is. Every step takes time in proportion to the text.
+The data's answers and the contents of boxes are treated alike, so that the results can be compared. Text that is not
+understood stays as it is. Every step takes time in proportion to the text.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ _LABEL = re.compile(r"\(\s?([1-9]|[ivx]{1,4}|[a-h])\s?\)")
 _COUNTS = (tuple("123456789"), tuple("abcdefgh"), ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii"))
 _JOIN = re.compile(r"\s*+(?:,?\s*+(?:and|or)|[;,.]|)\s*+", re.IGNORECASE)
 _END = re.compile(r"[\s.$]*+$")
-MAX_PROSE = 100  # letters around an answer that still name it; more is a text and no answer
-MAX_ANSWER = 1000  # characters; what is longer is no final answer, and is neither cleaned nor compared
+MAX_PROSE = 100  # letters around an answer; with more it is a text, not an answer
+MAX_ANSWER = 1000  # characters; anything longer is not a final answer, and is neither cleaned nor compared
 
 
 def gold_text(value: Any) -> str:
-    """The data's answer as text. Raises ValueError, in words, for what is neither a text nor a number."""
+    """The data's answer as text. Raises ValueError, with a sentence, for anything but text or a number."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"is {type(value).__name__} and no text")
     if isinstance(value, float):
@@ -98,7 +98,7 @@ def gold_text(value: Any) -> str:
 
 
 def parts(text: str) -> list[str]:
-    """The parts of an answer, each as LaTeX without `$`; one for most. Unknown forms stay as they are."""
+    """The parts of an answer, each as LaTeX without `$`; most have one. Unknown forms stay as they are."""
     inner = boxed(text)
     text = (inner if inner is not None else text).strip()
     if len(text) > MAX_ANSWER:
@@ -117,7 +117,7 @@ def _split(text: str) -> list[str]:
 
 
 def _labelled(text: str) -> list[str]:
-    """What stands behind the labels (1), (2) … that a text begins with, in their order; nothing without them."""
+    """The texts after the labels (1), (2) … of a text that begins with them, in order; else nothing."""
     labels = list(_LABEL.finditer(text))
     names = tuple(match[1] for match in labels)
     counted = len(names) > 1 and any(names == count[: len(names)] for count in _COUNTS)
@@ -129,7 +129,7 @@ def _labelled(text: str) -> list[str]:
 
 
 def _formulas(pieces: list[str]) -> list[str]:
-    """What counts of a text whose odd `pieces` stood between dollars: its formulas, or the text as a whole."""
+    """What counts in a text whose odd `pieces` stood between dollars: its formulas, or the text as a whole."""
     outside, inside = pieces[::2], [piece for piece in pieces[1::2] if piece.strip()]
     if all(_JOIN.fullmatch(piece) for piece in outside):
         return _joined(inside, outside[1:-1])
@@ -143,7 +143,7 @@ def _formulas(pieces: list[str]) -> list[str]:
 
 
 def _joined(formulas: list[str], between: list[str]) -> list[str]:
-    """Formulas apart where `;` or a name tells them apart; one list, its order free, where a comma or a word does."""
+    """Separate formulas where `;` or a name separates them; one list, in any order, where a comma or a word does."""
     if any(";" in piece for piece in between) or any("=" in formula for formula in formulas):
         return [part for formula in formulas for part in split_outside(formula, ";")]
     return split_outside(", ".join(formulas), ";")
@@ -155,7 +155,7 @@ def _is_unit(text: str) -> bool:
 
 
 def split_outside(text: str, separators: str) -> list[str]:
-    """The text at each of the one-character `separators` that stands in no bracket and is no LaTeX command."""
+    """The text split at each one-character separator that is neither in brackets nor part of a LaTeX command."""
     found, depth, start, skip = [], 0, 0, False
     for place, character in enumerate(text):
         if skip:
@@ -173,7 +173,7 @@ def split_outside(text: str, separators: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Typography as LaTeX, grouped digits together and mixed numbers as fractions; words stay."""
+    """Typography as LaTeX, grouped digits joined and mixed numbers as fractions; words stay."""
     for pattern, latex in _TYPOGRAPHY:
         text = pattern.sub(latex, text)
     text = _MIXED.sub(_improper, text)
@@ -186,7 +186,7 @@ def _improper(match: re.Match[str]) -> str:
 
 
 def _clean(text: str) -> str:
-    """One part: typography, wrappers and words gone."""
+    """One part without typography, wrappers and words."""
     text = plain(text)
     for pattern, latex in _MARKUP:
         text = pattern.sub(latex, text)
@@ -204,7 +204,7 @@ def _clean(text: str) -> str:
 
 
 def _without_words(text: str) -> str | None:
-    """The formula that words stand around, or several joined by and/or; None where that is not the form."""
+    """The formula with words around it, or several joined by and/or; None if the text has another form."""
     words = [match for match in _WORD.finditer(text) if _is_word(match)]
     if not words or sum(len(match["word"]) for match in words) > MAX_PROSE:
         return None
@@ -221,7 +221,7 @@ def _without_words(text: str) -> str | None:
 
 
 def _is_word(match: re.Match[str]) -> bool:
-    """Whether letters are a word of language or a unit, and no product of variables or a function."""
+    """Whether letters are a word or a unit, rather than a product of variables or a function."""
     word, before = match["word"], match.string[max(0, match.start() - 8) : match.start()]
     apart = not before or before[-1] in " \n,.;:"
     if word in ("I", "a"):

@@ -1,6 +1,6 @@
-"""Whether parts of answers are equal: math-verify's verdict, and a second look where it says yes too easily.
+"""Whether parts of answers are equal: math-verify's verdict, and a second check where it says yes too easily.
 
-Only the process of `math_verifier` imports this: a comparison may take for ever, or all the memory there is.
+Only the process of `math_verifier` imports this: a comparison may take forever, or all of the memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CLOSE = 1e-3  # relative; math-verify rounds to 6 places, which leaves nothing 
 
 
 def same_parts(gold: list[str], given: list[str]) -> bool:
-    """Each part equals its fellow; a list without names or places may come in another order."""
+    """Each part equals its counterpart; a list without names or places may come in another order."""
     if len(gold) > 1 and len(given) == 1:
         given = [part for part in split_outside(given[0], ",") if part]
     if len(gold) != len(given):
@@ -42,7 +42,7 @@ def same(gold: str, given: str) -> bool:
 
 
 def same_in_text(gold: list[str], text: str) -> bool:
-    """Whether what math-verify takes for the final answer of a text equals all of `gold`."""
+    """Whether the final answer that math-verify finds in a text equals all of `gold`."""
     found = parse(text, extraction_config=_ANYWHERE, **_OPTIONS)
     return _same_expressions(_parse(", ".join(gold)), found)
 
@@ -58,7 +58,7 @@ def _same_expressions(gold: list[Any], given: list[Any]) -> bool:
     known, found = gold[0], given[0]
     if not isinstance(known, (Relational, And)):
         sides = _claimed(found)
-        if len(sides) > 1:  # 6=5 is no way to say 5
+        if len(sides) > 1:  # 6=5 does not say 5
             return all(_same_expressions([known], [side]) for side in sides)
     return not _apart(known, found)
 
@@ -73,7 +73,7 @@ def _claimed(found: Any) -> list[Any]:
 
 
 def _apart(known: Any, found: Any) -> bool:
-    """Whether two numbers differ that are equal after rounding: exactly, or where there are decimals by a share."""
+    """Whether two numbers that are equal after rounding differ: exactly, or relatively where there are decimals."""
     if isinstance(found, Eq):
         found = found.rhs
     pair = [
@@ -86,5 +86,5 @@ def _apart(known: Any, found: Any) -> bool:
         if isinstance(first, Rational) and isinstance(second, Rational):
             return bool(first != second)
         return bool(abs(first - second).evalf() > _CLOSE * max(abs(first).evalf(), abs(second).evalf()))
-    except (TypeError, AttributeError, NotImplementedError):  # no numbers: sets, intervals
+    except (TypeError, AttributeError, NotImplementedError):  # not numbers: sets, intervals
         return False

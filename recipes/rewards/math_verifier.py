@@ -1,8 +1,8 @@
-r"""Is a LaTeX answer the same as the known one? math-verify decides, in a process of its own.
+r"""Is a LaTeX answer the same as the known one? math-verify decides, in its own process.
 
-math-verify hands text from a model to a computer algebra system, which can take for ever inside one call and
-cannot be interrupted there. The process is killed then, and the next question starts a new one. It lives in a
-session of its own, where a terminal's Ctrl-C does not reach it, and comes back after any other death.
+math-verify hands text from a model to a computer algebra system, which can take forever inside one call and cannot be
+interrupted there. The process is then killed, and the next question starts a new one. It runs in its own session, where
+a terminal's Ctrl-C does not reach it, and is restarted if it dies in any other way.
 
     verifier = Verifier(seconds=3.0)
     verifier.same(r"\frac12", r"So it is \boxed{0.5}.")      True; None where time ran out
@@ -55,7 +55,7 @@ class Verifier:
         return self._verdict({"gold": _known_parts(gold), "text": text})
 
     def same_answer(self, gold: str, answer: str) -> bool | None:
-        """Whether `answer`, LaTeX and nothing around it, equals `gold`. None: no verdict in time."""
+        """Whether `answer`, which is nothing but LaTeX, equals `gold`. None: no verdict in time."""
         if len(answer) > MAX_ANSWER and answer.strip() != gold.strip():
             return False
         known, given = _known_parts(gold), parts(answer)
@@ -74,7 +74,7 @@ class Verifier:
                     pipe.close()
 
     def _verdict(self, question: dict[str, Any]) -> bool | None:
-        """The answer of the process; a second one is asked if the first was dead before it was asked."""
+        """The answer of the process; a second process is asked if the first was already dead."""
         if self._process is not None and self._process.poll() is not None:
             self.close()
         process = self._process or self._start()
@@ -97,10 +97,10 @@ class Verifier:
         return self._process
 
     def _ask(self, process: subprocess.Popen[bytes], question: dict[str, Any], seconds: float) -> bool | None:
-        """The verdict, None if there is none in time. A process that owes an answer is never asked again.
+        """The verdict, None if there is none in time. A process that still owes an answer is never asked again.
 
-        Whatever ends the wait, a time limit or Ctrl-C included, ends the process: its late answer would be read
-        as that of the next question.
+        Whatever ends the wait, be it a time limit or Ctrl-C, ends the process: its late answer would be read as that
+        of the next question.
         """
         number, answered = next(self._numbers), False
         try:
@@ -140,14 +140,14 @@ def serve(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     for line in sys.stdin:
         question = json.loads(line)
-        # The one who asks kills this process when the time is up. If it has died itself, the alarm does.
+        # The asking process kills this one when the time is up. If it has died itself, the alarm does.
         signal.alarm(int(seconds) + 5)
         try:
             if "text" in question:
                 same = same_in_text(question["gold"], question["text"])
             else:
                 same = same_parts(question["gold"], question["given"])
-        except Exception:  # what it cannot read is not the answer
+        except Exception:  # what cannot be read is not the answer
             same = False
         signal.alarm(0)
         print(json.dumps({"number": question["number"], "same": bool(same)}), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""What the figures of a training step mean where they look wrong, or are: one sentence each, said once.
+"""What a training step's figures mean where they are, or look, wrong: one sentence each, said once.
 
 signs = Signs()
 for sentence in signs.read(step, logs): ...     logs: the trainer's own, by TRL's names
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-PATIENCE = 5  # logged steps that a reward may stay the same before that is called constant
+PATIENCE = 5  # logged steps with the same reward before it is called constant
 _NO_LOSS = 1e-7
 
 
@@ -24,7 +24,7 @@ class Signs:
         self._varied: set[str] = set()
 
     def read(self, step: int, logs: Mapping[str, Any]) -> list[str]:
-        """The sentences that this step's log is the first to deserve."""
+        """The sentences that apply for the first time with this step's log."""
         if "loss" not in logs:  # an evaluation's
             return []
         found = [*self._constant(step, logs), *_signs(step, logs)]

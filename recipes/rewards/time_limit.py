@@ -1,9 +1,9 @@
 """A time limit on other people's code, in this thread.
 
-A thread of its own could not be stopped, and functions such as math-verify's set alarms, which only the main
-thread may do. So two clocks run: a timer sends the main thread a signal, which also ends a sleep or a read and leaves
-SIGALRM to the code itself; and the kernel's own alarm, since a call that keeps the interpreter to itself, such as
-an endless regular expression, keeps the timer waiting. Code that sets an alarm of its own takes that one over.
+A separate thread could not be stopped, and functions such as math-verify's set alarms, which only the main thread may
+do. So two clocks run: a timer sends the main thread a signal, which also ends a sleep or a read and leaves SIGALRM to
+the code itself; and the kernel's alarm, since a call that never releases the interpreter, such as an endless regular
+expression, keeps the timer waiting. Code that sets its own alarm replaces that one.
 
     with time_limit(3.0):
         verdict = judge(text)
@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none, and no limit
+_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has no such signal, and so no limit
 _AGAIN = 1.0  # seconds until code that caught the first signal and went on gets another
 
 
 class TimeLimitReached(BaseException):
-    """The time is up. No Exception, so that the code's own `except Exception` does not swallow it."""
+    """The time is up. Not an Exception, so that the code's own `except Exception` does not swallow it."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     started = time.monotonic()
     previous = {number: signal.signal(number, reached) for number in (_SIGNAL, signal.SIGALRM)}
-    # The second clock a little later: what ends at the first needs no second signal.
+    # The second clock runs a little longer: what ends at the first needs no second signal.
     outer = signal.setitimer(signal.ITIMER_REAL, seconds + 0.05, _AGAIN)
     timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, _SIGNAL))
     timer.daemon = True
@@ -54,7 +54,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         finally:
             ended = True
     finally:
-        ended = True  # a signal on its way must not hit what comes after
+        ended = True  # a signal that is still on its way must not hit the code after this
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         timer.cancel()
         timer.join()

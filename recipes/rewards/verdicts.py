@@ -1,4 +1,4 @@
-"""The verdicts of a judge on an evaluation's completions, under the time limits that training has.
+"""A judge's verdicts on an evaluation's completions, under the time limits of training.
 
 judge_all(task.is_correct, completions, rows, task.options)      [True, False, …]
 """

@@ -95,7 +95,7 @@ class CharCount(Task):
 
     @cached_property
     def _split(self) -> tuple[list[Problem], list[Problem]]:
-        """Problems as (train, held out). The held-out ones are drawn first: they keep the uniform lengths and counts."""
+        """Problems as (train, held out). The held-out ones are drawn first, which keeps them uniform."""
         options = self.options
         drawn = _drawn(options.min_letters, options.max_letters, f"char_count {self.seed}")
         held_out = list(islice(drawn, options.held_out))

@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, git commit and command: what one needs to run it again and to compare."""
+    """Versions, machine, git commit and command: what it takes to repeat a run and to compare it."""
     import torch
 
     return {

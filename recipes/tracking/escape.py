@@ -1,8 +1,8 @@
-"""Text from outside, made safe to show: one function for each place it can reach.
+"""Text from outside, made safe to show: one function for each place where it can appear.
 
-From outside comes whatever this source did not write: prompts and completions, names of runs, reward functions and
+Outside is everything that this source did not write: prompts and completions, names of runs, reward functions and
 memory figures, configuration keys and values, messages of exceptions. Control characters are made visible everywhere
-(`recipes.problems.visible`); beyond them every place has marks of its own.
+(`recipes.problems.visible`); beyond that, every place has its own special characters.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from recipes.problems import visible
 
 
 def terminal(text: Any) -> Text:
-    """For rich: a Text, in which `[bold]` is shown, not obeyed, and an escape sequence cannot move the cursor."""
+    """For rich: a Text that shows `[bold]` literally, and in which no escape sequence can move the cursor."""
     return Text(visible(str(text)))
 
 
 def html(text: Any) -> Markup:
-    """For HTML, in a text or in a quoted attribute; what is Markup already stays as it is."""
+    """For HTML, in text or in a quoted attribute; Markup stays as it is."""
     return text if isinstance(text, Markup) else escape_html(visible(str(text)))
 
 

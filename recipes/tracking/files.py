@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: lines of JSON, and text that is replaced in one go."""
+"""Files that are complete at every moment: lines of JSON, and text that is replaced atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class LinesFile:
-    """A file of one JSON object a line, each written through to the file system at once."""
+    """A file with one JSON object per line, each written through to the file system at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class MetricsFile(LinesFile):
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes beside the file and renames, so that a reader never sees half of it."""
+    """Writes to a file beside it and renames that, so that a reader never sees half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -79,7 +79,7 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: not a number and infinity become null, paths and the like text."""
+    """The value as JSON can hold it: NaN and infinity become null, paths and the like text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

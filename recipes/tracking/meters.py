@@ -3,10 +3,9 @@
 On CUDA, per phase: `allocated_peak_mib` and `reserved_peak_mib`, the caching allocator's own peaks, and
 `device_in_use_mib`, what the device reports in use at the phase's end, other processes and vLLM included.
 
-On CPU, per phase: `tensor_peak_mib`, the peak of the bytes of all live tensor storages, and `resident_mib`,
-the process's resident memory at the phase's end. PyTorch's CPU allocator keeps no statistics, so the first is
-counted by watching every operator's outputs; scratch that an operator allocates and frees inside itself is
-not seen.
+On CPU, per phase: `tensor_peak_mib`, the peak of the bytes of all live tensor storages, and `resident_mib`, the
+process's resident memory at the phase's end. PyTorch's CPU allocator keeps no statistics, so the first is counted by
+watching every operator's outputs; scratch memory that an operator allocates and frees internally is not seen.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ class Meter(Protocol):
         """A new optimizer step: `step` counts from 0; `persistent` are the tensors that outlive it."""
 
     def measure(self, figures: dict[str, float]) -> Any:
-        """A context whose exit puts the measured MiB into `figures`, by the meter's names."""
+        """A context that puts the measured MiB into `figures` on exit, by the meter's names."""
 
 
 class TensorMeter(TorchDispatchMode):
     """Counts the bytes of live tensor storages while active, and their peak.
 
-    A storage counts once, however many views it has, from the first operator that returns it until it is
-    freed; frees are noticed also while the meter is not active.
+    A storage counts once, however many views it has, from the first operator that returns it until it is freed. Frees
+    are noticed even while the meter is not active.
     """
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class TensorMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref, int]] = {}  # by address of the storage
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Counts tensors that exist already."""
+        """Counts tensors that already exist."""
         for tensor in tensors:
             self._see(tensor)
 
@@ -82,8 +81,8 @@ class TensorMeter(TorchDispatchMode):
 class CpuMeter:
     """Tensor bytes on chosen steps, resident memory on every step.
 
-    Watching every operator costs about a tenth of a small model's step, so it is done on the first two steps,
-    where a run usually shows its peak, and on every `every`-th after them, in case lengths grow.
+    Watching every operator takes time, so it is done on the first two steps, where a run usually shows its peak, and on
+    every `every`-th after them, in case lengths grow.
     """
 
     def __init__(self, every: int) -> None:
@@ -118,7 +117,7 @@ class CudaMeter:
         self._device = device
 
     def begin_step(self, step: int, persistent: Iterable[torch.Tensor]) -> None:
-        """Nothing: the allocator counts by itself."""
+        """Does nothing: the allocator keeps its own statistics."""
 
     @contextmanager
     def measure(self, figures: dict[str, float]) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Time and memory of a trainer's phases, by wrapping the methods of the one trainer object.
 
-Nothing is subclassed: Unsloth writes a trainer class of its own, with the same methods. A phase is
+Nothing is subclassed, since Unsloth writes its own trainer class, with the same methods. A phase is
 
     generation   sampling the completions
     rewards      the reward functions
@@ -9,8 +9,8 @@ Nothing is subclassed: Unsloth writes a trainer class of its own, with the same 
     backward     gradients
     optimizer    the optimizer's step
 
-and `other` is the rest of the step. On CUDA the device is synchronised at both ends of a phase, so that its
-time is its own.
+and `other` is the rest of the step. On CUDA the device is synchronised at both ends of a phase, so that no phase
+counts another's time.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class PhaseClock:
             peaks[figure] = max(peaks.get(figure, 0.0), value)
 
     def take(self) -> tuple[dict[str, float], dict[str, dict[str, float]], int]:
-        """Seconds by phase, MiB by phase and figure, and the steps they cover; then starts anew."""
+        """Seconds by phase, MiB by phase and figure, and the number of steps they cover; then starts again."""
         seconds, peaks, steps = dict(self._seconds), {k: dict(v) for k, v in self._peaks.items()}, self._steps
         if "step" in seconds:
             seconds["other"] = max(0.0, seconds.pop("step") - sum(seconds.values()))

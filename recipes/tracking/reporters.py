@@ -1,4 +1,4 @@
-"""Trackers beside the run folder's own files: `tracking.report_to`.
+"""Trackers in addition to the run folder's own files: `tracking.report_to`.
 
 tensorboard    event files in runs/<name>/tensorboard; look at them with `tensorboard --logdir runs`
 trackio        its own local store; `trackio show --project memhead`
@@ -52,5 +52,5 @@ def evaluated(trainer: Any, figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         ends = zip(("low", "high"), value, strict=True) if isinstance(value, list) else [("", value)]
         logs.update({f"eval_{name}{end and '_' + end}": number for end, number in ends})
-    # The handler's own on_log would also strike the step's log off the trainer's list, which is still to come.
+    # The callback handler's on_log would also remove the step's log, which is still to come, from the trainer's list.
     trainer.callback_handler.call_event("on_log", trainer.args, trainer.state, trainer.control, logs=logs)

@@ -13,9 +13,9 @@ _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's fi
 
 
 def logged_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that a logged optimizer step left, those of an evaluation alone aside.
+    """The records of logged optimizer steps, without those of an evaluation alone.
 
-    Its reward may be null: not a number, where every reward function of the batch gave none.
+    The reward may be null: NaN, where no reward function of the batch gave a value.
     """
     return [record for record in records if "reward" in record or "time" in record]
 
@@ -23,11 +23,11 @@ def logged_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the final table; a figure that was never measured is None.
 
-    before and after: all figures of the evaluation before training, and of the last one. reward first and last are
-    means over a tenth of the logged steps that have one (at least one), since one batch says little. seconds: summed
-    by phase over all steps. memory: MiB by phase and figure, the peak over the run. tokens: those of a step (computed,
-    real, per_second) and the share of completions left out, as means: of all steps, and of the first and last as above;
-    empty where TRL's step ran.
+    before and after: all figures of the evaluation before training, and of the last one. reward_first and reward_last:
+    means over a tenth of the logged steps that have a reward (at least one), since a single batch says little. seconds:
+    summed by phase over all steps. memory: MiB by phase and figure, the peak over the run. tokens: those of a step
+    (computed, real, per_second) and the share of completions left out, as means over all steps, and over the first and
+    last as above; empty where TRL's step ran.
     """
     logged = logged_steps(records)
     rewarded = [record for record in logged if record.get("reward") is not None]
@@ -77,7 +77,7 @@ def _mean_tokens(records: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """The mean of each reward function over the rows that have a value of it."""
+    """The mean of each reward function over the rows that have its value."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean([value for row in rows if (value := row.get(name)) is not None]) for name in names}
 
@@ -130,7 +130,7 @@ def by_phase(summary: dict[str, Any]) -> Table:
 
 
 def main_figures(runs: Sequence[tuple[str, dict[str, Any]]], title: str = "") -> Table:
-    """The main figures of summaries by name, a column each. Memory has a row for each kind of figure there is."""
+    """The main figures of summaries by name, a column each. Memory has a row for each kind of figure."""
     columns = [_main_figures(summary) for _, summary in runs]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, *(column.get(name, "–") for column in columns)) for name in names]
@@ -176,5 +176,5 @@ def format_mib(value: float | None) -> str:
 
 
 def mean(values: list[float]) -> float | None:
-    """The mean, or None of nothing."""
+    """The mean, or None for no values."""
     return sum(values) / len(values) if values else None

@@ -19,7 +19,7 @@ from recipes.tracking import escape
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of as many cells. numbers: the columns after the first are set to the right."""
+    """A header and rows with as many cells. numbers: the columns after the first are aligned to the right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]

@@ -4,7 +4,7 @@
                                           -> the same by full logits in float64
                                           -> the same by full logits in the run's own precision, as a yardstick
 
-memhead may be off by three times what the plain computation in the same precision is off, plus 1e-5.
+memhead's error may be three times that of the plain computation in the same precision, plus 1e-5.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def check_head(
 
 @torch.no_grad()
 def _real_rows(model: PreTrainedModel, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
-    """What the head receives, (N, H), and the tokens that follow, (N,), for at most `rows` tokens without padding."""
+    """What the head receives, (N, H), and the tokens that follow, (N,), for up to `rows` tokens without padding."""
     was_training = model.training
     model.eval()
     try:  # the model without its head: Unsloth's forward multiplies with the weight and never calls the module
@@ -132,7 +132,7 @@ def _run(logprobs: Callable[[Tensor], Tensor], hidden: Tensor) -> Result:
 
 
 def _errors(found: Result, exact: Result) -> dict[str, float]:
-    """The largest absolute error of a log-probability, and the gradient's error in proportion to its norm."""
+    """The largest absolute error of a log-probability, and the gradient's error relative to its norm."""
     return {
         "logprob_error": float((found[0] - exact[0]).abs().max()),
         "gradient_error": float((found[1] - exact[1]).norm() / exact[1].norm().clamp_min(1e-30)),

@@ -1,6 +1,6 @@
-"""What a run needs of this machine, looked for before anything is loaded: one line for each thing that is missing.
+"""What a run needs from this machine, checked before anything is loaded: one line for each thing that is missing.
 
-preflight.check(config)     ConfigError: key, what is missing, value, the command that mends it
+preflight.check(config)     ConfigError: key, what is missing, value, the command that helps
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: a CUDA device, whether it computes in bfloat16, which of the packages, how many processes."""
+    """What the machine has: a CUDA device, whether it computes in bfloat16, which packages, how many processes."""
 
     cuda: bool
     bfloat16: bool
@@ -38,7 +38,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This one."""
+        """This machine."""
         import torch
 
         cuda = torch.cuda.is_available()
@@ -51,7 +51,7 @@ class Machine:
 
 
 def check(config: RunConfig, machine: Machine | None = None) -> None:
-    """Raises ConfigError with everything that is missing, or that TRL refuses. machine: None for this one."""
+    """Raises ConfigError with everything that is missing or that TRL refuses. machine: None for this one."""
     machine = machine or Machine.here()
     if machine.processes > 1:
         remedy = "start one without torchrun or accelerate launch: python train_grpo.py --config …"
@@ -81,7 +81,7 @@ def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """That it can be imported, and that its trainer will come to memhead."""
+    """Whether it can be imported, and whether its trainer will call memhead."""
     if config.model.loader != "unsloth":
         return
     if "unsloth" not in machine.packages:
@@ -131,7 +131,7 @@ def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Inside the process, that is; a server has a machine of its own."""
+    """vLLM inside this process; a server has its own machine."""
     if config.model.fast_inference:
         key = "model.fast_inference"
     elif config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server":
@@ -162,7 +162,7 @@ def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _head(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Triton's kernels, which the first step would miss. Unsloth's own head (`impl: trl` there) needs none."""
+    """Triton, without which the first step would fail. Unsloth's own head (`impl: trl` there) does not need it."""
     if machine.cuda:
         return
     if config.head.impl == "trl" and config.model.loader != "unsloth":
@@ -192,7 +192,7 @@ def _checkpoint(key: str, name: str, revision: str | None, file: str) -> Iterato
 
 
 def _on_the_hub(key: str, name: str, revision: str | None, file: str) -> Iterator[Problem]:
-    """One question to the hub, unless its cache has the file. Nothing is downloaded."""
+    """Asks the hub once, unless its cache has the file. Nothing is downloaded."""
     from httpx import HTTPError  # what huggingface_hub asks with
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -208,7 +208,7 @@ def _on_the_hub(key: str, name: str, revision: str | None, file: str) -> Iterato
 
 
 def explain(error: Exception, name: str, revision: str | None, file: str) -> tuple[str, str]:
-    """What the hub's answer means for a person who wants this file of this model, and the remedy."""
+    """What the hub's answer means to someone who wants this file of this model, and the remedy."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.GatedRepoError):

@@ -1,4 +1,4 @@
-"""A run's rewards, tried before anything is loaded: prepare(task) -> Rewards(functions, weights)."""
+"""A run's rewards, tried out before anything is loaded: prepare(task) -> Rewards(functions, weights)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Rewards:
 
 
 def prepare(task: Task) -> Rewards:
-    """The task's rewards as the YAML weighs them, guarded; the contract is checked on a few problems.
+    """The task's rewards as the YAML weighs them, guarded; their contract is checked on a few problems.
 
-    Raises ConfigError for a function or data that is not there, RewardError for one that breaks the contract.
+    Raises ConfigError if a function or data is missing, RewardError for a function that breaks the contract.
     """
     functions = choose(task.reward_weights, task.rewards)
-    data, _ = task.train, task.held_out  # if the data is not there, that is said before a folder is made
+    data, _ = task.train, task.held_out  # missing data is reported before a folder is made
     rows = [data[index % len(data)] for index in range(len(PROBES))]
     chat = not isinstance(rows[0]["prompt"], str)
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]

@@ -1,4 +1,4 @@
-"""What a packed step tells about itself: tokens, the share left out, and how far the sampler's figures are off."""
+"""What a packed step reports: tokens, the share of rows left out, and how far the sampler's probabilities are off."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SamplingGap:
         self.ratios.append(ratio)
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The metrics since the last call, over all processes; empty where nothing was added."""
+        """The metrics since the last call, over all processes; empty if nothing was added."""
         if not self.ratios:
             return {}
         difference, ratio = torch.cat(self.differences), torch.cat(self.ratios)
