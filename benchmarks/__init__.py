@@ -1,1 +1,1 @@
-"""What was measured, and how: every figure of the documentation comes from a command in here."""
+"""What was measured, and how: every figure in the documentation comes from a command in this folder."""

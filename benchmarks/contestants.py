@@ -1,6 +1,6 @@
-"""Who computes the head's log-probabilities in :mod:`benchmarks.head`: the peers as installed packages, and us.
+"""The implementations that :mod:`benchmarks.head` compares: memhead, and its peers as installed packages.
 
-A peer is called as its own users' trainers call it. One that cannot run here is listed with the reason.
+A peer is called the way its users' trainers call it. One that cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ PRODUCTS = {
 
 @dataclass
 class Contestant:
-    """One implementation: its functions, or why it has none here."""
+    """One implementation: its functions, or the reason why it cannot run here."""
 
     name: str
     logprobs: Scorer | None = None
     with_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    cross_entropy: Scorer | None = None  # the mean; without one, that of the log-probabilities
+    cross_entropy: Scorer | None = None  # the mean; None: computed from the log-probabilities
     absent: str = ""
     notes: dict[str, str] = field(default_factory=dict)
 
     def run(self, which: str, head: Head) -> Callable[[], object] | None:
-        """What one pass over ``head`` does, or ``None`` where this implementation cannot do it."""
+        """A function that makes one pass over ``head``, or ``None`` where this implementation cannot."""
         trainable = which in ("trainable", "cross entropy")
         if which.startswith("cross entropy"):
             score = self.cross_entropy or (self.logprobs and mean_of(self.logprobs))
@@ -97,7 +97,7 @@ def first_of(scorer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) 
 def onednn_products(which: str, head: Head) -> Callable[[], object]:
     """The same products as :func:`bare_products` by oneDNN, a tile at a time; float32 on a CPU with AVX-512.
 
-    It gives new memory, so a tile of the weight's gradient is copied to where it belongs.
+    oneDNN returns new memory, so a tile of the weight's gradient is copied to where it belongs.
     """
     hidden, weight = head.hidden, head.weight
     by_weight = torch.empty_like(weight) if PRODUCTS[which] > 2 else weight
@@ -155,7 +155,7 @@ def memhead_contestant() -> Contestant:
 
 
 def full_contestant() -> Contestant:
-    """Plain full logits, kept in the inputs' dtype until the softmax, as a plain trainer has them."""
+    """Plain full logits, kept in the inputs' dtype until the softmax, as in a plain trainer."""
     from memhead.reference import full_logits, full_logprobs
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def unsloth_contestant(path: str | None) -> Contestant:
 
 
 def liger_contestant(path: str | None) -> Contestant:
-    """The log-probabilities inside Liger's GRPO loss; its cross entropy is Triton's alone."""
+    """The log-probabilities inside Liger's GRPO loss; its cross entropy exists in Triton only."""
     name = "Liger"
     try:
         with package_path(path, "liger_kernel"):
@@ -253,7 +253,7 @@ def liger_contestant(path: str | None) -> Contestant:
 
 @contextmanager
 def package_path(path: str | None, *names: str):
-    """Import ``names`` from ``path`` rather than from the environment, which keeps its own for everybody else."""
+    """Import ``names`` from ``path`` instead of from the environment, whose own versions stay for all other code."""
     if path is None:
         yield
         return

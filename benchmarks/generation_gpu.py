@@ -1,10 +1,10 @@
-"""Tokens a second that vLLM samples inside the training process, and which of its options cost them.
+"""Tokens per second that vLLM samples inside the training process, and what its options cost.
 
     python -m benchmarks.generation_gpu --model FOLDER --output DIR        # about four minutes on an H100
 
-One engine a process, as TRL makes it (`trl.generation.vllm_generation`) or with larger CUDA graphs and batches; in
-each engine every way of sampling in turn, medians of `--rounds`. The rollout:
-128 prompts of 8 completions, 128 tokens each (`ignore_eos`, so that every way computes the same tokens).
+One engine per process, as TRL makes it (`trl.generation.vllm_generation`) or with larger CUDA graphs and batches; in
+each engine every way of sampling in turn, medians of `--rounds`. The rollout is 128 prompts with 8 completions each of
+128 tokens (`ignore_eos`, so that every way computes the same number of tokens).
 """
 
 from __future__ import annotations

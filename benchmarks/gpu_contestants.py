@@ -1,4 +1,4 @@
-"""Who takes part in :mod:`benchmarks.head_gpu`. The peers are installed packages, called as documented."""
+"""The implementations that :mod:`benchmarks.head_gpu` compares. Peers are installed packages, called as documented."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memhead.reference import full_logits, full_logprobs
 
 
 def contestants(softcap: float | None, *, compiled: bool) -> list[Contestant]:
-    """All of them, present or absent; ``compiled`` adds ``torch.compile`` of full logits, which takes its time."""
+    """All of them, present or absent; ``compiled`` adds ``torch.compile`` of full logits, which is slow to start."""
     makers = [_memhead, _full, _trl, _unsloth, _liger, _cce, _quack]
     found = [contestant for make in makers for contestant in _make(make, softcap)]
     if compiled:
@@ -36,7 +36,7 @@ def contestants(softcap: float | None, *, compiled: bool) -> list[Contestant]:
 def _make(make: Callable[[float | None], list[Contestant]], softcap: float | None) -> list[Contestant]:
     try:
         return make(softcap)
-    except Exception as error:  # a peer that does not import here is a row of the table, not its end
+    except Exception as error:  # a peer that cannot be imported is one row of the table, not the end of it
         return [Contestant(make.__name__.strip("_"), absent=f"{type(error).__name__}: {error}"[:200])]
 
 
@@ -102,7 +102,7 @@ def _trl(softcap: float | None) -> list[Contestant]:
 
 
 def _unsloth(softcap: float | None) -> list[Contestant]:
-    """unsloth_zoo's module itself, without the package's set-up, which wants all of Unsloth installed."""
+    """unsloth_zoo's module itself, without the package's set-up, which needs all of Unsloth installed."""
     if "unsloth_zoo" not in sys.modules:
         spec = find_spec("unsloth_zoo")
         if spec is None or spec.submodule_search_locations is None:

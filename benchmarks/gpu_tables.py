@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS, FLOOR = "memhead", "bare products"
-CLIPPED = 4.0  # longer bars of the picture end here; their figures say how long they are
+CLIPPED = 4.0  # longer bars of the picture end here; the figures beside them say how long they are
 
 
 def write(path: Path) -> None:

@@ -41,12 +41,12 @@ SHAPES = {
     "cpu": {"1024x32768": 2048, "2048x128256": 512, "896x151936": 512},
     "cuda": {"1024x32768": 8192, "2048x128256": 8192, "896x151936": 8192, "4096x128256": 8192},
 }
-# The most that ours may take, in multiples of the bare products.
+# The target for memhead, in multiples of the bare products.
 TARGETS = {"frozen": 1.12, "frozen, entropy": 1.25, "no gradient": 1.12, "trainable": 1.15}
 FLOOR = "bare products"
 MM = "the products by torch.mm"
 OURS = "memhead"
-FAR = 2.0  # times the fastest: what takes longer decides nothing, and is timed three times only
+FAR = 2.0  # times the fastest: what takes longer is timed only three times
 MIB = 2**20
 
 
@@ -87,7 +87,7 @@ def measure_row(head: Head, which: str, contestants: list[Contestant], rounds: i
 
 
 def verdict(row: dict[str, Any]) -> list[str]:
-    """What this row misses of what we ask of ourselves; empty where it holds everything."""
+    """The targets that memhead misses in this row; empty if it meets them all."""
     ours = row["contestants"].get(OURS)
     if ours is None:
         return ["memhead did not run"]
@@ -142,7 +142,7 @@ def _listed(found: dict[str, str]) -> str:
 
 
 def store(rows: list[dict[str, Any]], stem: Path) -> dict[str, Any]:
-    """Put ``rows`` in the place of older ones of the same shape, dtype and pass."""
+    """Replace older rows of the same shape, dtype and pass by ``rows``."""
     path = stem.with_suffix(".json")
     results = json.loads(path.read_text()) if path.exists() else {"rows": []}
 
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.only:
         contestants = [c for c in contestants if c.name.startswith(tuple(options.only))]
     shapes = options.shape or list(SHAPES[device.type])
-    # What is a folder here may lie elsewhere for the next reader.
+    # The command is stored without this machine's folders.
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.head", *("FOLDER" if "/" in a else a for a in given)])
     rows = []
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """One row on the terminal, while the next is being measured."""
+    """Print one row before the next is measured."""
     cells = (f"{name} {_cell(entry)}" for name, entry in row["contestants"].items())
     print(
         f"{row['shape']} {row['dtype']} {row['pass']}: {row['products']} products {row['floor_seconds']:.3f} s; "

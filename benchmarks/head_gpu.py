@@ -5,9 +5,9 @@
 
 Every round runs every contestant once, timed with CUDA events behind a queue that is already full, so
 that a slow launch does not count as a slow kernel; medians of nine, or of three where a call takes over
-150 ms or three times as long as ours. Memory is the allocator's peak above
-the inputs and above the results. Errors are against float64 on 2048 rows, with the memory that
-outputs will be put in filled with NaN beforehand. benchmarks/README.md says how peers are installed.
+150 ms or three times as long as memhead. Memory is the allocator's peak above the inputs and the
+results. Errors are against float64 on 2048 rows, with the outputs' memory filled with NaN beforehand.
+benchmarks/README.md says how peers are installed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLOOR = "bare products"
 OURS = "memhead"
 ERROR_ROWS = 2048
 ROUNDS, FEW_ROUNDS = 9, 3
-# Left out at N = 32768: one call of the first two takes over a second, and the third compiles anew for half a minute.
+# Left out at N = 32768: one call of the first two takes over a second, and the third recompiles for half a minute.
 SLOW = ("Liger", "CCE 25", "torch.compile")
 
 
@@ -59,11 +59,11 @@ TOY = [Shape("toy", 64, 1000), Shape("toy, softcap", 32, 777, 30.0)]
 
 
 def make_head(shape: Shape, rows: int, peaked: bool, device: torch.device) -> Head:
-    """Random weights, logits of unit variance; ``peaked``: as a trained model's.
+    """Random weights, logits of unit variance; ``peaked``: like a trained model's.
 
     Then each hidden state has a component along its target's weight row and one along that of a
-    rival, whose distance differs from token to token, as some tokens are certain and others are
-    not: a mean p of the target of about 0.7 and a mean entropy of about 0.5.
+    rival, at a distance that differs from token to token, since some tokens are certain and others
+    are not: a mean p of the target of about 0.7 and a mean entropy of about 0.5.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -135,7 +135,7 @@ def errors(contestant: Contestant, head: Head, truth: Exact) -> dict[str, float]
 
 
 def _poison(device: torch.device) -> None:
-    """Fill free memory with NaN, so that an output nobody writes shows."""
+    """Fill free memory with NaN, so that an output that is never written shows."""
     if device.type == "cuda":
         torch.full((2**28,), torch.nan, device=device)
 
@@ -174,7 +174,7 @@ def measure(head: Head, which: str, field: list[Contestant]) -> dict[str, dict[s
         if function is None:
             continue
         try:
-            function()  # compiles what is to be compiled
+            function()  # compiles everything
             found[name] = {"peak_mib": _peak(function, device)}
             first[name] = clock.once(function)
             running[name] = function
@@ -185,7 +185,7 @@ def measure(head: Head, which: str, field: list[Contestant]) -> dict[str, dict[s
         if device.type == "cuda":
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in running}
-    # Another order every round: what runs before decides how warm and how fast the card is.
+    # Another order in every round: what ran before decides how warm and how fast the card is.
     order = random.Random(0)
     for done in range(ROUNDS):
         in_time = [name for name in running if done < FEW_ROUNDS or first[name] < _long(first)]
@@ -207,7 +207,7 @@ def measure(head: Head, which: str, field: list[Contestant]) -> dict[str, dict[s
 
 
 def _long(first: dict[str, float]) -> float:
-    """Milliseconds of a call that decides nothing, or takes too long, for more than a few rounds."""
+    """Milliseconds from which a call, slow in itself or beside the others, gets only a few rounds."""
     return min(150.0, 3 * first.get(OURS, 50.0))
 
 
@@ -227,7 +227,7 @@ def _peak(function: Callable[[], object], device: torch.device) -> float:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All rows that fit the time limit, the most telling ones first; stored after each."""
+    """All rows that fit the time limit, the most informative ones first; stored after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.monotonic()
     shapes, rows = (TOY, (100,)) if options.toy else (SHAPES, ROWS)
@@ -242,7 +242,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": [],
         "errors": [],
     }
-    # The shape that everything is judged by first, then the other models, then the other lengths.
+    # First the reference shape, then the other models, then the other lengths.
     plan = [(shapes[0], n, True) for n in rows] + [(shape, rows[0], True) for shape in shapes[1:]]
     plan += [(shapes[0], rows[0], False)] + [(shape, n, True) for n in rows[1:] for shape in shapes[1:]]
     fields = {shape: contestants(shape.softcap, compiled=shape is SHAPES[0]) for shape in shapes}

@@ -1,9 +1,9 @@
-"""What a pass takes when the GPU waits for the launches, as in a small model's training loop.
+"""How long a pass takes when the GPU waits for launches, as in a small model's training loop.
 
     python -m benchmarks.launches            # a minute, on a GPU
 
 benchmarks.head_gpu times a pass behind a full queue, where launching costs nothing. Here calls follow each other
-with nothing queued before them: wall time a call, and in brackets how long the CPU took to launch it.
+with nothing queued before them: wall time per call, and in brackets how long the CPU took to launch it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CALLS, ROUNDS = 20, 3
 
 
 def cold(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds a call, and those of its launches: of the fastest of a few rounds of calls in a row."""
+    """Milliseconds per call, and for its launches, from the fastest of a few rounds of consecutive calls."""
     for _ in range(ROUNDS):
         function()
     synchronize(device)

@@ -20,10 +20,10 @@ FEW_ROUNDS = 3
 def interleaved_seconds(
     functions: Mapping[str, Function], rounds: int, device: torch.device, *, far: float = float("inf")
 ) -> dict[str, float]:
-    """Median seconds of each function; every round runs each once, so that a slow minute slows all alike.
+    """Median seconds of each function; every round runs each once, so that a slow minute slows all of them.
 
-    Each has been called before, so that nothing is warming up. Those that take ``far`` times as long as the fastest,
-    or more, sit out after three rounds.
+    Each has been called before, so that all are warm. Those that take ``far`` times as long as the fastest, or more,
+    sit out after three rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for done in range(rounds):
@@ -40,10 +40,10 @@ def interleaved_seconds(
 
 
 def peak_bytes(function: Function, device: torch.device) -> int:
-    """Largest sum of tensor bytes that ``function`` held at a time beyond what was there before it.
+    """Largest sum of tensor bytes that ``function`` held at one time beyond what existed before it.
 
-    Its results, gradients among them, count. On a CPU every allocation of the process's tensor
-    allocator is seen, those inside an operator too, but not what a BLAS library allocates for itself.
+    Its results, gradients included, count. On a CPU every allocation of the process's tensor
+    allocator is seen, even inside an operator, but not what a BLAS library allocates for itself.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -67,7 +67,7 @@ def peak_bytes(function: Function, device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, where it has one."""
+    """Wait for the device's queue, if it has one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -4,12 +4,12 @@
     python -m benchmarks.packed_gpu --output DIR --toy     # the same code on a tiny model, on a CPU
     python -m benchmarks.packed_gpu --output DIR --budget 12000
 
-The same rollouts go to each in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
-window, forward and backward; `scoring` the pass for old log-probabilities that TRL makes before it where vLLM samples
-and the packed step does not. Zero groups cost TRL the same as others, so they are measured for the packed step alone.
-It runs in bins of as many tokens as a padded micro-batch has slots, and in those that `step.token_budget: null` gives a
-run on this card, or `--budget`.
-Under `agreement`: losses, and gradients against those of TRL's way in float32 where the model is small enough.
+Each gets the same rollouts in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
+window, forward and backward; `scoring`, timed once, is the pass for old log-probabilities that TRL makes where vLLM
+samples, and that the packed step does not need. Groups without advantage cost TRL as much as others, so they are
+measured for the packed step alone. That runs in bins of as many tokens as a padded micro-batch has slots, and in those
+that `step.token_budget: null` gives a run on this card, or `--budget`. Under `agreement`: gradients against those of
+TRL's way, and of TRL's way in float32 where the model is small enough.
 """
 
 from __future__ import annotations
@@ -49,17 +49,15 @@ MODELS = {
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
-HUB = {
-    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-8b": "meta-llama/Llama-3.1-8B-Instruct",
-}  # to plan with
+# To plan with.
+HUB = {"llama-1b": "meta-llama/Llama-3.2-1B-Instruct", "llama-8b": "meta-llama/Llama-3.1-8B-Instruct"}
 CHECKPOINTING = {"llama-1b": False, "llama-8b": True, "toy": False}
-SIZE = 8  # completions a group
+SIZE = 8  # completions per group
 MIB = 2**20
 
 
 class Shape(NamedTuple):
-    """Prompts uniform between two lengths; completions log-normal around `completion`, or all of it."""
+    """Prompts uniform between two lengths; completions log-normal around `completion`, or all of that length."""
 
     name: str
     groups: int
@@ -82,7 +80,7 @@ TOY_SHAPES = {
 
 
 def rollout(shape: Shape, vocab_size: int, zeros: float, device: Any) -> dict[str, Any]:
-    """What the trainer's generation would return: groups of random tokens, padded as TRL pads them."""
+    """The result of the trainer's generation: groups of random tokens, padded as TRL pads them."""
     from trl.trainer.utils import pad
 
     draw = torch.Generator().manual_seed(1)
@@ -240,14 +238,14 @@ def timed(function: Any, rounds: int) -> tuple[float, float]:
 
 
 def gradient(trainer: Any) -> Tensor:
-    """Of every adapter, in one float32 vector, which the trainer's parameters then no longer hold."""
+    """The gradients of all adapters as one float32 vector; the trainer's parameters no longer hold them afterwards."""
     found = [p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None]
     trainer.model.zero_grad(set_to_none=True)
     return torch.cat(found)
 
 
 def exact_gradient(name: str, fed: dict[str, Any], shape: Shape, toy: bool) -> Tensor:
-    """TRL's padded way in float32 without autocast, on the same weights: made anew, since autocast stays on a model."""
+    """TRL's padded way in float32 without autocast, on the same weights in a new model: autocast stays on a model."""
     from trl import GRPOTrainer
 
     trainer = make_trainer(GRPOTrainer, make_model(name, toy).float(), toy, shape, bf16=False)

@@ -1,10 +1,10 @@
-"""The quickstart on three seeds, and what the same number of supervised examples gives instead.
+"""The quickstart on three seeds, and what the same number of supervised examples achieves instead.
 
     python benchmarks/quickstart_seeds.py [--seeds 0 1 2] [section.key=value …]
 
-Each seed is one `train_grpo.py --config configs/quickstart.yaml run.seed=N` in a process of its own. The control takes
-the model as the warm start left it and trains it on, by supervision, for as many examples as GRPO had completions,
-with the warm start's own recipe and fresh draws of the same train problems. Unlike GRPO it is shown right answers.
+Each seed is one `train_grpo.py --config configs/quickstart.yaml run.seed=N` in its own process. The control takes the
+model as the warm start left it and trains it further by supervision, for as many examples as GRPO had completions, with
+the warm start's own recipe and fresh draws of the same train problems. Unlike GRPO it is shown right answers.
 Writes benchmarks/results/quickstart_seeds.json and .md.
 """
 
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def run(config: RunConfig, seed: int, overrides: list[str]) -> dict:
-    """One quickstart; its figures, from the files of its run folder."""
+    """Run one quickstart and return its figures, from the files of its run folder."""
     root = ROOT / config.run.output_root
     before = set(root.glob("*")) if root.is_dir() else set()
     command = [sys.executable, "train_grpo.py", "--config", CONFIG, *overrides]
@@ -85,7 +85,7 @@ def run(config: RunConfig, seed: int, overrides: list[str]) -> dict:
 
 
 def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
-    """The warm-started model, trained on by supervision for `examples` examples."""
+    """The warm-started model, trained further by supervision for `examples` examples."""
     task, settings = config.make_task(), config.run.warm_start
     start = folder.path / "warm_start"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
@@ -95,7 +95,7 @@ def control(config: RunConfig, folder: RunFolder, examples: int) -> dict:
         return measure(sampled=False)["accuracy"]
 
     steps = examples // settings.batch_size
-    # A seed of its own would split the problems anew: the draws go on where the warm start's had to end.
+    # Another seed would split the problems differently: the draws continue where the warm start's ended.
     shown = settings.steps * settings.batch_size
     drawn = task.warm_start_examples(shown + examples)[shown:]
     longer = settings.model_copy(

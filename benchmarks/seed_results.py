@@ -3,9 +3,10 @@
     python -m benchmarks.seed_results                     # the device at hand, its size
     python -m benchmarks.seed_results --size tiny         # a few seconds, for the tests
 
-On a GPU the head has the challenge's shape (4 x 4096 tokens, hidden 4096, vocabulary 128 K) and the
-supervised run is Llama 3.2 1B's architecture; on a CPU both are smaller, and the result says which.
-Written to ``benchmarks/results/seed_<device>.json`` and ``.md``.
+memhead grew from a proof of concept: a memory-saving head written for a programming challenge. On a GPU
+the head has the challenge's shape (4 x 4096 tokens, hidden 4096, vocabulary 128 K) and the supervised
+run is Llama 3.2 1B's architecture; on a CPU both are smaller, and the result says which. Written to
+``benchmarks/results/seed_<device>.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DRAWS = 4
 
 
 class Size(NamedTuple):
-    """What one device carries."""
+    """What fits one kind of device."""
 
     batch: int
     tokens: int
@@ -100,7 +101,7 @@ def custom_mse(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def forward_backward(
     loss: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient by hidden; the head is frozen, as in the proof of concept's LoRA runs."""
+    """Loss and its gradient of hidden; the head is frozen, as in the proof of concept's LoRA runs."""
     hidden = inputs[0].detach().requires_grad_()
     value = loss(hidden, *inputs[1:])
     (grad,) = torch.autograd.grad(value, hidden)
@@ -117,7 +118,7 @@ def exact_loss(inputs: tuple[Tensor, Tensor, Tensor]) -> float:
 
 
 def bfloat16_errors(size: Size, device: torch.device) -> tuple[float, float]:
-    """Mean distance to float64 of the standard and the custom loss: one draw's standard may be right by luck."""
+    """Mean distance to float64 of the standard and the custom loss: in one draw the standard may be right by luck."""
     errors = []
     for seed in range(DRAWS):
         inputs = head_inputs(size, torch.bfloat16, device, seed)
@@ -155,7 +156,7 @@ def head_lines(size: Size, device: torch.device) -> list[Line]:
         name: lambda f=f: forward_backward(f, timed) for name, f in (("s", standard_ce), ("c", custom_ce))
     }
     for function in functions.values():
-        function()  # whatever is made once
+        function()  # for what is made only once
     seconds = interleaved_seconds(functions, size.rounds, device)
     peaks = {name: peak_bytes(function, device) for name, function in functions.items()}
     ratio, saving = seconds["c"] / seconds["s"], peaks["s"] / peaks["c"]
@@ -181,13 +182,13 @@ def supervised(size: Size, device: torch.device, patched: bool) -> dict[str, Any
     model = LlamaForCausalLM(config).to(device)
     ids = torch.randint(size.model_vocab, (4 * size.steps, min(size.tokens, 512))).tolist()
     losses: list[float] = []
-    warm = torch.tensor(ids[:2], device=device)  # compiles what is to be compiled, before the clock runs
+    warm = torch.tensor(ids[:2], device=device)  # compiles everything before the clock runs
     with patch(model) if patched else nullcontext():
         model(input_ids=warm, labels=warm).loss.backward()
     model.zero_grad()
 
     class Recording(Trainer):
-        """The Trainer, which rounds the losses it logs; this one keeps them."""
+        """The Trainer rounds the losses it logs; this one keeps them."""
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
@@ -207,7 +208,7 @@ def supervised(size: Size, device: torch.device, patched: bool) -> dict[str, Any
 
 
 def supervised_lines(size: Size, device: torch.device) -> list[Line]:
-    """Trainer against Trainer, the one with a patched model."""
+    """Trainer against Trainer, one of them with a patched model."""
     plain, ours = (supervised(size, device, patched) for patched in (False, True))
     gaps = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], plain["losses"], strict=True)]
     name = f"Llama of {ours['parameters'] / 1e6:.0f} M parameters, random weights, supervised"

@@ -46,7 +46,7 @@ def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) 
 
 
 def _peak_mib(function: Function, head: Head) -> float:
-    """As a run's meters count it: the CUDA allocator's peak, or the bytes of live tensors on a CPU."""
+    """Counted like a run's meters: the CUDA allocator's peak, or the bytes of live tensors on a CPU."""
     if head.hidden.is_cuda:
         return peak_bytes(function, head.hidden.device) / MIB
     meter = TensorMeter()

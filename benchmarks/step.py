@@ -4,8 +4,8 @@
     python -m benchmarks.step --threads 1 --rounds 5
 
 Llama of 0.8 M parameters, 64 prompts of 7 tokens × 8 completions of 6, full fine-tuning, float32. `entropy`: with the
-quickstart's bonus, which reaches every token, so that nothing can be left out; zero groups are left out without it.
-Seconds are the processor's, of all threads: on a machine that does other things as well they move less than the clock.
+quickstart's bonus, which reaches every token, so that nothing can be left out; without it, zero groups are left out.
+Seconds are processor time of all threads, which varies less than wall time on a machine that has other work.
 """
 
 from __future__ import annotations

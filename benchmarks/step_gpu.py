@@ -4,8 +4,8 @@
     python -m benchmarks.step_gpu --output DIR --toy      # the same code on a tiny model, on a CPU
 
 Weights and tokens are random, and nothing is generated: sampling 16k tokens without vLLM takes minutes and has
-nothing to do with the head. The batch goes to the trainer's own functions. Each stack runs in a process of its own
-(benchmarks.step_stack), for importing Unsloth changes TRL for good; what is measured is stored after every row, beside
+nothing to do with the head. The batch goes to the trainer's own functions. Each stack runs in its own process
+(benchmarks.step_stack), because importing Unsloth changes TRL permanently; results are stored after every row, beside
 the rows that DIR already has of other stacks.
 """
 
@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 STACKS = ("trl", "unsloth4", "unsloth16")
 CHECKPOINT_BYTES = 17 * 10**9
 GRACE = 25  # seconds that a row begun in time may take
-# Of every stack's process: nothing is asked of the hub, and a peak is not a matter of fragments.
+# For every stack's process: no questions to the hub, and peaks that do not depend on fragmentation.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
-# Of toy ones: no GPU; TRL's Triton head by the interpreter, and Unsloth's GPU trainer all the same.
+# For toy ones: no GPU; TRL's Triton head by the interpreter, and Unsloth's GPU trainer nevertheless.
 TOY_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "TRITON_INTERPRET": "1",
@@ -45,7 +45,7 @@ TOY_ENVIRONMENT = {
 
 
 def run(options: argparse.Namespace) -> Path:
-    """The stacks one after the other, each with its share of the time that is left; returns the results' path."""
+    """Run the stacks one after another, each with its share of the remaining time; returns the results' path."""
     began = time.time()
     options.output.mkdir(parents=True, exist_ok=True)
     path = (options.output / f"step_{'toy' if options.toy else _gpu_name()}.json").resolve()
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def _start(stack: str, path: Path, checkpoint: Path, until: float, toy: bool) -> None:
-    """One stack's process. One that fails, or hangs, is a line of the table."""
+    """One stack's process. One that fails or hangs becomes a line of the table."""
     command = [sys.executable, "-m", "benchmarks.step_stack", stack, "--results", str(path)]
     command += ["--checkpoint", str(checkpoint), "--until", str(until), *(["--toy"] if toy else [])]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -96,7 +96,7 @@ def _note(path: Path, stack: str, why: str) -> None:
 
 
 def _gpu_name() -> str:
-    """Asked of the driver, for this process shall hold no memory on the card."""
+    """Asked of the driver, because this process must not hold memory on the card."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1].lower()
 

@@ -1,4 +1,4 @@
-"""One stack of benchmarks.step_gpu, in a process of its own: a trainer, its three heads, and a step's phases."""
+"""One stack of benchmarks.step_gpu, in its own process: a trainer, its three heads, and a step's phases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.step_tables import PHASES, write
 
 HEADS = ("memhead", "trl", "full")
-LENGTHS, TOY_LENGTHS = (1024, 16384, 4096, 32768), (16, 32)  # the shortest warms up, then what matters most
+LENGTHS, TOY_LENGTHS = (1024, 16384, 4096, 32768), (16, 32)  # the shortest warms up, then the most important
 PROMPT, TOY_PROMPT = 128, 4
 MIB = 2**20
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -51,7 +51,7 @@ TOY_LLAMA = {
 
 
 def sequences(length: int) -> int:
-    """In a batch: two up to 4k tokens, then one."""
+    """Sequences per batch: two up to 4k tokens, then one."""
     return 2 if length <= 4096 else 1
 
 
@@ -70,7 +70,7 @@ def new_model(toy: bool) -> Any:
 
 
 def save_checkpoint(folder: Path) -> None:
-    """What Unsloth loads."""
+    """Write the checkpoint that Unsloth loads."""
     from recipes.models.load import character_tokenizer
 
     new_model(toy=False).save_pretrained(folder)
@@ -78,7 +78,7 @@ def save_checkpoint(folder: Path) -> None:
 
 
 def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, ModuleType]:
-    """Model, tokenizer, adapters still to be put on, and the module whose ``install`` puts a head in."""
+    """Model, tokenizer, adapters that are not attached yet, and the module whose ``install`` installs a head."""
     from recipes.config.schema import LoraSection, ModelConfig
     from recipes.config.unsloth import import_unsloth
 
@@ -108,7 +108,7 @@ def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, Module
 
 
 def _unsloths_trainer_on_cpu(lora: Any) -> Any:
-    """The trainer that Unsloth writes for a GPU in TRL's place, and a model as its own would be."""
+    """Put the trainer that Unsloth writes for a GPU in TRL's place; returns a model like Unsloth's own."""
     import functools
 
     from peft import get_peft_model
@@ -138,7 +138,7 @@ def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tupl
         "per_device_train_batch_size": 2,
         "num_generations": 2,
         "max_completion_length": (TOY_LENGTHS if toy else LENGTHS)[-1],
-        "epsilon": 0.99,  # so wide that no token's gradient is clipped away
+        "epsilon": 0.99,  # wide enough that no token's gradient is clipped away
         "epsilon_high": 1e4,
     }
     if is_unsloths(trl.GRPOConfig):
@@ -183,7 +183,7 @@ def make_inputs(length: int, vocab_size: int, prompt: int, device: Any) -> dict[
         "completion_mask": mask[:, prompt:],
         "advantages": torch.tensor([1.0, -0.5][:size], device=device),
         "num_items_in_batch": mask[:, prompt:].sum(),
-        # Of a uniform policy, so that the loss says what the head computed.
+        # Those of a uniform policy, so that the loss shows what the head computed.
         "old_per_token_logps": torch.full((size, length), -math.log(vocab_size), device=device),
     }
 
@@ -241,11 +241,11 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether there is no point in another round."""
+        """Whether another round is pointless."""
         return "said" in self.entry
 
     def reason(self, length: int) -> dict[str, Any]:
-        """What this failure says of another length: where there are as many tokens, the same."""
+        """What this failure implies for another length: the same, if there are as many tokens."""
         tokens = sequences(self.entry["length"]) * self.entry["length"]
         more = sequences(length) * length >= tokens
         return {name: self.entry[name] for name in ("said", "error")} if more else {}
@@ -253,7 +253,7 @@ class Row:
     def measure(
         self, trainer: Any, model: Any, install: Callable[[str], Any], inputs: dict[str, Any]
     ) -> None:
-        """A step that nobody times, for memory and kernels to be there, and a timed one."""
+        """An untimed step, so that memory and kernels exist, and a timed one."""
         import torch
 
         try:
@@ -263,7 +263,7 @@ class Row:
                 loaded = torch.cuda.memory_allocated() / MIB if on_gpu else 0.0
                 loss, meter = step(trainer, model, inputs)
                 handle.expect_calls("the step")
-        except Exception as error:  # a head that fails is a cell of the table
+        except Exception as error:  # a failing head is one cell of the table
             said = f"{type(error).__name__}: {error}"[:300]
             full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in said
             if not full:
@@ -298,7 +298,7 @@ def _clear(trainer: Any) -> None:
 
 
 def run_stack(stack: str, toy: bool, path: Path, checkpoint: Path, until: float) -> None:
-    """All rows of one stack, none begun after ``until``; stored after each. What failed is not tried at more tokens."""
+    """All rows of one stack, none begun after ``until``; stored after each. A failure is not tried with more tokens."""
     import torch
 
     from benchmarks.measure import machine, versions
@@ -324,7 +324,7 @@ def run_stack(stack: str, toy: bool, path: Path, checkpoint: Path, until: float)
         inputs = make_inputs(length, trainer.model.config.vocab_size, prompt, trainer.accelerator.device)
         for row in rows:
             row.entry |= failed[row.entry["head"]].reason(length) if row.entry["head"] in failed else {}
-        # There and back, so that no head always comes first.
+        # Forwards and backwards, so that no head always comes first.
         for order in [rows] if length == lengths[-1] else [rows, rows[::-1]]:
             for row in order:
                 if row.failed or time.time() > until:

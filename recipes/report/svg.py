@@ -269,7 +269,7 @@ def _colour(number: int) -> str:
 
 
 def _number(value: float, digits: int = 6) -> str:
-    """A number in as few characters as possible, with `digits` significant ones, or the whole part if that is longer."""
+    """A number in as few characters as possible, with `digits` significant ones or its whole part if longer."""
     scale, name = next((found for size, found in _SCALES.items() if abs(value) >= size), (1.0, ""))
     value /= scale
     text = f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"

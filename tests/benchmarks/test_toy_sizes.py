@@ -91,7 +91,7 @@ def test_launches():
 
 @pytest.mark.timeout(120)
 def test_step_gpu(tmp_path):
-    """The trainer's own functions, in a process of its own; TRL's Triton head by the interpreter."""
+    """The trainer's own functions, in a separate process; TRL's Triton head by the interpreter."""
     path = step_gpu.main(["--toy", "--stacks", "trl", "--output", str(tmp_path)])
     results = json.loads(path.read_text())
     assert not results["failed"]

@@ -1,4 +1,4 @@
-"""Real GRPO runs of TRL on models of a few thousand parameters, short enough to be run by the hundred."""
+"""Real GRPO runs of TRL on models of a few thousand parameters, short enough to run hundreds of them."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def save_model(name: str, folder) -> str:
 
 
 def reward(completion_ids, **kwargs):
-    """Something that every group disagrees on: the share of even tokens, the first counting most."""
+    """A reward that differs within every group: the share of even tokens, the first counting most."""
     return [sum((token % 2 == 0) / (1 + i) for i, token in enumerate(ids)) for ids in completion_ids]
 
 
 class Trajectory(NamedTuple):
-    """What a run went through and where it ended."""
+    """The losses and rewards of a run, and the parameters at its end."""
 
     losses: list[float]
     rewards: list[float]
@@ -86,7 +86,7 @@ class Trajectory(NamedTuple):
 
 
 class RecordingTrainer(GRPOTrainer):
-    """TRL's trainer, which rounds the losses it logs; this one keeps them."""
+    """TRL's trainer rounds the losses it logs; this one keeps them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A quantised head, held against plain full logits of its widened weight."""
+"""A quantised head, compared with plain full logits of its widened weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memhead.reference import full_logprobs  # noqa: E402
 
 
 def quantized(kind, vocab=157, hidden=64, seed=0):
-    """A quantised layer on the CPU and the (V, H) weight that bitsandbytes says it stands for."""
+    """A quantised layer on the CPU, and the weight (V, H) that it represents according to bitsandbytes."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, hidden, generator=generator) / 3
     if kind == "int8":
@@ -124,7 +124,7 @@ def test_refusals():
 
 
 class Float32Adapters:
-    """TRL rounds the adapters of a quantised model to bfloat16, whose steps hide what is compared here."""
+    """TRL rounds the adapters of a quantised model to bfloat16, which would hide the differences compared here."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

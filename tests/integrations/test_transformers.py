@@ -1,4 +1,4 @@
-"""A patched transformers model, held against itself."""
+"""A patched transformers model, compared with itself before the patch."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_loss_with_another_term_is_refused_in_any_precision(checkpoints, dtype
     plain = type(model).forward
 
     class Regularised(type(model)):
-        """A model that adds a small term of its own."""
+        """A model that adds its own small term to the loss."""
 
         def forward(self, *args, **kwargs):
             output = plain(self, *args, **kwargs)
@@ -355,7 +355,7 @@ def run(trainer):
 
 
 def trainer_run(path, folder, patched):
-    """Five steps of transformers' Trainer, which hands the number of items of the whole accumulation."""
+    """Five steps of transformers' Trainer, which passes the number of items of the whole accumulation."""
     model = load(path)
     handle = patch(model) if patched else None
     arguments = TrainingArguments(str(folder), **SETTINGS, eval_strategy="no")
@@ -377,7 +377,7 @@ def test_trainer(checkpoints, tmp_path):
 
 
 def test_sft_trainer(checkpoints, tmp_path):
-    """TRL's SFTTrainer has the slot of its GRPO trainer; a patched model in it does no harm."""
+    """TRL's SFTTrainer uses the same slot as its GRPO trainer; a patched model in it does no harm."""
     results = []
     for impl in ("full", "memhead"):
         model = load(checkpoints["llama"])

@@ -1,4 +1,4 @@
-"""TRL's own GRPO trainer with memhead in its slot, held against the same trainer with plain full logits."""
+"""TRL's own GRPO trainer with memhead in its slot, compared with the same trainer with plain full logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ten_steps_of_the_default_optimizer_in_float32(checkpoints, tmp_path):
 
 
 def test_parameters_move(checkpoints, tmp_path):
-    """Two runs that stand still would agree too."""
+    """Two runs in which nothing moves would agree as well."""
     start = train(checkpoints["llama"], tmp_path, max_steps=1, learning_rate=0.0)
     end = train(checkpoints["llama"], tmp_path, max_steps=10)
     moved = [(end.parameters[name] - value).abs().max() for name, value in start.parameters.items()]
@@ -179,7 +179,7 @@ def test_a_bypass_is_noticed(checkpoints, tmp_path):
 
 
 def test_calls_before_the_step_are_not_the_steps():
-    """An evaluation between two steps reaches the head; the step that is asked about does not."""
+    """An evaluation between two steps reaches the head; the step that is checked does not."""
     handle = Handle("memhead", lambda: None)
     handle.count(rows=3)
     handle.watch()

@@ -1,4 +1,4 @@
-"""An adapter on ``lm_head`` in TRL's trainer, held against PEFT's own forward through full logits."""
+"""An adapter on ``lm_head`` in TRL's trainer, compared with PEFT's own forward through full logits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The real Unsloth package without a GPU: on its CPU backend, and its GPU trainer as far as that goes.
+"""The real Unsloth package without a GPU: its CPU backend, and its GPU trainer as far as that runs there.
 
-Each file of cases runs in a process of its own, for importing Unsloth changes TRL for good.
+Each file of cases runs in a separate process, because importing Unsloth changes TRL permanently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cases for test_unsloth.py, which runs them in a process of their own: importing unsloth changes TRL for good."""
+"""Cases for test_unsloth.py, which runs them in a separate process: importing unsloth changes TRL permanently."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
 def test_scorer_equals_unsloths(options, dtypes):
-    """What its generated trainer calls, with the arguments that it passes."""
+    """The function that its generated trainer calls, with the arguments that it passes."""
     results = []
     for impl in ("trl", "memhead", "full"):
         hidden, weight, index = draw(*dtypes)

@@ -1,4 +1,4 @@
-"""See every allocation that a computation makes, however deep inside an operator.
+"""Records every allocation that a computation makes, however deep inside an operator.
 
 A dispatch mode does not look inside a custom operator, nor inside torch's own C++; the profiler's
 memory events come from the allocator itself, and miss nothing that is a tensor.

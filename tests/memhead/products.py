@@ -1,4 +1,4 @@
-"""Count the matrix products of a computation, however deep inside an operator they are."""
+"""Counts the matrix products of a computation, however deep inside an operator they are."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def make_head(
 def full_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies (N,) from full logits in the dtype of the inputs, be it a half."""
+    """Log-probabilities and entropies (N,) from full logits in the inputs' dtype, half precision included."""
     return reference.full_logprobs(hidden, weight, targets, entropy=True, widen=False, **options)[:2]
 
 
@@ -69,6 +69,6 @@ def double(value: Any) -> Any:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference, divided by the norm of the expected value."""
     norm = expected.double().norm().item()
     return (actual.double() - expected.double()).norm().item() / (norm if norm else 1.0)

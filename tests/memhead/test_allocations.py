@@ -1,4 +1,4 @@
-"""Nothing larger than the planned chunk is ever allocated, but for the gradients that must exist."""
+"""Nothing larger than the planned chunk is ever allocated, except the gradients that must exist."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def step(head, loss_of, *, frozen: bool, backward: bool = True):
 def assert_within(
     sizes: list[int], chunk_bytes: int, hidden_sized: int, weight_sized: int, itemsize: int = 4
 ) -> None:
-    """Above the chunk's bytes there are at most so many tensors of hidden's and of weight's size."""
+    """Beyond the chunk's bytes there are at most the given numbers of tensors of hidden's and of weight's size."""
     large = [size for size in sizes if size > chunk_bytes]
     of_hidden, of_weight = ROWS * FEATURES * itemsize, VOCAB * FEATURES * itemsize
     assert set(large) <= {of_hidden, of_weight}, f"{large} bytes, but a chunk holds {chunk_bytes}"
@@ -133,7 +133,7 @@ def test_chunked_linear(frozen, reduction):
 
 
 def test_planned_chunk_keeps_to_the_plan():
-    """Without a chunk argument, on a head of which the full logits would take 512 MiB."""
+    """Without a chunk argument, on a head whose full logits would take 512 MiB."""
     head = make_head(4096, 32768, 8)
     hidden = head.hidden.requires_grad_()
     sizes = allocations(
@@ -162,8 +162,8 @@ def test_everything_together_stays_under_128_mib(function, frozen):
     assert peak_bytes(step, torch.device("cpu")) < 128 << 20
 
 
-def test_a_trained_heads_larger_chunks_are_no_part_of_its_peak():
-    """The backward pass holds the weight's gradient twice; that much may be held in the forward pass too."""
+def test_a_trained_heads_larger_chunks_do_not_raise_its_peak():
+    """The backward pass holds the weight's gradient twice, so the forward pass may hold as much."""
     rows = plan_rows(10**6, 128256, trained=True)
     assert rows == 128 > plan_rows(10**6, 128256) == 32
     assert 4 * rows * 128256 <= 128256 * 512

@@ -1,4 +1,4 @@
-"""What cannot be differentiated is refused, not left out of a gradient in silence."""
+"""What cannot be differentiated is refused, rather than silently left out of a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes, masks, forbidden tokens, outputs, and bits that must not depend on the neighbours."""
+"""Shapes, masks, forbidden tokens, outputs, and bits that must not depend on neighbouring rows."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_all_masked(trainable):
     assert weight.grad is None or not weight.grad.any()
 
 
-def test_masked_rows_are_not_looked_at():
-    """NaN in a padded row, or in what comes back to it, stays there."""
+def test_masked_rows_are_never_read():
+    """NaN in a padded row, or in its upstream gradient, stays there."""
     head = make_head(20, 31)
     hidden = head.hidden.clone()
     hidden[~head.mask] = float("nan")
@@ -112,7 +112,7 @@ def test_expanded_upstream_gradient():
 
 @pytest.mark.parametrize("sizes", [(31, 64), (32, 100), (1, 2)])
 def test_padded_vocabulary(sizes):
-    """Rows of the weight that no token uses are forbidden by a bias of -inf, and then do not exist."""
+    """Rows of the weight that no token uses are forbidden by a bias of -inf, as if they did not exist."""
     real, padded = sizes
     head = make_head(9, padded)
     targets = head.targets % real
@@ -183,7 +183,7 @@ def test_a_softcap_makes_a_forbidden_token_possible_as_in_the_plain_computation(
     torch.testing.assert_close(ours.entropy, plain[1], atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_target_is_possible():
+def test_every_other_token_is_forbidden():
     head = make_head(6, 11)
     bias = torch.full((11,), -INFINITY)
     bias[4] = 0.0
@@ -223,7 +223,7 @@ def test_outputs_that_trl_asks_for():
 @pytest.mark.parametrize("options", [{}, {"entropy": True}, {"temperature": 0.7, "softcap": 5.0}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_and_without_gradient_the_same_bits(dtype, options):
-    """A ratio of new to old that should be 1 is 1."""
+    """A ratio of new to old probability that should be 1 is exactly 1."""
     head = make_head(300, 1003, dtype=dtype)
     with torch.no_grad():
         old = linear_logprobs(head.hidden, head.weight, head.targets, **options)

@@ -42,7 +42,7 @@ def hinge(logits, targets):
 
 
 def jensen_shannon(logits, teacher_hidden):
-    """Against a teacher of which only the hidden states are kept."""
+    """The divergence from a teacher of which only the hidden states are kept."""
     p = logits.log_softmax(-1)
     q = (teacher_hidden @ TEACHER.to(teacher_hidden.dtype).t()).log_softmax(-1)
     middle = torch.logaddexp(p, q) - 0.6931471805599453
@@ -50,7 +50,7 @@ def jensen_shannon(logits, teacher_hidden):
 
 
 class Calibrated(nn.Module):
-    """A transform with parameters of its own: a temperature, and a bias the loss may not use."""
+    """A transform with its own parameters: a temperature, and a bias that the loss may not use."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

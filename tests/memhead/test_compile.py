@@ -92,7 +92,7 @@ def test_fullgraph_gives_the_same_numbers_for_any_number_of_rows(trainable, mask
 
 
 def test_compiled_without_being_told_that_sizes_change():
-    """torch.compile first takes N for a constant, learns at the second N, and is done."""
+    """torch.compile first takes N for a constant, recompiles at the second N, and never again."""
     torch._dynamo.reset()
     graphs = []
 
@@ -111,7 +111,7 @@ def test_compiled_without_being_told_that_sizes_change():
 
 
 def test_compiled_with_columns_of_hidden():
-    """The gradient of half-precision hidden states comes row after row, as the compiler was told."""
+    """The gradient of half-precision hidden states is contiguous, as the compiler was promised."""
     torch._dynamo.reset()
     head = make_head(40, 97, 16, dtype=torch.bfloat16)
     hidden = head.hidden.t().contiguous().t().requires_grad_()
@@ -125,7 +125,7 @@ def test_compiled_with_columns_of_hidden():
 
 
 class Counter:
-    """A compiler's backend that runs the graph as it is, and counts how often it is given one."""
+    """A compiler's backend that runs the graph unchanged, and counts the graphs that it is given."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -1,4 +1,4 @@
-"""Results may be changed in place, as those of full logits may, and nothing else changes by it."""
+"""Results may be changed in place, like those of full logits, without changing anything else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_changed_losses(change):
 
 
 def test_few_rows():
-    """Of which a CPU computes more than there are."""
+    """A CPU pads few rows, and computes more than there are."""
     hidden = HEAD.hidden[:3].clone().requires_grad_()
     logprobs = linear_logprobs(hidden, HEAD.weight, HEAD.targets[:3]).logprobs
     logprobs[1] = 0.0

@@ -24,7 +24,7 @@ SWEEPS = ["frozen", "trainable", "entropy-gradient"]
 
 
 def options_of(head: Head, name: str) -> dict:
-    """The options of that name, where True stands for the head's own tensor."""
+    """The options of that name, with the head's own tensor in place of True."""
     return {key: getattr(head, key) if value is True else value for key, value in OPTIONS[name].items()}
 
 

@@ -99,7 +99,7 @@ def test_dropout_is_on_the_way_into_a():
     )
 
 
-def test_nothing_of_the_weights_size_is_made():
+def test_no_tensor_of_the_weights_size():
     rows, vocab, features, rank = 300, 4000, 16, 4
     head = make_head(rows, vocab, features)
     hidden = head.hidden.requires_grad_()

@@ -1,4 +1,4 @@
-"""Masked rows where asking how many there are costs a synchronisation, as on a GPU: the first go out unasked."""
+"""Masked rows where counting them costs a synchronisation, as on a GPU: the first are launched before the count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mask_of(kept: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(params=UNASKED)
 def unasked(request, monkeypatch):
-    """So many rows go out before it is asked."""
+    """How many rows are launched before the count."""
     monkeypatch.setattr(core, "unasked_rows", lambda *_, **__: request.param)
     return request.param
 

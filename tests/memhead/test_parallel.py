@@ -71,10 +71,9 @@ def work(rank: int, world: int, store: str) -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     compare(name, mine, trainable, dtype)
                     if name == "everything":
-                        with (
-                            pytest.MonkeyPatch.context() as patch
-                        ):  # as on a GPU, which is sent rows before it is asked
-                            # 256 rows for a weight of 40 rows, 128 for larger ones
+                        # As on a GPU, which is given rows before it is asked how many a mask keeps: 256 for
+                        # a weight of 40 rows, 128 for larger ones.
+                        with pytest.MonkeyPatch.context() as patch:
                             patch.setitem(planning.UNASKED, "cpu", 256 * 40 * 24)
                             for rows in (50, 300):
                                 compare(name, mine, trainable, dtype, rows)

@@ -1,4 +1,4 @@
-"""Half precision, mixed dtypes, autocast, and tokens that the model is sure of.
+"""Half precision, mixed dtypes, autocast, and tokens that the model is certain of.
 
 The rule: at most twice the error of plain half-precision full logits against float64, plus an
 epsilon; for log-probabilities, whose logits are never rounded, at most a tenth of it.
@@ -52,7 +52,7 @@ def test_half_precision_against_plain_half_precision(dtype, entropy_gradient):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_gradients_are_rounded_once(dtype):
-    """Far better than the rule: what comes out is the exact gradient, rounded to its dtype."""
+    """Far better than required: the result is the exact gradient, rounded to its dtype."""
     head = make_head(200, 777, 48, dtype)
     arguments = (head.hidden, head.weight, head.targets, head.grad_logprobs, head.grad_entropy)
     ours = evaluate(linear_logprobs, *arguments, entropy=True, chunk=(64, 100))
@@ -137,7 +137,7 @@ def of_values(hidden, weight, targets):
 @pytest.mark.parametrize("function", [of_values, of_losses, of_chunks, of_support])
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_rounds_the_operands(function, dtype):
-    """As on a GPU, where nothing wider enters a product: the same bits as of hidden and weight in a half."""
+    """As on a GPU, where nothing wider enters a product: the same bits as with hidden and weight in half precision."""
     head = make_head(50, 1101)
     leaves = [x.requires_grad_() for x in (head.hidden, head.weight)]
     with torch.autocast("cpu", dtype):
@@ -171,9 +171,8 @@ def test_float16_gradients_do_not_flush_to_zero_nor_overflow_on_the_way(upstream
     exact = evaluate(full_logprobs, *map(double, arguments))
     by_hidden = ours[2].double()
     assert by_hidden.isfinite().all()
-    assert (by_hidden - exact[2]).abs().max() <= 1e-3 * exact[
-        2
-    ].abs().max() + 6e-8  # float16's last bit is 6e-8
+    # float16's last bit is 6e-8
+    assert (by_hidden - exact[2]).abs().max() <= 1e-3 * exact[2].abs().max() + 6e-8
 
 
 def confident_head(dtype: torch.dtype):

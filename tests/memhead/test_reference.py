@@ -1,4 +1,4 @@
-"""The reference itself, held against what torch has of its own."""
+"""The reference itself, compared with torch's own functions."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_nothing_counts(reduction, rows):
         assert not grad.any()
 
 
-def test_rows_that_do_not_count_are_not_looked_at():
+def test_ignored_rows_are_never_read():
     head = make_head(20, 31)
     hidden = head.hidden.clone()
     hidden[~head.mask] = float("nan")
@@ -247,7 +247,7 @@ def test_under_checkpoint(reentrant):
         assert torch.equal(leaf.grad, expected)
 
 
-def test_the_gradient_is_all_that_is_of_the_weights_size(monkeypatch):
+def test_only_the_gradient_has_the_weights_size(monkeypatch):
     monkeypatch.setattr("memhead.products.ONEDNN_BYTES", 1 << 10)  # of which oneDNN makes new memory
     rows, vocab, features, chunk = 600, 900, 16, 10
     head = make_head(rows, vocab, features)

@@ -21,7 +21,7 @@ OPTIONS = {"temperature": 0.8, "softcap": 9.0, "logit_scale": 1.3}
 
 
 def warped(logits, filters, temperature=1.0):
-    """What transformers' generate makes of the logits: -inf outside the support."""
+    """The logits as transformers' generate filters them: -inf outside the support."""
     scores = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1.0 else logits
     for name, value in filters.items():
         scores = WARPERS[name](value)(None, scores)
@@ -114,7 +114,7 @@ def test_the_ratio_is_unbiased(filters):
 
 
 def test_sampled_ratio_averages_to_one():
-    """The same by drawing: 200,000 tokens from transformers' own truncation."""
+    """The same by sampling: 200,000 tokens from transformers' own truncation."""
     old, new = make_head(1, 53), make_head(1, 53, seed=1)
     hidden = old.hidden + 0.3 * new.hidden
     probabilities = warped(full_logits(old.hidden, old.weight), {"top_k": 8}).softmax(-1)

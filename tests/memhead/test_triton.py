@@ -15,7 +15,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 @pytest.mark.timeout(300)
 def test_kernels_in_the_interpreter() -> None:
-    """The interpreter is chosen when Triton is imported, so the cases run in a process of their own."""
+    """The interpreter is chosen when Triton is imported, so the cases run in a separate process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     result = subprocess.run(
         command, env={**_environment(), "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280

@@ -223,7 +223,7 @@ def test_a_row_does_not_depend_on_its_tile(kernels: None, entropy: bool) -> None
 def test_without_gradient_the_vocabulary_is_one_tile(
     kernels: None, gradient: bool, folds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of a tile is kept then, so a block of rows is one launch."""
+    """Nothing of a tile is kept in that case, so a block of rows is one launch."""
     from memhead.backends import hopper_fold
 
     calls = []

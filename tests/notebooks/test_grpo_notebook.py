@@ -1,4 +1,4 @@
-"""The notebook: whole on a CPU with its smoke setting, in step with its twin, and committed without outputs."""
+"""The notebook: runs completely on a CPU with its smoke setting, matches its twin, is committed without outputs."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""What several tests of the recipes share."""
+"""Fixtures that several tests of the recipes share."""
 
 import sys
 

@@ -27,7 +27,7 @@ def config(tmp_path):
 
 
 def changed(model):
-    """The model with every weight that is trained moved."""
+    """The model with every trained weight changed."""
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in filter(lambda weight: weight.requires_grad, model.parameters()):

@@ -1,4 +1,4 @@
-"""Export: a merged adapter is proven against base and adapter, and a useless one is refused."""
+"""Export: a merged adapter is verified against base plus adapter, and a useless one is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run in a process of its own: its output, its status and its interruption reach the one who started it."""
+"""A run in a separate process: its output, status and interruption reach the process that started it."""
 
 import multiprocessing
 import os

@@ -165,7 +165,7 @@ def test_an_error_in_a_base_names_the_base(good, tmp_path):
     assert str(error_of(path)).startswith(f"{tmp_path / 'wrong.yaml'}:8: grpo.learning_rte: unknown key")
 
 
-def test_another_task_drops_the_options_of_the_base(tmp_path):
+def test_another_task_drops_the_options_of_its_base(tmp_path):
     write(tmp_path, "base.yaml", GOOD.replace("countdown", "other\n  nothing: 3"))
     path = write(tmp_path, "child.yaml", "base: base.yaml\ntask: {name: countdown}\n")
     assert load_config(path).task.name == "countdown"
@@ -250,14 +250,14 @@ def test_a_section_with_thousands_of_mistakes_lists_fifty(tmp_path):
         "a." * 20_000 + "b=1",
     ],
 )
-def test_numbers_and_keys_beyond_all_measure(good, override):
+def test_absurdly_long_numbers_and_keys(good, override):
     started = time.process_time()
     assert len(str(error_of(good, override))) < 2000
     assert time.process_time() - started < 1.0
 
 
-def test_nothing_that_reaches_the_terminal_commands_it(good, tmp_path):
-    """A key, a value, a file's name: escapes and other control characters are written out."""
+def test_control_characters_never_reach_the_terminal(good, tmp_path):
+    """A key, a value, a file's name: escapes and other control characters are shown as text."""
     texts = (
         str(error_of(good, "grpo.\x1b[31mred=1")),
         str(error_of(write(tmp_path, "x.yaml", '"\\e]0;title\\a": 1\n' + GOOD))),
@@ -465,7 +465,7 @@ def test_a_help_text_that_lists_no_loss_types_leaves_the_field_unchecked(good, m
     assert "must be text" in str(error_of(good, "grpo.loss_type=3"))
 
 
-def test_history_is_disjoint_from_the_installed_fields():
+def test_gone_fields_are_not_installed_fields():
     fields = {field.name for field in dataclasses.fields(import_grpo_config(""))}
     assert not fields & set(GONE)
     assert set(OWNED) <= fields
@@ -473,7 +473,7 @@ def test_history_is_disjoint_from_the_installed_fields():
 
 
 def test_trl_defaults_pass_our_checks(good):
-    """No range or type of ours may refuse what TRL itself starts from."""
+    """None of our ranges and types may refuse TRL's own defaults."""
     skipped = {"num_generations", "learning_rate"}
     overrides = [
         f"grpo.{name}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"

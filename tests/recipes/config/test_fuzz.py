@@ -1,4 +1,4 @@
-"""Whatever stands in a file or an override: it is a configuration, or a ConfigError of printable lines."""
+"""Whatever a file or an override contains, the result is a configuration or a ConfigError of printable lines."""
 
 import random
 from pathlib import Path

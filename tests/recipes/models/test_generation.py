@@ -1,4 +1,4 @@
-"""Completions as evaluation asks for them: what the checkpoint would rather do does not matter."""
+"""Completions as evaluation asks for them, whatever the checkpoint's own generation settings are."""
 
 import inspect
 
@@ -69,7 +69,7 @@ def test_a_trainer_without_vllm_generates_with_its_model(memhead_in_trl, tmp_pat
 
 
 def test_trl_still_has_what_the_way_through_vllm_uses():
-    """vLLM is not installed for the tests: by name only."""
+    """By name only, since vLLM is not installed for the tests."""
     options = inspect.signature(VLLMGeneration).parameters
     assert {*UNCUT, "temperature", "max_completion_length"} <= set(options)
     assert {"prompts", "images", "num_generations"} <= set(

@@ -1,4 +1,4 @@
-"""Plans of the repo's configs, against what an H100 measured, and of architectures that no formula covers whole."""
+"""Plans of the repo's configs, compared with measurements on an H100, and of architectures not wholly covered."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The sizes of a model against transformers' and PEFT's own counts on real weights, and the model cards'."""
+"""The sizes of a model, compared with transformers' and PEFT's counts on real weights, and with model cards."""
 
 import json
 from pathlib import Path
@@ -193,7 +193,7 @@ def test_a_model_from_scratch_has_the_size_that_is_made():
 
 
 def test_no_network(tmp_path, monkeypatch):
-    """A model that is nowhere on this machine is an error with a remedy, and nothing is asked for it."""
+    """A model that is nowhere on this machine is an error with a remedy; the network is not used."""
     import socket
 
     def refuse(*args, **kwargs):

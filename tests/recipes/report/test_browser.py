@@ -1,4 +1,4 @@
-"""The report and the comparison in a real browser: a desktop's width and a phone's, light and dark."""
+"""The report and the comparison in a real browser: as wide as a desktop and a phone, light and dark."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""What is drawn of one run and of several, and how a chart becomes part of a page."""
+"""What is drawn for one run and for several, and how a chart becomes part of a page."""
 
 import re
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_real_run_of_trl_logs_what_is_drawn(memhead_in_trl, tmp_path):
     assert len(found["Completion length"].lines[0].low) == 2
 
 
-def test_several_runs_share_a_chart_a_line_and_the_scale_of_their_time(records):
+def test_several_runs_share_one_chart_per_line_and_the_time_axis(records):
     slow = [record | {"time": {"forward": 60.0}} if "time" in record else record for record in records]
     found = charts({"a": records, "b": slow})
     lines = by_title(chart for chart in found if isinstance(chart, Lines))
@@ -128,7 +128,7 @@ def test_several_runs_share_a_chart_a_line_and_the_scale_of_their_time(records):
     assert [chart.top for chart in found if isinstance(chart, Areas)] == [63.0, 63.0]
 
 
-def test_a_cpus_memory_is_not_laid_over_a_gpus(records):
+def test_cpu_and_gpu_memory_are_not_drawn_together(records):
     cpu = [
         {
             "step": 1,

@@ -1,4 +1,4 @@
-"""What a run comes to, and from which step two part."""
+"""The outcome of a run, and the step from which two runs differ."""
 
 import math
 

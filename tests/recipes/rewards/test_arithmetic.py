@@ -1,4 +1,4 @@
-"""The expression parser: what it reads, what it refuses, and that no text of a model can hurt it."""
+"""The expression parser: what it reads, what it refuses, and that no text from a model can harm it."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Numbers as people write them: each kind with a value that is right and one that is wrong, and time in proportion."""
+"""Numbers as people write them, each kind with a right and a wrong value, read in linear time."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Every judge against text that no one would write: no exception, no hang, and no verdict that contradicts another."""
+"""Every judge against arbitrary text: no exception, no hang, and no verdict that contradicts another."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""The contract of a reward function: before training every breach is named, during training it costs completions."""
+"""The contract of a reward function: a breach is named before training, and costs single completions during it."""
 
 import asyncio
 import functools
@@ -137,7 +137,7 @@ def test_a_failure_costs_its_completion_and_is_counted():
         guarded(completions=["one", "one", "two"], **columns)
 
 
-def test_one_failure_early_on_does_not_stop_the_run():
+def test_an_early_failure_does_not_stop_the_run():
     def fragile(completions, **_):
         return [1.0 / (text != "bad") for text in completions]
 
@@ -271,7 +271,7 @@ def test_a_function_that_empties_its_columns_takes_nothing_from_the_next():
     assert answers == ["0", "1", "2"]
 
 
-def test_one_that_hangs_costs_twice_the_limit_and_nothing_but_itself():
+def test_a_hanging_completion_costs_twice_the_limit_and_no_other_completion():
     def hangs(completions, **_):
         return [time.sleep(60 * (text == "bad")) or 1.0 for text in completions]
 

@@ -1,4 +1,4 @@
-"""docs/tasks.md followed to the letter, in a copy of the source: the task, its config, its plan, its rewards."""
+"""docs/tasks.md, followed to the letter in a copy of the source: the task, its config, its plan, its rewards."""
 
 import re
 import shutil

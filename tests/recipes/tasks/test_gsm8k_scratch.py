@@ -186,7 +186,7 @@ def test_every_prompt_is_rendered_as_training_renders_it(command, monkeypatch):
     assert told == {"complete": {"really"}}
 
 
-def test_what_the_template_is_told_changes_the_prompt(monkeypatch):
+def test_template_arguments_change_the_prompt(monkeypatch):
     monkeypatch.setattr("recipes.models.tokenizers.CHAT_TEMPLATE", "{{ messages[0].content }}{{ tone }}")
     tokenizer = bpe_tokenizer(TEXTS, 400)
     prompt = [{"role": "user", "content": "How many?"}]

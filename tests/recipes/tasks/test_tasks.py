@@ -1,4 +1,4 @@
-"""What every task has, and what the base class gives to one that says nothing more."""
+"""What every task has, and the defaults of the base class."""
 
 from functools import cached_property
 
@@ -23,7 +23,7 @@ def test_a_task_is_made_without_reading_anything(name):
 
 
 class Echo(Task):
-    """The least that a task is."""
+    """The smallest possible task."""
 
     @cached_property
     def train(self):

@@ -1,4 +1,4 @@
-"""One table in three renderings, and what text from outside may not do in any of them."""
+"""One table in three renderings, and what text from outside must not do in any of them."""
 
 import io
 from html.parser import HTMLParser
@@ -34,7 +34,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_the_terminal_shows_what_is_written_and_obeys_none_of_it():
+def test_the_terminal_shows_marks_as_text():
     text = shown(Table((NASTY, "n"), [(NASTY, "1")], title=NASTY))
     for part in ("<reasoning>[bold red]x[/]", r"\x1b[2J", r"\x9b1m", r"\u202egnp", "\\"):
         assert text.count(part) >= 3

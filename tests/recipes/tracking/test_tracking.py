@@ -39,9 +39,8 @@ def recorded_run(root, *, steps=4, tracking=None, **overrides):
 def run(tmp_path_factory):
     from memhead.integrations import trl as memhead_trl
 
-    adapters = LoraSection(
-        r=4
-    ).peft_config()  # with adapters the reference policy, for beta, needs no second model
+    # With adapters the reference policy, for beta, needs no second model.
+    adapters = LoraSection(r=4).peft_config()
     settings = {"beta": 0.04, "gradient_accumulation_steps": 2, "peft_config": adapters}
     with memhead_trl.install():  # for the run alone: other tests install it anew
         return recorded_run(tmp_path_factory.mktemp("runs"), **settings)

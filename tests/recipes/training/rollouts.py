@@ -1,4 +1,4 @@
-"""Rollouts made up for the step's tests, and the trainers that take them: TRL's, and the packed one."""
+"""Made-up rollouts for the tests of the step, and the trainers that take them: TRL's, and the packed one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rollout(prompts: str, zeros: str, seed: int = 0, groups: int = 4, size: int 
 
 
 class Fed(GRPOTrainer):
-    """TRL's trainer, given its completions; it scores them as TRL does."""
+    """TRL's trainer with given completions, which it scores as TRL does."""
 
     fed: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Intervals and estimators against values worked out otherwise, and a checkpoint measured alone."""
+"""Intervals and estimators, compared with values from elsewhere, and a checkpoint measured by itself."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Whole runs, with TRL's own sampling and rewards: packed and TRL's step go the same way."""
+"""Whole runs, with TRL's own sampling and rewards: the packed step and TRL's take the same trajectory."""
 
 from __future__ import annotations
 

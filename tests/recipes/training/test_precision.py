@@ -1,4 +1,4 @@
-"""One precision from the first evaluation to the last: seen by what the model's layers compute in."""
+"""One precision from the first evaluation to the last, as seen in the dtypes that the model's layers compute in."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is missing is said before anything is loaded: key, what, value, remedy, one line each."""
+"""What is missing is reported before anything is loaded: key, what is missing, value, remedy, one line each."""
 
 import sys
 
@@ -86,7 +86,7 @@ def test_what_the_machine_lacks(configured, machine, overrides, what, remedy):
 @pytest.mark.parametrize(
     "overrides", sorted({tuple(case[1]) for case in MISSING if "unsloth" not in case[1][0]})
 )
-def test_nothing_is_missing_where_all_is_there(configured, overrides):
+def test_a_complete_machine_lacks_nothing(configured, overrides):
     assert list(missing(configured(*overrides), GPU)) == []
 
 
@@ -137,7 +137,7 @@ def test_the_hub_switched_off(configured, monkeypatch):
 
 
 def test_no_network(configured, monkeypatch):
-    """A port of this machine that nobody listens on."""
+    """A port of this machine on which nothing listens."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
@@ -147,7 +147,7 @@ def test_no_network(configured, monkeypatch):
         check(configured(), GPU)
 
 
-def test_a_name_that_is_none(configured):
+def test_a_malformed_name(configured):
     with pytest.raises(ConfigError, match=r"model\.name: is neither a local folder nor a hub id.*owner/name"):
         check(configured(name="'no name'"), GPU)
 

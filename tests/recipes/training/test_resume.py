@@ -1,4 +1,4 @@
-"""Going on with a run: what may differ from the session before, and what is kept of it."""
+"""Resuming a run: what may differ from the session before, and what is kept of it."""
 
 import os
 import shutil

@@ -136,7 +136,7 @@ def test_it_computes_in_the_precision_of_the_run(loaded):
 
 
 class Elsewhere(torch.nn.Module):
-    """A model on a device that this machine lacks: it refuses tensors that are not there, as a GPU's would."""
+    """A model on a device that this machine lacks: like a model on a GPU, it refuses tensors from elsewhere."""
 
     device = torch.device("meta")
 
@@ -158,7 +158,7 @@ def test_the_batch_goes_to_the_models_device():
     assert result.loss < 2.0  # 1 + 1 before the first step
 
 
-def test_more_than_there_is_in_a_batch_is_an_error(loaded):
+def test_a_batch_larger_than_the_examples_is_an_error(loaded):
     with pytest.raises(ValueError, match="batch_size: 5"):
         warm_start(*loaded, EXAMPLES, settings(batch_size=5), precision=Precision(), probe=lambda: 0.0)
 
