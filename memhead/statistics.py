@@ -72,7 +72,7 @@ class FoldSpec(NamedTuple):
         return list(self[3:])
 
     def slope(self, temperature: Tensor | None) -> Tensor | float:
-        """d z / d (h . W) but for the softcap's part; ``temperature`` (N,) replaces the number."""
+        """d z / d (h . W) without the softcap's part; ``temperature`` (N,) replaces the number."""
         return self.logit_scale / (self.temperature if temperature is None else temperature)
 
 

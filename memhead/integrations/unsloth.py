@@ -7,7 +7,7 @@
     assert handle.calls > 0
 
 With a GPU, Unsloth writes its own trainer, which scores, with gradient and without, through
-``unsloth_zoo.rl_replacements.grpo_chunked_hidden_states_logprobs``, imported anew at each call.
+``unsloth_zoo.rl_replacements.grpo_chunked_hidden_states_logprobs``, imported again at each call.
 Its other trainers, and all of them on its CPU backend, are TRL's and use TRL's slot, in which
 Unsloth has put its own class. :func:`install` takes both places.
 """

@@ -1,4 +1,4 @@
-"""What a run consists of once it has begun, as one object."""
+"""A run in progress, as one object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Session:
-    """A run that has begun, or goes on: all that training takes."""
+    """A run that has begun or been resumed: everything that training needs."""
 
     config: RunConfig
     task: Task
@@ -30,7 +30,7 @@ class Session:
 
     @property
     def precision(self) -> Precision:
-        """In what everything of this run computes."""
+        """The precision in which everything of this run computes."""
         return Precision.of(self.arguments)
 
 

@@ -25,7 +25,7 @@ from memhead.integrations.handle import Handle, HeadBypassed
 def test_ten_steps_in_float32(checkpoints, tmp_path, name):
     """Every kind of head. SGD moves a parameter by what its gradient is, so that the bounds mean something.
 
-    Adam divides each gradient by its own size: one that is zero but for rounding, as that of an
+    Adam divides each gradient by its own size: one that is zero except for rounding, as that of an
     attention's key bias is, makes as large a step as any other, in a direction that rounding chooses.
     """
     settings = {"max_steps": 10, "optim": "sgd", "learning_rate": 0.1}

@@ -124,7 +124,7 @@ PackedFed = packed(Fed)
 
 
 def configurations() -> dict[str, Any]:
-    """A tiny config of each architecture; windows are longer than the rows, but for `mistral-window`."""
+    """A tiny config of each architecture; windows are longer than the rows, except in `mistral-window`."""
     t = transformers
     gemma = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
     return {
