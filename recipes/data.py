@@ -4,7 +4,7 @@ rows = read_rows("openai/gsm8k", "train", "main")      from the hub, or its cach
 rows = read_rows("../shared/data/gsm8k", "train")      a folder: train.jsonl, train.parquet or data/train-*.parquet
 rows = read_rows("problems.jsonl", "train", None, [Column("n", text)])     one file, of any split
 
-Every value of the columns is looked at when it is read: what is no problem is one line with file, row and column.
+Every value of the columns is checked when it is read: a wrong one is one line with file, row and column.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS = (".jsonl", ".json", ".parquet")
 
 
 class BadValue(ValueError):
-    """A value that a column cannot hold. str(): what is wrong with it; remedy: what to do about it."""
+    """A value that a column must not hold. str(): what is wrong with it; remedy: what to do about it."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class BadValue(ValueError):
 class Column:
     """A column that a task reads.
 
-    read: the value as the task takes it; raises BadValue. key: what names the column in the YAML, if anything does.
+    read: the value as the task takes it; raises BadValue. key: the YAML key that names the column, if there is one.
     """
 
     name: str
@@ -55,7 +55,7 @@ class _Source:
 
 
 def read_rows(dataset: str, split: str, config: str | None = None, columns: Sequence[Column] = ()) -> Rows:
-    """The rows of a split with their columns as those read them. `config`: the dataset's configuration on the hub.
+    """The rows of a split, each column read by its `read`. `config`: the dataset's configuration on the hub.
 
     Raises ConfigError if they cannot be had, if there are none, or if a value is not what its column holds.
     """
@@ -69,7 +69,7 @@ def read_rows(dataset: str, split: str, config: str | None = None, columns: Sequ
 
 
 def text(value: Any) -> str:
-    """A text that says something."""
+    """A text that is not blank."""
     if value is None:
         raise BadValue("is null", "fill it in or take the row out")
     if not isinstance(value, str):
@@ -93,7 +93,7 @@ def whole_number(value: Any) -> int:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words."""
+    """The kind of a value, in words."""
     for kind, name in ((bool, "true or false"), (str, "a text"), (int, "a number"), (float, "a number")):
         if isinstance(value, kind):
             return name
@@ -108,7 +108,7 @@ def is_one_file(dataset: str) -> bool:
 
 
 def is_on_the_hub(dataset: str) -> bool:
-    """Whether the data is to be fetched: the name is that of no file or folder, and looks like none."""
+    """Whether the data must be fetched: the name is not that of a file or folder, and does not look like one."""
     return not Path(dataset).expanduser().exists() and not _looks_local(dataset)
 
 
@@ -123,7 +123,7 @@ def hold_out(rows: Rows, count: int, seed: str) -> tuple[Rows, Rows]:
 
 
 def rounds(rows: Sequence[T], count: int, seed: str) -> list[T]:
-    """`count` rows in an order by the seed: all of them before any comes again. Raises ValueError for no rows."""
+    """`count` rows in the seed's order: all of them once before any is repeated. Raises ValueError for no rows."""
     if not rows:
         raise ValueError("rows: none given; there is nothing to draw from")
     rng = random.Random(seed)
@@ -172,7 +172,7 @@ def _read_file(file: Path) -> _Source:
 
 
 def _parquet(file: Path) -> Rows:
-    """Its rows. Raises OSError for a file that is none."""
+    """The rows of a Parquet file. Raises OSError for any other file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -192,7 +192,7 @@ def _listed(text: str) -> list[Any] | None:
 
 
 def _lines(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
-    """One object a line; empty lines count, and are no rows."""
+    """One object per line; empty lines are counted, but are not rows."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -1,8 +1,8 @@
-"""A task's problems beside the run's batch and its chat template, looked at before a model is loaded.
+"""Whether a task's problems fit the run's batch and its chat template, checked before a model is loaded.
 
 check_problems(config, task)      ConfigError: too few for a batch, or prompts that the template cannot render or cuts
 
-`--plan` asks for what lies on this machine alone: `check_problems(config, task, network=False)`.
+`--plan` uses only what is on this machine: `check_problems(config, task, network=False)`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipes.tasks import Task
 def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> list[str]:
     """Raises ConfigError for data or prompts that the run would fail on. Reads the data, and the tokenizer's files.
 
-    network: False reads only what is on this machine. Returns a sentence for each thing that was not looked at.
+    network: False reads only what is on this machine. Returns a sentence for each thing that was not checked.
     """
     dataset = getattr(task.options, "dataset", None)
     if not network and dataset is not None and is_on_the_hub(dataset):
@@ -30,7 +30,7 @@ def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> li
 
 
 def _check_number(config: RunConfig, task: Task) -> None:
-    """TRL draws whole generation batches of different problems; of fewer it makes no batch, and no step."""
+    """TRL draws whole generation batches of different problems; from fewer it makes no batch, and so no step."""
     found, needed = len(task.train), problems_of_batch(config.grpo, config.model.loader)
     held_out = len(task.held_out)  # read in any case, so that what is wrong with it is said now
     if found >= needed:
@@ -116,5 +116,5 @@ def _no_tokenizer(config: RunConfig, error: Exception) -> Problem:
 
 
 def _key(config: RunConfig) -> str:
-    """What names the tokenizer."""
+    """The key that names the tokenizer."""
     return "model.name" if config.model.tokenizer is None else "model.tokenizer"

@@ -4,9 +4,9 @@
     completion  <think> … </think> <answer> (1 + 2) / 3 </answer>
     right       the answer uses every number exactly once and comes to the target, divided exactly
 
-Problems are made by the seed, each from numbers 1-99 put together step by step, so that each has a solution; or
-are read: TinyZero's own are `dataset: Jiayi-Pan/Countdown-Tasks-3to4`, columns `nums` and `target`. No held-out problem
-is trained on, in whatever order of its numbers. An answer is read by a parser of ours, never by `eval`.
+Problems are made from the seed, each by combining numbers 1-99 step by step, so that each has a solution; or they are
+read: TinyZero's own are `dataset: Jiayi-Pan/Countdown-Tasks-3to4`, columns `nums` and `target`. No held-out problem is
+trained on, in any order of its numbers. An answer is read by our own parser, never by `eval`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class TinyZero(Task):
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
-        """Right, and in the form asked for."""
+        """The right answer, and the form asked for."""
         return {"correct": self.correct, "format": format}
 
     def is_correct(self, completion: str, row: Row) -> bool:
@@ -170,7 +170,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _made(min_numbers: int, max_numbers: int, seed: str) -> Iterator[dict[str, Any]]:
-    """Problems without end, no two the same; three numbers alone make hundreds of thousands."""
+    """An endless stream of different problems; with three numbers there are hundreds of thousands."""
     rng = random.Random(seed)
     seen = set()
     while True:
@@ -182,7 +182,7 @@ def _made(min_numbers: int, max_numbers: int, seed: str) -> Iterator[dict[str, A
 
 
 def _put_together(numbers: Sequence[int], rng: random.Random) -> int:
-    """What the numbers come to when two at a time are joined by chance, every step a whole number from 0 up."""
+    """The result of combining two random numbers at a time, in which every step is a whole number of at least 0."""
     values = list(numbers)
     while len(values) > 1:
         rng.shuffle(values)

@@ -1,7 +1,7 @@
 """GSM8K: grade-school word problems whose answer is one number.
 
     prompt      the format asked for, and the question: as chat messages, or as plain text
-    completion  <reasoning> … </reasoning> <answer> 18 </answer>, a tag a line
+    completion  <reasoning> … </reasoning> <answer> 18 </answer>, a tag per line
     right       the one number in the answer tag equals the number after `####` in the data
 
 The rewards return shares of 1; their weights stand in the YAML under `task.rewards`. The defaults are those of
@@ -82,7 +82,7 @@ class Gsm8k(Task):
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
-        """Four of the form and one of the answer."""
+        """Four for the form and one for the answer."""
         return {
             "tag_count": tag_count,
             "soft_format": soft_format,
@@ -104,7 +104,7 @@ class Gsm8k(Task):
         return strict_answer(completion)
 
     def warm_start_examples(self, count: int) -> list[Example]:
-        """Train problems with the data's own solution as the reasoning; every one comes before any comes again."""
+        """Train problems with the data's own solution as the reasoning; all come once before any is repeated."""
         drawn = rounds(self._solved, count, f"gsm8k warm start {self.seed}")
         return [(self._prompt(row["question"]), solution_text(row["answer"])) for row in drawn]
 
@@ -199,7 +199,7 @@ _SOFT = re.compile(rf"\s*<reasoning>{_INSIDE}</reasoning>\s*<answer>{_INSIDE}</a
 
 
 def strict_format(completions: list[Any], **_: Any) -> list[float]:
-    """1 if the completion is the form asked for to the letter: each tag on a line of its own, nothing after."""
+    """1 if the completion has exactly the form asked for: each tag on its own line, nothing after."""
     return [float(_STRICT.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 
@@ -209,7 +209,7 @@ def soft_format(completions: list[Any], **_: Any) -> list[float]:
 
 
 def tag_count(completions: list[Any], **_: Any) -> list[float]:
-    """A quarter for each tag that stands there once, on its line; less 0.002 per character after the last."""
+    """A quarter for each tag that occurs once, on its own line; less 0.002 per character after the last."""
     return [_tags(text_of(completion)) for completion in completions]
 
 

@@ -1,9 +1,9 @@
 r"""Mathematics with a LaTeX answer: any dataset that has a column of problems and a column of answers.
 
-    prompt      the problem, and the wish for a final `\boxed{…}`
-    right       math-verify finds the boxed answer equal to the known one: 1/2, 0.5 and \frac{1}{2} are one
+    prompt      the problem, and the request for a final `\boxed{…}`
+    right       math-verify finds the boxed answer equal to the known one: 1/2, 0.5 and \frac{1}{2} are equal
 
-Each comparison has a time limit and its own process (recipes/rewards/math_verifier.py); one that runs out is no answer.
+A comparison has a time limit and its own process (recipes/rewards/math_verifier.py); past the limit it has no verdict.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Math(Task):
         return self._same(completion, row["answer"]) is True
 
     def is_correct_lenient(self, completion: str, row: Row) -> bool:
-        """Whether whatever math-verify takes for the final answer equals the answer, boxed or not."""
+        """Whether the final answer that math-verify finds, boxed or not, equals the answer."""
         return self._verifier.same(row["answer"], completion) is True
 
     def answer_of(self, completion: str) -> str | None:
-        """What the last box holds, as it is written: 1/2 and 0.5 are two votes."""
+        """The content of the last box as it is written: 1/2 and 0.5 are different votes."""
         return boxed(completion)
 
     def correctness(self, completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:

@@ -1,8 +1,8 @@
-"""A run's memory: what was planned, beside what was measured; and one page where it is not enough.
+"""A run's memory: what was planned, beside what was measured, and a page of advice where it is not enough.
 
 plan_of(config)                      the plan, or None for a model that it cannot count
 write_plan(plan, folder)             plan.json, before a model is loaded
-write_measured(folder, summary)      the measured peaks beside it, and a line a phase for the terminal
+write_measured(folder, summary)      the measured peaks beside it, and a line per phase for the terminal
 explain(error, …)                    an allocation that failed -> OutOfMemory, whose text is the page
 """
 
@@ -64,7 +64,7 @@ def write_plan(planned: Plan | None, folder: RunFolder) -> None:
 
 
 def write_measured(folder: RunFolder, summary: dict[str, Any]) -> list[str]:
-    """Adds the measured peaks, in bytes by the plan's phases, to plan.json. Returns a line a phase: both in GiB."""
+    """Adds the measured peaks, in bytes by the plan's phases, to plan.json. Returns a line per phase: both in GiB."""
     planned, peaks = folder.read_json(PLAN_FILE), _measured(summary)
     if planned is None or not peaks:
         return []
@@ -77,7 +77,7 @@ def write_measured(folder: RunFolder, summary: dict[str, Any]) -> list[str]:
 
 
 def _measured(summary: dict[str, Any]) -> dict[str, int]:
-    """Bytes by the plan's phases: of phases that it counts together, the higher peak."""
+    """Bytes by the plan's phases; for phases that it counts together, the higher peak."""
     figure, found = summary["memory_figure"], dict[str, int]()
     for phase in PHASES:
         mib = summary["memory"].get(phase, {}).get(figure)
@@ -122,7 +122,7 @@ def explain(
 
 
 def remedies(config: RunConfig, phase: str) -> list[str]:
-    """Settings to change, as on the command line, those first that the plan says save the most in this phase."""
+    """Settings to change, as on the command line; first those that by the plan save the most in this phase."""
     own = {
         "warm start": (
             "run.warm_start.batch_size",
@@ -149,7 +149,7 @@ def remedies(config: RunConfig, phase: str) -> list[str]:
 
 
 def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Setting | None]]:
-    """Each change as an override, and the setting that it makes; None where that is not to be had in a moment."""
+    """Each change as an override, and the resulting setting; None where that cannot be computed quickly."""
     grpo, model = config.grpo, config.model
 
     def changed(**values: Any) -> Setting | None:
@@ -178,7 +178,7 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
 
 
 def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
-    """The plan beside what was measured, a line a phase."""
+    """The plan beside what was measured, a line per phase."""
     try:
         phases = plan(config).memory.phases
     except Exception:  # a page without the plan is better than none
@@ -192,7 +192,7 @@ def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
 
 
 def _checkpoint(trainer: Any, phase: str) -> str:
-    """Saves the state after the last whole step, and says where. Not from within the optimizer, which half updates."""
+    """Saves the state after the last whole step, and says where. Not within the optimizer, whose update is partial."""
     step, place = trainer.state.global_step, Path(trainer.args.output_dir)
     path = place / f"checkpoint-{step}"
     if path.is_dir():

@@ -1,10 +1,10 @@
 """Attention over packed rows, through transformers' registry: no model's code is touched.
 
-    CPU    one group a row and a dense mask, which the model's own attention takes as it is
+    CPU    one group per row and a dense mask, which the model's own attention accepts
     CUDA   all groups in one row, torch's varlen_attn: a segment's keys are its prompt's, gathered, and its own
 
-A layout that attention needs travels with the call as a keyword argument, not in a global: gradient checkpointing runs
-the attention again during the backward, long after the forward returned.
+The layout travels with the call as a keyword argument, not in a global: gradient checkpointing runs the attention again
+during the backward, long after the forward has returned.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def leave_varlen(model: Any) -> None:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Its own and its text model's, which may be the same."""
+    """The model's configuration and that of its text model, which may be the same."""
     return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
 
 
 def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
-    """What to pass as ``attention_mask`` with one group a row: (R, 1, L, L), by kind of layer where there are two.
+    """The ``attention_mask`` with one group per row: (R, 1, L, L), by kind of layer where there are two.
 
     Args:
         packed: on the model's device.
@@ -90,7 +90,7 @@ def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions, which models hand on as it is instead of making one; varlen does not look at it."""
+    """A mask of four dimensions, which models pass on unchanged instead of making one; varlen ignores it."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 

@@ -1,19 +1,18 @@
-"""TRL's GRPOTrainer, computing of a step only what has to be computed. The loss stays TRL's, line for line.
+"""TRL's GRPOTrainer, computing only what a step needs. The loss stays TRL's, line for line.
 
     _prepare_inputs     shuffles groups where TRL shuffles sequences, and joins the micro-batches of an accumulation
-                        window to bins under a token budget; micro-batches that wait for their bin's last are idle
-    _compute_loss       one packed forward for a bin, then TRL's own loss on each of its micro-batches, whole: no
-                        normaliser and no metric has to be mended
-    _get_per_token_logps_and_entropies    those of the bin, to TRL's loss; a packed forward, to everybody else
+                        window into bins under a token budget; a bin is computed with its last micro-batch
+    _compute_loss       one packed forward per bin, then TRL's own loss on each of its whole micro-batches, so that
+                        no normaliser and no metric has to be corrected
+    _get_per_token_logps_and_entropies    the bin's, for TRL's loss; by a packed forward, for any other caller
 
-A completion whose advantage is zero is left out of the forward where nothing but its advantage carries a gradient:
-TRL's loss is given a log-probability of 0 for its tokens, new and old, hence a ratio of 1, times 0. It goes on
-counting in normalisers and in clip ratios; `entropy` is the mean of what was computed.
+A completion whose advantage is zero is left out of the forward where its gradient comes from the advantage alone: TRL's
+loss is given a log-probability of 0 for its tokens, new and old, hence a ratio of 1, times 0. It still counts in
+normalisers and in clip ratios; `entropy` is the mean of what was computed.
 
 Log-probabilities of the old policy are the detached ones of the loss pass, as long as no update lies between sampling
-and loss: TRL's pass for them is left out, and vLLM's importance ratio is formed here instead. The micro-batches of
-later windows are scored once, when they were sampled, in the bins that their loss will use: the same numbers to the
-bit.
+and loss: TRL's pass for them is skipped, and vLLM's importance ratio is formed here instead. The micro-batches of later
+windows are scored once, right after sampling, in the bins that their loss will use: the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ else:
 
 
 class Scores(NamedTuple):
-    """By completion token, (B, K); 0 where there is none, or the row was not computed."""
+    """Results per completion token, (B, K); 0 where there is no token, or the row was not computed."""
 
     logps: Tensor
     entropies: Tensor | None
@@ -78,7 +77,7 @@ class PackedStep(_Trainer):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: Any) -> MicroBatch:
-        """TRL's, without its pass for the old log-probabilities."""
+        """TRL's method, without its pass for the old log-probabilities."""
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction
@@ -94,9 +93,8 @@ class PackedStep(_Trainer):
             return self._generate_and_score_completions(generation_batch)
         count = self.args.steps_per_generation
         index = self._step % count
-        end = min(
-            count, index + self.current_gradient_accumulation_steps - self._place
-        )  # of window, or rollout
+        # The end of the window, or of the rollout.
+        end = min(count, index + self.current_gradient_accumulation_steps - self._place)
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
             self._rollout = Rollout.shuffled(
@@ -108,7 +106,7 @@ class PackedStep(_Trainer):
         return self._rollout.bin_ending_with(index)
 
     def _only_by_advantage(self) -> bool:
-        """Whether a completion reaches loss and metrics through its advantage alone, the entropy metric aside."""
+        """Whether a completion affects loss and metrics only through its advantage, the entropy metric aside."""
         return (
             self.beta == 0.0
             and not self._entropy_bonus_enabled
@@ -132,7 +130,7 @@ class PackedStep(_Trainer):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """TRL's, with an eye on where an accumulation window begins and ends."""
+        """TRL's method, which also keeps track of where an accumulation window begins and ends."""
         if self._place == 0:
             self._meter.begin()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -208,7 +206,7 @@ class PackedStep(_Trainer):
         compute_aux_loss: bool = False,
         **modalities: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """TRL's signature and result. ``batch_size`` is not needed: without a gradient, the token budget rules."""
+        """TRL's signature and result. Rows are cut by the token budget, not by ``batch_size``."""
         if self._scores is not None:
             scores, self._scores = self._scores, None
             return scores.logps, scores.entropies, None
@@ -226,9 +224,8 @@ class PackedStep(_Trainer):
             self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
             for run in bins
         ]
-        logps = torch.stack([scores.logps for scores in found]).sum(
-            0
-        )  # each row is computed once, 0 elsewhere
+        # Each row is computed once, and 0 elsewhere.
+        logps = torch.stack([scores.logps for scores in found]).sum(0)
         entropies = [scores.entropies for scores in found if scores.entropies is not None]
         return logps, torch.stack(entropies).sum(0) if entropies else None, None
 
@@ -236,7 +233,7 @@ class PackedStep(_Trainer):
         self, model: Any, batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, entropy: bool
     ) -> Scores:
         """One packed forward of ``rows``, through the module that was wrapped for training."""
-        if not rows:  # every completion masked: zeros that hang on the model, by TRL's forward of one row
+        if not rows:  # every completion masked: zeros with a gradient path, by TRL's forward of one row
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model,
                 batch.input_ids[:1],
@@ -293,7 +290,7 @@ class PackedStep(_Trainer):
         self.__class__ = order[order.index(PackedStep) + 1]
 
     def _causal_model(self, model: Any) -> Any:
-        """The causal language model in all that wraps it."""
+        """The causal language model inside its wrappers."""
         inner = self.accelerator.unwrap_model(model)
         return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
@@ -304,7 +301,7 @@ class PackedStep(_Trainer):
 
 @contextmanager
 def _only_states(backbone: torch.nn.Module, states: Tensor) -> Iterator[None]:
-    """Let a model's head see these states (M,) of its backbone's grid, as one row; a state may come more than once."""
+    """Let a model's head see these states (M,) of its backbone's grid as one row; a state may occur more than once."""
 
     def select(module: Any, arguments: Any, output: Any) -> Any:
         hidden = output.last_hidden_state  # (R, L, H)
@@ -319,5 +316,5 @@ def _only_states(backbone: torch.nn.Module, states: Tensor) -> Iterator[None]:
 
 
 def packed(trainer_class: type) -> type:
-    """The class of TRL's trainer with the packed step before it."""
+    """TRL's trainer class with the packed step mixed in."""
     return type(f"Packed{trainer_class.__name__}", (PackedStep, trainer_class), {})

@@ -1,4 +1,4 @@
-"""Where the packed step is exact, decided before training: a table of architectures and what must not be on."""
+"""Where the packed step is exact, decided before training: a table of architectures, and options that rule it out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-# Attention over whole prefixes alone, relative positions, nothing that a batch or a row's length changes. Each is
-# tested against TRL's padded way in float64 (tests/recipes/training/test_packed_step.py).
+# Attention only over whole prefixes, relative positions, nothing that depends on the batch or on a row's length. Each
+# is tested against TRL's padded way in float64 (tests/recipes/training/test_packed_step.py).
 ARCHITECTURES = frozenset(
     {
         "cohere", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3",
@@ -20,11 +20,8 @@ ARCHITECTURES = frozenset(
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # whose angles depend on the longest row of a batch
 _IMAGES = {"image", "images"}  # columns that TRL's trainer knows
 _LARGEST_HEAD = 256  # of torch's varlen attention
-_LOOPS = (
-    "tools",
-    "rollout_func",
-    "environment_factory",
-)  # TRL's ways to write into a completion from outside
+# TRL's ways to write into a completion from outside.
+_LOOPS = ("tools", "rollout_func", "environment_factory")
 
 
 def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
@@ -33,7 +30,7 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
     Args:
         given: what TRL's GRPOTrainer is made with: ``model``, ``args`` and what else there is. ``peft_config`` stands
             for adapters that the trainer will put on.
-        varlen: one row with variable-length attention; else a row a group with a dense mask.
+        varlen: one row with variable-length attention; else one row per group with a dense mask.
     """
     reasons = (_of_the_run(given), _of_the_model(given["model"], given.get("peft_config"), varlen))
     return next(chain(*reasons), None)
@@ -78,9 +75,8 @@ def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
     if not varlen and implementation not in ("sdpa", "eager"):
         yield f"{implementation} takes no dense mask; set model.attn_implementation: sdpa"
     if varlen:
-        if (
-            getattr(text, "attn_logit_softcapping", None) and implementation != "sdpa"
-        ):  # sdpa does not cap either
+        # sdpa does not cap either.
+        if getattr(text, "attn_logit_softcapping", None) and implementation != "sdpa":
             yield "torch's variable-length attention has no softcap"
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if head > _LARGEST_HEAD:

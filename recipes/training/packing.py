@@ -1,10 +1,10 @@
 """Where tokens lie when every prompt is kept once: the layout of a packed batch, and the bins of a step.
 
-    padded, as TRL hands it over        packed, one row a group
+    padded, as TRL hands it over        packed, one row per group
     . p1 p2 a1 a2 a3                    p1 p2 | a1 a2 | b1
     . p1 p2 b1 b2  .                    the last token of a completion predicts nothing, so it is not there
 
-A completion's tokens see their prompt and themselves; their positions go on from the prompt's end. The
+A completion's tokens see their prompt and their own completion; their positions continue from the prompt's end. The
 prompt's last state scores the first token of each of its completions.
 """
 
@@ -33,7 +33,7 @@ class PaddedBatch:
 
 
 class Lengths(NamedTuple):
-    """What planning needs to know of a batch, on the host."""
+    """What planning needs to know about a batch, on the host."""
 
     prompt: Tensor  # (B,) tokens of each prompt
     completion: Tensor  # (B,)
@@ -90,8 +90,8 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     """Lay out ``rows`` of a padded batch.
 
     Args:
-        rows: the rows to compute, each with a completion token at least.
-        one_row: all groups in one row, with :class:`VarlenKeys`; else a row a group, as long as the longest.
+        rows: the rows to compute, each with at least one completion token.
+        one_row: all groups in one row, with :class:`VarlenKeys`; else one row per group, as long as the longest.
     """
     width, completion_width = batch.input_ids.shape[1], batch.completion_width
     row = torch.as_tensor(rows, dtype=torch.long)

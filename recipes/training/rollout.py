@@ -1,4 +1,4 @@
-"""The completions of one generation, as a packed step sees them: micro-batches, joined to bins."""
+"""The completions of one generation, as a packed step sees them: micro-batches, joined into bins."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ class Rollout:
 
     @property
     def count(self) -> int:
-        """Micro-batches."""
+        """The number of micro-batches."""
         return len(self.parts)
 
     @property
     def size(self) -> int:
-        """Rows of a micro-batch."""
+        """The number of rows of a micro-batch."""
         return len(self.live) // self.count
 
     def cut(self, run: range) -> list[range]:
-        """Bins of consecutive micro-batches without an update between them. A row at least is computed."""
+        """Bins of consecutive micro-batches without an update between them. At least one row is computed."""
         rows = torch.arange(run.start * self.size, run.stop * self.size)
-        if not self.live[rows].any():  # gradients of zero are to be computed, by as little as possible
+        if not self.live[rows].any():  # gradients of zero must exist: compute as little as possible
             length = self.lengths.completion[rows]
             shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
             self.live[shortest] = self.lengths.completion[shortest] > 0
@@ -99,7 +99,7 @@ class Bin:
 
     @property
     def rows(self) -> slice:
-        """Of the rollout."""
+        """Its rows within the rollout."""
         return slice(self.run.start * self.rollout.size, self.run.stop * self.rollout.size)
 
     @property
@@ -119,7 +119,7 @@ class Bin:
 
     @cached_property
     def lengths(self) -> Lengths:
-        """Of its rows."""
+        """The lengths of its rows."""
         return Lengths(*(x[self.rows] for x in self.rollout.lengths))
 
     @cached_property

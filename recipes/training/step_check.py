@@ -1,11 +1,11 @@
 """The step's start-up check: one real micro-batch, packed and by TRL's padded way, on the loaded model.
 
     the packed step      -> log-probabilities, and the gradients of a few parameters
-    TRL, padded          -> the same, which the packed step is held against
+    TRL, padded          -> the same, with which the packed step is compared
     TRL, row by row      -> the same, as a yardstick: what padding alone changes in this precision
 
-The packed step may differ from TRL's padded way by three times what TRL's rows alone do, plus a floor that depends on
-the precision.
+The packed step may differ from TRL's padded way by three times as much as TRL's single rows do, plus a floor that
+depends on the precision.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def _row(batch: PaddedBatch, row: int) -> PaddedBatch:
 
 
 def _some(parameters: list[Tensor]) -> list[Tensor]:
-    """The first, the last, and some between."""
+    """The first, the last, and some in between."""
     count = min(PARAMETERS, len(parameters))
     return [parameters[i * (len(parameters) - 1) // max(1, count - 1)] for i in range(count)]
 
 
 def _errors(found: Result, expected: Result, mask: Tensor) -> dict[str, float]:
-    """Of a log-probability, in nats, as a root mean square; of the gradient, in proportion to its norm."""
+    """The errors of log-probabilities, in nats, as a root mean square, and of the gradient, relative to its norm."""
     difference = (found[0] - expected[0]) * mask
     return {
         "logprob_error": float((difference.square().sum() / mask.sum()).sqrt()),

@@ -1,4 +1,4 @@
-"""Which step a run takes: the packed one where it is exact, TRL's by name elsewhere. It is said, and kept."""
+"""Which step a run takes: the packed one where it is exact, else TRL's, with the reason. The choice is recorded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
 
 
 def planned_budget(config: RunConfig, device: torch.device) -> int | None:
-    """Tokens of a bin, as `recipes.plan.plan.token_budget` has them, from the memory that is there for this run."""
+    """Tokens of a bin, by `recipes.plan.plan.token_budget`, from the memory that is available to this run."""
     from recipes.plan.plan import RESERVE, token_budget
     from recipes.plan.setting import Setting
 

@@ -1,8 +1,8 @@
-"""A step of the longest prompt and the longest completions in a full batch, before the first one, without an update.
+"""Before the first step, one with the longest prompt and the longest completions in a full batch, without an update.
 
-What does not fit fails here, within the first minute, and not after hours, at the first batch in which everything is
-long. Gradients are thrown away; the optimizer's state, which is made at the first update, is stood in for by as many
-bytes; completions are not generated. Nothing that the run draws or records afterwards is another for it.
+What does not fit fails here, within the first minute, and not hours later at the first batch in which everything is
+long. Gradients are discarded; as many bytes stand in for the optimizer's state, which is made at the first update;
+completions are not generated. Nothing that the run draws or records afterwards changes because of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipes.training.session import Session
 
 PHASE = "a worst-case step before the first: forward"
 LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
-# Of TRL's trainer and the packed step's: what a step leaves for the next.
+# Attributes of TRL's trainer and of the packed step that one step leaves for the next.
 STATE = ("_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap")
 
 
@@ -39,7 +39,7 @@ def require_room(session: Session, trainer: Any) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # What else may be wrong with a batch that is made up here says nothing about real ones.
+            # Any other error may come from the made-up batch, and says nothing about real ones.
             print(f"No worst-case step could be taken: {type(error).__name__}: {error}", flush=True)
             return
     prompt, completion = batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
@@ -51,7 +51,7 @@ def require_room(session: Session, trainer: Any) -> None:
 
 
 def worst_case(session: Session, trainer: Any) -> dict[str, Any]:
-    """What TRL's trainer hands to its loss, (B, P) prompts and (B, K) completions, each as long as any may be."""
+    """The batch that TRL's trainer passes to its loss: prompts (B, P) and completions (B, K), as long as possible."""
     arguments, device = trainer.args, trainer.accelerator.device
     rows, completion = (
         arguments.per_device_train_batch_size * arguments.steps_per_generation,
@@ -60,9 +60,8 @@ def worst_case(session: Session, trainer: Any) -> dict[str, Any]:
     prompt = longest_prompt(session)
     group = torch.arange(rows) // trainer.num_generations
     prompts = prompt.repeat(rows, 1)
-    prompts[:, 0] = (prompts[:, 0] + group) % trainer.model.get_input_embeddings().weight.shape[
-        0
-    ]  # no two the same
+    # No two groups have the same prompt.
+    prompts[:, 0] = (prompts[:, 0] + group) % trainer.model.get_input_embeddings().weight.shape[0]
     completions = prompt[-1].repeat(rows, completion)
     ones = torch.ones(rows, completion, device=device)
     batch: dict[str, Any] = {
@@ -90,7 +89,7 @@ def longest_prompt(session: Session) -> torch.Tensor:
 
 
 def _take(trainer: Any) -> None:
-    """Forward and backward of the first micro-batches, till one was added to another's gradients."""
+    """Forward and backward of the first micro-batches, until one has been added to another's gradients."""
     computed = 0
     for index in range(min(trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation)):
         trainer._step = trainer._place = index
@@ -133,7 +132,7 @@ def _undisturbed(trainer: Any, batch: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _optimizer_state(session: Session, trainer: Any) -> Iterator[None]:
-    """As many bytes as the plan counts for it, held."""
+    """Holds as many bytes as the plan counts for the optimizer's state."""
     planned = session.folder.read_json(PLAN_FILE)
     size = 0 if planned is None else planned["parts"]["optimizer"]
     held = torch.empty(size, dtype=torch.uint8, device=trainer.accelerator.device)
