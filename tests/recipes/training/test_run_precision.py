@@ -48,7 +48,8 @@ def computed_in(monkeypatch):
 
     def forward(self, x):
         out = original(self, x)
-        seen.add(out.dtype)
+        if out.device.type != "meta":  # where the plan counts sizes
+            seen.add(out.dtype)
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
