@@ -128,7 +128,6 @@ def test_pickled_weights_are_not_unpickled(tmp_path, model, mark, without_unslot
         shutil.copytree(model, place)
         (place / "model.safetensors").unlink()
         torch.save({"weight": Pickled(mark)}, place / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        train_grpo.main(["--config", CONFIG, "--evaluate", str(place)])
-        pytest.fail(capsys.readouterr().err + "Weights only")  # a refusal in words
+    assert train_grpo.main(["--config", CONFIG, "--evaluate", str(place)]) == 1
+    assert "pickle" in capsys.readouterr().err
     assert not mark.exists()
