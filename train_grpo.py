@@ -107,8 +107,6 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     from recipes.training.warm_start import begin_supervised
 
     task = config.make_task()
-    check_problems(config, task)
-    planned = plan_of(config)
     begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
     if begun is not None:
         require_same(config, begun)
@@ -117,6 +115,8 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
             return None
         print(f"Resuming from {begun.checkpoint}", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
+    check_problems(config, task)
+    planned = plan_of(config)
     if begun is not None:
         begun.begin_session(config)
     folder = begun or RunFolder.create(config.run.output_root, config.run.name, config)
