@@ -107,8 +107,6 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     from recipes.training.warm_start import begin_supervised
 
     task = config.make_task()
-    check_problems(config, task)
-    planned = plan_of(config)
     begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
     if begun is not None:
         require_same(config, begun)
@@ -117,6 +115,8 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
             return None
         print(f"Resuming from {begun.checkpoint}", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
+    check_problems(config, task)
+    planned = plan_of(config)
     if begun is not None:
         begun.begin_session(config)
     folder = begun or RunFolder.create(config.run.output_root, config.run.name, config)
@@ -132,6 +132,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
 
 def optimise(session: Session) -> Trained:
     """GRPO from the first step, or the last checkpoint, to the last step or whatever ends it before."""
+    from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
@@ -161,7 +162,8 @@ def optimise(session: Session) -> Trained:
                 restore(trainer, checkpoint)
                 tracker.drop_after(trainer.state.global_step)
             else:
-                trainer.train(resume_from_checkpoint=str(checkpoint))
+                with no_foreign_code("", str(checkpoint)):
+                    trainer.train(resume_from_checkpoint=str(checkpoint))
             if _took_every_step(trainer):
                 _save(trainer, folder.final)  # first: the evaluation may be cut off
                 if not interruption.asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,12 +11,16 @@ from recipes.problems import ConfigError, Problem
 
 @contextmanager
 def no_foreign_code(key: str, name: str) -> Iterator[None]:
-    """Around `from_pretrained(…, trust_remote_code=False)`: its refusal without its advice to trust the code.
+    """Around whatever loads a checkpoint: its refusals, without their advice to trust the code all the same.
 
+    Loading is told `trust_remote_code=False`, and pickles are read by torch's `weights_only`, its default.
     Raises ConfigError, under `key`, for a checkpoint that cannot be loaded without code of its own.
     """
     try:
         yield
+    except pickle.UnpicklingError as error:
+        message = "holds a pickle that is damaged, or runs code when it is read; it was not"
+        raise ConfigError([Problem(key, message, name, "take a checkpoint in safetensors")]) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
