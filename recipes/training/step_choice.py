@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.generation import token_ids
 from recipes.problems import ConfigError, Problem
@@ -87,9 +88,9 @@ def _check(session: Session, trainer: Any) -> str | None:
     )
     try:
         found = check_step(trainer, prompts)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # a kernel that does not take this model's heads, or this card
+        if is_out_of_memory(error):
+            raise
         found = {"passed": False, "error": str(error)}
     name = "head_check.json"
     path = session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": found})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from in_double import InDouble
 from peft import LoraConfig
-from rollouts import Fed, PackedFed, model_of, rollout, trainer_of
+from rollouts import Fed, PackedFed, Step, model_of, rollout, run, trainer_of, varlen_by_segment
 
 from memhead.integrations import trl as memhead_trl
 from recipes.models.load import character_tokenizer
@@ -37,14 +37,6 @@ class Pair(NamedTuple):
                     if hasattr(owner, name):
                         setattr(owner, name, value)
             trainer._entropy_bonus_enabled = trainer.entropy_coef != 0.0
-
-
-class Step(NamedTuple):
-    """What came of one accumulation window."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    metrics: dict[str, float]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,35 +78,6 @@ def pairs(tmp_path_factory):
         return pair
 
     return get
-
-
-def run(trainer: Any, fed: dict[str, Any], windows: int) -> list[Step]:
-    """Train `windows` windows on one rollout, with plain steps along the gradient; the model is put back after it."""
-    model = trainer.model
-    before = [p.detach().clone() for p in model.parameters()]
-    model.train()
-    trainer.fed, trainer._step, trainer._place, trainer._rollout = fed, 0, 0, None
-    trainer._buffered_inputs = None
-    trainer.current_gradient_accumulation_steps = window = trainer.args.gradient_accumulation_steps
-    steps = []
-    for _ in range(windows):
-        trainer._metrics["train"] = defaultdict(list)
-        loss = 0.0
-        for place in range(window):
-            trainer.accelerator.gradient_state._set_sync_gradients(place == window - 1)
-            loss += float(trainer.training_step(model, None, None))
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        metrics = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
-        steps.append(Step(loss, gradients, metrics))
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p -= 0.02 * p.grad / (1e-3 + p.grad.abs().max())
-        model.zero_grad()
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.copy_(value)
-    return steps
 
 
 def compare(pair: Pair, fed: dict[str, Any], *, windows: int, left_out: bool = False) -> list[Step]:
@@ -322,25 +285,6 @@ def test_gradient_checkpointing(pairs):
         compare(pair, rollout("shared", "some"), windows=1, left_out=True)
     finally:
         pair.trl.model.gradient_checkpointing_disable()
-
-
-def varlen_by_segment(
-    query, key, value, query_ends, key_ends, longest_query, longest_keys, *, scale, window_size
-):
-    """What torch's varlen_attn computes: segments, each causal from the bottom right, with a window to the left."""
-    pieces = []
-    for (q0, q1), (k0, k1) in zip(
-        itertools.pairwise(query_ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
-    ):
-        q, (k, v) = query[q0:q1].transpose(0, 1), (x[k0:k1].transpose(0, 1) for x in (key, value))
-        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        seen = (distance >= 0) if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-        pieces.append((scores.softmax(-1) @ v).transpose(0, 1))
-        assert q1 - q0 <= longest_query
-        assert k1 - k0 <= longest_keys
-    return torch.cat(pieces)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "gemma3"])
