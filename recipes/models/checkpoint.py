@@ -17,7 +17,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
 
     trained: the run's model section. An adapter's base is quantised as in training; Unsloth's is by its name.
-    Raises FileNotFoundError if the folder is no checkpoint, ConfigError if code of the model's own would have to be run.
+    Raises FileNotFoundError if the folder is no checkpoint, ConfigError if code of the model's own would have to run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
