@@ -73,17 +73,22 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
         return EXIT_STATUS
 
     from memhead.integrations.handle import HeadBypassed
+    from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
     from recipes.training.session import RunError
 
+    session = None
     try:
-        with explained(config):
+        with explained(config), sigterm_as_ctrl_c():
             session = begin(config, resume=resume)
-            if session is None:
-                return 0
+        if session is None:
+            return 0
+        with explained(config):
             trained = optimise(session)
+        return finish(session, trained, command)
     except KeyboardInterrupt:
-        print("\nStopped before training began; run the same command again.", file=sys.stderr)
+        when = " before training began; run the same command again" if session is None else ""
+        print(f"\nStopped{when}.", file=sys.stderr)
         return 130
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -91,7 +96,6 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
-    return finish(session, trained, command)
 
 
 def begin(config: RunConfig, *, resume: bool) -> Session | None:
@@ -99,9 +103,10 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     from recipes.models import load
     from recipes.models.prompts import check_problems
     from recipes.tracking.run_folder import RunFolder
+    from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
     from recipes.training.memory import plan_of, write_plan
-    from recipes.training.resume import is_finished, model_to_load, require_same
+    from recipes.training.resume import is_finished, model_to_load, require_same, what_changed
     from recipes.training.rewards import prepare
     from recipes.training.session import Session
     from recipes.training.warm_start import begin_supervised
@@ -113,7 +118,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
         if is_finished(config, begun):
             print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
             return None
-        print(f"Resuming from {begun.checkpoint}", flush=True)
+        print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
     planned = plan_of(config)
@@ -124,6 +129,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer)
+    require_finite(session)
     if config.run.warm_start is not None and folder.checkpoint is None:
         begin_supervised(session, config.run.warm_start)
     require_exact_head(session)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from recipes.models.checkpoint import require_base
+from recipes.models.checkpoint import require_base, with_adapter
 from recipes.models.foreign import no_foreign_code
 from recipes.problems import ConfigError, visible
 from recipes.report.model_card import model_card
@@ -82,11 +82,11 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 
 def _with_adapter(final: Path, base: str | None) -> Any:
     """The model of an adapter, on its own base or on another one with the same weights unquantised."""
-    from peft import AutoPeftModelForCausalLM, PeftModel
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     if base is None:
-        return AutoPeftModelForCausalLM.from_pretrained(final, dtype="auto", trust_remote_code=False)
+        return with_adapter(final)
     unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
     return PeftModel.from_pretrained(unquantised, final)
 

@@ -236,6 +236,10 @@ class RunSection(Section):
         description="before the first step: the head against full logits, and a step of the longest prompt and "
         "completions without an update, to see that it fits; false skips both",
     )
+    max_bad_steps: Positive = Field(
+        3,
+        description="steps in a row whose loss or gradient is not finite, each skipped, after which the run stops",
+    )
     warm_start: WarmStartConfig | None = Field(None, description="supervised training first; null: none")
     evaluation: EvaluationConfig = Field(
         default_factory=lambda: EvaluationConfig(), description="accuracy on held-out problems"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_NEXT_TO_NOTHING = 2**20  # bytes: with less, whatever failed in writing failed by that
 
 
 class LinesFile:
@@ -16,22 +22,32 @@ class LinesFile:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a line. After Ctrl-C or a crash every line written before is there, whole."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
+        """Adds a line. After Ctrl-C or a crash every line written before is there, whole. Raises CannotWrite."""
+        line = (json.dumps(plain(record), ensure_ascii=False) + "\n").encode()
+        with naming_what_failed(self.path), self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(whole)  # half a line would spoil the next one
+                raise
 
     def read(self) -> list[dict[str, Any]]:
-        """All records. A last line that was cut off in the middle is left out."""
+        """All records. What cannot be read is left out: `unreadable` has its lines."""
+        return [record for record in self._lines() if record is not None]
+
+    def unreadable(self) -> list[int]:
+        """The numbers of lines, from 1, that were cut off or overwritten."""
+        return [number for number, record in enumerate(self._lines(), 1) if record is None]
+
+    def _lines(self) -> Iterator[dict[str, Any] | None]:
         if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines[:-1] if line]
-        if lines[-1]:
-            try:
-                records.append(json.loads(lines[-1]))
-            except json.JSONDecodeError:
-                pass  # the process was killed while it wrote this line
-        return records
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if line:
+                yield _record(line)
 
     def rewrite(self, records: list[dict[str, Any]]) -> None:
         """Replaces the file by these records, whole or not at all."""
@@ -71,11 +87,41 @@ class MetricsFile(LinesFile):
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes to a file beside it and renames that, so that a reader never sees half of it."""
+    """Writes to a file beside it and renames that, so that a reader never sees half of it. Raises CannotWrite."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with naming_what_failed(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     return path
+
+
+class CannotWrite(OSError):
+    """A file could not be written; the message says which, why, and what to do."""
+
+
+@contextmanager
+def naming_what_failed(place: Path) -> Iterator[None]:
+    """Turns what torch, safetensors and the system say of a failed write into one line. Raises CannotWrite."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except Exception as error:  # SafetensorError, RuntimeError of torch.save, OSError
+        free = shutil.disk_usage(next(path for path in place.absolute().parents if path.exists())).free
+        if not isinstance(error, OSError) and free > _NEXT_TO_NOTHING and "I/O" not in str(error):
+            raise
+        raise CannotWrite(
+            f"{place} could not be written, {free / 2**20:,.1f} MiB are free there: {error}; make room, or move the "
+            "run to another disk (run.output_root); --resume goes on from the last whole checkpoint"
+        ) from error
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def plain(value: Any) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from recipes.config.source import read_file
-from recipes.problems import ConfigError
+from recipes.models.manifest import MANIFEST, STATE, damage
+from recipes.problems import ConfigError, Problem
 from recipes.tracking.environment import environment
 from recipes.tracking.files import LinesFile, MetricsFile, plain, write_whole
-
-STATE = "trainer_state.json"  # what the trainer writes into a checkpoint last
+from recipes.tracking.lock import lock
 
 
 class RunFolder:
@@ -21,10 +23,15 @@ class RunFolder:
         self.path = Path(path)
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.completions = LinesFile(self.path / "completions.jsonl")
+        self._damaged: list[Path] = []  # checkpoints that were read and are passed over
+        self._lock: Any = None  # held as long as this object lives
 
     @classmethod
     def create(cls, root: str | Path, name: str, config: Any = None) -> RunFolder:
-        """Makes `root/name`, or `root/name-2`, `-3`, … if that exists, and begins its first session."""
+        """Makes `root/name`, or `root/name-2`, `-3`, … if that exists, and begins its first session.
+
+        Raises ConfigError where no folder can be made.
+        """
         folder = cls(_make_next(Path(root), name, len(existing(Path(root), name))))
         folder.begin_session(config)
         return folder
@@ -34,7 +41,8 @@ class RunFolder:
         """The latest of `root/name`, `root/name-2`, … that has a checkpoint; nothing is written yet.
 
         A folder without one is passed over: a second start by mistake must not hide the first.
-        Raises FileNotFoundError if there is none.
+        A damaged checkpoint is named on the terminal, and the one before it taken. Raises FileNotFoundError if there
+        is none.
         """
         folders = [cls(path) for path in existing(Path(root), name)]
         if not folders:
@@ -42,18 +50,24 @@ class RunFolder:
                 f"no run named {name!r} in {root} to resume; leave --resume out to begin one"
             )
         for folder in reversed(folders):
-            if folder.checkpoint is not None:
+            if folder._has_sound_checkpoint():
                 return folder
         places = ", ".join(str(folder.path / "checkpoints") for folder in folders)
         raise FileNotFoundError(
-            f"no checkpoint to resume from in {places}; leave --resume out to begin again"
+            f"no whole checkpoint to resume from in {places}; leave --resume out to begin again"
         )
 
     def begin_session(self, config: Any = None) -> None:
         """Writes config.yaml from a RunConfig, and versions and machine as environment.json.
 
         Those of the session before are kept as environment.1.json and so on, its configuration where it differs.
+        Raises BlockingIOError, naming the process, if another one is at work here.
         """
+        self._lock = self._lock or lock(self.path)
+        for place in self._damaged:  # out of the way of the one that will be written in its place
+            place.rename(_free(place.with_name(f"damaged-{place.name}")))
+        self._damaged.clear()
+        self._say_what_is_missing()
         self._keep("environment.json")
         self.write_json("environment.json", environment())
         path = self.path / "config.yaml"
@@ -62,11 +76,38 @@ class RunFolder:
         self._keep("config.yaml")
         write_whole(path, config.to_yaml())
 
+    def _say_what_is_missing(self) -> None:
+        """Lines that were cut, and steps before the checkpoint of which no line is left: reports go without them."""
+        for file in (self.metrics, self.completions):
+            if lines := file.unreadable():
+                numbers = ", ".join(map(str, lines))
+                print(f"{file.path}: line {numbers} was cut off or overwritten and is left out", flush=True)
+        records = self.metrics.read()
+        last = max((record.get("step", 0) for record in records), default=0)
+        if self.step - last >= max((record.get("steps", 1) for record in records), default=1):
+            print(
+                f"{self.metrics.path} ends at step {last}, the checkpoint at {self.step}: the steps between are lost"
+            )
+
     @property
     def checkpoint(self) -> Path | None:
-        """The latest whole checkpoint, if there is one."""
-        states = self.path.glob(f"checkpoints/checkpoint-*/{STATE}")
-        return max((state.parent for state in states), key=_number, default=None)
+        """The latest checkpoint, but for those found damaged, if there is one."""
+        whole = [place for place in self._checkpoints() if (place / MANIFEST).is_file()]
+        return max((place for place in whole if place not in self._damaged), key=_number, default=None)
+
+    def _checkpoints(self) -> list[Path]:
+        places = self.path.glob("checkpoints/checkpoint-*")
+        return sorted((place for place in places if place.name[11:].isdecimal()), key=_number)
+
+    def _has_sound_checkpoint(self) -> bool:
+        """Reads checkpoints, the latest first, until one is whole; the others are passed over by name."""
+        for place in reversed(self._checkpoints()):
+            found = damage(place)
+            if not found:
+                return True
+            print(f"{place} is passed over: {found}", flush=True)
+            self._damaged.append(place)
+        return False
 
     @property
     def step(self) -> int:
@@ -125,11 +166,24 @@ def _recorded_name(folder: Path) -> str | None:
 
 def _make_next(root: Path, name: str, taken: int) -> Path:
     """Makes the first free folder; mkdir itself decides between two runs that begin at once."""
-    number = taken + 1
-    while True:
-        path = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = taken + 1
+        while True:
+            path = root / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:  # a dangling link, a file, a disk that is not mounted or is read-only
+        message = f"no folder can be made there: {error.strerror or error}"
+        if root.is_symlink() and not root.exists():
+            message = f"is a link to {os.readlink(root)}, which is not there"
+        remedy = "mount its disk, make the folder, or name another one"
+        raise ConfigError([Problem("run.output_root", message, str(root), remedy)]) from error
+
+
+def _free(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())

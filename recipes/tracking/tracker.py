@@ -43,6 +43,7 @@ _NAMES = {  # TRL's name of a metric -> ours
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "epoch": "epoch",
+    "bad_step": "bad_step",
 }
 _TOKENS = {  # the packed step's name of a metric -> ours, below "tokens"
     "step/tokens_computed": "computed",
@@ -182,25 +183,28 @@ class Tracker:
             self._trainer.log_completions = asked
 
     def _sample(self) -> list[dict[str, Any]]:
-        """Some of the last batch's completions with their rewards, spread over the batch."""
-        kept = getattr(self._trainer, "_logs", None)
-        count = self._tracking.completions_sample
-        if not kept or not kept["completion"] or count == 0:
+        """Some of the last batch's completions, spread over the batch."""
+        completions, count = last_completions(self._trainer), self._tracking.completions_sample
+        if not completions or count == 0:
             return []
-        total = len(kept["completion"])
-        chosen = sorted({index * total // count for index in range(count)})
-        prompts, completions = list(kept["prompt"]), list(kept["completion"])
-        rewards = {name: list(values) for name, values in kept["rewards"].items()}
-        advantages = list(kept["advantages"])
-        return [
-            {
-                "prompt": prompts[i],
-                "completion": completions[i],
-                "rewards": {name: values[i] for name, values in rewards.items()},
-                "advantage": advantages[i],
-            }
-            for i in chosen
-        ]
+        chosen = sorted({index * len(completions) // count for index in range(count)})
+        return [completions[index] for index in chosen]
+
+
+def last_completions(trainer: Any) -> list[dict[str, Any]]:
+    """The completions of the trainer's last batch, each with its prompt, rewards and advantage."""
+    kept = getattr(trainer, "_logs", None)
+    if not kept:
+        return []
+    return [
+        {
+            "prompt": prompt,
+            "completion": completion,
+            "rewards": {name: values[i] for name, values in kept["rewards"].items()},
+            "advantage": kept["advantages"][i],
+        }
+        for i, (prompt, completion) in enumerate(zip(kept["prompt"], kept["completion"], strict=False))
+    ]
 
 
 def _record(step: int, logs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ order, the accuracy is measured now and then, and what a step's figures mean is 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from memhead.integrations.handle import Handle
 from recipes.rewards.signs import Signs
+from recipes.training.checkpoints import steps_of_generation
 
 
 class BypassGuard(TrainerCallback):
@@ -29,8 +31,24 @@ class BypassGuard(TrainerCallback):
         self._handle.expect_calls(f"training step {state.global_step}")
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """What comes before the trainer's steps ends by SIGTERM as by Ctrl-C, in order; it would die on the spot."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class Interruption(TrainerCallback):
     """Ctrl-C or SIGTERM lets the current step end, saves a checkpoint and stops; a Ctrl-C after it stops at once.
+
+    Where a generation serves several steps it goes on to the generation's end, where a checkpoint can be written.
 
     SIGTERM is how schedulers, containers and Colab announce the end. Some send it twice, to the process and to its
     group, so it never means "at once".
@@ -58,7 +76,7 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer for a checkpoint and for the end."""
-        if self.asked:
+        if self.asked and state.global_step % steps_of_generation(args) == 0:
             control.should_save = True
             control.should_training_stop = True
 

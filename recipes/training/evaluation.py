@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recipes.models.checkpoint import load_checkpoint
-from recipes.models.generation import Generate, Sampling, by_transformers
+from recipes.models.finite import why_unusable
+from recipes.models.generation import Generate, Sampling, by_transformers, encode
 from recipes.models.precision import Precision
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
+from recipes.training.session import RunError
 
 if TYPE_CHECKING:
     from recipes.config.load import RunConfig
@@ -148,6 +150,11 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     model, tokenizer = load_checkpoint(place, config.model)
     precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
+    batch = encode(tokenizer, task.held_out[:4]["prompt"], config.chat_template_kwargs)
+    with precision.autocast(model.device):
+        reason = why_unusable(model, batch)
+    if reason is not None:
+        raise RunError(f"{place} cannot be evaluated: {reason}; it was damaged, or its training diverged")
     measure = evaluator(config, task, generate)
     return {"checkpoint": str(place), **measure()}
 
@@ -159,7 +166,7 @@ def show(config: RunConfig, place: str) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RunError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0

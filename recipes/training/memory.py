@@ -211,6 +211,8 @@ def _checkpoint(trainer: Any, phase: str) -> str:
         trainer._save_checkpoint(trainer.model, trial=None)
     except (OSError, RuntimeError, MemoryError) as error:
         return f"No checkpoint could be saved: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if not path.is_dir():
+        return "No checkpoint could be saved after this step"  # the trainer has said why
     return f"Checkpoint: {path}; the same command with --resume and a change goes on from it"
 
 

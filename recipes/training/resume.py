@@ -1,6 +1,7 @@
 """Going on with a run: it must be the same model, adapters, task and data as before, and something must be left to do.
 
-The rest may change from one session to the next: more steps, another batch, other tracking.
+The rest may change from one session to the next: more steps, another rate or batch, other tracking. A setting that
+changed is applied (`apply_settings`), or refused by name where the checkpoint has no room for another value.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerState
 
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
+from recipes.models.checkpoint import WARM_START
+from recipes.models.manifest import STATE
 from recipes.problems import ConfigError, Problem, join, show
-from recipes.tracking.run_folder import STATE, RunFolder
+from recipes.tracking.run_folder import RunFolder
 
-WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 FINISHED = "finished.json"  # written last of all, with the step whose model is in final/
 # Within the model and the task: what concerns memory, speed and patience alone, so that another card can take over.
 MAY_CHANGE = {
@@ -29,20 +32,75 @@ MAY_CHANGE = {
     "task.reward_failures",
     "task.reward_seconds",
 }
+# Outside of them: what the checkpoint was made with. Another optimizer keeps other moments, and a checkpoint lies at
+# the end of a generation.
+MAY_NOT_CHANGE = (
+    "grpo.optim",
+    "grpo.optim_args",
+    "grpo.num_iterations",
+    "grpo.steps_per_generation",
+    "grpo.generation_batch_size",
+    "run.seed",  # it splits off the held-out problems: under another one the run would train on them
+    "run.warm_start",  # is over
+)
+# What an optimizer's group of parameters says of the configuration; the rest of it (`lr` too) is state.
+_SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "momentum", "alpha", "fused", "foreach")
 
 
 def require_same(config: RunConfig, folder: RunFolder) -> None:
     """Raises ConfigError, a line a key, if the folder's config.yaml describes another run than `config`."""
-    before, now = load_config(folder.path / "config.yaml").to_dict(), config.to_dict()
+    before, now = _settings(load_config(folder.path / "config.yaml")), _settings(config)
     problems = [
         problem
         for section in ("model", "lora", "task")
         for problem in _differences(section, before[section], now[section], folder)
     ]
-    # The seed splits off the held-out problems: under another one the run would train on them.
-    problems += _differences("run.seed", before["run"]["seed"], now["run"]["seed"], folder)
+    for key in MAY_NOT_CHANGE:
+        section, _, name = key.partition(".")
+        problems += _differences(key, before[section].get(name), now[section].get(name), folder)
+    if 0 < config.grpo["max_steps"] < folder.step:
+        message = f"{config.grpo['max_steps']} is fewer than the {folder.step} steps that {folder.checkpoint} has taken"
+        problems.append(Problem("grpo.max_steps", message, remedy="give as many at least"))
     if problems:
         raise ConfigError(problems)
+
+
+def what_changed(config: RunConfig, folder: RunFolder) -> list[str]:
+    """A line for each setting that this session sees otherwise than the one before, all of them applied."""
+    before, now = _settings(load_config(folder.path / "config.yaml")), _settings(config)
+    found = [
+        problem
+        for name in now
+        for problem in _differences(name, before[name], now[name], folder, changed=True)
+    ]
+    return [f"{problem.key}: {problem.message}" for problem in found]
+
+
+def apply_settings(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Puts a configuration's values into an optimizer and a scheduler that a checkpoint's state was loaded into.
+
+    settings: the optimizer's groups as they were before that. The rate is what the scheduler says of this step:
+    state alone would give the next one the last rate of the session before, 0 after a whole linear decay.
+    """
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        group.update({name: wanted[name] for name in _SETTINGS if name in wanted})
+    if not isinstance(
+        scheduler, LambdaLR
+    ):  # those by the history of a metric, which no configuration can ask for
+        return
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    rates = [
+        base * function(scheduler.last_epoch)
+        for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """As plain data, TRL's defaults included."""
+    return {**config.to_dict(), "grpo": config.grpo}
 
 
 def is_finished(config: RunConfig, folder: RunFolder) -> bool:
@@ -86,10 +144,15 @@ def restore(trainer: Any, checkpoint: Path) -> None:
     trainer.state.max_steps = trainer.args.max_steps
 
 
-def _differences(key: str, before: Any, now: Any, folder: RunFolder) -> Iterator[Problem]:
+def _differences(
+    key: str, before: Any, now: Any, folder: RunFolder, *, changed: bool = False
+) -> Iterator[Problem]:
+    """What differs and may not; `changed`: what differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for word in dict.fromkeys([*before, *now]):
-            yield from _differences(join(key, word), before.get(word), now.get(word), folder)
+            yield from _differences(join(key, word), before.get(word), now.get(word), folder, changed=changed)
+    elif before != now and changed:
+        yield Problem(key, f"{show(now)} from here on, {show(before)} before")
     elif before != now and key not in MAY_CHANGE:
         message = f"{show(now)} differs from the {show(before)} of the run being resumed, {folder.path}"
         yield Problem(key, message, remedy="set it back, or leave --resume out to begin another run")

@@ -10,6 +10,7 @@ from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.generation import token_ids
 from recipes.problems import ConfigError, Problem
+from recipes.training.checkpoints import guarded
 from recipes.training.session import Session
 
 PROMPTS = 2  # of the start-up check
@@ -19,7 +20,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     """A trainer by ``step.impl``.
 
     Args:
-        given: what TRL's GRPOTrainer takes.
+        given: what a guarded GRPOTrainer of TRL takes.
 
     Raises ConfigError where packing was asked for by name and the start-up check finds it off.
     """
@@ -28,10 +29,10 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     config = session.config
     if config.model.loader == "unsloth":
         _keep(session, {"impl": "unsloth"})  # whose trainer has a step of its own
-        return trl.GRPOTrainer(**given)
+        return guarded(trl.GRPOTrainer)(**given)
     if config.step.impl == "trl":
         _keep(session, {"impl": "trl"})
-        return trl.GRPOTrainer(**given)
+        return guarded(trl.GRPOTrainer)(**given)
     from recipes.training.packed_attention import varlen_available
     from recipes.training.packed_step import packed
     from recipes.training.packed_support import half_precision, why_not
@@ -41,10 +42,10 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     reason = why_not(given, varlen=varlen)
     if reason is not None:
         _fall_back(session, reason)
-        return trl.GRPOTrainer(**given)
+        return guarded(trl.GRPOTrainer)(**given)
     budget = planned_budget(config, arguments.device)
     asked = config.step.token_budget
-    trainer = packed(trl.GRPOTrainer)(**given, token_budget=asked, planned_tokens=budget or 0)
+    trainer = guarded(packed(trl.GRPOTrainer))(**given, token_budget=asked, planned_tokens=budget or 0)
     reason = _check(session, trainer)
     if reason is not None:
         trainer.give_up_packing()

@@ -63,6 +63,7 @@ def make_trainer(session: Session) -> Any:
         "train_dataset": session.task.train,
         "reward_funcs": session.rewards.functions,
         "peft_config": adapters,
+        "max_bad_steps": config.run.max_bad_steps,
     }
     trainer = trainer_with_step(session, given)
     if unsloth and "ref" in getattr(model, "peft_config", {}):

@@ -19,14 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.config.schema import WarmStartConfig
+from recipes.models.checkpoint import WARM_START
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.precision import Precision
 from recipes.tracking.phases import in_phase
 from recipes.training.evaluation import evaluator
-from recipes.training.resume import WARM_START
+from recipes.training.finite import BadSteps, Diverged, unusable_for
 from recipes.training.session import Session
 from recipes.training.trainer import head_of_warm_start
 
+_REMEDY = "lower run.warm_start.learning_rate, or lengthen run.warm_start.warmup_steps"
 IGNORED = -100  # the label that transformers leaves out of its loss
 
 Examples = list[tuple[Any, str]]  # (prompt: text or chat messages, right completion)
@@ -63,13 +65,14 @@ def warm_start(
     probe: Callable[[], float],
     on_step: Callable[[WarmStartStep], Any] = lambda step: None,
     chat: Mapping[str, Any] = NO_CHAT,
+    max_bad_steps: int = 3,
 ) -> WarmStartResult:
     """Train on `examples` in their order, from the start again when they end, until `probe()` reaches the target.
 
     `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end; `on_step` is called after each step.
     A batch that does not fit is cut, with the same gradient. `chat`: what the chat template is told beside the
-    messages. Raises ValueError if there are fewer examples than one
-    batch.
+    messages. A step that is not finite is skipped; `max_bad_steps` in a row raise Diverged.
+    Raises ValueError if there are fewer examples than one batch.
     """
     batches = _batches(functools.partial(collate, tokenizer, chat=chat), examples, settings.batch_size)
     optimizer = torch.optim.AdamW(
@@ -78,7 +81,7 @@ def warm_start(
         betas=(0.9, settings.adam_beta2),
         weight_decay=settings.weight_decay,
     )
-    gradient = _Gradient(model, precision)
+    gradient, bad_steps = _Gradient(model, precision), BadSteps(max_bad_steps, _REMEDY)
     taken = WarmStartStep(0, math.nan, math.nan, math.nan)
     model.train()
     for step in range(1, settings.steps + 1):
@@ -86,8 +89,16 @@ def warm_start(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = gradient(next(batches))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            bad_steps.good(step)
+        else:
+            print(
+                bad_steps.bad(f"warm start, step {step}: the loss is {loss}, the gradient norm {norm}"),
+                flush=True,
+            )
+            bad_steps.stop_at_limit()
         optimizer.zero_grad()
         looked = step % settings.check_every == 0 or step == settings.steps
         taken = WarmStartStep(step, loss, rate, probe() if looked else taken.accuracy)
@@ -125,7 +136,11 @@ def begin_supervised(session: Session, settings: WarmStartConfig) -> None:
             probe=lambda: evaluate(sampled=False)["accuracy"],
             on_step=report,
             chat=config.chat_template_kwargs,
+            max_bad_steps=config.run.max_bad_steps,
         )
+    reason = unusable_for(session)
+    if reason is not None:
+        raise Diverged(f"the warm start has diverged: of its model, {reason}; {_REMEDY}")
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
     place = folder.path / WARM_START
     model.save_pretrained(place)

@@ -1,4 +1,4 @@
-"""A real GRPOTrainer of TRL on a Llama of a few thousand parameters, for the tests of what surrounds it."""
+"""A real GRPOTrainer of TRL, guarded as a run's is, on a Llama of a few thousand parameters."""
 
 import torch
 from datasets import Dataset
@@ -6,6 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from recipes.models.load import character_tokenizer
+from recipes.models.manifest import seal
+from recipes.training.checkpoints import guarded
 
 
 def digits_reward(completions, **kwargs):
@@ -50,7 +52,7 @@ def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=No
         "disable_tqdm": True,
         "seed": seed,
     }
-    return GRPOTrainer(
+    return guarded(GRPOTrainer)(
         model=model,
         reward_funcs=[digits_reward, length_reward],
         args=GRPOConfig(**{**settings, **overrides}),
@@ -58,3 +60,14 @@ def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=No
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def made_up_checkpoint(run, step):
+    """A checkpoint of the run folder that is whole, as far as one can see from outside."""
+    place = run / "checkpoints" / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    (place / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (place / name).write_text(name)
+    seal(place)
+    return place

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_trainer
+from tiny import made_up_checkpoint, tiny_trainer
 from transformers import TrainerCallback
 
 from recipes.config.schema import LoraSection, TrackingConfig
@@ -215,9 +215,7 @@ def test_the_recorded_name_says_whose_run_a_folder_is(tmp_path):
     def begin(name):
         text = f"run: {{name: {name}}}\n"
         folder = RunFolder.create(tmp_path, name, SimpleNamespace(to_yaml=lambda: text))
-        state = folder.path / "checkpoints" / "checkpoint-1" / "trainer_state.json"
-        state.parent.mkdir(parents=True)
-        state.write_text("{}")
+        made_up_checkpoint(folder.path, 1)
         return folder.path.name
 
     assert [begin(name) for name in ("llama", "llama-3", "llama", "llama", "llama-3", "llama-2")] == [
@@ -232,11 +230,10 @@ def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):
     first, *_ = [RunFolder.create(tmp_path, "run") for _ in range(3)]
     with pytest.raises(FileNotFoundError, match="no run named 'other'"):
         RunFolder.to_resume(tmp_path, "other")
-    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint to resume from"):
         RunFolder.to_resume(tmp_path, "run")
     for step in (8, 10):
-        (first.path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
-        (first.path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        made_up_checkpoint(first.path, step)
     (first.path / "checkpoints" / "checkpoint-12").mkdir()  # cut off while it was written
     found = RunFolder.to_resume(tmp_path, "run")
     assert (found.path.name, found.checkpoint.name) == ("run", "checkpoint-10")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
+from tiny import made_up_checkpoint
 
 import train_grpo
 from recipes.config.load import ConfigError, load_config
@@ -24,9 +25,7 @@ def begun(tmp_path):
         return load_config(CONFIG, [*TINY, f"run.output_root={tmp_path}", *more])
 
     folder = RunFolder.create(tmp_path, "tiny", configured())
-    state = folder.path / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    state.parent.mkdir(parents=True)
-    state.write_text('{"global_step": 2}')
+    made_up_checkpoint(folder.path, 2)
     return configured, folder
 
 

@@ -1,0 +1,172 @@
+"""Checkpoints that are whole: written aside, summed, renamed; none inside a generation, none of a model that diverged.
+
+transformers writes a checkpoint's files where they will be found, one after the other: what a kill leaves looks like a
+checkpoint, and is resumed from with a traceback, or without its optimizer in silence. Here a checkpoint's folder is
+there once all of it is.
+
+A generation that serves several optimizer steps (grpo.num_iterations, grpo.steps_per_generation) is not kept, so a
+checkpoint inside it would go on with other completions: it is put off to where the generation ends.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from recipes.models.finite import first_not_finite
+from recipes.models.manifest import condemn, seal
+from recipes.tracking.files import naming_what_failed
+from recipes.training.resume import apply_settings
+
+if TYPE_CHECKING:
+    from recipes.training.finite import FiniteSteps as _Trainer
+else:
+    _Trainer = object
+
+ASIDE = "unfinished"  # what is in this folder of checkpoints/ was cut off
+
+
+def steps_of_generation(arguments: Any) -> int:
+    """Optimizer steps from one border to the next: a border is where no completion is left that was sampled before."""
+    window = arguments.gradient_accumulation_steps
+    return math.lcm(arguments.steps_per_generation * arguments.num_iterations, window) // window
+
+
+class WholeCheckpoints(_Trainer):
+    """To be put before `FiniteSteps`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._aside: Path | None = None
+        self._put_off = False
+        self.add_callback(_AtTheBorder(self))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, every = self.state.global_step, steps_of_generation(self.args)
+        if step % every != 0:
+            if not self._put_off:
+                self._say(
+                    f"step {step}: no checkpoint inside a generation; the next is after step {_up(step, every)}"
+                )
+            self._put_off = True
+            return
+        self._put_off = False
+        reason = self._why_not()
+        if reason is not None:
+            self._say(f"step {step}: no checkpoint is written: {reason}")
+            return
+        place = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{step}"
+        with naming_what_failed(place / name):
+            with self._written_aside(place / ASIDE):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _publish(place / ASIDE / name, place / name)
+                rotate_checkpoints(str(place), self.args.save_total_limit, use_mtime=True)
+            self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            apply_settings(self.optimizer, self.lr_scheduler, settings)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
+        if checkpoint is not None and not (Path(checkpoint) / name).is_file():
+            print(
+                f"{checkpoint} has no {name}, as after another number of processes: sampling goes on from the seed"
+            )
+        super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _written_aside(self, aside: Path) -> Iterator[None]:
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            yield
+        finally:
+            self._aside = None
+
+    def _why_not(self) -> str | None:
+        """What keeps this state from being saved."""
+        if self.bad_steps.in_a_row:
+            return "its last step was not finite"
+        state = self.optimizer.state_dict()["state"]
+        tensors = [
+            (f"{key} of parameter {number}", value)
+            for number, values in state.items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+            if hasattr(value, "is_floating_point")
+        ]
+        name = first_not_finite(tensors)
+        return self.why_unusable() if name is None else f"the optimizer's {name} is not finite"
+
+    def condemn_checkpoints(self, step: int, reason: str) -> None:
+        """Have those of `step` and after passed over: from their weights no finite step was taken."""
+        if not self.is_world_process_zero():
+            return
+        for place in Path(self.args.output_dir).glob("checkpoint-*"):
+            if int(place.name.rpartition("-")[2]) >= step:
+                condemn(place, reason)
+
+    def _say(self, sentence: str) -> None:
+        if self.is_world_process_zero():
+            print(sentence, flush=True)
+
+
+def guarded(trainer_class: type) -> type:
+    """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints."""
+    from recipes.training.finite import FiniteSteps
+
+    return type(f"Guarded{trainer_class.__name__}", (WholeCheckpoints, FiniteSteps, trainer_class), {})
+
+
+class _AtTheBorder(TrainerCallback):
+    """Makes up for a checkpoint that was put off; and the checkpoint's intervals give way to the configuration's."""
+
+    def __init__(self, trainer: WholeCheckpoints) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Steps between two logs and checkpoints, as asked for now."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for it where the generation ends."""
+        if self._trainer._put_off and state.global_step % steps_of_generation(args) == 0:
+            control.should_save = True
+
+
+def _publish(written: Path, place: Path) -> None:
+    """The finished folder under its name, in one go."""
+    seal(written)
+    if place.exists():  # of a session before, damaged or overtaken
+        os.rename(place, written.parent / "replaced")
+    os.rename(written, place)
+    directory = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def _up(step: int, every: int) -> int:
+    return -(-step // every) * every

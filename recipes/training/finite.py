@@ -1,0 +1,184 @@
+"""Steps whose loss, gradient or weights are not finite: the update is skipped, counted, kept on record; some in a row
+end the run, and nothing non-finite is saved.
+
+    training_step       the loss of every micro-batch is looked at (transformers would hide a NaN from the log)
+    _get_grad_norm      before the optimizer: a bad step loses its gradients, so that the optimizer changes nothing
+    on_optimizer_step   after it: weights that are not finite cannot be undone, and end the run at once
+    save_model          refuses
+
+A bad step is a line of bad_steps.jsonl with all its completions.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from recipes.models.finite import first_not_finite, why_unusable
+from recipes.models.generation import encode
+from recipes.tracking.files import LinesFile
+from recipes.tracking.tracker import last_completions
+from recipes.training.session import RunError, Session
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
+
+BAD_STEPS = "bad_steps.jsonl"
+REMEDY = "lower the learning rate, lengthen its warm-up, or clip harder (grpo.max_grad_norm)"
+CONDEMNED = "the run diverged from there: no finite step could be taken"
+_NO_DISTRIBUTION = "probability tensor contains either"  # torch.multinomial, of NaN
+
+
+class Diverged(RunError):
+    """The numbers have left the finite ones for good; the message says where, and what to do."""
+
+
+def require_finite(session: Session) -> None:
+    """Raises RunError, naming it, if the model that a run begins or goes on with is not finite."""
+    reason = unusable_for(session)
+    if reason is not None:
+        name = session.model.name_or_path or "the new model"
+        raise RunError(f"{name} cannot be trained: {reason}; choose another model.name or model.revision")
+
+
+def unusable_for(session: Session) -> str | None:
+    """What is not finite about the session's model on some held-out prompts; None: nothing."""
+    prompts = session.task.held_out[:4]["prompt"]
+    batch = encode(session.tokenizer, prompts, session.config.chat_template_kwargs)
+    with session.precision.autocast(session.model.device):
+        return why_unusable(session.model, batch)
+
+
+class BadSteps:
+    """Counts bad steps; `limit` in a row raise Diverged."""
+
+    def __init__(self, limit: int, remedy: str) -> None:
+        self._limit, self._remedy = limit, remedy
+        self.in_a_row = self.total = 0
+        self.last_good = 0
+
+    def good(self, step: int) -> None:
+        """A step was finite, or was where this session began."""
+        self.in_a_row, self.last_good = 0, step
+
+    def bad(self, what: str) -> str:
+        """A sentence about the skipped step. what: "step 5: the gradient norm is nan"."""
+        self.in_a_row += 1
+        self.total += 1
+        return f"{what}; the update was skipped ({self.in_a_row} in a row, {self._limit} end the run)"
+
+    def stop_at_limit(self) -> None:
+        """Raises Diverged after the last of `limit` bad steps in a row."""
+        if self.in_a_row >= self._limit:
+            raise Diverged(
+                f"{self.in_a_row} steps in a row were not finite: the run has diverged; {self._remedy}"
+            )
+
+
+class FiniteSteps(_Trainer):
+    """To be put before the trainer's class."""
+
+    def __init__(self, *args: Any, max_bad_steps: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bad_steps = BadSteps(max_bad_steps, f"{REMEDY}, or go on from an earlier checkpoint")
+        self._bad_loss: torch.Tensor | None = (
+            None  # of this accumulation window, the first that is not finite
+        )
+        self._record = LinesFile(Path(self.args.output_dir).parent / BAD_STEPS)
+        self.add_callback(_AfterUpdate(self))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The trainer's, with a look at the loss."""
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if _NO_DISTRIBUTION not in str(error):
+                raise
+            self.condemn_checkpoints(self.bad_steps.last_good, CONDEMNED)
+            raise Diverged(
+                f"step {self.state.global_step + 1}, generation: {self.why_unusable() or 'the model'} and no token can "
+                f"be sampled; {REMEDY}, or go on from an earlier checkpoint"
+            ) from error
+        if self._bad_loss is None and not bool(torch.isfinite(loss)):
+            self._bad_loss = loss.detach()
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        bad_loss, self._bad_loss = self._bad_loss, None
+        flag = torch.tensor([bad_loss is not None], device=self.accelerator.device)
+        somewhere = bool(self.accelerator.gather(flag).any())  # one process must not step alone
+        step = self.state.global_step + 1
+        if somewhere:
+            shown = "on another process" if bad_loss is None else f"{float(bad_loss)}"
+            self._skip(model, step, "forward", f"the loss is not finite ({shown})", norm)
+        elif not math.isfinite(norm) and self.accelerator.scaler is None:  # float16's scaler looks for itself
+            self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)
+        else:
+            self.bad_steps.good(step)
+        self._metrics["train"]["bad_step"].append(float(self.bad_steps.in_a_row > 0))
+        return norm
+
+    def _skip(self, model: Any, step: int, phase: str, what: str, norm: Any) -> None:
+        """Leaves the optimizer nothing to do: it passes over parameters that have no gradient."""
+        model.zero_grad(set_to_none=True)
+        sentence = self.bad_steps.bad(f"step {step}, {phase}: {what}")
+        if not self.is_world_process_zero():
+            return
+        completions = last_completions(self)
+        self._record.append(
+            {"step": step, "phase": phase, "what": what, "grad_norm": float(norm), "completions": completions}
+        )
+        print(f"{sentence}; its {len(completions)} completions are in {self._record.path}", flush=True)
+
+    def condemn_checkpoints(self, step: int, reason: str) -> None:
+        """For the class that writes them: those of `step` and after are of no use."""
+
+    def why_unusable(self) -> str | None:
+        """What is not finite about the model as it is now, on some prompts of the data; None: nothing."""
+        prompts = self.train_dataset[:4]["prompt"]
+        batch = encode(self.processing_class, prompts, self.chat_template_kwargs or {})
+        with self.accelerator.autocast():
+            return why_unusable(self.accelerator.unwrap_model(self.model), batch)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's. Raises Diverged for a model that is not finite, and writes nothing."""
+        reason = None if _internal_call else self.why_unusable()  # a checkpoint was looked at before
+        if reason is not None:
+            raise Diverged(f"{output_dir} was not written: the model has diverged, {reason}; {REMEDY}")
+        super().save_model(output_dir, _internal_call)
+
+
+class _AfterUpdate(TrainerCallback):
+    """Stops where the weights are lost, or too many steps in a row were."""
+
+    def __init__(self, trainer: FiniteSteps) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from the checkpoint on."""
+        self._trainer.bad_steps.good(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the weights that were trained."""
+        trained = ((n, p) for n, p in self._trainer.model.named_parameters() if p.requires_grad)
+        name = first_not_finite(trained)
+        if name is not None:
+            raise Diverged(
+                f"step {state.global_step + 1}, update: the weight {name} is not finite any more; {REMEDY}, or go on "
+                "from an earlier checkpoint"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count; the checkpoints from which no finite step was taken are not to be resumed from."""
+        try:
+            self._trainer.bad_steps.stop_at_limit()
+        except Diverged:
+            self._trainer.condemn_checkpoints(self._trainer.bad_steps.last_good, CONDEMNED)
+            raise

@@ -1,0 +1,182 @@
+"""Checkpoints: whole or not there, passed over when damaged, at the end of a generation, gone on from to the bit."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from children import ROOT, start
+from safetensors.torch import load_file, save_file
+from test_finite import command
+from tiny import made_up_checkpoint
+
+import train_grpo
+from recipes.models.manifest import condemn, damage, seal
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.callbacks import BypassGuard
+
+KILLED_IN_A_WRITE = """
+import os, signal, torch
+whole = torch.save
+def half(state, path):
+    whole(state, path)
+    if "4" in str(path).rpartition("checkpoint-")[2].partition("/")[0] and str(path).endswith("optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+"""
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before_and_the_same_run(tmp_path, capsys):
+    settings = command(tmp_path, "grpo.max_steps=5", "run.save_every=2")
+    assert start(settings, KILLED_IN_A_WRITE).wait(120) == -signal.SIGKILL
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (checkpoints / "unfinished" / "checkpoint-4" / "optimizer.pt").is_file()  # it was a real half
+    assert train_grpo.main([*settings, "--resume"]) == 0
+    assert f"Resuming from {checkpoints / 'checkpoint-2'}" in capsys.readouterr().out
+    assert {p.name for p in checkpoints.iterdir()} >= {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    assert not (checkpoints / "unfinished").exists()
+
+    whole = [s.replace("run.name=tiny", "run.name=whole") for s in settings]
+    assert train_grpo.main(whole) == 0
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("tiny", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def nan_weights(place):
+    save_file({"fine": torch.ones(2), "head": torch.tensor([1.0, float("nan")])}, place / "model.safetensors")
+    seal(place)
+
+
+def without(name):
+    def remove_before_the_manifest(place):
+        (place / name).unlink()
+        seal(place)
+
+    return remove_before_the_manifest
+
+
+FAULTS = {
+    "half a state": (
+        lambda place: half(place / "trainer_state.json"),
+        "trainer_state.json has 9 bytes, and was wri",
+    ),
+    "half an optimizer": (
+        lambda place: half(place / "optimizer.pt"),
+        "optimizer.pt has 6 bytes, and was written wit",
+    ),
+    "another byte": (
+        lambda place: other_byte(place / "scheduler.pt"),
+        "scheduler.pt is not what was written",
+    ),
+    "no optimizer": (lambda place: (place / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no scheduler": (lambda place: (place / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "no random state": (lambda place: (place / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "never an optimizer": (without("optimizer.pt"), "it was written without its optimizer"),
+    "never a random state": (without("rng_state.pth"), "it was written without its random state"),
+    "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
+    "half a manifest": (lambda place: half(place / "manifest.json"), "manifest.json cannot be read"),
+    "NaN": (nan_weights, "model.safetensors: head holds NaN or infinity"),
+    "diverged": (lambda place: condemn(place, "the run diverged from there"), "the run diverged from there"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, fault):
+    folder = RunFolder.create(tmp_path, "run")
+    early, late = made_up_checkpoint(folder.path, 2), made_up_checkpoint(folder.path, 4)
+    assert damage(late) == ""
+    make, said = FAULTS[fault]
+    make(late)
+    found = RunFolder.to_resume(tmp_path, "run")
+    assert found.checkpoint == early
+    assert found.step == 2
+    assert f"{late} is passed over: {said}" in capsys.readouterr().out
+    assert late.is_dir()  # nothing is written yet
+    found.begin_session()
+    assert not late.exists()  # out of the way of the next one of step 4
+    assert (late.parent / "damaged-checkpoint-4").is_dir()
+
+
+def test_a_checkpoint_in_a_generation_is_put_off_to_its_end(tmp_path, capsys):
+    settings = command(tmp_path, "grpo.max_steps=5", "grpo.num_iterations=2", "run.save_every=1")
+    assert train_grpo.main(settings) == 0
+    printed = capsys.readouterr().out
+    assert "step 1: no checkpoint inside a generation; the next is after step 2" in printed
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    assert sorted(place.name for place in checkpoints.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+
+    # Going on from there gives the run that was never stopped.
+    final = tmp_path / "tiny" / "final" / "model.safetensors"
+    wanted = load_file(final)
+    for gone in ("checkpoints/checkpoint-4", "final"):
+        shutil.rmtree(tmp_path / "tiny" / gone)
+    (tmp_path / "tiny" / "finished.json").unlink()
+    assert train_grpo.main([*settings, "--resume"]) == 0
+    assert all(torch.equal(wanted[key], value) for key, value in load_file(final).items())
+
+
+def test_a_stop_inside_a_generation_waits_for_its_end(tmp_path, capsys, monkeypatch):
+    ended = BypassGuard.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(BypassGuard, "on_step_end", stop)
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=6", "grpo.num_iterations=3")) == 130
+    assert "Stopped at step 3. To go on: " in capsys.readouterr().out
+    assert RunFolder.to_resume(tmp_path, "tiny").step == 3
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path):
+    """On a file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    settings = command(disk, "grpo.max_steps=30", "run.save_every=1")
+    mount = f"mount -t tmpfs -o size=2m none {disk} && "
+    check = "import sys, train_grpo; sys.exit(train_grpo.main(sys.argv[1:]))"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount + 'exec "$@"', "sh", sys.executable, "-c", check, *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no file system of its own may be mounted here")
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: {disk / 'tiny'}/")  # the checkpoint, or what is written after its failure
+    assert "could not be written, 0." in line
+    assert "--resume goes on from the last whole checkpoint" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_manifest_sums_are_the_files(tmp_path):
+    place = made_up_checkpoint(tmp_path, 3)
+    files = json.loads((place / "manifest.json").read_text())["files"]
+    assert set(files) == {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for name, entry in files.items():
+        data = (place / name).read_bytes()
+        assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

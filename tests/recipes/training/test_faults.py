@@ -1,0 +1,231 @@
+"""Stops, kills, moves and changed settings of whole runs."""
+
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from children import start, wait_for
+from test_finite import command
+
+import train_grpo
+from recipes.export import merge
+from recipes.tracking.files import CannotWrite, LinesFile, naming_what_failed
+from recipes.tracking.run_folder import RunFolder
+
+HELD = """
+import time
+from recipes.tracking.run_folder import RunFolder
+folder = RunFolder({!r})
+folder.begin_session()
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
+def rates(folder):
+    return {line["step"]: line["learning_rate"] for line in folder.metrics.read() if "learning_rate" in line}
+
+
+# Settings that change
+
+
+def test_an_extended_run_takes_the_rate_of_its_step_and_what_else_changed(tmp_path, capsys):
+    plain = ["grpo.warmup_steps=0", "grpo.learning_rate=1e-4"]
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=4", "run.save_every=4", *plain)) == 0
+    folder = RunFolder(tmp_path / "tiny")
+    assert rates(folder) == pytest.approx({1: 1e-4, 2: 7.5e-5, 3: 5e-5, 4: 2.5e-5})
+    changed = [
+        "grpo.max_steps=8",
+        "grpo.learning_rate=2e-4",
+        "grpo.weight_decay=0.05",
+        "grpo.adam_beta1=0.8",
+        "grpo.adam_beta2=0.95",
+        "run.save_every=3",
+        "tracking.logging_every=2",
+    ]
+    capsys.readouterr()
+    assert train_grpo.main(command(tmp_path, "grpo.warmup_steps=0", *changed, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert "grpo.learning_rate: 0.0002 from here on, 0.0001 before" in printed
+    assert "grpo.weight_decay: 0.05 from here on, 0 before" in printed
+    found = rates(folder)  # linear from 2e-4 to 0 in 8 steps, logged every second one
+    assert {step: found[step] for step in (6, 8)} == pytest.approx({6: 2e-4 * 3 / 8, 8: 2e-4 * 1 / 8})
+    assert 7 not in found
+    places = sorted(place.name for place in folder.path.glob("checkpoints/checkpoint-*"))
+    assert places == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    state = torch.load(folder.checkpoint / "optimizer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.05, 0.0}  # norms have none
+    assert {tuple(group["betas"]) for group in state["param_groups"]} == {(0.8, 0.95)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("grpo.optim=sgd", "grpo.optim: 'sgd' differs from the 'adamw_torch"),
+        ("grpo.num_iterations=3", "grpo.num_iterations: 3 differs from the 1 of"),
+        (
+            "run.warm_start.learning_rate=3e-3",
+            "run.warm_start.learning_rate: 0.003 differs from the 0.002 of",
+        ),
+        ("grpo.max_steps=1", "grpo.max_steps: 1 is fewer than the 2 steps that "),
+    ],
+)
+def test_a_setting_that_cannot_be_applied_is_refused_by_name(saved_run, capsys, setting, line):
+    assert train_grpo.main([*command(saved_run, setting), "--resume"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The root of a run of two steps with a checkpoint after each."""
+    root = tmp_path_factory.mktemp("first")
+    assert train_grpo.main(command(root, "grpo.max_steps=2", "run.save_every=1")) == 0
+    return root
+
+
+@pytest.fixture
+def saved_run(first_run, tmp_path):
+    shutil.copytree(first_run / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "finished.json").unlink()
+    return tmp_path
+
+
+# One folder, one process; folders that are not there
+
+
+def test_a_second_process_is_told_who_holds_the_folder(saved_run, capsys):
+    held = start([], HELD.format(str(saved_run / "tiny")))
+    try:
+        wait_for(held, "held")
+        again = command(saved_run, "grpo.max_steps=3", "--resume")
+        assert train_grpo.main(again) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(
+            f"error: {saved_run / 'tiny'} is in use by process {held.pid} on {os.uname().nodename}"
+        )
+        assert f"kill {held.pid}" in error
+    finally:
+        held.kill()
+        held.wait()
+    assert train_grpo.main(again) == 0  # a process that was killed holds nothing
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "file"])
+def test_an_output_root_that_cannot_be_is_one_line(tmp_path, capsys, kind):
+    root = tmp_path / "root"
+    root.symlink_to(tmp_path / "unmounted") if kind == "dangling link" else root.write_text("")
+    assert train_grpo.main(command(root)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("run.output_root: ")
+    assert (f"a link to {tmp_path / 'unmounted'}, which is not there" in line) == (kind == "dangling link")
+    assert line.endswith("mount its disk, make the folder, or name another one")
+
+
+def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
+    """Its adapters' base is the warm start's model, in the run folder."""
+    begun, moved = tmp_path / "begun", tmp_path / "moved"
+    lora = "lora.r=2", "run.save_every=1"
+    assert train_grpo.main(command(begun, "grpo.max_steps=1", *lora)) == 0
+    place = begun / "tiny" / "final"
+    assert str(begun) in (place / "adapter_config.json").read_text()
+    assert train_grpo.main([*command(begun, *lora), "--evaluate", str(place)]) == 0
+    here = capsys.readouterr().out
+    shutil.move(begun, moved)
+    assert train_grpo.main(command(moved, "grpo.max_steps=2", *lora, "--resume")) == 0
+    capsys.readouterr()
+    first = moved / "tiny" / "checkpoints" / "checkpoint-1"
+    assert train_grpo.main([*command(moved, *lora), "--evaluate", str(first)]) == 0
+    there = capsys.readouterr().out
+    figure = '"accuracy": '
+    measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
+    assert measured[0] == measured[1] != []
+    assert merge(moved / "tiny")["logits_error"] < 1e-4
+
+
+# Files
+
+
+def test_a_cut_metrics_file_is_noticed_on_resume(saved_run, capsys):
+    metrics = saved_run / "tiny" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    lines[1] = lines[1][: len(lines[1]) // 2]  # the warm start's second line
+    metrics.write_text("\n".join(lines[:-1]) + "\n")  # and without the last step
+    assert train_grpo.main(command(saved_run, "grpo.max_steps=3", "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert f"{metrics}: line 2 was cut off or overwritten and is left out" in printed
+    assert f"{metrics} ends at step 1, the checkpoint at 2: the steps between are lost" in printed
+    assert LinesFile(metrics).unreadable() == []
+    assert [line["step"] for line in LinesFile(metrics).read() if "step" in line] == [0, 1, 3]
+
+
+def test_a_line_that_could_not_be_written_names_its_file_and_leaves_the_others(tmp_path):
+    full = LinesFile(tmp_path / "full.jsonl")
+    full.path.symlink_to("/dev/full")
+    with pytest.raises(
+        CannotWrite, match=r"full\.jsonl could not be written, .* No space left on device; make room"
+    ):
+        full.append({"step": 1})
+    with pytest.raises(KeyError), naming_what_failed(tmp_path / "x"):
+        raise KeyError("a mistake in the code stays what it is")
+
+
+# Signals
+
+
+MATH = """
+model: {loader: scratch, tokenizer: bpe, scratch: {hidden_size: 32, layers: 1, intermediate_size: 32, heads: 2}}
+task: {name: math, dataset: DATA, eval_split: null, held_out: 8, prompt: plain}
+grpo: {max_steps: 200, per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 8}
+run: {name: math, output_root: ROOT, evaluation: {size: 4}}
+"""
+
+
+def children(parent, words):
+    """The processes that `parent` started and whose command line has `words`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            started_by = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if started_by == parent and words in (place / "cmdline").read_text():
+                found.append(int(place.name))
+    return found
+
+
+def test_ctrl_c_for_the_whole_group_of_a_math_run_ends_it_in_order(tmp_path):
+    """A terminal sends it to every process of the group; the verifier is in a session of its own."""
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(f'{{"problem": "What is {n} + {n}?", "answer": "{2 * n}"}}\n' for n in range(64)))
+    path = tmp_path / "math.yaml"
+    path.write_text(MATH.replace("DATA", str(data)).replace("ROOT", str(tmp_path)))
+    run = start(["--config", str(path)])
+    try:
+        wait_for(run, "step 10/")
+        (verifier,) = children(run.pid, "math_verifier")
+        assert os.getsid(verifier) == verifier
+        os.killpg(run.pid, signal.SIGINT)
+        output, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "To go on: python train_grpo.py" in output
+    folder = RunFolder.to_resume(tmp_path, "math")
+    assert folder.step >= 10
+
+
+def test_sigterm_in_the_warm_start_is_orderly(tmp_path):
+    settings = command(tmp_path, "run.warm_start.steps=100000", "run.warm_start.target_accuracy=null")
+    run = start(settings)
+    try:
+        wait_for(run, "warm start  step 10 ")
+        os.kill(run.pid, signal.SIGTERM)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert "Stopped before training began; run the same command again." in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,169 @@
+"""Steps, models and warm starts that are not finite."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_quickstart import CONFIG, TINY
+from tiny import tiny_trainer
+
+import train_grpo
+from recipes.config.load import load_config
+from recipes.models.finite import first_not_finite
+from recipes.models.load import load
+from recipes.tracking.files import LinesFile
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.finite import BadSteps, Diverged
+
+
+def command(tmp_path, *more):
+    changed = {setting.partition("=")[0] for setting in more}
+    kept = [setting for setting in TINY if setting.partition("=")[0] not in changed]
+    return ["--config", CONFIG, *kept, f"run.output_root={tmp_path}", *more]
+
+
+def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_nothing_of_it(tmp_path, capsys):
+    lost = command(tmp_path, "grpo.learning_rate=1e6", "grpo.max_steps=10", "run.save_every=1")
+    assert train_grpo.main(lost) == 1
+    folder = RunFolder(tmp_path / "tiny")
+    printed = capsys.readouterr()
+    assert (
+        printed.err.strip()
+        .splitlines()[-1]
+        .startswith("error: 3 steps in a row were not finite: the run has ")
+    )
+    assert not folder.final.exists()
+    assert not (folder.path / "finished.json").exists()
+    bad = LinesFile(folder.path / "bad_steps.jsonl").read()
+    assert [line["step"] for line in bad] == list(range(bad[0]["step"], bad[0]["step"] + 3))
+    assert all(len(line["completions"]) == 16 and line["phase"] in ("forward", "backward") for line in bad)
+    assert f"step {bad[0]['step']}, {bad[0]['phase']}: " in printed.out
+    for weights in folder.path.glob("checkpoints/*/model.safetensors"):
+        assert first_not_finite(load_file(weights).items()) is None
+
+    # The weights from which no finite step was taken are not resumed from, whatever the rate is now.
+    last_good = bad[0]["step"] - 1
+    found = RunFolder.to_resume(tmp_path, "tiny")
+    earlier = found.checkpoint
+    assert found.step < last_good
+    assert f"checkpoint-{last_good} is passed over: the run diverged from there" in capsys.readouterr().out
+    train_grpo.main([s.replace("learning_rate=1e6", "learning_rate=1e-9") for s in lost] + ["--resume"])
+    assert f"Resuming from {earlier}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_gradient_changes_nothing_and_the_run_goes_on(memhead_in_trl, tmp_path, capsys, value):
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=4, weight_decay=0.1)
+    weight, seen, calls = trainer.model.lm_head.weight, [], []
+
+    def spoil(gradient):
+        calls.append(1)
+        seen.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        return gradient * value if len(calls) == 2 else gradient
+
+    weight.register_hook(spoil)
+    trainer.train()
+    assert [step["bad_step"] for step in trainer.state.log_history if "bad_step" in step] == [
+        0,
+        1,
+        0,
+        0,
+    ]
+    assert all(
+        torch.equal(seen[1][name], seen[2][name]) for name in seen[1]
+    )  # weight decay did not happen either
+    assert not torch.equal(seen[2]["lm_head.weight"], seen[3]["lm_head.weight"])
+    assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {3}
+    assert trainer.bad_steps.total == 1
+    assert "step 2, backward: the gradient norm is not finite" in capsys.readouterr().out
+    (line,) = LinesFile(tmp_path / "bad_steps.jsonl").read()
+    assert (line["step"], line["phase"], len(line["completions"])) == (2, "backward", 8)
+    assert {"prompt", "completion", "rewards", "advantage"} <= set(line["completions"][0])
+
+
+def test_a_loss_that_is_nan_is_told_from_a_gradient_that_is(memhead_in_trl, tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=2)
+    computed = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (
+        computed(model, inputs) * (math.nan if trainer.state.global_step == 0 else 1.0)
+    )
+    trainer.train()
+    assert "step 1, forward: the loss is not finite (nan)" in capsys.readouterr().out
+    assert trainer.bad_steps.total == 1
+
+
+def test_weights_lost_in_an_update_stop_the_run_at_once(memhead_in_trl, tmp_path):
+    trainer = tiny_trainer(
+        tmp_path / "checkpoints", steps=3, learning_rate=1e39, lr_scheduler_type="constant"
+    )
+    with pytest.raises(Diverged, match=r"step 1, update: the weight .* is not finite any more"):
+        trainer.train()
+    with pytest.raises(Diverged, match="was not written: the model has diverged, its weight"):
+        trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final").exists()
+
+
+def test_bad_steps_in_a_row_are_counted_from_the_last_good_one():
+    steps = BadSteps(2, "lower it")
+    for bad in (True, False, True):
+        steps.bad("step") if bad else steps.good(1)
+        steps.stop_at_limit()
+    assert (steps.in_a_row, steps.total) == (1, 2)
+    assert "(2 in a row, 2 end the run)" in steps.bad("step")
+    with pytest.raises(Diverged, match="2 steps in a row were not finite: the run has diverged; lower it"):
+        steps.stop_at_limit()
+
+
+@pytest.fixture
+def nan_model(tmp_path):
+    """A folder with the quickstart's model, one of whose weights is NaN."""
+    config = load_config(CONFIG, TINY)
+    model, tokenizer = load(config.model, config.make_task(), 0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    return tmp_path / "nan"
+
+
+def test_a_base_model_that_is_nan_is_called_that(nan_model, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{loader: transformers, name: {nan_model}}}\ntask: {{name: countdown}}\n"
+        "grpo: {max_steps: 1, per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 6}\n"
+    )
+    assert train_grpo.main(["--config", str(path), f"run.output_root={tmp_path}"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(
+        f"error: {nan_model} cannot be trained: its weight model.layers.0.mlp.up_proj.weight "
+    )
+    assert "memhead" not in error
+
+
+def test_a_model_that_is_nan_is_not_evaluated(nan_model, capsys):
+    assert train_grpo.main(["--config", CONFIG, *TINY, "--evaluate", str(nan_model)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "cannot be evaluated: its weight model.layers.0.mlp.up_proj.weight holds NaN" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        (
+            6,
+            "error: 3 steps in a row were not finite: the run has diverged; lower run.warm_start.learning_rate",
+        ),
+        (2, "error: the warm start has diverged: of its model, its weight "),
+    ],
+)
+def test_a_diverged_warm_start_is_called_that(tmp_path, capsys, steps, line):
+    settings = (
+        "run.warm_start.learning_rate=6e38",
+        "run.warm_start.weight_decay=1e3",
+        f"run.warm_start.steps={steps}",
+    )
+    assert train_grpo.main(command(tmp_path, *settings)) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
+    assert not (tmp_path / "tiny" / "warm_start").exists()
