@@ -1,4 +1,4 @@
-"""Made-up rollouts for the tests of the step, the trainers that take them, TRL's and the packed one, and their steps."""
+"""Made-up rollouts for the tests of the step, the trainers that take them, and their steps."""
 
 from __future__ import annotations
 
