@@ -140,6 +140,7 @@ def test_known_totals():
         "Qwen/Qwen3-30B-A3B": 30_532_122_624,
         "google/gemma-3-1b-it": 999_885_952,
         "gpt2": 124_439_808,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     }
     for name, total in known.items():
         with torch.device("meta"):
