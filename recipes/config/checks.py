@@ -15,7 +15,7 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Every such problem. Each section is parsed and valid by itself; `grpo` is complete."""
     model, lora, run, grpo = (sections[name] for name in ("model", "lora", "run", "grpo"))
     if model.loader == "scratch":
-        yield from _check_scratch(model, lora, run)
+        yield from _check_scratch(model, lora, run, grpo)
     elif model.name is None:
         yield Problem("model.name", "is missing", remedy="set it to a hub id or a local path")
     elif model.scratch is not None:
@@ -38,8 +38,16 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _check_task_fits(sections)
 
 
-def _check_scratch(model: ModelConfig, lora: LoraSection | None, run: RunSection) -> Iterator[Problem]:
+def _check_scratch(
+    model: ModelConfig, lora: LoraSection | None, run: RunSection, grpo: Mapping[str, Any]
+) -> Iterator[Problem]:
     shape = model.scratch or ScratchConfig()
+    if lora is None and run.warm_start is None and grpo["beta"]:
+        # TRL loads the reference model from where the model came from.
+        remedy = "add run.warm_start, or set it to 0"
+        yield Problem(
+            "grpo.beta", "a new model cannot be loaded again as its reference", grpo["beta"], remedy
+        )
     if lora is not None and run.warm_start is None:  # which saves the model that the adapters belong to
         remedy = "add run.warm_start, or set lora: null"
         yield Problem("lora", "a new model's adapters would be all that is kept of it", remedy=remedy)
