@@ -61,7 +61,7 @@ def test_a_mistake_is_found_before_a_process_starts(tmp_path):
 
 def test_a_run_that_fails_says_so(tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(RunFailed, match="quickstart ended with exit status 1"):
+    with pytest.raises(RunFailed, match="quickstart ended with exit status 2"):
         run_apart(train_grpo.main, CONFIG, {"run.output_root": tmp_path / "file"})
     assert "file" in capsys.readouterr().out
 
