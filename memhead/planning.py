@@ -81,20 +81,14 @@ class Chunk(NamedTuple):
 def default_tile(device_type: str, tile_itemsize: int) -> Chunk:
     """The tile for ``device_type``, where a logit takes ``tile_itemsize`` bytes.
 
+    What is worked on beside inputs and outputs (:meth:`Chunk.workspace_bytes`) is under 128 MiB on a CPU and
+    under 256 MiB on a GPU for every model we know.
+
     Its columns do not depend on the number of rows, so that neither do the bits of a row (which on
     some GPUs they do not anyway: :func:`resolve_chunk`).
     """
     rows, size = DEFAULT_TILE["cpu" if device_type == "cpu" else "cuda"]
     return Chunk(rows, size // (rows * tile_itemsize))
-
-
-def plan_chunk(num_rows: int, vocab_size: int, *, device_type: str = "cpu", tile_itemsize: int = 4) -> Chunk:
-    """The default tile for ``num_rows`` tokens of a vocabulary, see :func:`resolve_chunk`.
-
-    Its working memory beside inputs and outputs (:meth:`Chunk.workspace_bytes`) is under 128 MiB on a
-    CPU and under 256 MiB on a GPU for every model we know.
-    """
-    return default_tile(device_type, tile_itemsize).within(num_rows, vocab_size)
 
 
 def plan_rows(

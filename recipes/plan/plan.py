@@ -298,9 +298,9 @@ def store(config: RunConfig, s: Setting) -> Storage:
     unsloths = model.loader == "unsloth" and model.load_in_4bit and not shape.quantised
     trained = _trained_bytes(s)
     steps, every, limit = (
-        config.grpo.get("max_steps", -1),
+        config.grpo["max_steps"],
         config.run.save_every,
-        config.grpo.get("save_total_limit"),
+        config.grpo["save_total_limit"],
     )
     kept = 0 if every is None else ceil(steps / every) if steps > 0 else None
     layer_inputs = s.batch.tokens * s.precision.e * shape.hidden

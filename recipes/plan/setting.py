@@ -87,8 +87,8 @@ class Setting:
             prompt = model.max_seq_length - completion
         else:
             prompt = max(1, min(PROMPT, shape.positions - completion))
-        batch, generations = grpo.get("per_device_train_batch_size", 8), grpo.get("num_generations", 8)
-        steps = grpo.get("steps_per_generation") or grpo.get("gradient_accumulation_steps", 1)
+        batch, generations = grpo["per_device_train_batch_size"], grpo["num_generations"]
+        steps = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
         if model.loader == "unsloth":
             batch = max(batch, generations)
         return cls(
@@ -96,15 +96,15 @@ class Setting:
             trained=trained,
             precision=_precision(config, shape, cuda),
             lora_rank=0 if lora is None else lora.r,
-            optim=str(grpo.get("optim", "adamw_torch_fused")),
+            optim=str(grpo["optim"]),
             sequences=batch,
-            sampled=grpo.get("generation_batch_size") or batch * steps,
+            sampled=grpo["generation_batch_size"] or batch * steps,
             prompt=prompt,
             completion=completion,
             generations=generations,
             checkpointing=model.gradient_checkpointing,
             offloaded=model.loader == "unsloth" and model.gradient_checkpointing and cuda,
-            reference=bool(grpo.get("beta", 0.0)) and lora is None,
+            reference=bool(grpo["beta"]) and lora is None,
             head=config.head.impl,
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
@@ -132,7 +132,7 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
             "Unsloth raises the batch to one group and keeps checkpointed layer inputs in host memory; that it scores "
             "a few sequences at a time where memory is short is not counted"
         )
-    if model.fast_inference or grpo.get("use_vllm"):
+    if model.fast_inference or grpo["use_vllm"]:
         share = _vllm_reserves(config)
         sleeps = _vllm_sleeps(config)
         meanwhile = "it frees the cache" if sleeps else "it keeps both: training must fit beside them"
@@ -147,18 +147,16 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
 
 def vllm_share(config: RunConfig) -> float:
     """What vLLM holds of the device while the model trains, 0 to 1: nothing if it sleeps or is a server elsewhere."""
-    here = config.model.fast_inference or (
-        config.grpo.get("use_vllm") and config.grpo.get("vllm_mode") != "server"
-    )
+    here = config.model.fast_inference or (config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server")
     return _vllm_reserves(config) if here and not _vllm_sleeps(config) else 0.0
 
 
 def _vllm_reserves(config: RunConfig) -> float:
-    return config.model.gpu_memory_utilization or config.grpo.get("vllm_gpu_memory_utilization") or 0.3
+    return config.model.gpu_memory_utilization or config.grpo["vllm_gpu_memory_utilization"] or 0.3
 
 
 def _vllm_sleeps(config: RunConfig) -> bool:
-    return bool(config.model.vllm_standby or config.grpo.get("vllm_enable_sleep_mode"))
+    return bool(config.model.vllm_standby or config.grpo["vllm_enable_sleep_mode"])
 
 
 def _precision(config: RunConfig, shape: ModelShape, cuda: bool) -> Precision:
