@@ -236,7 +236,7 @@ def grpo(impl: str) -> tuple[list[float], list[float], list[Tensor]]:
     from trl import GRPOConfig, GRPOTrainer
 
     from memhead.integrations import trl as memhead_trl
-    from recipes.models.load import character_tokenizer
+    from recipes.models.tokenizers import character_tokenizer
 
     tokenizer = character_tokenizer("0123456789+-*=>")
     set_seed(3407)

@@ -46,7 +46,7 @@ def make_trainer(kind: type, model: Any) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from recipes.models.load import character_tokenizer
+    from recipes.models.tokenizers import character_tokenizer
 
     class Fed(kind):  # type: ignore[misc, valid-type]
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

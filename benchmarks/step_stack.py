@@ -71,7 +71,7 @@ def new_model(toy: bool) -> Any:
 
 def save_checkpoint(folder: Path) -> None:
     """Write the checkpoint that Unsloth loads."""
-    from recipes.models.load import character_tokenizer
+    from recipes.models.tokenizers import character_tokenizer
 
     new_model(toy=False).save_pretrained(folder)
     character_tokenizer("0123456789").save_pretrained(folder)
@@ -87,7 +87,7 @@ def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, Module
         import_unsloth()
     from memhead.integrations import trl as trl_head
     from memhead.integrations import unsloth as unsloth_head
-    from recipes.models.load import character_tokenizer
+    from recipes.models.tokenizers import character_tokenizer
 
     tokenizer = character_tokenizer("0123456789")
     if stack == "trl":

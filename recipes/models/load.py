@@ -9,10 +9,6 @@ import os
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,38 +17,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
 from recipes.models.foreign import no_foreign_code
-from recipes.models.tokenizers import bpe_tokenizer
+from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
-
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-
-
-def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each of `characters`, and `<pad>`, `<eos>`, `<unk>` as ids 0, 1, 2.
-
-    It pads on the left, as generation needs. Raises ValueError if a character occurs twice.
-    """
-    if len(set(characters)) != len(characters):
-        raise ValueError(f"characters: {characters!r} holds a character twice; give each once")
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = Fuse()  # characters are joined again without blanks
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
 
 
 def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:

@@ -16,7 +16,6 @@ from math import ceil
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from memhead.planning import Chunk
 from recipes.config.load import EXIT_STATUS, RunConfig
@@ -24,6 +23,7 @@ from recipes.models.prompts import check_problems
 from recipes.plan import formulas as memory
 from recipes.plan.setting import Setting, notes, vllm_share
 from recipes.problems import ConfigError, Problem
+from recipes.table import Table
 
 GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
@@ -137,15 +137,13 @@ class Plan:
             ("phase, with all that is live in it", self.memory.phases),
             ("instead, with another choice", self.memory.instead),
         ):
-            table = Table(title=None)
-            table.add_column(title)
-            table.add_column("GiB", justify="right")
-            for name, size in rows.items():
-                if not size:
-                    continue
-                mark = "  ← peak" if rows is self.memory.phases and size == self.peak else ""
-                table.add_row(name + mark, f"{size / GIB:.3f}")
-            console.print(table)
+            peak = self.peak if rows is self.memory.phases else None
+            shown = [
+                (name + "  ← peak" * (size == peak), f"{size / GIB:.3f}")
+                for name, size in rows.items()
+                if size
+            ]
+            console.print(Table((title, "GiB"), shown).terminal())
         for line in self.lines():
             # A terminal wraps by itself, a notebook cuts.
             console.print(line, soft_wrap=not console.is_jupyter, highlight=False, markup=False)

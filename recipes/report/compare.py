@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from recipes import escape
 from recipes.problems import visible
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
 from recipes.report.verdict import parting, verdict
-from recipes.tracking import escape
+from recipes.table import Table
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import main_figures, summarize
-from recipes.tracking.table import Table
 
 MOST = 5  # runs whose lines can still be told apart
 

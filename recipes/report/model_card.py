@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from recipes.tracking import escape
+from recipes import escape
 from recipes.tracking.environment import environment_table
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, by_phase, summarize

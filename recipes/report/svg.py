@@ -19,9 +19,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from recipes import escape
 from recipes.problems import visible
 from recipes.report.charts import Areas, Chart, Line, Lines, Peaks
-from recipes.tracking import escape
 from recipes.tracking.phases import PHASES
 from recipes.tracking.summary import format_mib
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from recipes.tracking.table import Table
+from recipes.table import Table
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors", "numpy",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.table import Table
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES
-from recipes.tracking.table import Table
 
 _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's figures begin
 

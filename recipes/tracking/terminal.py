@@ -10,7 +10,7 @@ from typing import Any
 from rich import progress as rich_progress
 from rich.console import Console
 
-from recipes.tracking import escape
+from recipes import escape
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, by_phase, format_mib, tokens_in_words
 

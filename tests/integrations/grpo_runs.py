@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 
 CHARACTERS = "0123456789+-*=>"
 TOKENIZER = character_tokenizer(CHARACTERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 
 CHARACTERS = "0123456789 #How much is+?\n"
 

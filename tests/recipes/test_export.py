@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from recipes.config.load import load_config
 from recipes.export import main
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 from recipes.report.model_card import model_card
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (  # from the ground up; those in one line stand beside each other
-    {"problems"}, {"data"}, {"rewards"}, {"tasks"}, {"config"}, {"models"}, {"plan"}, {"tracking"}, {"training"},
+    {"problems"}, {"escape"}, {"table"},
+    {"data"}, {"rewards"}, {"tasks"}, {"config"}, {"models"}, {"plan"}, {"tracking"}, {"training"},
     {"report"}, {"notebook", "ask", "export", "minimal"},
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -18,7 +18,8 @@ from recipes.minimal import (
     sample,
     until_end,
 )
-from recipes.models.load import character_tokenizer, scratch_llama
+from recipes.models.load import scratch_llama
+from recipes.models.tokenizers import character_tokenizer
 
 
 @pytest.fixture(scope="module")

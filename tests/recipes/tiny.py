@@ -5,8 +5,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.models.load import character_tokenizer
 from recipes.models.manifest import seal
+from recipes.models.tokenizers import character_tokenizer
 from recipes.training.checkpoints import guarded
 
 

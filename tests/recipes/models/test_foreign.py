@@ -14,8 +14,8 @@ from recipes import export
 from recipes.ask import ask
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
-from recipes.models.load import character_tokenizer, load, scratch_llama
-from recipes.models.tokenizers import CHAT_TEMPLATE
+from recipes.models.load import load, scratch_llama
+from recipes.models.tokenizers import CHAT_TEMPLATE, character_tokenizer
 from recipes.problems import ConfigError
 from recipes.tracking.run_folder import RunFolder
 

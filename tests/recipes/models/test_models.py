@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
+from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 
 SCRATCH = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=16, layers=1, intermediate_size=16))
@@ -13,7 +14,7 @@ TASK = Countdown(Countdown.Options(), 0)
 
 
 def test_one_token_for_each_character_and_back():
-    tokenizer = models.character_tokenizer(Countdown.characters)
+    tokenizer = character_tokenizer(Countdown.characters)
     text = "357>26=3*7+5"
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text)
@@ -24,12 +25,12 @@ def test_one_token_for_each_character_and_back():
 
 def test_a_character_given_twice_is_an_error():
     with pytest.raises(ValueError, match="twice"):
-        models.character_tokenizer("112")
+        character_tokenizer("112")
 
 
 def test_the_quickstart_model_has_0_8_million_parameters():
     shape = ScratchConfig(hidden_size=128, layers=3, heads=4, intermediate_size=512)
-    model = models.scratch_llama(shape, models.character_tokenizer(Countdown.characters), seed=0)
+    model = models.scratch_llama(shape, character_tokenizer(Countdown.characters), seed=0)
     assert 0.75e6 < sum(parameter.numel() for parameter in model.parameters()) < 0.85e6
 
 

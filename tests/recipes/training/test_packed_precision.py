@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 from recipes.training.packed_attention import use_varlen
 
 SEEDS = range(4)

@@ -9,7 +9,7 @@ from transformers import set_seed
 from trl import GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 from recipes.training.packed_step import packed
 
 CASES = {

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from rollouts import Fed, PackedFed, Step, model_of, rollout, run, trainer_of, varlen_by_segment
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 from recipes.training.packed_attention import use_varlen
 from recipes.training.rollout import Rollout
 

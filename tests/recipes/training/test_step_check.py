@@ -10,7 +10,7 @@ from rollouts import model_of, trainer_of
 from trl import GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
-from recipes.models.load import character_tokenizer
+from recipes.models.tokenizers import character_tokenizer
 from recipes.training import packed_attention, packed_step
 from recipes.training.step_check import COMPLETIONS, check_step, micro_batch
 

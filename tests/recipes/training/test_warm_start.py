@@ -10,6 +10,7 @@ from recipes.config.schema import ModelConfig, ScratchConfig, WarmStartConfig
 from recipes.models import load as models
 from recipes.models.generation import Sampling, by_transformers
 from recipes.models.precision import Precision
+from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 from recipes.training.evaluation import complete, greedy_figures
 from recipes.training.head_check import check_head
@@ -31,7 +32,7 @@ def settings(**changes):
 
 
 def test_loss_is_taken_on_the_completion_and_its_end_alone():
-    tokenizer = models.character_tokenizer(TASK.characters)
+    tokenizer = character_tokenizer(TASK.characters)
     batch = collate(tokenizer, [("111>03=", "1+1+1"), ("1>", "1")])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, 13)
     kept = batch["labels"][0][batch["labels"][0] != IGNORED]
@@ -150,7 +151,7 @@ class Elsewhere(torch.nn.Module):
 
 
 def test_the_batch_goes_to_the_models_device():
-    tokenizer = models.character_tokenizer(TASK.characters)
+    tokenizer = character_tokenizer(TASK.characters)
     result = warm_start(
         Elsewhere(), tokenizer, EXAMPLES, settings(steps=2), precision=Precision(), probe=lambda: 0.0
     )

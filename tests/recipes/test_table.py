@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from recipes import escape
 from recipes.problems import Problem, visible
-from recipes.tracking import escape
-from recipes.tracking.table import Table
+from recipes.table import Table
 
 NASTY = "<reasoning>[bold red]x[/]\x1b[2J\x9b1m|`*_a_* & \u202egnp\\"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 from rich import table as rich_table
 
-from recipes.tracking import escape
+from recipes import escape
 
 
 @dataclass(frozen=True)
