@@ -26,10 +26,10 @@ from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
 
 
-def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of that shape for the tokenizer's vocabulary, float32; the same seed gives the same weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def scratch_config(shape: ScratchConfig, vocabulary: int, **tokens: int | None) -> LlamaConfig:
+    """A new Llama's configuration. tokens: `pad_token_id` and `eos_token_id`, where they are known."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -38,9 +38,15 @@ def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed
         max_position_embeddings=shape.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=shape.tie_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **tokens,
+    )
+
+
+def scratch_llama(shape: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama of that shape for the tokenizer's vocabulary, float32; the same seed gives the same weights."""
+    config = scratch_config(
+        shape, len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)

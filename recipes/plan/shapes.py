@@ -205,10 +205,9 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
 
 
 def _scratch(config: RunConfig) -> PretrainedConfig:
-    """The configuration of recipes.models.load.scratch_llama as far as it decides sizes, without a tokenizer."""
-    from transformers import LlamaConfig
-
+    """The configuration of the model that will be made, without a tokenizer."""
     from recipes.config.schema import ScratchConfig
+    from recipes.models.load import scratch_config
     from recipes.tasks import get_task
 
     made = config.model.scratch or ScratchConfig()
@@ -221,18 +220,7 @@ def _scratch(config: RunConfig) -> PretrainedConfig:
         vocab = len(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=made.hidden_size,
-        intermediate_size=made.intermediate_size,
-        num_hidden_layers=made.layers,
-        num_attention_heads=made.heads,
-        num_key_value_heads=made.kv_heads or made.heads,
-        max_position_embeddings=made.max_positions,
-        tie_word_embeddings=made.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    return scratch_config(made, vocab, eos_token_id=None)
 
 
 def _layer_shape(text: PretrainedConfig) -> LayerShape | None:

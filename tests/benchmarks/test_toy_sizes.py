@@ -89,7 +89,7 @@ def test_launches():
     assert all(" (" in line.split(" | ")[ours] for line in lines[2:])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(120)
 def test_step_gpu(tmp_path):
     """The trainer's own functions, in a separate process; TRL's Triton head by the interpreter."""
     path = step_gpu.main(["--toy", "--stacks", "trl", "--output", str(tmp_path)])
