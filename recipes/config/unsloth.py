@@ -16,6 +16,9 @@ from typing import Any
 
 MAX_SEQ_LENGTH = 2048  # Unsloth's own default
 _STANDBY = "UNSLOTH_VLLM_STANDBY"
+_failures: list[
+    Exception
+] = []  # of the first try: once half imported, Unsloth fails with messages that mislead
 
 
 def import_unsloth(standby: bool = False) -> None:
@@ -33,8 +36,14 @@ def import_unsloth(standby: bool = False) -> None:
                 "other choice, which it reads once; start a new process (in a notebook: restart the kernel)"
             )
         return
+    if _failures:
+        raise _failures[0]
     os.environ[_STANDBY] = wanted  # the only way to tell Unsloth
-    import unsloth  # noqa: F401
+    try:
+        import unsloth  # noqa: F401
+    except Exception as error:
+        _failures.append(error)
+        raise
 
 
 def is_unsloths(grpo_config: type) -> bool:

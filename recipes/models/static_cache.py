@@ -9,20 +9,45 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+ROUND_TO = 64  # tokens: a slightly longer prompt than ever before need not compile anew
+
+
+class OneDtypeCache(StaticCache):
+    """Under autocast the rotated keys are float32 beside values in half precision; the layers keep one dtype."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **options: Any) -> Any:
+        """Both (B, heads, L, D). Attention under autocast would round the keys to the same dtype."""
+        return super().update(key_states.to(value_states.dtype), value_states, *rest, **options)
+
 
 def keep_cache(model: Any) -> None:
     """Let every `model.generate` with `cache_implementation: static` use one cache, as long as it is large enough."""
-    make = model._prepare_static_cache
-    kept: dict[int, tuple[int, Any]] = {}  # length and cache, by number of sequences
+    kept: dict[Any, tuple[int, StaticCache]] = {}  # length and cache, by number of sequences and autocast
 
-    def prepare(*, batch_size: int, max_cache_len: int, **options: Any) -> Any:
-        length, cache = kept.get(batch_size, (0, None))
-        if length >= max_cache_len:
+    def prepare(*, batch_size: int, max_cache_len: int, **_: Any) -> StaticCache:
+        device = model.device.type
+        key = batch_size, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        length, cache = kept.get(key, (0, None))
+        if cache is not None and length >= max_cache_len:
             cache.reset()
             return cache
         kept.clear()  # free before the next is made
-        cache = make(batch_size=batch_size, max_cache_len=max_cache_len, **options)
-        kept[batch_size] = max_cache_len, cache
+        length = -(-max_cache_len // ROUND_TO) * ROUND_TO
+        cache = OneDtypeCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+        kept[key] = length, cache
         return cache
 
     model._prepare_static_cache = prepare
+
+
+def sample_by_graphs(trainer: Any, model: Any) -> None:
+    """Let TRL's trainer sample so. model: the causal language model that it trains, without wrappers.
+
+    TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew.
+    """
+    keep_cache(model)
+    trainer.generation_config.disable_compile = False

@@ -244,7 +244,8 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     weights = memory.weight_bytes(shape, precision)
     gradients = _trained_bytes(s)
     states, temporaries = _optimizer_bytes(s)
-    kv = memory.kv_cache_bytes(shape, s.sampled, s.length, e) + memory.sampling_bytes(shape, s.sampled)
+    cache = memory.kv_cache_bytes(shape, s.sampled, s.length, e)
+    kv = cache + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
             shape, precision, batch, r=s.lora_rank, checkpointing=way, offloaded=s.offloaded
@@ -277,11 +278,17 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     if s.offloaded:
         inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
     scoring = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=False) if s.head != "full" else full
+    kept = cache if s.kept_cache else 0
     phases = {
         "generation": resting + kv + memory.inference_bytes(shape, precision, s.sampled * s.prompt),
-        "scoring without gradient": resting + inference + scoring + copies,
-        "forward, loss and backward": resting + gradients + copies + parts["activations"] + parts["head"],
-        "optimizer": resting + gradients + temporaries,
+        "scoring without gradient": resting + kept + inference + scoring + copies,
+        "forward, loss and backward": resting
+        + kept
+        + gradients
+        + copies
+        + parts["activations"]
+        + parts["head"],
+        "optimizer": resting + kept + gradients + temporaries,
     }
     return Memory(parts, phases, instead)
 

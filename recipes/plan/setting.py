@@ -31,6 +31,7 @@ class Setting:
     head: str
     chunk_rows: int | None
     device_type: str
+    kept_cache: bool = False  # the static cache of sampling, which stays between rollouts
     bin_tokens: int | None = None  # of the packed step's bins; None: padded batches
 
     @property
@@ -108,6 +109,9 @@ class Setting:
             head=config.head.impl,
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
+            kept_cache=grpo["cache_implementation"] == "static"
+            and not grpo["use_vllm"]
+            and model.loader != "unsloth",
         )
 
 

@@ -5,11 +5,14 @@ preflight.check(config)     ConfigError: key, what is missing, value, the comman
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+
+from packaging.version import Version
 
 from recipes.config.grpo import world_size
 from recipes.config.load import RunConfig
@@ -24,6 +27,8 @@ _ATTENTION = {  # attn_implementation -> (its package, how to get it)
     "flash_attention_3": ("flash_attn_3", "build flash_attn_3 from its repository"),
 }
 _OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "paged")  # parts of transformers' names for them
+OLDEST_VLLM = "0.21.0"  # that TRL 1.15 supports
+BITSANDBYTES_LEFT_VLLM = "0.28.0"  # from here on it is vllm-bnb-plugin that reads 4-bit weights
 _LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3")
 
 
@@ -35,6 +40,7 @@ class Machine:
     bfloat16: bool
     packages: frozenset[str]
     processes: int = 1  # as the launcher announces them
+    vllm: str | None = None  # its version, where it is known
 
     @classmethod
     def here(cls) -> Machine:
@@ -47,6 +53,7 @@ class Machine:
             bfloat16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
             packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
             processes=world_size(),
+            vllm=_version("vllm"),
         )
 
 
@@ -95,7 +102,8 @@ def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         return
     except (ImportError, NotImplementedError, RuntimeError) as error:
         remedy = "mend what it names, or set model.loader: transformers"
-        yield Problem("model.loader", f"Unsloth does not start here: {error}", "unsloth", remedy)
+        cause = f" ({error.__context__})" if error.__context__ is not None else ""
+        yield Problem("model.loader", f"Unsloth does not start here: {error}{cause}", "unsloth", remedy)
         return
     if config.head.impl != "trl":
         from memhead.integrations.unsloth import refuse_bypasses
@@ -143,11 +151,30 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem(key, "vLLM needs a GPU, and there is none", True, remedy)
     elif "vllm" not in machine.packages:
         yield Problem(key, "vLLM is not installed", True, f"{CUDA_SET}, or set {key}: false")
-    elif config.model.load_in_4bit and "vllm_bnb_plugin" not in machine.packages:
-        message = "vLLM reads 4-bit weights by vllm-bnb-plugin, which is not installed"  # since 0.28
+    elif _older(machine.vllm, OLDEST_VLLM):
+        message = f"vLLM {machine.vllm} is too old for TRL, which needs {OLDEST_VLLM}"
+        yield Problem(key, message, True, f"{CUDA_SET}, or set {key}: false")
+    elif (
+        config.model.load_in_4bit
+        and "vllm_bnb_plugin" not in machine.packages
+        and not _older(machine.vllm, BITSANDBYTES_LEFT_VLLM)
+    ):
+        message = "vLLM reads 4-bit weights by vllm-bnb-plugin, which is not installed"
         yield Problem(
             key, message, True, "pip install vllm-bnb-plugin==0.0.3, or set model.load_in_4bit: false"
         )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _older(version: str | None, than: str) -> bool:
+    """Whether this release came before. An unknown one is taken for new."""
+    return version is not None and Version(version).release < Version(than).release
 
 
 def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:

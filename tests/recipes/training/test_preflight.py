@@ -1,6 +1,7 @@
 """What is missing is reported before anything is loaded: key, what is missing, value, remedy, one line each."""
 
 import sys
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,6 +17,9 @@ GPU = Machine(cuda=True, bfloat16=True, packages=ALL)
 T4 = Machine(cuda=True, bfloat16=False, packages=ALL)
 CPU = Machine(cuda=False, bfloat16=True, packages=ALL)
 NO_PLUGIN = Machine(cuda=True, bfloat16=True, packages=ALL - {"vllm_bnb_plugin"})
+OLD_VLLM = replace(GPU, vllm="0.20.1+cu130")
+VLLM_WITHOUT_PLUGIN = replace(NO_PLUGIN, vllm="0.28.0rc1")
+VLLM_THAT_NEEDS_NONE = replace(NO_PLUGIN, vllm="0.27.3")
 BARE = Machine(cuda=True, bfloat16=True, packages=frozenset())
 FILE = """\
 model:
@@ -52,6 +56,18 @@ MISSING = [
         "grpo.use_vllm: vLLM reads 4-bit",
         "pip install",
     ),
+    (
+        VLLM_WITHOUT_PLUGIN,
+        ["grpo.use_vllm=true", "model.load_in_4bit=true"],
+        "grpo.use_vllm: vLLM reads 4-bit",
+        "pip install",
+    ),
+    (
+        OLD_VLLM,
+        ["grpo.use_vllm=true"],
+        "grpo.use_vllm: vLLM 0.20.1+cu130 is too old",
+        "requirements-cuda.lock",
+    ),
     (BARE, ["model.loader=unsloth"], "model.loader: Unsloth is not installed", "requirements-cuda.lock"),
     (
         CPU,
@@ -71,6 +87,11 @@ MISSING = [
     (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
     (T4, ["model.dtype=bfloat16"], "model.dtype: this GPU has no bfloat16", "set it to float16 or auto"),
 ]
+
+
+def test_vllm_reads_4_bit_weights_itself_up_to_0_27(configured):
+    config = configured("grpo.use_vllm=true", "model.load_in_4bit=true")
+    assert not list(missing(config, VLLM_THAT_NEEDS_NONE))
 
 
 @pytest.mark.parametrize(("machine", "overrides", "what", "remedy"), MISSING, ids=lambda x: str(x)[:40])

@@ -1,0 +1,67 @@
+"""The kept static cache: the same completions as the growing one, one allocation for many calls."""
+
+import pytest
+import torch
+from tiny import tiny_trainer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from recipes.models.static_cache import ROUND_TO, keep_cache, sample_by_graphs
+
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **shape)).eval()
+    keep_cache(made)
+    return made
+
+
+def complete(model, length, **options):
+    ids = torch.randint(3, 64, (4, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0  # padding on the left
+    config = GenerationConfig(
+        max_new_tokens=20,
+        min_new_tokens=20,
+        pad_token_id=0,
+        eos_token_id=1,
+        return_dict_in_generate=True,
+        **options,
+    )
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return found.sequences, found.past_key_values
+
+
+def test_same_completions_and_one_allocation(model):
+    seen = []
+    for length in (9, 7, 9, ROUND_TO - 19, ROUND_TO - 18, 5):
+        tokens, cache = complete(model, length, **STATIC)
+        assert torch.equal(tokens, complete(model, length)[0]), length
+        seen.append((cache.layers[0].keys.data_ptr(), cache.layers[0].keys.shape[2]))
+    assert len(set(seen[:4])) == 1
+    assert [size for _, size in seen] == [ROUND_TO] * 4 + [2 * ROUND_TO] * 2
+    assert seen[4] == seen[5]
+
+
+def test_one_dtype_under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, cache = complete(model, 11, **STATIC)
+    assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.bfloat16
+    assert cache.layers[0].keys[:, :, :30].abs().sum() > 0
+    assert complete(model, 11, **STATIC)[1].layers[0].keys.dtype == torch.float32
+    assert tokens.shape == (4, 31)
+
+
+def test_trl_samples_through_it(tmp_path):
+    def sampled(**options):
+        trainer = tiny_trainer(tmp_path, **options)
+        if options:
+            sample_by_graphs(trainer, trainer.model)
+            assert trainer.generation_config.disable_compile is False
+        torch.manual_seed(3)
+        return trainer._generate_single_turn([[3, 4, 5], [6, 7]], None, {}, 1)[0]
+
+    assert sampled(cache_implementation="static") == sampled()
