@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from recipes.training import packed_attention
+from recipes.training.generation_batches import ReadOnce, Rows
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import Lengths, PaddedBatch, measure, pack, plan_bins
 from recipes.training.rollout import Bin, MicroBatch, Rollout
@@ -76,8 +78,19 @@ class PackedStep(_Trainer):
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> Any:
+        """TRL's method, on rows that are read once a generation."""
+        dataset, collator = self.train_dataset, self.data_collator
+        if isinstance(dataset, Dataset):
+            self.train_dataset, self.data_collator = ReadOnce(dataset), Rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
     def _generate_and_score_completions(self, inputs: Any) -> MicroBatch:
         """TRL's method, without its pass for the old log-probabilities."""
+        inputs = inputs.rows if isinstance(inputs, Rows) else inputs
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction

@@ -14,8 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -89,51 +93,54 @@ def measure(batch: PaddedBatch) -> Lengths:
 def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: bool) -> Packed:
     """Lay out ``rows`` of a padded batch.
 
+    In numpy, because torch spreads even such small arrays over all cores, and waits for each of them.
+
     Args:
         rows: the rows to compute, each with at least one completion token.
         one_row: all groups in one row, with :class:`VarlenKeys`; else one row per group, as long as the longest.
     """
     width, completion_width = batch.input_ids.shape[1], batch.completion_width
-    row = torch.as_tensor(rows, dtype=torch.long)
-    groups, first, group = _groups(lengths.group[row])
-    own, prompt = lengths.completion[row], lengths.prompt[row[first]]  # (N,), (G,)
+    row = np.asarray(rows, dtype=np.int64)
+    _, first, group = np.unique(lengths.group.numpy()[row], return_index=True, return_inverse=True)
+    groups = len(first)
+    own, prompt = lengths.completion.numpy()[row], lengths.prompt.numpy()[row[first]]  # (N,), (G,)
 
     # Segments: each group's prompt, then its completions less their last tokens.
-    order = torch.cat([torch.arange(groups), group]).argsort(stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # unordered -> ordered
-    segment_group = torch.cat([torch.arange(groups), group])[order]
-    length = torch.cat([prompt, own - 1])[order]
-    start = torch.cat([row[first] * width + batch.prompt_width - prompt, row * width + batch.prompt_width])[
-        order
-    ]
-    first_position = torch.cat([torch.zeros_like(prompt), prompt[group]])[order]
-    begin = length.cumsum(0) - length
+    unordered_group = np.concatenate([np.arange(groups), group])
+    order = unordered_group.argsort(kind="stable")
+    rank = np.empty_like(order)  # unordered -> ordered
+    rank[order] = np.arange(len(order))
+    segment_group = unordered_group[order]
+    length = np.concatenate([prompt, own - 1])[order]
+    begins = [row[first] * width + batch.prompt_width - prompt, row * width + batch.prompt_width]
+    start = np.concatenate(begins)[order]
+    first_position = np.concatenate([np.zeros_like(prompt), prompt[group]])[order]
+    begin = length.cumsum() - length
     prompt_segment = rank[:groups]  # (G,)
-    number = torch.arange(len(order)) - prompt_segment[segment_group]
+    number = np.arange(len(order)) - prompt_segment[segment_group]
     if one_row:
         shape, slot = (1, int(length.sum())), begin
     else:
-        group_length = torch.zeros(groups, dtype=torch.long).index_add_(0, segment_group, length)
-        shape = (groups, int(group_length.max()) if groups else 0)
+        group_length = np.bincount(segment_group, weights=length, minlength=groups)
+        shape = (groups, int(group_length.max(initial=0)))
         slot = begin - begin[prompt_segment][segment_group] + segment_group * shape[1]
 
     segment, offset = _spread(length)  # (T,) the segment of each token, and its place in it
     here = slot[segment] + offset
-    positions = _grid(shape, 0, here, first_position[segment] + offset)
 
     # Scores: a completion's first token by its prompt's last state, each other by the state before it.
     completion, place = _spread(own)  # (M,)
     last = slot[prompt_segment] + prompt - 1  # (G,)
     before = slot[rank[groups:]][completion] + place - 1
-    states = torch.where(place == 0, last[group][completion], before)
+    states = np.where(place == 0, last[group][completion], before)
     scored_row = row[completion]
     return Packed(
         source=_grid(shape, 0, here, start[segment] + offset),
-        positions=positions,
+        positions=_grid(shape, 0, here, first_position[segment] + offset),
         segments=_grid(shape, -1, here, number[segment]),
-        states=states,
-        targets=scored_row * width + batch.prompt_width + place,
-        scores=scored_row * completion_width + place,
+        states=torch.from_numpy(states),
+        targets=torch.from_numpy(scored_row * width + batch.prompt_width + place),
+        scores=torch.from_numpy(scored_row * completion_width + place),
         tokens=len(here),
         varlen=_varlen(length, slot, number, segment_group, prompt, slot[prompt_segment])
         if one_row
@@ -174,54 +181,45 @@ def plan_bins(lengths: Lengths, slots: Sequence[Sequence[int]], budget: int) -> 
     return bins
 
 
-def _groups(group: Tensor) -> tuple[int, Tensor, Tensor]:
-    """How many groups, the first row of each, and each row's group counted from 0."""
-    names, dense = group.unique(return_inverse=True)
-    first = torch.full((len(names),), len(group)).scatter_reduce_(
-        0, dense, torch.arange(len(group)), reduce="amin"
-    )
-    return len(names), first, dense
-
-
-def _spread(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(lengths: Integers) -> tuple[Integers, Integers]:
     """For runs of these lengths, one after another: the run of every item, and its place in it."""
-    run = torch.arange(len(lengths)).repeat_interleave(lengths)
-    return run, torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]
+    run = np.arange(len(lengths)).repeat(lengths)
+    return run, np.arange(len(run)) - (lengths.cumsum() - lengths)[run]
 
 
-def _grid(shape: tuple[int, int], empty: int, slots: Tensor, values: Tensor) -> Tensor:
-    grid = torch.full((shape[0] * shape[1],), empty, dtype=torch.long)
+def _grid(shape: tuple[int, int], empty: int, slots: Integers, values: Integers) -> Tensor:
+    grid = np.full(shape[0] * shape[1], empty, dtype=np.int64)
     grid[slots] = values
-    return grid.view(shape)
+    return torch.from_numpy(grid.reshape(shape))
 
 
 def _varlen(
-    length: Tensor,  # (S,) tokens of each segment
-    slot: Tensor,  # (S,) where it begins
-    number: Tensor,  # (S,) 0 for a prompt
-    group: Tensor,  # (S,)
-    prompt: Tensor,  # (G,) tokens of each prompt
-    prompt_slot: Tensor,  # (G,) where it begins
+    length: Integers,  # (S,) tokens of each segment
+    slot: Integers,  # (S,) where it begins
+    number: Integers,  # (S,) 0 for a prompt
+    group: Integers,  # (S,)
+    prompt: Integers,  # (G,) tokens of each prompt
+    prompt_slot: Integers,  # (G,) where it begins
 ) -> VarlenKeys:
     some = length > 0  # a completion of one token has no queries: its prompt scores it
     length, slot, number, group = length[some], slot[some], number[some], group[some]
-    shared = torch.where(number > 0, prompt[group], 0)
+    shared = np.where(number > 0, prompt[group], 0)
     count = shared + length
     segment, offset = _spread(count)
     of_prompt = prompt_slot[group][segment] + offset
     of_itself = slot[segment] + offset - shared[segment]
-    keys = torch.where(offset < shared[segment], of_prompt, of_itself)
-    times = keys.bincount()  # every token is a key of its own segment
+    keys = np.where(offset < shared[segment], of_prompt, of_itself)
+    times = np.bincount(keys)  # every token is a key of its own segment
     return VarlenKeys(
-        keys=keys,
+        keys=torch.from_numpy(keys),
         query_ends=_ends(length),
         key_ends=_ends(count),
         longest_query=int(length.max()),
         longest_keys=int(count.max()),
-        copies=keys.argsort(stable=True),
-        copies_begin=times.cumsum(0) - times,
+        copies=torch.from_numpy(keys.argsort(kind="stable")),
+        copies_begin=torch.from_numpy(times.cumsum() - times),
     )
 
 
-def _ends(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+def _ends(lengths: Integers) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
