@@ -34,6 +34,9 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("lora.target_modules", "adapts the head", lora.target_modules, remedy)
     if run.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
         yield Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
+    if grpo["warmup_steps"] and grpo["lr_scheduler_type"] == "constant":
+        remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
+        yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
     yield from _check_lengths(model, grpo)
     yield from _check_task_fits(sections)
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from recipes.models.decoding_attention import use_for_decoding
-
 ROUND_TO = 64  # tokens: a slightly longer prompt than ever before need not compile anew
 
 
@@ -52,5 +50,4 @@ def sample_by_graphs(trainer: Any, model: Any) -> None:
     TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew.
     """
     keep_cache(model)
-    use_for_decoding(model)
     trainer.generation_config.disable_compile = False

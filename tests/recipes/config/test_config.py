@@ -402,6 +402,14 @@ def test_every_problem_is_listed_one_a_line(good):
     assert str(error) == "\n".join(error.lines)
 
 
+def test_a_warm_up_that_transformers_would_ignore(good):
+    line = str(error_of(good, "grpo.lr_scheduler_type=constant", "grpo.warmup_steps=10"))
+    assert "grpo.warmup_steps: the schedule constant has none (value 10)" in line
+    assert "constant_with_warmup" in line
+    load_config(good, ["grpo.lr_scheduler_type=constant_with_warmup", "grpo.warmup_steps=10"])
+    load_config(good, ["grpo.lr_scheduler_type=constant", "grpo.warmup_steps=0"])
+
+
 def test_an_override_given_twice(good):
     assert "given twice" in str(error_of(good, "run.seed=1", "run.seed=2"))
 
