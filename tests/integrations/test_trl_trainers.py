@@ -27,7 +27,12 @@ STEPS = 3
 EXPERTS = {
     "mixtral": transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4),
     "qwen3-moe": transformers.Qwen3MoeConfig(
-        **SMALL, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        **SMALL,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
     ),
 }
 HEADS = {name: configurations()[name] for name in ("llama", "qwen2-tied", "gemma2-softcap", "phi-bias")}
