@@ -1,5 +1,6 @@
 # make train    install, then train the quickstart (three minutes on two cores, after the install)
 # make test     install, then lint, types and the whole test suite
+# make test-trl-next  the tests of memhead in TRL's trainers once more, with the next TRL
 # make lint     ruff and the type checker; make format: let ruff rewrite what it can
 # make notebook  bring notebooks/*.ipynb and their .py twins in step, the newer one winning
 # make clean    remove the environment and the caches; runs/ stays
@@ -13,14 +14,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
+TRL_NEXT := $(VENV)/trl-next
 
-.PHONY: train test lint format notebook clean
+.PHONY: train test test-trl-next lint format notebook clean
 
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
 
 test: lint $(TESTABLE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# First whether that TRL is the one that is imported.
+test-trl-next: $(TRL_NEXT)/.installed
+	PYTHONPATH=$(TRL_NEXT) $(BIN)/python -c 'import trl; print(f"trl=={trl.__version__}")' | \
+	  grep -x -f - requirements-trl-next.lock
+	PYTHONPATH=$(TRL_NEXT) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/integrations/test_trl*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,6 +54,12 @@ $(INSTALLED): requirements.lock
 # Unsloth is for its tests alone: the real package, without what it needs on a GPU.
 $(TESTABLE): $(INSTALLED) requirements-unsloth.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-unsloth.lock
+	touch $@
+
+$(TRL_NEXT)/.installed: $(INSTALLED) requirements-trl-next.lock
+	rm -rf $(TRL_NEXT)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRL_NEXT) \
+	  -r requirements-trl-next.lock
 	touch $@
 
 clean:

@@ -120,8 +120,15 @@ class RunConfig(Section):
         return {section: data[section] for section in ORDER}
 
     def to_yaml(self) -> str:
-        """The resolved configuration; `load_config` of it gives an equal RunConfig."""
-        return dump(self.to_dict())
+        """The resolved configuration; `load_config` of it gives an equal RunConfig.
+
+        A step that nobody asked for by name stays unnamed: the default gives way to TRL's where it must, the name
+        does not, and a rerun of this file has to do what this run did.
+        """
+        data = self.to_dict()
+        if "impl" not in self.step.model_fields_set:
+            del data["step"]["impl"]
+        return dump(data)
 
 
 def _precision(dtype: str, given: Mapping[str, Any], cuda: bool) -> dict[str, Any]:

@@ -115,7 +115,8 @@ class StepConfig(Section):
     impl: Literal["packed", "trl"] = Field(
         "packed",
         description="packed: one row of tokens a group, no padding, no rows without a gradient, no repeated pass; "
-        "trl: TRL's own padded micro-batches, as a baseline",
+        "trl: TRL's own padded micro-batches, as a baseline. Where the packed step fails its start-up check, trl "
+        "takes its place, unless packed is written out: then the run ends",
     )
     token_budget: Positive | None = Field(
         None,

@@ -1,7 +1,10 @@
-"""Is a model usable at all? A weight that is NaN or infinite, or logits that are, make every other figure nonsense."""
+"""Is a model usable at all? Weights or logits that are NaN or infinite make every other figure nonsense; so do logits
+that are the same for every prompt, which is what is left where RMSNorm divides by an overflow.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,21 +28,37 @@ def first_not_finite(tensors: Named) -> str | None:
 
 @torch.no_grad()
 def why_unusable(model: Any, batch: Any | None = None) -> str | None:
-    """What is not finite about a model, as the rest of a sentence: a weight, or the logits of `batch`. None: nothing.
+    """Why a model is of no use, as the rest of a sentence, by its weights and its logits for `batch`. None: it may be.
 
-    batch: what the tokenizer gave for some prompts. The model's mode and the random state are left as they were.
+    batch: what the tokenizer gave for some prompts, padded on the left. The model's mode and the random state are left
+    as they were.
     """
     weight = first_not_finite(model.named_parameters())
     if weight is not None:
         return f"its weight {weight} holds NaN or infinity"
     if batch is None:
         return None
+    batch = batch.to(model.device)
+    logits = _last_logits(model, batch)
+    if not bool(torch.isfinite(logits).all()):
+        return "its weights are finite, but its logits for the task's prompts are NaN or infinite"
+    if _same_for_all(logits, batch["input_ids"]) and bool(model.get_output_embeddings().weight.any()):
+        return "its weights are finite, but something overflows: its logits are the same whatever the prompt"
+    return None
+
+
+def _last_logits(model: Any, batch: Any) -> Tensor:
+    """(B, V), after each prompt: of a whole prompt they might not fit."""
+    plain = getattr(model, "get_base_model", lambda: model)()
+    short = "logits_to_keep" in inspect.signature(plain.forward).parameters
     was_training = model.training
     model.eval()
     try:
-        logits = model(**batch.to(model.device)).logits
+        return model(**batch, **({"logits_to_keep": 1} if short else {})).logits[:, -1]
     finally:
         model.train(was_training)
-    if bool(torch.isfinite(logits[batch["attention_mask"].bool()]).all()):
-        return None
-    return "its weights are finite, but its logits for the task's prompts are NaN or infinite"
+
+
+def _same_for_all(logits: Tensor, prompts: Tensor) -> bool:
+    """Whether prompts that differ have the same logits to the bit, as no model has that reads them."""
+    return len(prompts.unique(dim=0)) > 1 and bool((logits == logits[:1]).all())

@@ -34,7 +34,7 @@ _VULGAR = {
     character: unicodedata.normalize("NFKC", character).replace("\u2044", "/")
     for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"
 }
-_SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
+_SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\\?+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -64,6 +64,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
         _fraction,
     ),
     (re.compile(r"(?<=[\w)])\*\*(?=-?[0-9]{1,4}(?![\w*.,]))"), "^"),  # Python's power; other `**` are bold
+    (re.compile(r"(?<![A-Za-z0-9_])__?(?=[-+$€£¥.0-9])|(?<=[0-9.%])__?(?![A-Za-z0-9_])"), " "),  # bold, too
     (re.compile(r"\\[$%]|\\[(\[)\]]|\*\*"), " "),
 )
 

@@ -30,6 +30,11 @@ _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"[\u2010-\u2015\u2212\ufe63\uff0d]"), "-"),
     (re.compile(r"\s*+(?:°|º|\^\s*+(?:\{\s*+)?\\(?:circ|degree)(?:\s*+\})?|\\degree(?![A-Za-z]))"), " "),
     (re.compile("√\\s*+\\(([^()]*+)\\)|√\\s*+([0-9A-Za-z]++)"), r"\\sqrt{\1\2}"),
+    (re.compile(r"(?<![\w.])([0-9]++(?:\.[0-9]++)?+)[eE]([-+]?+[0-9]{1,4}+)(?![\w.])"), r"\1\\cdot10^{\2}"),
+    (
+        re.compile(r"(?<![\w.])([0-9]{0,20}+)\.([0-9]{0,20}+)\\(?:overline|bar|dot)\s?\{?([0-9]{1,20}+)\}?"),
+        lambda match: _periodic(*match.groups()),
+    ),
     (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]++"), lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
     *(
         (re.compile(sign), rf"\\{command} ")
@@ -43,7 +48,9 @@ _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<=[\w)}\]])\*\*(?=[-({]?[0-9a-zA-Z])"), "^"),  # Python's power; other `**` are bold
     (re.compile(r"\*\*"), " "),
     (re.compile(r"\\(?:displaystyle|textstyle|bf|rm)(?![A-Za-z])"), " "),
+    (re.compile(r"(?<!\\)\\[\[\]()]"), " "),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)h?+|cot|sec|csc|log|ln|exp)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![A-Za-z\\])sqrt\s*+\(([^()]*+)\)"), r"\\sqrt{\1}"),
     (re.compile(r"\*"), r"\\cdot "),
 )
@@ -52,7 +59,7 @@ _MIXED = re.compile(
 )
 _GROUPED = re.compile(
     r"(?<![\w.^])[1-9][0-9]{0,2}"
-    r"(?:(?:\\[,;:! ]|\{,\}(?:\\!)?+|,\\!|~|[ \u00a0\u2007\u2009\u202f])[0-9]{3}(?![0-9]))++"
+    r"(?:(?:\\[,;:! ]|\{,\}(?:\\!)?+|,\\!|~|[ _\u00a0\u2007\u2009\u202f])[0-9]{3}(?![0-9]))++"
 )
 
 
@@ -70,10 +77,13 @@ _UNITS = _words(
 _SHORT = _words("is of or in to at on by an be so it we no")  # words of two letters
 _VERBS = _words("is are be equals get have was")
 _WORD = re.compile(
-    r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+)?+"
-    r"(?!\s*+[+*=^_(<>{\[]|\s*+/|\s+-|[\w'-])"
+    r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+|[23])?+"
+    r"(?!\s*+[+*=^_<>{]|\s*+/|[(\[\w'-]|(?<!\bis)(?<!\bare)(?<!\bbe)\s+[(\[-])"  # f (x), but: is (C), is -5
 )
-_LABEL = re.compile(r"\(\s?([1-9]|[ivx]{1,4}|[a-h])\s?\)")
+# (1), part (b):, \text{(ii)}, ③
+_LABEL = re.compile(
+    r"(?:\\text\s?\{\s?)?+(?:[Pp]art\s)?+\(\s?([1-9]|[ivx]{1,4}|[a-h])\s?\)(?:\s?\})?+:?+|([\u2460-\u2468])"
+)
 _COUNTS = (tuple("123456789"), tuple("abcdefgh"), ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii"))
 _JOIN = re.compile(r"\s*+(?:,?\s*+(?:and|or)|[;,.]|)\s*+", re.IGNORECASE)
 _END = re.compile(r"[\s.$]*+$")
@@ -119,12 +129,14 @@ def _split(text: str) -> list[str]:
 def _labelled(text: str) -> list[str]:
     """The texts after the labels (1), (2) … of a text that begins with them, in order; else nothing."""
     labels = list(_LABEL.finditer(text))
-    names = tuple(match[1] for match in labels)
+    names = tuple(match[1] or str(int(unicodedata.digit(match[2]))) for match in labels)
     counted = len(names) > 1 and any(names == count[: len(names)] for count in _COUNTS)
     if not counted or text[: labels[0].start()].strip(" $"):
         return []
     ends = [*(match.start() for match in labels[1:]), len(text)]
-    found = [text[match.end() : end].strip(" ;,.\n") for match, end in zip(labels, ends)]
+    found = [
+        text[match.end() : end].replace(r"\quad", " ").strip(" ;,.\n") for match, end in zip(labels, ends)
+    ]
     return found if all(found) else []
 
 
@@ -178,6 +190,12 @@ def plain(text: str) -> str:
         text = pattern.sub(latex, text)
     text = _MIXED.sub(_improper, text)
     return _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
+
+
+def _periodic(whole: str, before: str, period: str) -> str:
+    """0.1\\overline{6} as a fraction."""
+    below = (10 ** len(period) - 1) * 10 ** len(before)
+    return f"{int(whole + before + period) - int(whole + before or '0')}/{below}"
 
 
 def _improper(match: re.Match[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import And, Basic, Eq, MatrixBase, Rational, UnevaluatedExpr
+from sympy import And, Basic, Eq, FiniteSet, Interval, MatrixBase, Rational, Tuple, UnevaluatedExpr
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
@@ -38,13 +38,21 @@ def same(gold: str, given: str) -> bool:
     """Whether two LaTeX expressions are equal."""
     if gold == given:
         return True
-    return _same_expressions(_parse(gold), _parse(given))
+    return _same_expressions(_known(gold), _parse(given))
 
 
 def same_in_text(gold: list[str], text: str) -> bool:
     """Whether the final answer that math-verify finds in a text equals all of `gold`."""
     found = parse(text, extraction_config=_ANYWHERE, **_OPTIONS)
-    return _same_expressions(_parse(", ".join(gold)), found)
+    return _same_expressions(_known(", ".join(gold)), found)
+
+
+def _known(gold: str) -> list[Any]:
+    """The data's answer; of a calculation, 3+5=8, its result."""
+    parsed = _parse(gold)
+    if parsed and isinstance(parsed[0], (Eq, And)) and _claimed(parsed[0]) and not parsed[0].free_symbols:
+        return _parse(split_outside(gold, "=")[-1])
+    return parsed
 
 
 def _parse(latex: str) -> list[Any]:
@@ -73,12 +81,17 @@ def _claimed(found: Any) -> list[Any]:
 
 
 def _apart(known: Any, found: Any) -> bool:
-    """Whether two numbers that are equal after rounding differ: exactly, or relatively where there are decimals."""
-    if isinstance(found, Eq):
-        found = found.rhs
-    pair = [
-        value for value in (known, found) if isinstance(value, Basic) and not isinstance(value, MatrixBase)
-    ]
+    """Whether numbers that are equal after rounding differ: exactly, or relatively where there are decimals.
+
+    In sets, where each must have its like, in tuples and the like, and after the sign of an equation, too.
+    """
+    if isinstance(known, FiniteSet) and isinstance(found, FiniteSet):
+        both = (known.args, found.args), (found.args, known.args)
+        return any(all(_apart(one, other) for other in there) for here, there in both for one in here)
+    if len(inside := _inside(known)) == len(_inside(found)) and inside:
+        return any(_apart(*pair) for pair in zip(inside, _inside(found)))
+    known, found = (value.rhs if isinstance(value, Eq) else value for value in (known, found))
+    pair = [value for value in (known, found) if isinstance(value, Basic)]
     if len(pair) < 2 or any(value.free_symbols or value.has(UnevaluatedExpr) for value in pair):
         return False
     try:
@@ -86,5 +99,12 @@ def _apart(known: Any, found: Any) -> bool:
         if isinstance(first, Rational) and isinstance(second, Rational):
             return bool(first != second)
         return bool(abs(first - second).evalf() > _CLOSE * max(abs(first).evalf(), abs(second).evalf()))
-    except (TypeError, AttributeError, NotImplementedError):  # not numbers: sets, intervals
+    except (TypeError, AttributeError, NotImplementedError):  # not numbers: other sets
         return False
+
+
+def _inside(value: Any) -> list[Any]:
+    """The elements of what has an order."""
+    if isinstance(value, Interval):
+        return [value.start, value.end]
+    return list(value) if isinstance(value, (Tuple, MatrixBase)) else []

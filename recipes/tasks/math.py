@@ -16,11 +16,11 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, read_rows, text
+from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of, read_rows, text
 from recipes.rewards.call import Reward
 from recipes.rewards.contract import RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
-from recipes.rewards.latex import gold_text
+from recipes.rewards.latex import gold_text, parts
 from recipes.rewards.math_verifier import Verifier
 from recipes.tasks import Row, Task
 
@@ -141,11 +141,16 @@ def _gold(value: Any) -> str:
         raise BadValue("is null", "fill it in or take the row out")
     if isinstance(value, list):
         raise BadValue("is a list", "write one text, such as 1, 2")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadValue(f"is {kind_of(value)}", "write the answer as text or as a number")
     try:
         answer = gold_text(value)
     except ValueError as error:
         raise BadValue(str(error), "write the answer as text or as a number") from error
-    return text(boxed(answer) or answer)
+    found = boxed(answer)
+    if (found is None and boxes(answer)) or not parts(text(answer)):  # an empty box, $$: nothing would ever equal it
+        raise BadValue("holds no answer", "write it out or take the row out")
+    return found or answer
 
 
 def boxed_once(completions: list[Any], **_: Any) -> list[float]:

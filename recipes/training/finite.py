@@ -1,7 +1,8 @@
 """Steps whose loss, gradient or weights are not finite: the update is skipped, counted, kept on record; some in a row
 end the run, and nothing non-finite is saved.
 
-    training_step       the loss of every micro-batch is looked at (transformers would hide a NaN from the log)
+    _generate_and_…     a model without a distribution, or with the same for every prompt, is not sampled from
+    training_step       the loss of every micro-batch is added up (transformers would hide a NaN from the log)
     _get_grad_norm      before the optimizer: a bad step loses its gradients, so that the optimizer changes nothing
     on_optimizer_step   after it: weights that are not finite cannot be undone, and end the run at once
     save_model          refuses
@@ -32,7 +33,6 @@ else:
 BAD_STEPS = "bad_steps.jsonl"
 REMEDY = "lower the learning rate, lengthen its warm-up, or clip harder (grpo.max_grad_norm)"
 CONDEMNED = "the run diverged from there: no finite step could be taken"
-_NO_DISTRIBUTION = "probability tensor contains either"  # torch.multinomial, of NaN
 
 
 class Diverged(RunError):
@@ -87,38 +87,39 @@ class FiniteSteps(_Trainer):
     def __init__(self, *args: Any, max_bad_steps: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bad_steps = BadSteps(max_bad_steps, f"{REMEDY}, or go on from an earlier checkpoint")
-        self._bad_loss: torch.Tensor | None = (
-            None  # of this accumulation window, the first that is not finite
-        )
+        # Of this accumulation window's micro-batches: looked at once a step, for a look waits for the device.
+        self._loss_so_far: torch.Tensor | None = None
         self._record = LinesFile(Path(self.args.output_dir).parent / BAD_STEPS)
         self.add_callback(_AfterUpdate(self))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The trainer's, with a look at the loss."""
-        try:
-            loss = super().training_step(*args, **kwargs)
-        except RuntimeError as error:
-            if _NO_DISTRIBUTION not in str(error):
-                raise
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        reason = self.why_unusable()
+        if reason is not None:
             self.condemn_checkpoints(self.bad_steps.last_good, CONDEMNED)
             raise Diverged(
-                f"step {self.state.global_step + 1}, generation: {self.why_unusable() or 'the model'} and no token can "
-                f"be sampled; {REMEDY}, or go on from an earlier checkpoint"
-            ) from error
-        if self._bad_loss is None and not bool(torch.isfinite(loss)):
-            self._bad_loss = loss.detach()
+                f"step {self.state.global_step + 1}, generation: the model has diverged, {reason}; {REMEDY}, or go on "
+                "from an earlier checkpoint"
+            )
+        return super()._generate_and_score_completions(inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The trainer's; the loss is kept in mind."""
+        loss = super().training_step(*args, **kwargs)
+        so_far = 0.0 if self._loss_so_far is None else self._loss_so_far
+        self._loss_so_far = so_far + loss.detach()
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        bad_loss, self._bad_loss = self._bad_loss, None
-        flag = torch.tensor([bad_loss is not None], device=self.accelerator.device)
-        somewhere = bool(self.accelerator.gather(flag).any())  # one process must not step alone
+        loss, self._loss_so_far = self._loss_so_far, None
+        assert loss is not None
+        both = torch.stack([loss.float(), torch.as_tensor(norm, device=loss.device).float()])
+        everywhere = self.accelerator.gather(both[None]).tolist()  # one process must not step alone
+        losses, norms = zip(*everywhere)
         step = self.state.global_step + 1
-        if somewhere:
-            shown = "on another process" if bad_loss is None else f"{float(bad_loss)}"
-            self._skip(model, step, "forward", f"the loss is not finite ({shown})", norm)
-        elif not math.isfinite(norm) and self.accelerator.scaler is None:  # float16's scaler looks for itself
+        if bad := next((value for value in losses if not math.isfinite(value)), None):
+            self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
+        elif not all(map(math.isfinite, norms)) and self.accelerator.scaler is None:  # which looks for itself
             self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)
         else:
             self.bad_steps.good(step)
@@ -141,7 +142,7 @@ class FiniteSteps(_Trainer):
         """For the class that writes them: those of `step` and after are of no use."""
 
     def why_unusable(self) -> str | None:
-        """What is not finite about the model as it is now, on some prompts of the data; None: nothing."""
+        """Why the model as it is now is of no use, by some prompts of the data; None: it may be."""
         prompts = self.train_dataset[:4]["prompt"]
         batch = encode(self.processing_class, prompts, self.chat_template_kwargs or {})
         with self.accelerator.autocast():

@@ -21,7 +21,7 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
-from recipes.plan.plan import GIB, Plan, measure, plan
+from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
 from recipes.problems import ConfigError
@@ -160,11 +160,13 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
     if not model.gradient_checkpointing:
         yield "model.gradient_checkpointing=true", changed(checkpointing=True)
     size, steps = grpo["per_device_train_batch_size"], grpo["gradient_accumulation_steps"]
-    if config.step.impl == "packed" and s is not None and s.bin_tokens is not None:
-        yield f"step.token_budget={s.bin_tokens // 2}", changed(bin_tokens=s.bin_tokens // 2)
+    if s is not None and s.bin_tokens is not None and s.bin_tokens > s.packed:
+        budget = max(s.packed, s.bin_tokens // 2)  # a micro-batch is never divided
+        yield f"step.token_budget={budget}", changed(bin_tokens=budget)
     elif size > 1:
         text = f"grpo.per_device_train_batch_size={size // 2} grpo.gradient_accumulation_steps={2 * steps}"
-        yield text, changed(sequences=size // 2)
+        smaller = changed(sequences=size // 2)
+        yield text, smaller and in_bins(config, smaller, config.step.token_budget)
     length = config.completion_length
     if length > 1:
         yield f"grpo.max_completion_length={length // 2}", changed(completion=length // 2)

@@ -36,6 +36,19 @@ PIECES = (
     "\x1b[31m",
 )  # fmt: skip
 texts = st.one_of(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.text(max_size=60))
+# What a model writes when it repeats itself: up to some 20,000 characters.
+pieces = st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map("".join)
+loops = st.lists(st.tuples(pieces, st.integers(1, 4000)), min_size=1, max_size=3).map(
+    lambda parts: "".join(piece * times for piece, times in parts)[:20_000]
+)
+ROWS = {
+    GSM8K: {"answer": "18"},
+    MATH: {"answer": r"\frac{1}{2}"},
+    CHARACTERS: {"count": 3},
+    COUNTDOWN: {"numbers": [3, 5, 7], "target": 26},
+    TINYZERO: {"nums": [3, 5, 7], "target": 26},
+}
+SECONDS = 2.0  # of this process, for every judge and reward of a task on one completion
 
 
 @bounded
@@ -80,6 +93,30 @@ def test_the_judges_of_gsm8k(text, gold):
         for reward in GSM8K.rewards.values():
             (value,) = reward([completion], answer=[str(gold)])
             assert -10 < value <= 1
+
+
+@settings(bounded, max_examples=60, deadline=None)
+@given(st.sampled_from(list(ROWS)), st.one_of(loops, texts))
+@example(GSM8K, "1," * 10_000)
+@example(GSM8K, "1 " * 10_000)
+@example(GSM8K, "minus " * 4_000)
+@example(GSM8K, r"\frac{" * 4_000)
+@example(MATH, r"\boxed{" * 4_000)
+@example(MATH, r"$1$;" * 5_000)
+@example(TINYZERO, "<answer>" * 2_500)
+def test_every_judge_and_reward_of_a_task_is_quick_and_within_its_contract(task, text):
+    row = ROWS[task]
+    columns = {name: [value] for name, value in row.items()}
+    began = time.process_time()
+    for completion in (text, f"<answer>{text}</answer>", rf"\boxed{{{text}}}"):
+        assert task.is_correct(completion, row) <= (task.is_correct_lenient(completion, row) is not False)
+        hash(task.answer_of(completion))
+        for reward in task.rewards.values():
+            said = [{"role": "assistant", "content": completion}]  # countdown's prompts are never chat
+            for given_as in (completion,) if task is COUNTDOWN else (completion, said):
+                (value,) = reward(completions=[given_as], prompts=["?"], **columns)
+                assert value is None or abs(value) < 100
+    assert time.process_time() - began < SECONDS
 
 
 @bounded

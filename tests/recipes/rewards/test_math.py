@@ -117,6 +117,18 @@ def verifier():
         ("C", r"\text{(C)}", True), ("50", r"50\%", True), ("[0,2)", "[0,2]", False), (r"\{1,2\}", r"\{2,1\}", True),
         ("(3,-1)", "(-1,3)", False), (r"\text{Tuesday}", "Tuesday", True),
         (r"\text{Tuesday}", "Monday", False), ("7", "", False),
+        ("(2^{-81}, 1)", "(2^{-80}, 1)", False), ("(2^{-81}, 1)", r"(\frac{1}{2^{81}}, 1)", True),
+        (r"\{1, \frac{1}{30!}\}", r"\{\frac{1}{31!}, 1\}", False), ("2^{-81}, 1", "1, 2^{-81}", True),
+        ("[0,1]", "[10^{-9},1]", False), ("x=0", "x=10^{-9}", False), ("x=0, y=2", "x=10^{-9}, y=2", False),
+        (r"\begin{pmatrix}0\\1\end{pmatrix}", r"\begin{pmatrix}10^{-9}\\1\end{pmatrix}", False),
+        ("The sum is $3+5=8$.", "8", True), ("The sum is $3+5=8$.", "3", False),
+        ("① $5$ ② $10$", "10", False), ("① $5$ ② $10$", "5; 10", True),
+        ("Part (a): $5$, part (b): $10$", "10", False), (r"$\text{(1) }5\quad\text{(2) }10$", "5, 10", True),
+        ("The answer is (C).", "C", True), ("The answer is (C).", "D", False), ("The answer is -5.", "-5", True),
+        ("The interval is [0,1).", "[0,1)", True), ("24 cm2", "24", True), ("f (x)", "x", False),
+        ("0.00001", "1e-5", True), ("1500", "1.5e3", True), ("1000", "1_000", True), ("5", "101_2", False),
+        (r"\frac{1}{11}", r"0.\overline{09}", True), (r"0.1\overline{6}", "1/6", True),
+        (r"\log 2", "log(2)", True), (r"\frac12", "sin(pi/6)", True), ("e^2", "exp(2)", True), ("5", r"\[5\]", True),
     ],
 )  # fmt: skip
 def test_answers_as_people_write_them(verifier, gold, given, same):

@@ -48,6 +48,10 @@ BAD = [
     ("gsm8k", 2, "question", "half \ud800", "holds half a surrogate pair"),
     ("math", 4, "answer", None, "is null"),
     ("math", 1, "answer", ["1", "2"], "is a list (value ['1', '2']); write one text, such as 1, 2"),
+    ("math", 2, "answer", {"a": 1}, "is an object (value {'a': 1}); write the answer as text or as a number"),
+    ("math", 2, "answer", "$$", "holds no answer (value '$$'); write it out or take the row out"),
+    ("math", 2, "answer", r"So $\boxed{}$", "holds no answer"),
+    ("math", 2, "answer", r"So \boxed{5", "holds no answer"),
     ("math", 7, "problem", " ", "is empty"),
     ("countdown_tinyzero", 1, "target", "12", "is a text (value '12'); write a whole number"),
     ("countdown_tinyzero", 8, "target", 2**70, "is too large"),
@@ -88,6 +92,15 @@ def test_a_file_with_too_little(tmp_path, without_unsloth, rows, said):
     config = load_config(_write(tmp_path, "gsm8k", rows=rows))
     with pytest.raises(ConfigError, match=said):
         check_problems(config, config.make_task())
+
+
+def test_problems_that_are_all_the_same(tmp_path, without_unsloth, capsys):
+    path = _write(tmp_path, "countdown_tinyzero", changed=[(row, "target", 12) for row in range(1, 9)])
+    for mode in ([], ["--plan"]):
+        assert train_grpo.main(["--config", path, *mode]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "every problem is among the 4 held out, or the same as one" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_fewer_problems_than_a_batch(tmp_path, without_unsloth):

@@ -1,17 +1,21 @@
 """Steps, models and warm starts that are not finite."""
 
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 from tiny import tiny_trainer
+from transformers import TrainerCallback
 
 import train_grpo
 from recipes.config.load import load_config
-from recipes.models.finite import first_not_finite
+from recipes.models.finite import first_not_finite, why_unusable
+from recipes.models.generation import encode
 from recipes.models.load import load
+from recipes.models.manifest import damage
 from recipes.tracking.files import LinesFile
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.finite import BadSteps, Diverged
@@ -24,32 +28,48 @@ def command(tmp_path, *more):
 
 
 def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_nothing_of_it(tmp_path, capsys):
+    """How it ends depends on the machine's rounding: with infinite gradients, or with logits that are all 0."""
     lost = command(tmp_path, "grpo.learning_rate=1e6", "grpo.max_steps=10", "run.save_every=1")
     assert train_grpo.main(lost) == 1
     folder = RunFolder(tmp_path / "tiny")
     printed = capsys.readouterr()
-    assert (
-        printed.err.strip()
-        .splitlines()[-1]
-        .startswith("error: 3 steps in a row were not finite: the run has ")
+    error = printed.err.strip().splitlines()[-1]
+    assert re.match(
+        r"error: (3 steps in a row were not finite: the run|step \d+, .*: the model) has diverged", error
     )
+    assert "lower the learning rate" in error
     assert not folder.final.exists()
     assert not (folder.path / "finished.json").exists()
     bad = LinesFile(folder.path / "bad_steps.jsonl").read()
-    assert [line["step"] for line in bad] == list(range(bad[0]["step"], bad[0]["step"] + 3))
-    assert all(len(line["completions"]) == 16 and line["phase"] in ("forward", "backward") for line in bad)
-    assert f"step {bad[0]['step']}, {bad[0]['phase']}: " in printed.out
+    for line in bad:
+        assert len(line["completions"]) == 16
+        assert line["phase"] in ("forward", "backward")
+        assert f"step {line['step']}, {line['phase']}: " in printed.out
     for weights in folder.path.glob("checkpoints/*/model.safetensors"):
         assert first_not_finite(load_file(weights).items()) is None
 
     # The weights from which no finite step was taken are not resumed from, whatever the rate is now.
-    last_good = bad[0]["step"] - 1
+    steps = [line["step"] for line in folder.metrics.read() if line.get("bad_step") == 0]
     found = RunFolder.to_resume(tmp_path, "tiny")
     earlier = found.checkpoint
-    assert found.step < last_good
-    assert f"checkpoint-{last_good} is passed over: the run diverged from there" in capsys.readouterr().out
+    assert found.step < max(steps)
     train_grpo.main([s.replace("learning_rate=1e6", "learning_rate=1e-9") for s in lost] + ["--resume"])
     assert f"Resuming from {earlier}" in capsys.readouterr().out
+
+
+def test_checkpoints_from_which_no_finite_step_was_taken_are_condemned(memhead_in_trl, tmp_path):
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=9, save_strategy="steps", save_steps=1)
+    computed = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (
+        computed(model, inputs) * (math.nan if trainer.state.global_step >= 2 else 1.0)
+    )
+    with pytest.raises(Diverged, match="3 steps in a row were not finite"):
+        trainer.train()
+    bad = LinesFile(tmp_path / "bad_steps.jsonl").read()
+    assert [(line["step"], line["phase"]) for line in bad] == [(3, "forward"), (4, "forward"), (5, "forward")]
+    found = {n: damage(tmp_path / "checkpoints" / f"checkpoint-{n}") for n in (1, 2)}
+    assert not found[1]
+    assert found[2].startswith("the run diverged from there")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -115,37 +135,110 @@ def test_bad_steps_in_a_row_are_counted_from_the_last_good_one():
         steps.stop_at_limit()
 
 
-@pytest.fixture
-def nan_model(tmp_path):
-    """A folder with the quickstart's model, one of whose weights is NaN."""
+def poisoned_after(trainer, step, spoil):
+    """Spoils the model where an update has just been found finite, as a fault of the hardware may."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                with torch.no_grad():
+                    spoil(trainer.model)
+
+    trainer.add_callback(Spoil())
+
+
+def overflow_to_nan(model):
+    """Finite weights, the sum of whose products is inf - inf."""
+    model.model.norm.weight.fill_(1e30)
+    model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight) * 1e30)
+
+
+def overflow_to_nothing(model):
+    """RMSNorm divides by the square of these, and nothing is left of any prompt."""
+    model.model.embed_tokens.weight.mul_(1e30)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            overflow_to_nan,
+            "its weights are finite, but its logits for the task's prompts are NaN or infinite",
+        ),
+        (
+            overflow_to_nothing,
+            "its weights are finite, but something overflows: its logits are the same whatever",
+        ),
+    ],
+)
+def test_a_model_that_gives_no_distribution_is_not_sampled_from(memhead_in_trl, tmp_path, spoil, reason):
+    """On a GPU sampling from NaN would end in a failed assertion, after which nothing runs in the process."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=4, save_strategy="steps", save_steps=1)
+    poisoned_after(trainer, 2, spoil)
+    with pytest.raises(Diverged) as caught:
+        trainer.train()
+    said = str(caught.value)
+    assert said.startswith(f"step 3, generation: the model has diverged, {reason}")
+    assert "lower the learning rate" in said
+    assert "go on from an earlier checkpoint" in said
+    assert trainer.state.global_step == 2
+    assert not damage(tmp_path / "checkpoints" / "checkpoint-1")
+    assert not (tmp_path / "checkpoints" / "checkpoint-2").exists()
+    with pytest.raises(Diverged, match="was not written: the model has diverged"):
+        trainer.save_model(str(tmp_path / "final"))
+
+
+def one_nan(model):
+    model.model.layers[0].mlp.up_proj.weight[3, 5] = math.nan
+
+
+@pytest.fixture(params=[one_nan, overflow_to_nothing, overflow_to_nan])
+def unusable(tmp_path, request):
+    """A folder with the quickstart's model, spoilt; and what is said of it."""
     config = load_config(CONFIG, TINY)
     model, tokenizer = load(config.model, config.make_task(), 0)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[3, 5] = math.nan
-    model.save_pretrained(tmp_path / "nan")
-    tokenizer.save_pretrained(tmp_path / "nan")
-    return tmp_path / "nan"
+        request.param(model)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = {
+        one_nan: "its weight model.layers.0.mlp.up_proj.weight holds NaN",
+        overflow_to_nothing: "its weights are finite, but something overflows: its logits are the same whatever",
+        overflow_to_nan: "its weights are finite, but its logits for the task's prompts are NaN or infinite",
+    }
+    return tmp_path / "model", said[request.param]
 
 
-def test_a_base_model_that_is_nan_is_called_that(nan_model, tmp_path, capsys):
+def test_a_base_model_that_is_of_no_use_is_called_that(unusable, tmp_path, capsys):
+    place, reason = unusable
     path = tmp_path / "run.yaml"
     path.write_text(
-        f"model: {{loader: transformers, name: {nan_model}}}\ntask: {{name: countdown}}\n"
+        f"model: {{loader: transformers, name: {place}}}\ntask: {{name: countdown}}\n"
         "grpo: {max_steps: 1, per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 6}\n"
     )
     assert train_grpo.main(["--config", str(path), f"run.output_root={tmp_path}"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(
-        f"error: {nan_model} cannot be trained: its weight model.layers.0.mlp.up_proj.weight "
-    )
+    assert error.startswith(f"error: {place} cannot be trained: {reason}")
     assert "memhead" not in error
 
 
-def test_a_model_that_is_nan_is_not_evaluated(nan_model, capsys):
-    assert train_grpo.main(["--config", CONFIG, *TINY, "--evaluate", str(nan_model)]) == 1
+def test_a_model_that_is_of_no_use_is_not_evaluated(unusable, capsys):
+    place, reason = unusable
+    assert train_grpo.main(["--config", CONFIG, *TINY, "--evaluate", str(place)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "cannot be evaluated: its weight model.layers.0.mlp.up_proj.weight holds NaN" in printed.err
+    assert f"cannot be evaluated: {reason}" in printed.err
+
+
+def test_a_head_of_zeros_is_no_fault():
+    """As a new model may begin: its logits are the same for every prompt, its gradient is not."""
+    config = load_config(CONFIG, TINY)
+    model, tokenizer = load(config.model, config.make_task(), 0)
+    batch = encode(tokenizer, ["357>26=", "123>6="])
+    assert why_unusable(model, batch) is None
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert why_unusable(model, batch) is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The allocations that fail here fail for real: more bytes are asked of the alloca
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import train_grpo
 from recipes.config.load import load_config
+from recipes.plan.plan import plan
 from recipes.problems import ConfigError
 from recipes.training.memory import _asked, explain, plan_of, remedies
 from recipes.training.packed_step import PackedStep
@@ -130,6 +132,29 @@ def test_what_helps_most_comes_first(without_unsloth):
     assert sizes == sorted(sizes, reverse=True)
     assert "a lora section" in found[-1]
     assert remedies(config, "evaluation")[0].startswith("run.evaluation.batch_size=")
+
+
+@pytest.mark.parametrize(
+    ("budget", "advised"),
+    [
+        (None, r"step\.token_budget=(\d+)"),
+        (10**6, "step.token_budget=500000 "),
+        (1, r"grpo\.per_device_train_batch_size=256 grpo\.gradient_accumulation_steps=2 "),
+    ],
+)
+def test_no_bin_smaller_than_a_micro_batch_is_advised(without_unsloth, budget, advised):
+    """The step would not divide it: what is left then are smaller micro-batches."""
+    overrides = [] if budget is None else [f"step.token_budget={budget}"]
+    config = load_config(CONFIG, overrides)
+    text = "\n".join(remedies(config, "forward"))
+    found = re.search(advised, text)
+    assert found, text
+    assert ("per_device_train_batch_size" in text) is (budget == 1)
+    if budget is None:
+        least = plan(config).setting.packed
+        assert int(found[1]) >= least
+        asked = [f"step.token_budget={least}"]
+        assert "step.token_budget" not in "\n".join(remedies(load_config(CONFIG, asked), "forward"))
 
 
 @pytest.mark.parametrize(

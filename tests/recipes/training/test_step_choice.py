@@ -81,6 +81,13 @@ def test_a_step_that_fails_its_check_is_trls(tmp_path, capsys, monkeypatch, faul
     assert step["why"].startswith(reason)
     assert not check["passed"]
     assert tokens is None
+    # The folder's own configuration does it again, where the packed step by name would be an error.
+    again = ["--config", str(tmp_path / "tiny" / "config.yaml"), "run.name=again"]
+    assert train_grpo.main(again) == 0
+    assert line in capsys.readouterr().out
+    asked = run(tmp_path, "step.impl=packed", "run.name=asked")
+    assert asked == 2
+    assert train_grpo.main(["--config", str(tmp_path / "asked" / "config.yaml"), "run.name=asked-again"]) == 2
 
 
 def test_a_step_asked_for_by_name_that_fails_its_check_is_an_error(tmp_path, capsys, monkeypatch):
