@@ -37,8 +37,6 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
 
 
 def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
-    if (processes := given["args"].world_size) > 1:
-        yield f"{processes} processes would plan their bins apart from each other"
     if (cards := given["args"].n_gpu) > 1:
         yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
     for name in _LOOPS:
