@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
     parser.add_argument("--plan", action="store_true", help="print what memory the run needs; train nothing")
     parser.add_argument("--device", metavar="SIZE", help="with --plan: what to fit, '24 GiB' or L4")
-    parser.add_argument("--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many"
+    )
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"

@@ -3,8 +3,8 @@
     folder = by_main(lambda: RunFolder.create(…))    the main process alone makes it, and every process has it
     texts = whole(generate(mine(rows)), len(rows))   each a share, in the end all of them
 
-The group of processes is accelerate's, which makes it with TRL's GRPOConfig. Before that, without a launcher, and inside
-`by_main` a process is alone, and nothing here talks to another.
+The group of processes is accelerate's, which makes it with TRL's GRPOConfig. Before that, without a launcher, and
+inside `by_main` a process is alone, and nothing here talks to another.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def is_first_here() -> bool:
 
 
 def by_main(action: Callable[[], T]) -> T:
-    """What `action` returns in the main process, which alone calls it; others get a copy. They raise MainFailed if it fails."""
+    """What `action` returns in the main process, which alone calls it; the others get a copy.
+
+    What it raises is raised there; the others raise MainFailed.
+    """
     if not _together():
         return action()
     found: list[Any] = [None]

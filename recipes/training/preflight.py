@@ -94,8 +94,12 @@ def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         message = f"with Unsloth {config.processes} processes have not been tried"
         yield Problem("model.loader", message, "unsloth", remedy)
     if machine.cuda and not config.grpo["use_cpu"] and machine.processes_here > machine.gpus:
-        message = f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"
-        yield Problem("", message, remedy=f"start as many: torchrun --nproc-per-node {machine.gpus} train_grpo.py …")
+        message = (
+            f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"
+        )
+        yield Problem(
+            "", message, remedy=f"start as many: torchrun --nproc-per-node {machine.gpus} train_grpo.py …"
+        )
 
 
 def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:

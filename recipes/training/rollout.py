@@ -88,7 +88,7 @@ class Rollout:
         return found
 
     def _keep_one(self, rows: Tensor) -> None:
-        """Where nothing is to be computed gradients of zero must exist, and other processes wait: the least there is."""
+        """Where nothing is to be computed: gradients of zero must exist, and other processes wait, so the least."""
         if self.live[rows].any():
             return
         length = self.lengths.completion[rows]
