@@ -209,17 +209,21 @@ def optimise(session: Session) -> Trained:
 
 def finish(session: Session, trained: Trained, command: str) -> int:
     """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
-    from recipes.processes import is_main
+    from recipes.processes import by_main
+
+    if not _took_every_step(trained.trainer):
+        _save(trained.trainer, session.folder.path / "interrupted")
+    # The other processes wait: a launcher ends all as soon as one has ended otherwise than well.
+    return by_main(lambda: _report(session, trained, command))
+
+
+def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.report.page import write_report
     from recipes.tracking.terminal import print_summary
     from recipes.training.memory import write_measured
     from recipes.training.resume import FINISHED
 
     folder, trainer = session.folder, trained.trainer
-    if not _took_every_step(trainer):
-        _save(trainer, folder.path / "interrupted")
-    if not is_main():
-        return 0 if trained.finished else 130
     if trainer.state.log_history:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
@@ -257,7 +261,9 @@ def _save(trainer: Any, place: Path) -> None:
 
 def _command(options: argparse.Namespace) -> str:
     """The command line that began this run, without --resume."""
-    return shlex.join(["python", "train_grpo.py", "--config", options.config, *options.overrides])
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"] if here == "1" else ["torchrun", "--nproc-per-node", here]
+    return shlex.join([*launcher, "train_grpo.py", "--config", options.config, *options.overrides])
 
 
 if __name__ == "__main__":

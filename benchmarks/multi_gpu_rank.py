@@ -195,9 +195,12 @@ class Gathers(TorchDispatchMode):
         self.times: Counter[int] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.c10d._allgather_base_.default:
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.c10d._allgather_base_.default:  # of FSDP2
             self.times[args[0].numel()] += 1
-        return function(*args, **(kwargs or {}))
+        elif function is torch.ops._c10d_functional.all_gather_into_tensor.default:  # of a DTensor
+            self.times[found.numel()] += 1
+        return found
 
 
 def trace(trainer: Any, handle: Any, name: str, options: argparse.Namespace) -> None:
@@ -222,7 +225,7 @@ def trace(trainer: Any, handle: Any, name: str, options: argparse.Namespace) -> 
 
 
 def head_alone(options: argparse.Namespace) -> None:
-    """The split head on the same rows, beside two products of its size, its messages, and an attempt to overlap them."""
+    """The split head on the same rows, beside two products of its size, its messages, and a try to overlap them."""
     from memhead.own_rows import own_logprobs, part_of
     from memhead.parallel import vocab_parallel_logprobs
 

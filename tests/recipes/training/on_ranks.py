@@ -117,9 +117,12 @@ class Gathers(TorchDispatchMode):
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.c10d._allgather_base_.default:
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.c10d._allgather_base_.default:  # of FSDP2
             self.sizes.append(args[0].numel())
-        return function(*args, **(kwargs or {}))
+        elif function is torch.ops._c10d_functional.all_gather_into_tensor.default:  # of a DTensor
+            self.sizes.append(found.numel())
+        return found
 
 
 def shard(trainer: Any) -> None:
