@@ -57,9 +57,9 @@ def main(arguments: list[str]) -> int:
         _say_once(error)
         return EXIT_STATUS
     if options.plan:
-        from recipes.plan import plan
+        from recipes.plan.show import show
 
-        return plan.show(config, options.device, options.processes or 1)
+        return show(config, options.device)
     if options.evaluate is not None:
         from recipes.training import evaluation
 

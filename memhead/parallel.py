@@ -132,9 +132,17 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"z_loss={z_loss} must be at least 0")
     counted = targets != ignore_index
     labels = torch.where(counted, targets, 0).long()
-    options = {"softcap": softcap, "logit_scale": logit_scale, "chunk": chunk, "backend": backend}
     logprobs = vocab_parallel_logprobs(
-        hidden, weight, labels, group=group, bias=bias, mask=counted, **options
+        hidden,
+        weight,
+        labels,
+        group=group,
+        bias=bias,
+        mask=counted,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk=chunk,
+        backend=backend,
     ).logprobs
     if not z_loss:
         return -logprobs

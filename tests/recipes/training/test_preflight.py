@@ -1,5 +1,6 @@
 """What is missing is reported before anything is loaded: key, what is missing, value, remedy, one line each."""
 
+import dataclasses
 import sys
 from dataclasses import replace
 
@@ -241,7 +242,7 @@ def test_more_processes_than_gpus_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
     config = load_config(path, processes=4)
-    with pytest.raises(ConfigError, match="4 processes here, and there are 2 GPUs; .*--nproc-per-node 2 "):
+    with pytest.raises(ConfigError, match=r"4 processes here, and there are 2 GPUs; .*--nproc-per-node 2 "):
         check(config, dataclasses.replace(GPU, processes_here=4, gpus=2))
 
 
