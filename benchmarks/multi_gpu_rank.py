@@ -90,7 +90,7 @@ def make_trainer(way: Way, stage: str, name: str, shape: Shape, toy: bool) -> An
 
 def shard(trainer: Any, toy: bool) -> None:
     """FSDP2 by accelerate, as its launcher asks for it; said here, because on a CPU it would quietly take DDP."""
-    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
     plugin = FullyShardedDataParallelPlugin(
@@ -103,6 +103,7 @@ def shard(trainer: Any, toy: bool) -> None:
         plugin.set_mixed_precision("bf16")
     trainer.accelerator.state.fsdp_plugin = plugin
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate leaves it
     trainer.is_fsdp_enabled = True
 
 

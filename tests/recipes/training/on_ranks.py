@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
@@ -134,6 +134,7 @@ def shard(trainer: Any) -> None:
         cpu_ram_efficient_loading=False,
     )
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate leaves it
     trainer.is_fsdp_enabled = True
 
 

@@ -159,7 +159,7 @@ def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
     ]
 
     longer = [argument.replace("max_steps=200", f"max_steps={last + 1}") for argument in arguments]
-    assert train_grpo.main([*longer, *warm, "--resume"]) == 0
+    assert train_grpo.main([*longer, "--resume"]) == 0
     printed = capsys.readouterr().out
     assert "processes: 1 from here on, 2 before" in printed
     assert folder.metrics.read()[-1]["step"] == last + 1
