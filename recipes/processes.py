@@ -99,6 +99,11 @@ def anywhere(flag: bool) -> bool:
     return not smallest(not flag)
 
 
+def first(value: T | None) -> T | None:
+    """The value of the first process that has one."""
+    return next((found for found in gathered(value) if found is not None), None)
+
+
 def mine(items: Sequence[T]) -> list[T]:
     """This process's share, as large as every other's: where they do not divide, the last item comes more than once."""
     first, step = rank(), count()

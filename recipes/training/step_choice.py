@@ -10,7 +10,7 @@ from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.generation import token_ids
 from recipes.problems import ConfigError, Problem
-from recipes.processes import gathered, smallest
+from recipes.processes import first, smallest
 from recipes.training.checkpoints import guarded
 from recipes.training.session import Session
 
@@ -47,7 +47,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     budget = planned_budget(config, arguments.device)
     asked = config.step.token_budget
     trainer = guarded(packed(trl.GRPOTrainer))(**given, token_budget=asked, planned_tokens=budget or 0)
-    reason = next((found for found in gathered(_check(session, trainer)) if found), None)
+    reason = first(_check(session, trainer))
     if reason is not None:
         trainer.give_up_packing()
         if "impl" in config.step.model_fields_set:

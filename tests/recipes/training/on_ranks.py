@@ -22,6 +22,7 @@ from trl import GRPOConfig
 from memhead.integrations import trl as memhead_trl
 from recipes import processes
 from recipes.models.tokenizers import character_tokenizer
+from recipes.training.checkpoints import guarded
 
 ROWS, STEPS = 16, 3  # of one process and generation; optimizer steps
 PER_PROCESS = 4  # micro-batches
@@ -50,7 +51,7 @@ CASES = {
     "trl, split head": Case("trl", vocabulary=True),
     "packed, split head": Case("packed", BINS, vocabulary=True),
     "trl, sharded": Case("trl", sharded=True),
-    "packed, sharded": Case("packed", BINS, sharded=True),
+    "packed, sharded": Case("packed", BINS | {"save_strategy": "steps", "save_steps": 2}, sharded=True),
     "lora, sharded": Case("lora", BINS | {"lora": True}, sharded=True),
     "packed, sharded, split head": Case("packed", BINS, vocabulary=True, sharded=True),
 }
@@ -91,7 +92,7 @@ def train(case: Case, fed: dict[str, Any], folder: Path) -> dict[str, Any]:
         "beta": 0.0, "max_steps": STEPS, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant",
         "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5,
     }  # fmt: skip
-    trainer = (PackedFed if case.packed else Fed)(
+    trainer = guarded(PackedFed if case.packed else Fed)(
         model=model_of("llama"),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(**{**arguments, **settings}),
@@ -104,6 +105,8 @@ def train(case: Case, fed: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer.fed = fed
     with Gathers() as gathers:
         trainer.train()
+    if case.sharded and processes.count() > 1:
+        trainer.save_model(str(folder / "final"))
     weights = {n: whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {"weights": weights, "logs": logs, "gathers": gathers.sizes}
@@ -132,6 +135,7 @@ def shard(trainer: Any) -> None:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
     )
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate leaves it
@@ -149,7 +153,7 @@ def results(fed: dict[str, Any], folder: Path, cases: dict[str, Case]) -> dict[s
     found = {}
     for name, case in cases.items():
         with memhead_trl.install(vocab_parallel=case.vocabulary) as handle:
-            found[name] = train(case, fed, folder) | {"calls": handle.calls}
+            found[name] = train(case, fed, folder / name / "checkpoints") | {"calls": handle.calls}
     return found
 
 

@@ -12,9 +12,11 @@ import on_ranks
 import pytest
 import torch
 from children import wait_for
+from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 
 import train_grpo
+from recipes.models.manifest import damage
 from recipes.tracking.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
@@ -44,7 +46,7 @@ def run_cases(world, folder, names):
     expected = on_ranks.results(on_ranks.global_rollout(world), folder / "alone", alone)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(world)], expected
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(world)], expected, folder
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +57,14 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", on_ranks.CASES)
 def test_two_processes_end_equal_and_as_one(ranks, case):
-    compare(*ranks, case)
+    compare(ranks[0], ranks[1], case)
 
 
 def test_so_do_three(tmp_path):
     names = ["trl", "packed", "packed, split head"]
     found = run_cases(3, tmp_path, names)
     for name in names:
-        compare(*found, name)
+        compare(found[0], found[1], name)
 
 
 def compare(together, alone, case):
@@ -93,6 +95,19 @@ def test_a_split_head_has_the_entropy_bonus_of_a_whole_one(ranks):
         [log["entropy"] for log in whole["logs"]]
     )
     assert split["logs"][-1]["loss"] != pytest.approx(ranks[0][1]["packed"]["logs"][-1]["loss"], abs=1e-3)
+
+
+def test_what_fsdp_saves_is_whole(ranks):
+    together, _, folder = ranks
+    place = folder / "packed, sharded" / "checkpoints"
+    saved = load_file(place / "final" / "model.safetensors")
+    assert all(
+        torch.equal(saved[name], value) for name, value in together[0]["packed, sharded"]["weights"].items()
+    )
+    for step in (2, on_ranks.STEPS):
+        assert damage(place / f"checkpoint-{step}") == ""
+        assert (place / f"checkpoint-{step}" / "optimizer.bin").is_file()
+    assert load_file(place / "checkpoint-3" / "model.safetensors").keys() == saved.keys()
 
 
 @pytest.mark.parametrize("case", ["trl, sharded", "packed, sharded", "lora, sharded"])
