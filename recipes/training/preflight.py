@@ -154,10 +154,10 @@ def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """vLLM inside this process; a server has its own machine."""
+    """vLLM inside this process. A server's client is made of its package too, and hands weights over by NCCL."""
     if config.model.fast_inference:
         key = "model.fast_inference"
-    elif config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server":
+    elif config.grpo["use_vllm"]:
         key = "grpo.use_vllm"
     else:
         return

@@ -112,8 +112,11 @@ def test_a_complete_machine_lacks_nothing(configured, overrides):
     assert list(missing(configured(*overrides), GPU)) == []
 
 
-def test_a_server_of_vllm_needs_none_here(configured):
-    assert list(missing(configured("grpo.use_vllm=true", "grpo.vllm_mode=server"), CPU)) == []
+def test_a_server_of_vllm_needs_its_package_and_a_gpu_here_too(configured):
+    config = configured("grpo.use_vllm=true", "grpo.vllm_mode=server")
+    assert list(missing(config, GPU)) == []
+    assert [problem.message for problem in missing(config, BARE)] == ["vLLM is not installed"]
+    assert [problem.message for problem in missing(config, CPU)] == ["vLLM needs a GPU, and there is none"]
 
 
 def test_every_problem_is_listed(configured):

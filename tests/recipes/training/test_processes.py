@@ -99,10 +99,10 @@ def test_a_split_head_has_the_entropy_bonus_of_a_whole_one(ranks):
 
 def test_what_fsdp_saves_is_whole(ranks):
     together, _, folder = ranks
-    place = folder / "packed, sharded" / "checkpoints"
+    place = folder / "saved, sharded" / "checkpoints"
     saved = load_file(place / "final" / "model.safetensors")
     assert all(
-        torch.equal(saved[name], value) for name, value in together[0]["packed, sharded"]["weights"].items()
+        torch.equal(saved[name], value) for name, value in together[0]["saved, sharded"]["weights"].items()
     )
     for step in (2, on_ranks.STEPS):
         assert damage(place / f"checkpoint-{step}") == ""
