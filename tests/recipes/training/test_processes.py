@@ -4,38 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import on_ranks
 import pytest
 import torch
 from children import wait_for
+from launched import torchrun
 from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 
 import train_grpo
 from recipes.models.manifest import damage
 from recipes.tracking.run_folder import RunFolder
-
-ROOT = Path(__file__).parents[3]
-
-
-def torchrun(world, *command, **options):
-    """Starts `command` on so many processes of this machine, on a port that is free."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    here = [str(ROOT), str(ROOT / "tests" / "recipes"), str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(here)}
-    return subprocess.Popen(
-        [*launcher, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
 
 
 def run_cases(world, folder, names):
