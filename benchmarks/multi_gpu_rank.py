@@ -229,6 +229,7 @@ def head_alone(options: argparse.Namespace) -> None:
     """The split head on the same rows, beside two products of its size, its messages, and a try to overlap them."""
     from memhead.own_rows import own_logprobs, part_of
     from memhead.parallel import vocab_parallel_logprobs
+    from memhead.planning import default_tile
 
     toy = options.toy
     rows, width, vocabulary = (64, 32, 503) if toy else (ROWS, WIDTH, VOCABULARY)
@@ -267,11 +268,14 @@ def head_alone(options: argparse.Namespace) -> None:
         torch.mm(hidden.detach(), weight.t(), out=logits)
         torch.mm(logits, weight, out=by_hidden)
 
-    tile = min(rows, 4096)
+    tile = min(rows, default_tile(device.type, 4).rows)
     stats, wide = torch.zeros(4, tile, device=device), torch.zeros(rows, width, device=device)
+    sizes = torch.zeros(processes.count(), dtype=torch.long, device=device)
 
     def messages() -> None:
         """As many and as large as the head's."""
+        dist.all_reduce(sizes)
+        sizes.tolist()
         for _ in range(-(-rows // tile)):
             dist.all_reduce(stats, dist.ReduceOp.MAX)
             dist.all_reduce(stats)

@@ -165,7 +165,9 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
 def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
     try:
-        print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
+        found = evaluate_checkpoint(config, Path(place))
+        if processes.is_main():
+            print(json.dumps(found, indent=2))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS

@@ -91,7 +91,7 @@ def train(case: Case, fed: dict[str, Any], folder: Path) -> dict[str, Any]:
         "per_device_train_batch_size": len(fed["advantages"]) // PER_PROCESS, "max_completion_length": 6,
         "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
         "beta": 0.0, "max_steps": STEPS, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant",
-        "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5,
+        "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5, "ddp_find_unused_parameters": False,
     }  # fmt: skip
     trainer = guarded(PackedFed if case.packed else Fed)(
         model=model_of("llama"),
