@@ -42,6 +42,7 @@ def test_every_tested_architecture_is_packed(name, varlen):
     assert {config.model_type for config in configurations().values()} == ARCHITECTURES
 
 
+ZERO_3 = SimpleNamespace(zero_stage=3)
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
@@ -58,6 +59,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"peft_config": LoraConfig(use_dora=True)}, "DoRA has not been tested"),
         ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
         ({"args": SimpleNamespace(n_gpu=4)}, "one process with 4 GPUs"),
+        ({"args": SimpleNamespace(n_gpu=1, deepspeed_plugin=ZERO_3)}, "ZeRO-3 takes the model apart"),
         ({"tools": [print]}, "tools writes tokens"),
         ({"rollout_func": print}, "rollout_func writes tokens"),
         ({"environment_factory": print}, "environment_factory writes tokens"),
