@@ -1,6 +1,7 @@
 """Train a model by GRPO with memhead as its language-model head.
 
     python train_grpo.py --config configs/quickstart.yaml [section.key=value …] [--resume]
+    torchrun --nproc-per-node 8 train_grpo.py --config …           the same on eight GPUs (docs/scaling.md)
     python train_grpo.py --config … --plan [--device "24 GiB"]     what it will need, without training
     python train_grpo.py --config … --evaluate runs/quickstart/final
 
@@ -39,22 +40,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
     parser.add_argument("--plan", action="store_true", help="print what memory the run needs; train nothing")
     parser.add_argument("--device", metavar="SIZE", help="with --plan: what to fit, '24 GiB' or L4")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many"
+    )
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.device is not None and not options.plan:
-        parser.error(f"--device {options.device!r}: means nothing without --plan; add it, or leave this out")
+    for name in ("device", "processes"):
+        if (value := getattr(options, name)) is not None and not options.plan:
+            parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.config, options.overrides, processes=options.processes)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _say_once(error)
         return EXIT_STATUS
     if options.plan:
-        from recipes.plan import plan
+        from recipes.plan.show import show
 
-        return plan.show(config, options.device)
+        return show(config, options.device)
     if options.evaluate is not None:
         from recipes.training import evaluation
 
@@ -69,10 +74,21 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     try:
         check(config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _say_once(error)
         return EXIT_STATUS
 
+    from recipes import processes
+
+    with processes.only_main_speaks():
+        status = _run(config, resume=resume, command=command)
+    if status != 1:  # else the others may be anywhere
+        processes.end()
+    return status
+
+
+def _run(config: RunConfig, *, resume: bool, command: str) -> int:
     from memhead.integrations.handle import HeadBypassed
+    from recipes.processes import MainFailed
     from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
     from recipes.training.session import RunError
@@ -93,6 +109,8 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
+    except MainFailed:
+        return 1
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
@@ -102,6 +120,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already."""
     from recipes.models import load
     from recipes.models.prompts import check_problems
+    from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
@@ -112,7 +131,8 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     from recipes.training.warm_start import begin_supervised
 
     task = config.make_task()
-    begun = RunFolder.to_resume(config.run.output_root, config.run.name) if resume else None
+    root, name = config.run.output_root, config.run.name
+    begun = by_main(lambda: RunFolder.to_resume(root, name)) if resume else None
     if begun is not None:
         require_same(config, begun)
         if is_finished(config, begun):
@@ -122,16 +142,14 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
     planned = plan_of(config)
-    if begun is not None:
-        begun.begin_session(config)
-    folder = begun or RunFolder.create(config.run.output_root, config.run.name, config)
+    folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer)
     require_finite(session)
     if config.run.warm_start is not None and folder.checkpoint is None:
-        begin_supervised(session, config.run.warm_start)
+        session = begin_supervised(session, config.run.warm_start)
     require_exact_head(session)
     return session
 
@@ -140,12 +158,13 @@ def optimise(session: Session) -> Trained:
     """GRPO from the first step, or the last checkpoint, to the last step or whatever ends it before."""
     from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
+    from recipes.processes import anywhere, lost_another
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
     from recipes.training.memory import explain
     from recipes.training.resume import is_trained, restore
-    from recipes.training.session import Trained
+    from recipes.training.session import RunError, Trained
     from recipes.training.trainer import count_calls, install_head, make_trainer
     from recipes.training.worst_case import require_room
 
@@ -172,13 +191,15 @@ def optimise(session: Session) -> Trained:
                     trainer.train(resume_from_checkpoint=str(checkpoint))
             if _took_every_step(trainer):
                 _save(trainer, folder.final)  # first: the evaluation may be cut off
-                if not interruption.asked:
+                if not anywhere(interruption.asked):
                     tracker.evaluated(trainer.state.global_step, evaluate())
                     finished = True
         except KeyboardInterrupt:
             pass  # a second Ctrl-C
         except (RuntimeError, MemoryError) as error:
             explain(error, config, trainer, tracker.summary())
+            if lost_another(error):
+                raise RunError(f"another process of this run has ended; {_how_to_go_on(folder)}") from error
             raise
         finally:
             tracker.close()
@@ -188,14 +209,21 @@ def optimise(session: Session) -> Trained:
 
 def finish(session: Session, trained: Trained, command: str) -> int:
     """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
+    from recipes.processes import by_main
+
+    if not _took_every_step(trained.trainer):
+        _save(trained.trainer, session.folder.path / "interrupted")
+    # The other processes wait: a launcher ends all as soon as one has ended otherwise than well.
+    return by_main(lambda: _report(session, trained, command))
+
+
+def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.report.page import write_report
     from recipes.tracking.terminal import print_summary
     from recipes.training.memory import write_measured
     from recipes.training.resume import FINISHED
 
     folder, trainer = session.folder, trained.trainer
-    if not _took_every_step(trainer):
-        _save(trainer, folder.path / "interrupted")
     if trainer.state.log_history:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
@@ -211,10 +239,18 @@ def _took_every_step(trainer: Any) -> bool:
     return 0 < trainer.state.max_steps <= trainer.state.global_step
 
 
-def _how_to_go_on(folder: RunFolder, command: str) -> str:
+def _how_to_go_on(folder: RunFolder, command: str = "the same command") -> str:
     if folder.checkpoint is None:  # stopped at once, or after the last step, without run.save_every
         return f"There is no checkpoint to go on from; to begin again: {command}"
     return f"To go on: {command} --resume"
+
+
+def _say_once(error: ConfigError) -> None:
+    """What every process of a machine finds alike, before they know each other."""
+    from recipes.processes import is_first_here
+
+    if is_first_here():
+        print(error, file=sys.stderr)
 
 
 def _save(trainer: Any, place: Path) -> None:
@@ -225,7 +261,9 @@ def _save(trainer: Any, place: Path) -> None:
 
 def _command(options: argparse.Namespace) -> str:
     """The command line that began this run, without --resume."""
-    return shlex.join(["python", "train_grpo.py", "--config", options.config, *options.overrides])
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"] if here == "1" else ["torchrun", "--nproc-per-node", here]
+    return shlex.join([*launcher, "train_grpo.py", "--config", options.config, *options.overrides])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ pass, the gradient of hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,6 +104,90 @@ def vocab_parallel_logprobs(
     )
     results = score_with_autograd(call, hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     return as_results(results, settings.spec, targets.shape)
+
+
+def vocab_parallel_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int | tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The losses (...) of :func:`memhead.linear_cross_entropy`, row by row, where the vocabulary is split.
+
+    Arguments are those of :func:`vocab_parallel_logprobs` and :func:`memhead.linear_cross_entropy`; there is no label
+    smoothing. A row's logsumexp, of which ``z_loss`` takes the square, is its target's logit less its log-probability.
+
+    Returns:
+        float32 (float64 for float64 inputs), 0 where the target is ``ignore_index``; the same on every process.
+    """
+    if z_loss < 0:
+        raise ValueError(f"z_loss={z_loss} must be at least 0")
+    counted = targets != ignore_index
+    labels = torch.where(counted, targets, 0).long()
+    logprobs = vocab_parallel_logprobs(
+        hidden,
+        weight,
+        labels,
+        group=group,
+        bias=bias,
+        mask=counted,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk=chunk,
+        backend=backend,
+    ).logprobs
+    if not z_loss:
+        return -logprobs
+    first, _ = _place(weight, group)
+    local = labels - first
+    inside = (local >= 0) & (local < len(weight))
+    local = local.clamp(0, len(weight) - 1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = weight[local].to(logprobs.dtype)  # (..., H)
+        part = (_CopyTo.apply(hidden.to(logprobs.dtype), group) * rows).sum(-1)
+        if bias is not None:
+            part = part + bias[local]
+        z = _SumOf.apply(torch.where(inside, part, 0.0), group) * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+    return torch.where(counted, z_loss * (z - logprobs).square() - logprobs, 0.0)
+
+
+class _CopyTo(torch.autograd.Function):
+    """What every process has alike, used by each in its own part: the gradients of the parts are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _SumOf(torch.autograd.Function):
+    """The sum of the processes' parts, with which all go on alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _place(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:

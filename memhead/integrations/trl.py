@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from memhead.arguments import OUTPUTS
@@ -24,6 +25,7 @@ from memhead.checks import check_chunk
 from memhead.integrations.handle import Handle
 from memhead.integrations.trl_lora import allow_lora_head, current_head
 from memhead.logprobs import LowRankUpdate, linear_logprobs
+from memhead.own_rows import own_logprobs, part_of
 from memhead.reference import full_logprobs
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")
@@ -33,7 +35,11 @@ PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | N
 
 
 def install(
-    impl: str = "memhead", *, chunk: int | tuple[int, int] | None = None, backend: str | None = None
+    impl: str = "memhead",
+    *,
+    chunk: int | tuple[int, int] | None = None,
+    backend: str | None = None,
+    vocab_parallel: bool = False,
 ) -> Handle:
     """Let ``impl`` compute TRL's per-token log-probabilities from now on.
 
@@ -42,6 +48,8 @@ def install(
             what is there already, only counted.
         chunk: see :func:`memhead.linear_logprobs`.
         backend: see :func:`memhead.linear_logprobs`.
+        vocab_parallel: where there are several processes, each computes its part of the vocabulary for the rows of
+            all (:mod:`memhead.own_rows`); they must call their heads in step. "memhead" only.
 
     Raises:
         ValueError: an unknown ``impl``, a chunk too small, or a head that is installed already.
@@ -52,6 +60,8 @@ def install(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     check_chunk(chunk)
+    if vocab_parallel and impl != "memhead":
+        raise ValueError(f"vocab_parallel=True is memhead's; impl={impl!r} computes the whole vocabulary")
     if not hasattr(utils, "_ChunkedLogProbFunction"):
         import trl
 
@@ -74,7 +84,7 @@ def install(
     handle = Handle(impl, restore)
 
     def memhead_apply(*args: Any, **kwargs: Any) -> PerToken:
-        return _memhead_apply(*args, chunk=chunk, backend=backend, **kwargs)
+        return _memhead_apply(*args, chunk=chunk, backend=backend, vocab_parallel=vocab_parallel, **kwargs)
 
     apply = {"memhead": memhead_apply, "full": _full_apply, "trl": getattr(original, "apply", None)}[impl]
 
@@ -118,6 +128,7 @@ def _memhead_apply(
     *further: Any,
     chunk: int | tuple[int, int] | None,
     backend: str | None,
+    vocab_parallel: bool = False,
     **unknown: Any,
 ) -> PerToken:
     _refuse(further, unknown)
@@ -132,7 +143,13 @@ def _memhead_apply(
         "backend": backend,
     }
     head = current_head()
-    if weight.is_floating_point() or head is None:
+    if vocab_parallel and dist.is_initialized():
+        if not weight.is_floating_point() or _update_of_head() is not None:
+            raise ValueError("vocab_parallel=True takes a plain weight, without an adapter and not quantised")
+        mine = part_of(len(weight))
+        options["bias"] = None if bias is None else bias[mine]
+        result = own_logprobs(hidden, weight[mine], targets, **options)
+    elif weight.is_floating_point() or head is None:
         result = linear_logprobs(hidden, weight, targets, low_rank=_update_of_head(), **options)
     else:
         from memhead.integrations.bitsandbytes import quantized_logprobs, quantized_weight

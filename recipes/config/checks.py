@@ -28,6 +28,11 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if model.tokenizer == "bpe" and model.loader != "scratch":
         remedy = "remove it: a checkpoint has its own, or set model.loader: scratch"
         yield Problem("model.tokenizer", "is trained for a new model alone", "bpe", remedy)
+    head = sections["head"]
+    if head.parallel is not None and (head.impl != "memhead" or model.loader == "unsloth"):
+        message = "is memhead's, in TRL's trainer"
+        remedy = "remove it, or set head.impl: memhead and another model.loader than unsloth"
+        yield Problem("head.parallel", message, head.parallel, remedy)
     yield from _check_quantised(model, lora)
     if lora is not None and isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules:
         remedy = "remove 'lm_head' from it: TRL does not train an adapter there"

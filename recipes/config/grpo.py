@@ -196,10 +196,12 @@ def defaults(grpo_config: type) -> dict[str, Any]:
     return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
 
-def check_grpo(given: dict[str, Any], grpo_config: type, known: list[str]) -> list[Problem]:
+def check_grpo(
+    given: dict[str, Any], grpo_config: type, known: list[str], processes: int = 1
+) -> list[Problem]:
     """Every problem of the `grpo` section.
 
-    given: the section as read. known: the dotted keys of all sections, to suggest from.
+    given: the section as read. known: the dotted keys of all sections, to suggest from. processes: of the run.
     """
     problems: list[Problem] = []
     rest: dict[str, Any] = {}
@@ -211,7 +213,7 @@ def check_grpo(given: dict[str, Any], grpo_config: type, known: list[str]) -> li
     problems += parse_section("grpo", grpo_section(grpo_config), rest, known)[0]
     if not problems:  # the checks across fields may now trust every type
         grpo = {**defaults(grpo_config), **given}
-        problems = [*_check_batches(grpo), *_check_combinations(grpo)]
+        problems = [*_check_batches(grpo, processes), *_check_combinations(grpo)]
     return problems
 
 
@@ -233,22 +235,22 @@ def world_size() -> int:
     return int(announced) if announced.isdecimal() else 1
 
 
-def problems_of_batch(grpo: Mapping[str, Any], loader: str = "transformers") -> int:
+def problems_of_batch(grpo: Mapping[str, Any], loader: str = "transformers", processes: int = 1) -> int:
     """Problems of a generation batch, each with its group of completions. Unsloth raises a batch to one group."""
     group, device = grpo["num_generations"], grpo["per_device_train_batch_size"]
     steps = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
     if loader == "unsloth":
         device = max(device, group)
-    return (grpo["generation_batch_size"] or device * steps * world_size()) // group
+    return (grpo["generation_batch_size"] or device * steps * processes) // group
 
 
-def _check_batches(grpo: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_batches(grpo: Mapping[str, Any], world: int) -> Iterator[Problem]:
     """TRL samples `generation_batch_size` completions at a time: whole groups of `num_generations`.
 
     generation_batch_size = per_device_train_batch_size * steps_per_generation * processes, where
     steps_per_generation is gradient_accumulation_steps unless given.
     """
-    group, device, world = grpo["num_generations"], grpo["per_device_train_batch_size"], world_size()
+    group, device = grpo["num_generations"], grpo["per_device_train_batch_size"]
     total, steps = grpo["generation_batch_size"], grpo["steps_per_generation"]
     if total is not None and steps is not None:
         remedy = "remove one: generation_batch_size is batch size × steps_per_generation × processes"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.config.checks import check_across
-from recipes.config.grpo import check_grpo, defaults, import_grpo_config
+from recipes.config.grpo import check_grpo, defaults, import_grpo_config, world_size
 from recipes.config.parse import parse_section, unknown_keys
 from recipes.config.schema import (
     ORDER,
@@ -48,6 +48,7 @@ class RunConfig(Section):
 
     grpo: every field that a configuration may set, by TRL's names, with TRL's default where none was given.
     grpo_given: only those that the file and the command line set.
+    processes: as the launcher announced them when it was loaded; no key sets it.
     """
 
     model: ModelConfig
@@ -59,6 +60,7 @@ class RunConfig(Section):
     lora: LoraSection | None
     tracking: TrackingConfig
     run: RunSection
+    processes: int = 1
 
     @property
     def completion_length(self) -> int:
@@ -110,6 +112,8 @@ class RunConfig(Section):
         }
         if self.run.save_every is not None:
             fields["save_steps"] = self.run.save_every
+        if "ddp_find_unused_parameters" not in self.grpo_given:
+            fields["ddp_find_unused_parameters"] = False  # every pass uses all of them; a search costs time
         return fields | _precision(self.model.dtype, self.grpo_given, torch.cuda.is_available())
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,24 +152,28 @@ def _precision(dtype: str, given: Mapping[str, Any], cuda: bool) -> dict[str, An
     return {name: value for name, value in fields.items() if name not in given}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, processes: int | None = None
+) -> RunConfig:
     """The checked configuration of a YAML file with command-line overrides applied.
 
-    overrides: `section.key=value` each, the value read as YAML. Raises ConfigError with every problem found.
+    overrides: `section.key=value` each, the value read as YAML. processes: of the run; None: as the launcher says.
+    Raises ConfigError with every problem found.
     """
     path = Path(path)
     document = merge(read_file(path), read_overrides(list(overrides)))
-    problems, sections = _check(document.data)
+    processes = processes or world_size()
+    problems, sections = _check(document.data, processes)
     if problems:
         raise ConfigError(problems, document.where, str(path))
     if not sections["run"].name:
         sections["run"] = sections["run"].model_copy(update={"name": path.stem})
     if sections["model"].loader == "scratch" and sections["model"].scratch is None:
         sections["model"] = sections["model"].model_copy(update={"scratch": ScratchConfig()})
-    return RunConfig.model_construct(**sections)
+    return RunConfig.model_construct(**sections, processes=processes)
 
 
-def _check(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+def _check(data: dict[str, Any], processes: int) -> tuple[list[Problem], dict[str, Any]]:
     """All problems of the data, and the parsed sections (complete only if there are no problems)."""
     model = data["model"] if isinstance(data.get("model"), dict) else {}
     grpo_config = import_grpo_config(model.get("loader", ""), model.get("vllm_standby") is True)
@@ -184,7 +192,7 @@ def _check(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
         elif name == "grpo":
             sections["grpo_given"] = dict(value or {})
             sections["grpo"] = {**trls, **sections["grpo_given"]}
-            problems += check_grpo(sections["grpo_given"], grpo_config, known)
+            problems += check_grpo(sections["grpo_given"], grpo_config, known, processes)
         elif name == "task":
             found, sections[name] = _check_task(value or {}, known)
             problems += found

@@ -107,6 +107,11 @@ class HeadConfig(Section):
     backend: Literal["torch", "triton"] | None = Field(
         None, description="memhead's backend; null: triton where it runs, else torch"
     )
+    parallel: Literal["vocabulary"] | None = Field(
+        None,
+        description="with several processes (memhead only): vocabulary: each computes its part of the vocabulary for "
+        "the rows of all; null: each its own rows",
+    )
 
 
 class StepConfig(Section):

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Named = Iterable[tuple[str, Tensor]]
 
 
 def first_not_finite(tensors: Named) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None if there is none. One synchronisation if so."""
-    floating = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
+    """The name of the first tensor that holds NaN or infinity; None if there is none. One synchronisation if so.
+
+    Of a tensor in parts over several processes, as FSDP2 keeps it, this one's part.
+    """
+    floating = [(name, _here(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point()]
     floating = [(name, tensor) for name, tensor in floating if tensor.numel()]
     if not floating:
         return None
@@ -24,6 +28,10 @@ def first_not_finite(tensors: Named) -> str | None:
     if bool(torch.isfinite(largest)):
         return None
     return next((name for name, tensor in floating if not bool(torch.isfinite(tensor).all())), None)
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> li
 
 def _check_number(config: RunConfig, task: Task) -> None:
     """TRL draws whole generation batches of different problems; from fewer it makes no batch, and so no step."""
-    found, needed = len(task.train), problems_of_batch(config.grpo, config.model.loader)
+    found, needed = len(task.train), problems_of_batch(config.grpo, config.model.loader, config.processes)
     held_out = len(task.held_out)  # read in any case, so that what is wrong with it is said now
     if found >= needed:
         return

@@ -9,7 +9,6 @@ Reads no weights and asks no network. The formulas are in recipes/plan/formulas.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -18,8 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from memhead.planning import Chunk
-from recipes.config.load import EXIT_STATUS, RunConfig
-from recipes.models.prompts import check_problems
+from recipes.config.load import RunConfig
 from recipes.plan import formulas as memory
 from recipes.plan.setting import Setting, notes, vllm_share
 from recipes.problems import ConfigError, Problem
@@ -219,21 +217,6 @@ def plan(config: RunConfig, device_bytes: int | None = None) -> Plan:
         longest_completion=longest,
         notes=notes(config, setting),
     )
-
-
-def show(config: RunConfig, device: str | None) -> int:
-    """The command line's `--plan --device`: prints the plan; the exit status is 2 for a mistake, else 0.
-
-    Data and tokenizer that lie on this machine are looked at as a run looks at them.
-    """
-    try:
-        found = plan(config, None if device is None else parse_device(device))
-        unseen = check_problems(config, config.make_task(), network=False)
-        replace(found, notes=[*found.notes, *unseen]).print()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return EXIT_STATUS
-    return 0
 
 
 def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:

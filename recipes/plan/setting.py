@@ -99,7 +99,7 @@ class Setting:
             lora_rank=0 if lora is None else lora.r,
             optim=str(grpo["optim"]),
             sequences=batch,
-            sampled=grpo["generation_batch_size"] or batch * steps,
+            sampled=(grpo["generation_batch_size"] or 0) // config.processes or batch * steps,
             prompt=prompt,
             completion=completion,
             generations=generations,

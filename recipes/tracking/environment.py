@@ -34,6 +34,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [_gpu(torch, index) for index in range(torch.cuda.device_count())],
         "git": _git(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

@@ -20,9 +20,12 @@ class LinesFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.writes = True  # or only reads what another process writes
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line. After Ctrl-C or a crash every line written before is there, whole. Raises CannotWrite."""
+        if not self.writes:
+            return
         line = (json.dumps(plain(record), ensure_ascii=False) + "\n").encode()
         with naming_what_failed(self.path), self.path.open("ab", buffering=0) as file:
             whole = file.tell()
@@ -51,6 +54,8 @@ class LinesFile:
 
     def rewrite(self, records: list[dict[str, Any]]) -> None:
         """Replaces the file by these records, whole or not at all."""
+        if not self.writes:
+            return
         lines = [json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records]
         write_whole(self.path, "".join(lines))
 

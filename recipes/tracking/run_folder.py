@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -17,7 +18,10 @@ from recipes.tracking.lock import lock
 
 
 class RunFolder:
-    """A run's folder. `.path` is where it is; `.metrics` and `.completions` are its files of lines."""
+    """A run's folder. `.path` is where it is; `.metrics` and `.completions` are its files of lines.
+
+    Of the processes of a run the main one writes. The copy that another gets of its object reads, and writes nothing.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -25,6 +29,16 @@ class RunFolder:
         self.completions = LinesFile(self.path / "completions.jsonl")
         self._damaged: list[Path] = []  # checkpoints that were read and are passed over
         self._lock: Any = None  # held as long as this object lives
+        self._writes = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of the copy that another process gets."""
+        state = {**vars(self), "_lock": None, "_writes": False}
+        for name in ("metrics", "completions"):
+            file = copy.copy(state[name])
+            file.writes = False
+            state[name] = file
+        return state
 
     @classmethod
     def create(cls, root: str | Path, name: str, config: Any = None) -> RunFolder:
@@ -57,11 +71,16 @@ class RunFolder:
             f"no whole checkpoint to resume from in {places}; leave --resume out to begin again"
         )
 
+    def with_session(self, config: Any) -> RunFolder:
+        """This folder, its next session begun."""
+        self.begin_session(config)
+        return self
+
     def begin_session(self, config: Any = None) -> None:
         """Writes config.yaml from a RunConfig, and versions and machine as environment.json.
 
         Those of the session before are kept as environment.1.json and so on, its configuration where it differs.
-        Raises BlockingIOError, naming the process, if another one is at work here.
+        Raises BlockingIOError, naming the process, if another run is at work here.
         """
         self._lock = self._lock or lock(self.path)
         for place in self._damaged:  # out of the way of the one that will be written in its place
@@ -123,6 +142,8 @@ class RunFolder:
 
     def write_json(self, name: str, obj: Any) -> Path:
         """Writes `obj` as readable JSON into the folder, whole or not at all."""
+        if not self._writes:
+            return self.path / name
         return write_whole(self.path / name, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from recipes.config.schema import TrackingConfig
+from recipes.processes import gathered
 from recipes.tracking import reporters as trackers
 from recipes.tracking.meters import HEADLINE, make_meter
 from recipes.tracking.phases import PhaseClock, attach, attach_optimizer
@@ -149,7 +150,9 @@ class Tracker:
             self._log_without_completions(logs, *args, **kwargs)
             return
         self._logged_step = step
-        seconds, peaks, steps = self._clock.take()
+        seconds, own_peaks, steps = self._clock.take()
+        all_peaks = gathered(own_peaks)
+        peaks = highest(all_peaks)
         mean_seconds = {phase: value / max(steps, 1) for phase, value in seconds.items()}
         sample = self._sample()  # read before TRL's log, in case it clears what it printed
         logs.update({f"time/{phase}": value for phase, value in mean_seconds.items()})
@@ -167,6 +170,8 @@ class Tracker:
         record.update(
             steps=steps, time=mean_seconds, memory=peaks, device=self._device.type, at=round(time.time(), 1)
         )
+        if len(all_peaks) > 1:
+            record["memory_by_process"] = all_peaks
         self.folder.metrics.write(record)
         for completion in sample:
             self.folder.completions.append({"step": step, **completion})
@@ -189,6 +194,17 @@ class Tracker:
             return []
         chosen = sorted({index * len(completions) // count for index in range(count)})
         return [completions[index] for index in chosen]
+
+
+def highest(peaks: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of MiB by phase and figure, from several processes, the largest of each."""
+    found: dict[str, dict[str, float]] = {}
+    for own in peaks:
+        for phase, figures in own.items():
+            kept = found.setdefault(phase, {})
+            for figure, value in figures.items():
+                kept[figure] = max(kept.get(figure, 0.0), value)
+    return found
 
 
 def last_completions(trainer: Any) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from memhead.integrations.handle import Handle
+from recipes.processes import anywhere
 from recipes.rewards.signs import Signs
 from recipes.training.checkpoints import steps_of_generation
 
@@ -75,7 +76,8 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer for a checkpoint and for the end."""
+        """Ask the trainer for a checkpoint and for the end, in all processes if one was asked."""
+        self.asked = anywhere(self.asked)
         if self.asked and state.global_step % steps_of_generation(args) == 0:
             control.should_save = True
             control.should_training_stop = True

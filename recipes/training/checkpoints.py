@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from recipes.models.finite import first_not_finite
 from recipes.models.manifest import condemn, seal
+from recipes.processes import first
 from recipes.tracking.files import naming_what_failed
 from recipes.training.resume import apply_settings
 
@@ -62,7 +63,7 @@ class WholeCheckpoints(_Trainer):
             self._put_off = True
             return
         self._put_off = False
-        reason = self._why_not()
+        reason = first(self._why_not())
         if reason is not None:
             self._say(f"step {step}: no checkpoint is written: {reason}")
             return

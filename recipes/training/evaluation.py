@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recipes import processes
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.finite import why_unusable
 from recipes.models.generation import Generate, Sampling, by_transformers, encode
@@ -41,6 +42,7 @@ Z_95 = 1.959963984540054  # a normal variable lies within this many deviations w
 def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[..., dict[str, Any]]:
     """A function that measures the held-out problems: the figures are a record for metrics.jsonl.
 
+    Of several processes each completes a share, and the main one judges; all call it, and all get the figures.
     They are the greedy accuracy and, with `run.evaluation.samples`, pass@k and maj@k, which `sampled=False` leaves out.
     The random state is left as it was, and every call draws from the same seed.
     """
@@ -51,15 +53,16 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
     @in_phase("evaluation")
     def measure(*, sampled: bool = True) -> dict[str, Any]:
         started = time.perf_counter()
-        greedy = complete(generate, rows, Sampling(length), settings.batch_size)
-        found: dict[str, Any] = greedy_figures(task, [texts[0] for texts in greedy], rows)
+        share = processes.mine(rows)
+        greedy = processes.whole(complete(generate, share, Sampling(length), settings.batch_size), len(rows))
+        found = processes.by_main(lambda: greedy_figures(task, [texts[0] for texts in greedy], rows))
         if sampled and settings.samples:
             drawn = Sampling(length, settings.samples, config.grpo["temperature"])
             batch_size = max(1, settings.batch_size // settings.samples)
             with torch.random.fork_rng():
-                torch.manual_seed(config.run.seed)
-                samples = complete(generate, rows, drawn, batch_size)
-            found |= sampled_figures(task, samples, rows)
+                torch.manual_seed(config.run.seed + processes.rank())
+                samples = processes.whole(complete(generate, share, drawn, batch_size), len(rows))
+            found |= processes.by_main(lambda: sampled_figures(task, samples, rows))
         seconds = time.perf_counter() - started
         return {**found, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
 
@@ -162,7 +165,9 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
 def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
     try:
-        print(json.dumps(evaluate_checkpoint(config, Path(place)), indent=2))
+        found = evaluate_checkpoint(config, Path(place))
+        if processes.is_main():
+            print(json.dumps(found, indent=2))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS

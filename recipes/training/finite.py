@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from recipes.models.finite import first_not_finite, why_unusable
 from recipes.models.generation import encode
+from recipes.processes import anywhere, first
 from recipes.tracking.files import LinesFile
 from recipes.tracking.tracker import last_completions
 from recipes.training.session import RunError, Session
@@ -150,7 +151,7 @@ class FiniteSteps(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trainer's. Raises Diverged for a model that is not finite, and writes nothing."""
-        reason = None if _internal_call else self.why_unusable()  # a checkpoint was looked at before
+        reason = None if _internal_call else first(self.why_unusable())  # a checkpoint was looked at before
         if reason is not None:
             raise Diverged(f"{output_dir} was not written: the model has diverged, {reason}; {REMEDY}")
         super().save_model(output_dir, _internal_call)
@@ -170,11 +171,9 @@ class _AfterUpdate(TrainerCallback):
         """Look at the weights that were trained."""
         trained = ((n, p) for n, p in self._trainer.model.named_parameters() if p.requires_grad)
         name = first_not_finite(trained)
-        if name is not None:
-            raise Diverged(
-                f"step {state.global_step + 1}, update: the weight {name} is not finite any more; {REMEDY}, or go on "
-                "from an earlier checkpoint"
-            )
+        if anywhere(name is not None):
+            where = f"step {state.global_step + 1}, update: the weight {name or 'of another process'}"
+            raise Diverged(f"{where} is not finite any more; {REMEDY}, or go on from an earlier checkpoint")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count; the checkpoints from which no finite step was taken are not to be resumed from."""

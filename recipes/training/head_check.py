@@ -21,6 +21,7 @@ from memhead.integrations.transformers import head_options
 from memhead.reference import full_logprobs
 from recipes.models.generation import NO_CHAT, encode
 from recipes.models.precision import AS_WEIGHTS, Precision
+from recipes.processes import by_main
 from recipes.tracking.phases import in_phase
 from recipes.training.session import RunError, Session
 
@@ -39,15 +40,17 @@ def require_exact_head(session: Session) -> None:
     config = session.config
     if not config.run.checks:
         return
-    found = check_head(
-        session.model,
-        session.tokenizer,
-        session.task.held_out[:4]["prompt"],  # or as many as there are
-        temperature=config.grpo["temperature"],
-        chunk=config.head.chunk,
-        backend=config.head.backend,
-        chat=config.chat_template_kwargs,
-        precision=session.precision,
+    found = by_main(
+        lambda: check_head(
+            session.model,
+            session.tokenizer,
+            session.task.held_out[:4]["prompt"],  # or as many as there are
+            temperature=config.grpo["temperature"],
+            chunk=config.head.chunk,
+            backend=config.head.backend,
+            chat=config.chat_template_kwargs,
+            precision=session.precision,
+        )
     )
     path = session.folder.write_json("head_check.json", found)
     if not found["passed"]:

@@ -25,6 +25,7 @@ from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
 from recipes.problems import ConfigError
+from recipes.processes import count
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import RunError
@@ -199,10 +200,12 @@ def _checkpoint(trainer: Any, phase: str) -> str:
     path = place / f"checkpoint-{step}"
     if path.is_dir():
         return f"Checkpoint: {path}; the same command with --resume and a change goes on from it"
+    there = sorted(place.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    last = f"the last checkpoint is {there[-1]}" if there else "there is no checkpoint"
     if phase == "optimizer":
-        there = sorted(place.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        last = f"the last checkpoint is {there[-1]}" if there else "there is no checkpoint"
         return f"The weights may be half updated and are not saved; {last}"
+    if count() > 1:
+        return f"The other processes are inside a step, so nothing is saved; {last}"
     if trainer.optimizer is None:  # nothing was trained yet
         return ""
     trainer.model.zero_grad(set_to_none=True)

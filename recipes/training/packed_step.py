@@ -26,6 +26,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from recipes.processes import smallest
 from recipes.training import packed_attention
 from recipes.training.generation_batches import ReadOnce, Rows
 from recipes.training.packed_support import half_precision
@@ -111,7 +112,7 @@ class PackedStep(_Trainer):
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
             self._rollout = Rollout.shuffled(
-                sampled, count, self._only_by_advantage(), self._token_budget, self._planned_tokens
+                sampled, count, self._only_by_advantage(), self._token_budget, self._planned_tokens, smallest
             )
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:

@@ -37,10 +37,11 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
 
 
 def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
-    if (processes := given["args"].world_size) > 1:
-        yield f"{processes} processes would plan their bins apart from each other"
     if (cards := given["args"].n_gpu) > 1:
         yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
+    plugin = getattr(given["args"], "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        yield "ZeRO-3 takes the model apart when training begins, so the packed step cannot be tried out before it"
     for name in _LOOPS:
         if given.get(name):
             yield f"{name} writes tokens into completions that the policy did not sample, which has not been tested"

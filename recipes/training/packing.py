@@ -10,7 +10,7 @@ prompt's last state scores the first token of each of its completions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -148,15 +148,22 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     )
 
 
-def plan_bins(lengths: Lengths, slots: Sequence[Sequence[int]], budget: int) -> list[range]:
+def plan_bins(
+    lengths: Lengths,
+    slots: Sequence[Sequence[int]],
+    budget: int,
+    agree: Callable[[int], int] = int,
+) -> list[range]:
     """Cut consecutive micro-batches into bins of at most ``budget`` packed tokens.
 
     Args:
         slots: rows to compute of each micro-batch, of which some may be empty, but not all.
         budget: a micro-batch that needs more is a bin of its own.
+        agree: the smallest of the ends that all processes propose. Their bins then are the same, and fit each.
 
     Returns:
-        The micro-batches of each bin. None is without rows, and a cut falls between groups where it can.
+        The micro-batches of each bin. None is without rows in every process, and a cut falls between groups where it
+        can.
     """
     prompt, completion, group = (x.tolist() for x in lengths)
     bins: list[range] = []
@@ -175,7 +182,7 @@ def plan_bins(lengths: Lengths, slots: Sequence[Sequence[int]], budget: int) -> 
             tokens, seen, end = tokens + more, seen | groups, end + 1
         else:
             between_groups = end
-        end = between_groups if between_groups > begin else end
+        end = agree(between_groups if between_groups > begin else end)
         bins.append(range(begin, end))
         begin = end
     return bins

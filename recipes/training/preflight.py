@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 
 from packaging.version import Version
 
-from recipes.config.grpo import world_size
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
 from recipes.config.unsloth import import_unsloth
@@ -39,8 +39,9 @@ class Machine:
     cuda: bool
     bfloat16: bool
     packages: frozenset[str]
-    processes: int = 1  # as the launcher announces them
     vllm: str | None = None  # its version, where it is known
+    processes_here: int = 1  # as the launcher announces them
+    gpus: int = 1
 
     @classmethod
     def here(cls) -> Machine:
@@ -52,20 +53,17 @@ class Machine:
             cuda=cuda,
             bfloat16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
             packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
-            processes=world_size(),
             vllm=_version("vllm"),
+            processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            gpus=torch.cuda.device_count(),
         )
 
 
 def check(config: RunConfig, machine: Machine | None = None) -> None:
     """Raises ConfigError with everything that is missing or that TRL refuses. machine: None for this one."""
     machine = machine or Machine.here()
-    if machine.processes > 1:
-        remedy = "start one without torchrun or accelerate launch: python train_grpo.py --config …"
-        raise ConfigError(
-            [Problem("", f"WORLD_SIZE says {machine.processes} processes; a run is one", remedy=remedy)]
-        )
     problems = [
+        *_processes(config, machine),
         *missing(config, machine),
         *missing_tracker(config.tracking.report_to),
         *_checkpoints(config.model),
@@ -85,6 +83,23 @@ def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     yield from _head(config, machine)
     if config.model.dtype == "bfloat16" and not machine.bfloat16:
         yield Problem("model.dtype", "this GPU has no bfloat16", "bfloat16", "set it to float16 or auto")
+
+
+def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What several processes cannot do."""
+    if config.processes == 1:
+        return
+    if config.model.loader == "unsloth":
+        remedy = "set model.loader: transformers, or start one process: python train_grpo.py --config …"
+        message = f"with Unsloth {config.processes} processes have not been tried"
+        yield Problem("model.loader", message, "unsloth", remedy)
+    if machine.cuda and not config.grpo["use_cpu"] and machine.processes_here > machine.gpus:
+        message = (
+            f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"
+        )
+        yield Problem(
+            "", message, remedy=f"start as many: torchrun --nproc-per-node {machine.gpus} train_grpo.py …"
+        )
 
 
 def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -139,10 +154,10 @@ def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """vLLM inside this process; a server has its own machine."""
+    """vLLM inside this process. A server's client is made of its package too, and hands weights over by NCCL."""
     if config.model.fast_inference:
         key = "model.fast_inference"
-    elif config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server":
+    elif config.grpo["use_vllm"]:
         key = "grpo.use_vllm"
     else:
         return

@@ -73,7 +73,14 @@ def what_changed(config: RunConfig, folder: RunFolder) -> list[str]:
         for name in now
         for problem in _differences(name, before[name], now[name], folder, changed=True)
     ]
-    return [f"{problem.key}: {problem.message}" for problem in found]
+    lines = [f"{problem.key}: {problem.message}" for problem in found]
+    processes = (folder.read_json("environment.json") or {}).get("processes", 1)
+    if processes != config.processes:
+        lines.append(
+            f"processes: {config.processes} from here on, {processes} before: sampling goes on from the seed, the data "
+            "after as many batches of this size"
+        )
+    return lines
 
 
 def apply_settings(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -> None:

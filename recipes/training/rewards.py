@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from recipes.processes import by_main
 from recipes.rewards.contract import check, choose, guard
 from recipes.tasks import Task
 
@@ -36,5 +37,5 @@ def prepare(task: Task) -> Rewards:
     rows = [data[index % len(data)] for index in range(len(PROBES))]
     chat = not isinstance(rows[0]["prompt"], str)
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]
-    check(functions, rows, completions, task.options.reward_seconds)
+    by_main(lambda: check(functions, rows, completions, task.options.reward_seconds))
     return Rewards(guard(functions, task.options), list(task.reward_weights.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ class Rollout:
     lengths: Lengths
     live: Tensor  # (B,) bool, on the host: rows to compute
     budget: int  # tokens of a bin
+    agree: Callable[[int], int] = int  # see `plan_bins`
     _bins: dict[int, range] = field(default_factory=dict)  # by last micro-batch
 
     @classmethod
@@ -34,7 +35,13 @@ class Rollout:
 
     @classmethod
     def shuffled(
-        cls, tensors: MicroBatch, count: int, only_by_advantage: bool, budget: int | None, planned: int = 0
+        cls,
+        tensors: MicroBatch,
+        count: int,
+        only_by_advantage: bool,
+        budget: int | None,
+        planned: int = 0,
+        agree: Callable[[int], int] = int,
     ) -> Rollout:
         """``count`` micro-batches of whole groups, in random order, as far as groups fit.
 
@@ -42,6 +49,7 @@ class Rollout:
             only_by_advantage: rows whose advantage is zero need not be computed.
             budget: tokens of a bin. None for ``planned``, or as many as a micro-batch has slots when padded if that
                 is more: what fits TRL's way.
+            agree: see :func:`plan_bins`.
         """
         from trl.trainer.utils import split_tensor_dict
 
@@ -57,7 +65,7 @@ class Rollout:
             live &= (moved["advantages"].reshape(len(order), -1) != 0).any(1).cpu()
         if budget is None:
             budget = max(planned, padded(moved).input_ids.numel() // count)
-        return cls(moved, split_tensor_dict(moved, count), lengths, live, budget)
+        return cls(moved, split_tensor_dict(moved, count), lengths, live, budget, agree)
 
     @property
     def count(self) -> int:
@@ -70,16 +78,22 @@ class Rollout:
         return len(self.live) // self.count
 
     def cut(self, run: range) -> list[range]:
-        """Bins of consecutive micro-batches without an update between them. At least one row is computed."""
-        rows = torch.arange(run.start * self.size, run.stop * self.size)
-        if not self.live[rows].any():  # gradients of zero must exist: compute as little as possible
-            length = self.lengths.completion[rows]
-            shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
-            self.live[shortest] = self.lengths.completion[shortest] > 0
+        """Bins of consecutive micro-batches without an update between them. At least one row of each is computed."""
         live, size = self.live.tolist(), self.size
         slots = [[r for r in range(i * size, (i + 1) * size) if live[r]] for i in run]
-        bins = plan_bins(self.lengths, slots, self.budget)
-        return [range(run.start + b.start, run.start + b.stop) for b in bins]
+        bins = plan_bins(self.lengths, slots, self.budget, self.agree)
+        found = [range(run.start + b.start, run.start + b.stop) for b in bins]
+        for bin_ in found:
+            self._keep_one(torch.arange(bin_.start * size, bin_.stop * size))
+        return found
+
+    def _keep_one(self, rows: Tensor) -> None:
+        """Where nothing is to be computed: gradients of zero must exist, and other processes wait, so the least."""
+        if self.live[rows].any():
+            return
+        length = self.lengths.completion[rows]
+        shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
+        self.live[shortest] = self.lengths.completion[shortest] > 0
 
     def plan(self, run: range) -> None:
         """Cut ``run`` and remember its bins."""

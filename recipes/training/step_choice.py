@@ -10,6 +10,7 @@ from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.generation import token_ids
 from recipes.problems import ConfigError, Problem
+from recipes.processes import first, smallest
 from recipes.training.checkpoints import guarded
 from recipes.training.session import Session
 
@@ -46,7 +47,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     budget = planned_budget(config, arguments.device)
     asked = config.step.token_budget
     trainer = guarded(packed(trl.GRPOTrainer))(**given, token_budget=asked, planned_tokens=budget or 0)
-    reason = _check(session, trainer)
+    reason = first(_check(session, trainer))
     if reason is not None:
         trainer.give_up_packing()
         if "impl" in config.step.model_fields_set:
@@ -75,7 +76,7 @@ def planned_budget(config: RunConfig, device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device) + int(RESERVE)  # the plan counts CUDA's context itself
-    return token_budget(config, setting, min(total, free + ours))
+    return token_budget(config, setting, smallest(min(total, free + ours)))
 
 
 def _check(session: Session, trainer: Any) -> str | None:

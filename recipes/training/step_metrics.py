@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipes.processes import gathered
+
 
 @dataclass
 class StepMeter:
@@ -33,14 +35,20 @@ class StepMeter:
         self.left_out += left_out
 
     def metrics(self) -> dict[str, float]:
-        """Seconds run from the first micro-batch to the last backward, sampling included, the optimizer not."""
+        """Of all processes together.
+
+        Seconds run from the first micro-batch to the last backward, sampling included, the optimizer not.
+        """
         assert self.began is not None
         seconds = time.perf_counter() - self.began
+        own = self.computed, self.real, self.rows, self.left_out, seconds
+        *counts, seconds_by_process = zip(*gathered(own), strict=True)
+        computed, real, rows, left_out = map(sum, counts)
         return {
-            "step/tokens_computed": float(self.computed),
-            "step/tokens_real": float(self.real),
-            "step/left_out": self.left_out / max(1, self.rows),
-            "step/tokens_per_second": self.real / seconds,
+            "step/tokens_computed": float(computed),
+            "step/tokens_real": float(real),
+            "step/left_out": left_out / max(1, rows),
+            "step/tokens_per_second": real / max(seconds_by_process),
         }
 
 

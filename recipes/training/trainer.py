@@ -26,7 +26,9 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
         )
     from memhead.integrations import trl
 
-    return trl.install(config.head.impl, chunk=config.head.chunk, backend=config.head.backend)
+    head = config.head
+    parallel = head.parallel == "vocabulary"
+    return trl.install(head.impl, chunk=head.chunk, backend=head.backend, vocab_parallel=parallel)
 
 
 def head_of_warm_start(config: RunConfig, model: Any) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipes.config.schema import WarmStartConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
+from recipes.models.load import load
 from recipes.models.precision import Precision
+from recipes.processes import by_main, is_main
 from recipes.tracking.phases import in_phase
 from recipes.training.evaluation import evaluator
 from recipes.training.finite import BadSteps, Diverged, unusable_for
+from recipes.training.resume import model_to_load
 from recipes.training.session import Session
 from recipes.training.trainer import head_of_warm_start
 
@@ -109,8 +112,20 @@ def warm_start(
 
 
 @in_phase("warm start")
-def begin_supervised(session: Session, settings: WarmStartConfig) -> None:
-    """The run's warm start: trained, logged, saved beside the run, where adapters find their base."""
+def begin_supervised(session: Session, settings: WarmStartConfig) -> Session:
+    """The run's warm start: trained, logged, saved beside the run, where adapters find their base.
+
+    The main process trains; the others wait, and load what it saved. Returns the session to go on with.
+    """
+    by_main(lambda: _train_and_save(session, settings))
+    if is_main():
+        return session
+    config = session.config
+    model, _ = load(model_to_load(config, session.folder), session.task, config.run.seed, lora=config.lora)
+    return replace(session, model=model)
+
+
+def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
     config, folder, model, tokenizer = session.config, session.folder, session.model, session.tokenizer
     examples = session.task.warm_start_examples(settings.steps * settings.batch_size)
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, session.precision)

@@ -28,8 +28,14 @@ STATE = ("_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter"
 
 
 def require_room(session: Session, trainer: Any) -> None:
-    """Runs the step, unless `run.checks` is off or the trainer is Unsloth's. What does not fit raises as it would."""
+    """Runs the step, unless `run.checks` is off or the trainer is Unsloth's. What does not fit raises as it would.
+
+    Nor where FSDP or DeepSpeed will shard the model, which here is still whole.
+    """
     if not session.config.run.checks or session.config.model.loader == "unsloth":
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        print("worst case  not tried: the model is sharded only when training begins", flush=True)
         return
     began = time.perf_counter()
     batch = worst_case(session, trainer)

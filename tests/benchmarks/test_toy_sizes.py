@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import head, launches, seed_results, step_gpu
+from benchmarks import head, launches, multi_gpu, seed_results, step_gpu
 from benchmarks.contestants import (
     PASSES,
     full_contestant,
@@ -103,3 +103,18 @@ def test_step_gpu(tmp_path):
         assert ours["loss"] == pytest.approx(full["loss"], abs=1e-6)
         assert trls["loss"] == pytest.approx(full["loss"], abs=1e-6)
     assert "| 2 × 16 | **memhead** |" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_beside_one(tmp_path):
+    """All stages but for FSDP2, whose numbers tests/recipes/training/test_processes.py compares."""
+    path = multi_gpu.main(["--toy", "--output", str(tmp_path), "--stages", "one", "ddp", "head"])
+    results = json.loads(path.read_text())
+    assert results["failed"] == {}
+    one, two = ([row for row in results["rows"] if row["stage"] == stage] for stage in ("one", "ddp"))
+    assert [row["step"] for row in one] == ["packed", "trl", "full"]
+    assert [row["step"] for row in two] == ["packed", "packed", "trl", "full"]
+    for row in [*one[1:], *two]:
+        assert row["gradient_error"] < 1e-5
+        assert row["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
+    assert path.with_suffix(".md").read_text().count("| toy | 2 | ddp: ") == len(two)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from memhead import linear_logprobs, planning
+from memhead import linear_cross_entropy, linear_logprobs, planning
+from memhead.own_rows import own_cross_entropy, own_logprobs, part_of
 from memhead.parallel import vocab_parallel_logprobs
 from tests.memhead.reference import Head, make_head, relative_error
 
@@ -77,6 +80,7 @@ def work(rank: int, world: int, store: str) -> None:
                             patch.setitem(planning.UNASKED, "cpu", 256 * 40 * 24)
                             for rows in (50, 300):
                                 compare(name, mine, trainable, dtype, rows)
+    compare_own(rank, world)
     head = make_head(4, 11)
     with pytest.raises(ValueError, match=f"targets contains {11 * world}, outside the vocabulary"):
         vocab_parallel_logprobs(head.hidden, head.weight, torch.full((4,), 11 * world))
@@ -103,6 +107,53 @@ def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype, rows: i
         bound = 1e-5 if value.dtype == torch.float32 else 3 * torch.finfo(value.dtype).eps
         error = relative_error(value[finite], expected[finite])
         assert error < bound, (key, name, mine, trainable, dtype, error)
+
+
+def compare_own(rank: int, world: int) -> None:
+    """Rows of its own for every process, for one none: log-probabilities, entropy, cross entropy with z-loss."""
+    ends = (0, 7, 19, 19)[: world + 1]
+    head = make_head(ends[-1], VOCAB)
+    mine, part = slice(ends[rank], ends[rank + 1]), part_of(VOCAB)
+    assert gathered_sizes(part) == ([52, 51] if world == 2 else [35, 34, 34])
+    targets = head.targets.clone()
+    targets[3] = -100
+
+    def logprobs(function, h, w, b, labels, g, e):
+        found = function(h, w, labels.clamp(min=0), bias=b, entropy=True, temperature=0.7)
+        return found.logprobs, (found.logprobs * g).sum() + (found.entropy * e).sum()
+
+    def losses(function, h, w, b, labels, g, e):
+        found = function(h, w, labels, bias=b, z_loss=0.1, softcap=9.0, logit_scale=0.5)
+        return found, (found * g).sum()
+
+    whole_losses = functools.partial(linear_cross_entropy, reduction="none")
+    for what, own, whole in (
+        (logprobs, own_logprobs, linear_logprobs),
+        (losses, own_cross_entropy, whole_losses),
+    ):
+        found, expected = [], []
+        for function, rows, columns, into in (
+            (own, mine, part, found),
+            (whole, slice(None), slice(None), expected),
+        ):
+            leaves = [
+                x.clone().requires_grad_()
+                for x in (head.hidden[rows], head.weight[columns], head.bias[columns])
+            ]
+            values, loss = what(
+                function, *leaves, targets[rows], head.grad_logprobs[rows], head.grad_entropy[rows]
+            )
+            loss.backward()
+            into += [values.detach(), *(leaf.grad for leaf in leaves)]
+        for value, reference, cut in zip(found, expected, (mine, mine, part, part), strict=True):
+            if value.numel():
+                assert relative_error(value, reference[cut]) < 1e-5, (what.__name__, rank, world)
+
+
+def gathered_sizes(part: slice) -> list[int]:
+    sizes = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, part.stop - part.start)
+    return sizes
 
 
 @pytest.mark.parametrize("world", [2, 3])

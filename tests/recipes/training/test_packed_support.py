@@ -19,7 +19,7 @@ def given(**changes: Any) -> dict[str, Any]:
     """A trainer's arguments that can be packed, but for `changes`."""
     plain = {
         "model": model_of("llama"),
-        "args": SimpleNamespace(world_size=1, n_gpu=1),
+        "args": SimpleNamespace(n_gpu=1),
         "train_dataset": Dataset.from_dict({"prompt": ["a"]}),
         "peft_config": None,
     }
@@ -42,6 +42,7 @@ def test_every_tested_architecture_is_packed(name, varlen):
     assert {config.model_type for config in configurations().values()} == ARCHITECTURES
 
 
+ZERO_3 = SimpleNamespace(zero_stage=3)
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
@@ -57,8 +58,8 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"peft_config": LoraConfig(lora_dropout=0.05)}, "lora.dropout is 0.05"),
         ({"peft_config": LoraConfig(use_dora=True)}, "DoRA has not been tested"),
         ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
-        ({"args": SimpleNamespace(world_size=2, n_gpu=1)}, "2 processes would plan"),
-        ({"args": SimpleNamespace(world_size=1, n_gpu=4)}, "one process with 4 GPUs"),
+        ({"args": SimpleNamespace(n_gpu=4)}, "one process with 4 GPUs"),
+        ({"args": SimpleNamespace(n_gpu=1, deepspeed_plugin=ZERO_3)}, "ZeRO-3 takes the model apart"),
         ({"tools": [print]}, "tools writes tokens"),
         ({"rollout_func": print}, "rollout_func writes tokens"),
         ({"environment_factory": print}, "environment_factory writes tokens"),

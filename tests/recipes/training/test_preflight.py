@@ -1,5 +1,6 @@
 """What is missing is reported before anything is loaded: key, what is missing, value, remedy, one line each."""
 
+import dataclasses
 import sys
 from dataclasses import replace
 
@@ -111,8 +112,11 @@ def test_a_complete_machine_lacks_nothing(configured, overrides):
     assert list(missing(configured(*overrides), GPU)) == []
 
 
-def test_a_server_of_vllm_needs_none_here(configured):
-    assert list(missing(configured("grpo.use_vllm=true", "grpo.vllm_mode=server"), CPU)) == []
+def test_a_server_of_vllm_needs_its_package_and_a_gpu_here_too(configured):
+    config = configured("grpo.use_vllm=true", "grpo.vllm_mode=server")
+    assert list(missing(config, GPU)) == []
+    assert [problem.message for problem in missing(config, BARE)] == ["vLLM is not installed"]
+    assert [problem.message for problem in missing(config, CPU)] == ["vLLM needs a GPU, and there is none"]
 
 
 def test_every_problem_is_listed(configured):
@@ -237,15 +241,20 @@ def test_what_grpo_config_refuses_leaves_no_folder(tmp_path, capsys, override, s
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_processes_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+def test_more_processes_than_gpus_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = load_config(path, [f"run.output_root={tmp_path / 'runs'}"])
-    assert train_grpo.train(config) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("WORLD_SIZE says 2 processes; a run is one; start one without torchrun")
-    assert not (tmp_path / "runs").exists()
+    config = load_config(path, processes=4)
+    with pytest.raises(ConfigError, match=r"4 processes here, and there are 2 GPUs; .*--nproc-per-node 2 "):
+        check(config, dataclasses.replace(GPU, processes_here=4, gpus=2))
+
+
+def test_unsloth_in_several_processes_is_refused(tmp_path, without_unsloth):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: unsloth, name: some/model}\ntask: {name: gsm8k}\n")
+    config = load_config(path, processes=2)
+    with pytest.raises(ConfigError, match="with Unsloth 2 processes have not been tried"):
+        check(config, dataclasses.replace(GPU, processes_here=2, gpus=2))
 
 
 def test_unsloth_was_never_imported():

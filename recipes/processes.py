@@ -1,0 +1,150 @@
+"""The processes of one run, as torchrun or accelerate launch starts them: what one does for all, what all agree on.
+
+    folder = by_main(lambda: RunFolder.create(…))    the main process alone makes it, and every process has it
+    texts = whole(generate(mine(rows)), len(rows))   each a share, in the end all of them
+
+The group of processes is accelerate's, which makes it with TRL's GRPOConfig. Before that, without a launcher, and
+inside `by_main` a process is alone, and nothing here talks to another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from math import ceil
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_alone = ContextVar("alone", default=False)  # inside by_main
+
+# What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+class MainFailed(RuntimeError):
+    """The main process has failed, and it says why."""
+
+
+def count() -> int:
+    """How many there are."""
+    return _group().get_world_size() if _together() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0: the main process."""
+    return _group().get_rank() if _together() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that writes and speaks."""
+    return rank() == 0
+
+
+def is_first_here() -> bool:
+    """Whether this is the first on its machine, by what launchers say before there is a group."""
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+
+
+def by_main(action: Callable[[], T]) -> T:
+    """What `action` returns in the main process, which alone calls it; the others get a copy.
+
+    What it raises is raised there; the others raise MainFailed.
+    """
+    if not _together():
+        return action()
+    found: list[Any] = [None]
+    error: Exception | None = None
+    if is_main():
+        token = _alone.set(True)
+        try:
+            found = [(action(),)]
+        except Exception as failed:
+            error = failed
+        finally:
+            _alone.reset(token)
+    result = found[0]
+    _group().broadcast_object_list(found)
+    if error is not None:
+        raise error
+    if found[0] is None:
+        raise MainFailed("the main process has failed")
+    return (result if is_main() else found[0])[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    if not _together():
+        return [value]
+    found: list[Any] = [None] * count()
+    _group().all_gather_object(found, value)
+    return found
+
+
+def smallest(value: int) -> int:
+    """The smallest of all processes' values; a single small message."""
+    if not _together():
+        return value
+    import torch
+    from accelerate import PartialState
+
+    found = torch.tensor(value, device=PartialState().device)
+    _group().all_reduce(found, _group().ReduceOp.MIN)
+    return int(found)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    return not smallest(not flag)
+
+
+def first(value: T | None) -> T | None:
+    """The value of the first process that has one."""
+    return next((found for found in gathered(value) if found is not None), None)
+
+
+def mine(items: Sequence[T]) -> list[T]:
+    """This process's share, as large as every other's: where they do not divide, the last item comes more than once."""
+    first, step = rank(), count()
+    return [items[min(first + step * i, len(items) - 1)] for i in range(ceil(len(items) / step))]
+
+
+def whole(share: list[T], total: int) -> list[T]:
+    """What every process made of its share of `total` items, in the items' order."""
+    shares = gathered(share)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+@contextmanager
+def only_main_speaks() -> Iterator[None]:
+    """Standard output is the main process's; errors are everybody's."""
+    if is_main():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether the error means that another process has ended."""
+    if not _together():
+        return False
+    return isinstance(error, _group().DistError) or any(words in str(error) for words in _LOST)
+
+
+def end() -> None:
+    """Leaves the group, at the end of a run that every process has come to."""
+    if _together():
+        _group().destroy_process_group()
+
+
+def _together() -> bool:
+    group = _group()
+    return group.is_available() and group.is_initialized() and not _alone.get() and group.get_world_size() > 1
+
+
+def _group() -> Any:
+    import torch.distributed
+
+    return torch.distributed

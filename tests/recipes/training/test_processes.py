@@ -1,0 +1,177 @@
+"""Several real processes over gloo: the same numbers as one, in one run."""
+
+import json
+import os
+import signal
+import subprocess
+from collections import Counter
+
+import on_ranks
+import pytest
+import torch
+from children import wait_for
+from launched import torchrun
+from safetensors.torch import load_file
+from test_quickstart import CONFIG, TINY
+
+import train_grpo
+from recipes.models.manifest import damage
+from recipes.tracking.run_folder import RunFolder
+
+
+def run_cases(world, folder, names):
+    """What each process found by case, and what one process finds on the whole batch."""
+    process = torchrun(world, on_ranks.__file__, folder, *names)
+    cases = {name: on_ranks.CASES[name] for name in names if name in on_ranks.CASES}
+    alone = {name: on_ranks.ALONE[name] for name in dict.fromkeys(case.alone for case in cases.values())}
+    expected = on_ranks.results(on_ranks.global_rollout(world), folder / "alone", alone)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(world)], expected, folder
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    names = [*on_ranks.CASES, *on_ranks.WITH_ENTROPY]
+    return run_cases(2, tmp_path_factory.mktemp("two"), names)
+
+
+@pytest.mark.parametrize("case", on_ranks.CASES)
+def test_two_processes_end_equal_and_as_one(ranks, case):
+    compare(ranks[0], ranks[1], case)
+
+
+def test_so_do_three(tmp_path):
+    names = ["trl", "packed", "packed, split head"]
+    found = run_cases(3, tmp_path, names)
+    for name in names:
+        compare(found[0], found[1], name)
+
+
+def compare(together, alone, case):
+    first, expected = together[0][case], alone[on_ranks.CASES[case].alone]
+    for name, value in first["weights"].items():
+        for other in together[1:]:
+            assert torch.equal(other[case]["weights"][name], value), name
+        torch.testing.assert_close(value, expected["weights"][name], rtol=0, atol=1e-8)  # float32 normalisers
+    for log, one in zip(first["logs"], expected["logs"], strict=True):
+        for name in ("loss", "grad_norm"):
+            assert log[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7), name
+        assert log.get("step/tokens_real") == one.get("step/tokens_real")
+
+
+def test_steps_change_the_weights(ranks):
+    """So that the test above compares something."""
+    start = on_ranks.model_of("llama").state_dict()
+    assert all(
+        (value - start[name]).abs().max() > 1e-4 for name, value in ranks[0][0]["trl"]["weights"].items()
+    )
+
+
+def test_a_split_head_has_the_entropy_bonus_of_a_whole_one(ranks):
+    split, whole = (ranks[0][1][f"entropy, {which} head"] for which in ("split", "whole"))
+    for name, value in split["weights"].items():
+        torch.testing.assert_close(value, whole["weights"][name], rtol=0, atol=1e-9)
+    assert [log["entropy"] for log in split["logs"]] == pytest.approx(
+        [log["entropy"] for log in whole["logs"]]
+    )
+    assert split["logs"][-1]["loss"] != pytest.approx(ranks[0][1]["packed"]["logs"][-1]["loss"], abs=1e-3)
+
+
+def test_what_fsdp_saves_is_whole(ranks):
+    together, _, folder = ranks
+    place = folder / "saved, sharded" / "checkpoints"
+    saved = load_file(place / "final" / "model.safetensors")
+    assert all(
+        torch.equal(saved[name], value) for name, value in together[0]["saved, sharded"]["weights"].items()
+    )
+    for step in (2, on_ranks.STEPS):
+        assert damage(place / f"checkpoint-{step}") == ""
+        assert (place / f"checkpoint-{step}" / "optimizer.bin").is_file()
+    assert load_file(place / "checkpoint-3" / "model.safetensors").keys() == saved.keys()
+
+
+@pytest.mark.parametrize("case", ["trl, sharded", "packed, sharded", "lora, sharded"])
+def test_fsdp_gathers_the_weight_of_the_head_once_for_each_of_its_calls(ranks, case):
+    """With the last norm by FSDP2, or alone by TRL, where PEFT's wrapper hides the norm from accelerate. Never a part
+    of it, nor again for the backward pass, as the embedding is, which has its size."""
+    found = ranks[0][0][case]
+    head = on_ranks.model_of("llama").lm_head.weight
+    gathers, calls = Counter(found["gathers"]), found["calls"]
+    if case == "lora, sharded":
+        assert gathers.pop(head.numel()) == (1 + 2) * calls
+        assert gathers.pop(head.shape[1]) == calls  # the norm
+    else:
+        assert gathers.pop(head.numel() + head.shape[1]) == calls
+        assert gathers.pop(head.numel()) == 2 * calls
+    assert list(gathers.values()) == [2 * 2 * calls]  # two layers
+
+
+def start_run(folder, *more):
+    """A run in two processes, and its arguments."""
+    changed = ("grpo.max_steps", "run.warm_start.", "run.evaluation.", "grpo.per_device")
+    kept = [setting for setting in TINY if not setting.startswith(changed)]
+    arguments = [
+        "--config", CONFIG, *kept, "grpo.max_steps=200", "grpo.per_device_train_batch_size=8", "run.save_every=1",
+        "run.evaluation.size=15", "run.evaluation.every=1", "run.evaluation.samples=2", f"run.output_root={folder}",
+        *more,
+    ]  # fmt: skip
+    return torchrun(2, "train_grpo.py", *arguments), arguments
+
+
+def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
+    warm = ["run.warm_start.steps=2", "run.warm_start.batch_size=8", "run.warm_start.check_every=2"]
+    process, arguments = start_run(tmp_path, *warm)
+    begun = wait_for(process, "step 2: accuracy")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    lines = "".join([*begun, output])
+    for once in (
+        "warm start  step 2",
+        "step: packed",
+        "worst case",
+        "Stopping after",
+        "Stopped at step",
+        "torchrun --npr",
+    ):
+        assert lines.count(once) == 1, (once, lines)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    folder = RunFolder(tmp_path / "tiny")
+    records = [record for record in folder.metrics.read() if "warm_start" not in record]
+    last = records[-1]["step"]
+    assert [record["step"] for record in records] == list(range(last + 1))
+    assert folder.step == last >= 2
+    assert records[1]["accuracy_problems"] == 15
+    assert records[1]["trl"]["num_tokens"] > 2 * 8 * 6  # of both
+    for phase, figures in records[1]["memory"].items():
+        for name, value in figures.items():
+            assert value == max(own[phase][name] for own in records[1]["memory_by_process"])
+    assert len(records[1]["memory_by_process"]) == 2
+    assert folder.read_json("environment.json")["processes"] == 2
+    assert sorted(path.name for path in folder.checkpoint.glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
+
+    longer = [argument.replace("max_steps=200", f"max_steps={last + 1}") for argument in arguments]
+    assert train_grpo.main([*longer, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "processes: 1 from here on, 2 before" in printed
+    assert folder.metrics.read()[-1]["step"] == last + 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_leaves_its_checkpoints(tmp_path):
+    process, _ = start_run(tmp_path, "run.warm_start=null")
+    wait_for(process, "step 2: accuracy")
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: another process of this run has ended; To go on: the same command --resume" in output
+    folder = RunFolder.to_resume(tmp_path, "tiny")
+    assert folder.step >= 1
+    json.dumps(folder.metrics.read())

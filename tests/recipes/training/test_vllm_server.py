@@ -1,0 +1,62 @@
+"""grpo.vllm_mode: server, with TRL's real client and a stand-in for vLLM's server."""
+
+import copy
+
+import pytest
+import torch
+from test_quickstart import CONFIG, TINY
+from trl.generation import vllm_client, vllm_generation
+from vllm_stand_in import StandIn, weight_transfer
+
+import train_grpo
+from recipes.models import load
+from recipes.tracking.run_folder import RunFolder
+from recipes.training.preflight import Machine
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The stand-in, whose model is the run's as it is loaded; vLLM and its NCCL seem to be there."""
+    with StandIn() as server:
+        for module in (vllm_client, vllm_generation):
+            monkeypatch.setattr(module, "is_vllm_available", lambda *_: True)
+        for name, value in weight_transfer(server).items():
+            monkeypatch.setattr(vllm_client, name, value, raising=False)
+        monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: None)
+        machine = Machine(cuda=True, bfloat16=True, packages=frozenset({"vllm"}))
+        monkeypatch.setattr(Machine, "here", lambda: machine)
+        loaded = load.load
+
+        def keep(*args, **kwargs):
+            model, tokenizer = loaded(*args, **kwargs)
+            server.model = copy.deepcopy(model)
+            with torch.no_grad():  # of no use until weights arrive
+                for parameter in server.model.parameters():
+                    parameter.zero_()
+            return model, tokenizer
+
+        monkeypatch.setattr(load, "load", keep)
+        yield server
+
+
+def test_a_run_samples_and_evaluates_on_the_server_with_its_own_weights(tmp_path, server):
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start.")]
+    changes = ["grpo.use_vllm=true", "grpo.vllm_mode=server", f"grpo.vllm_server_base_url={server.url}"]
+    changes += ["run.warm_start=null", "grpo.learning_rate=1e-2", f"run.output_root={tmp_path}"]
+    assert train_grpo.main(["--config", CONFIG, *kept, *changes]) == 0
+
+    records = RunFolder(tmp_path / "tiny").metrics.read()
+    for record in records[
+        1:
+    ]:  # the server's log-probabilities are the trainer's: its weights were those of the step
+        assert record["trl"]["sampling/sampling_logp_difference/max"] < 1e-4
+        assert record["trl"]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    greedy = [request for request in server.asked if request["temperature"] == 0]
+    sampled = [request for request in server.asked if request["temperature"] == 1]
+    assert sum(len(request["prompt"]) for request in greedy) == 3 * 16  # after steps 0, 2 and 3
+    assert [(len(request["prompt"]), request["n"]) for request in sampled] == [(4, 4)] * 3
+    updates = server.paths.count("/update_weights")
+    assert updates == 4  # before every step and after the last, once each
+    assert (
+        server.paths.count("/start_weight_update") == server.paths.count("/finish_weight_update") == updates
+    )
