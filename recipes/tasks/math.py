@@ -148,7 +148,7 @@ def _gold(value: Any) -> str:
     except ValueError as error:
         raise BadValue(str(error), "write the answer as text or as a number") from error
     found = boxed(answer)
-    if (found is None and boxes(answer)) or not parts(text(answer)):  # an empty box, $$: nothing would ever equal it
+    if (found is None and boxes(answer)) or not parts(text(answer)):  # an empty box, $$: nothing equals it
         raise BadValue("holds no answer", "write it out or take the row out")
     return found or answer
 

@@ -57,6 +57,8 @@ class PackedStep(_Trainer):
     """
 
     vllm_importance_sampling_correction: bool
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(
         self, *args: Any, token_budget: int | None = None, planned_tokens: int = 0, **kwargs: Any
