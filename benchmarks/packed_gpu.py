@@ -136,6 +136,20 @@ def make_model(name: str, toy: bool) -> Any:
     return model
 
 
+def use_liger(model: Any) -> None:
+    """Liger's kernels in the body alone: the head stays what the contestant says."""
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(
+        model.get_base_model(),
+        rope=True,
+        rms_norm=True,
+        swiglu=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )
+
+
 def planned_budget(name: str, shape: Shape) -> int:
     """What a run of this model and shape would take on this card; 0 for a micro-batch's slots."""
     import tempfile
@@ -302,7 +316,7 @@ def measure(
 
                 row["seconds"], row["peak_mib"] = timed(run, options.rounds)
                 if way == "padded":
-                    row["scoring"], _ = timed(lambda t=trainer: score(t), 1)
+                    row["scoring"], _ = timed(lambda t=trainer: score(t), options.rounds)
                 real = int(trainer.fed["prompt_mask"].sum() + trainer.fed["completion_mask"].sum())
                 slots = trainer.fed["prompt_mask"].numel() + trainer.fed["completion_mask"].numel()
                 computed = trainer._metrics["train"].get("step/tokens_computed", [slots])[-1]
@@ -380,6 +394,11 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, help="tokens of a bin; without: as planned for this card")
+    parser.add_argument(
+        "--liger",
+        action="store_true",
+        help="Liger's RMSNorm, RoPE and SwiGLU in the model's body, for every way",
+    )
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
@@ -390,6 +409,8 @@ def main(argv: list[str] | None = None) -> Path:
     path = options.output / f"packed_{'toy' if options.toy else 'gpu'}.json"
     for name in models:
         model = make_model(name, options.toy)
+        if options.liger:
+            use_liger(model)
         for shape in shapes.values():
             if name == "llama-8b" and shape.name != "gsm8k":
                 shape = shape._replace(groups=4)
