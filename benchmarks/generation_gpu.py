@@ -41,6 +41,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers, static cache": {"cache_implementation": "static", "disable_compile": True},
     "transformers, graphs": {"cache_implementation": "static"},
     "transformers, graphs, kept cache": {"kept": True},
+    "transformers, graphs, kept cache, decoding by sums": {"kept": True, "decoding": "sums"},
+    "transformers, graphs, kept cache, decoding by products": {"kept": True, "decoding": "products"},
 }
 
 
@@ -77,7 +79,7 @@ def main() -> None:
         (options.output / "generation.json").write_text(json.dumps(rows, indent=1))
         for row in here:
             print(
-                f"{row['engine']:34s} {row['sampling']:30s} {row['tokens_per_second']:8.0f} tokens/s "
+                f"{row['engine']:54s} {row['sampling']:30s} {row['tokens_per_second']:8.0f} tokens/s "
                 f"{row['seconds']:.2f} s (start {row['start_seconds']:.0f} s)",
                 flush=True,
             )
@@ -161,6 +163,7 @@ def transformers_ways(model: str, engine: str) -> Ways:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from benchmarks.decoding_attention import WAYS, use_for_decoding
     from recipes.models.static_cache import keep_cache
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -170,7 +173,7 @@ def transformers_ways(model: str, engine: str) -> Ways:
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to("cuda")
     options = dict(TRANSFORMERS[engine])
-    kept = options.pop("kept", False)
+    kept, decoding = options.pop("kept", False), options.pop("decoding", None)
     if kept:
         options["cache_implementation"] = "static"
     config = GenerationConfig(
@@ -187,6 +190,8 @@ def transformers_ways(model: str, engine: str) -> Ways:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).cuda().eval()
         if kept:
             keep_cache(network)
+        if decoding:
+            use_for_decoding(network, WAYS[decoding])
 
         def rollout(network: Any = network, dtype: Any = dtype) -> None:
             half = torch.autocast("cuda", torch.bfloat16) if dtype == torch.float32 else nullcontext()
