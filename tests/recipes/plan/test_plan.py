@@ -374,6 +374,18 @@ def test_bins_leave_room_for_a_vllm_that_stays():
     assert bin_of(10 * GIB, "grpo.use_vllm=true", "grpo.vllm_mode=server") == bin_of(10 * GIB)
 
 
+def test_a_kept_cache_stays_between_rollouts():
+    """SmolLM2's: 30 layers keep 3 heads of 64 key and value numbers of 2 bytes for each of 1,024 × 256 tokens."""
+    path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+    setting = plan(load_config(path), 24 * GIB).setting
+    assert setting.kept_cache
+    assert not plan(load_config(path, ["grpo.use_vllm=true"]), 24 * GIB).setting.kept_cache
+    kept, gone = measure(setting).phases, measure(replace(setting, kept_cache=False)).phases
+    cache = 1024 * 256 * 30 * 2 * 3 * 64 * 2
+    assert kept.pop("generation") == gone.pop("generation")
+    assert {phase: size - gone[phase] for phase, size in kept.items()} == dict.fromkeys(gone, cache)
+
+
 def test_a_bin_is_one_micro_batch_where_nothing_can_be_planned(tmp_path):
     quickstart = plan(load_config(QUICKSTART)).setting
     assert quickstart.bin_tokens == quickstart.sequences * quickstart.length
