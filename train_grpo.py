@@ -3,6 +3,7 @@
     python train_grpo.py --config configs/quickstart.yaml [section.key=value …] [--resume]
     torchrun --nproc-per-node 8 train_grpo.py --config …           the same on eight GPUs (docs/scaling.md)
     python train_grpo.py --config … --plan [--device "24 GiB"]     what it will need, without training
+    python train_grpo.py --config … --pilot                        what 64 prompts say of group size and length
     python train_grpo.py --config … --evaluate runs/quickstart/final
 
 One YAML file describes the run; docs/configuration.md lists every key. The run leaves a folder (`runs/<name>/`) with
@@ -18,6 +19,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 # Before TRL and transformers are imported: they phone home otherwise.
@@ -38,17 +40,21 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
-    parser.add_argument("--plan", action="store_true", help="print what memory the run needs; train nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what memory and time it needs; train nothing"
+    )
     parser.add_argument("--device", metavar="SIZE", help="with --plan: what to fit, '24 GiB' or L4")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many"
     )
+    parser.add_argument("--lengths", metavar="P+C", help="with --plan: mean tokens, prompt + completion")
+    parser.add_argument("--pilot", action="store_true", help="sample from 64 prompts; train nothing")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )
     options = parser.parse_intermixed_args(arguments)
-    for name in ("device", "processes"):
+    for name in ("device", "processes", "lengths"):
         if (value := getattr(options, name)) is not None and not options.plan:
             parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
     try:
@@ -59,16 +65,22 @@ def main(arguments: list[str]) -> int:
     if options.plan:
         from recipes.plan.show import show
 
-        return show(config, options.device)
+        return show(config, options.device, options.lengths)
     if options.evaluate is not None:
         from recipes.training import evaluation
 
         return evaluation.show(config, options.evaluate)
+    if options.pilot:
+        if config.processes > 1:
+            parser.error(f"--pilot: is for one process, and a launcher started {config.processes}")
+        with TemporaryDirectory() as place:  # a pilot leaves no run behind
+            aside = load_config(options.config, [*options.overrides, f"run.output_root={place}"])
+            return train(aside, pilot=True)
     return train(config, resume=options.resume, command=_command(options))
 
 
-def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
-    """The run, top to bottom: begin, optimise, finish. Returns the exit status."""
+def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: bool = False) -> int:
+    """The run, top to bottom: begin, optimise, finish; or begin and sample a few prompts. Returns the exit status."""
     from recipes.training.preflight import check  # the heavy imports wait until the configuration is right
 
     try:
@@ -80,17 +92,18 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "") -> int:
     from recipes import processes
 
     with processes.only_main_speaks():
-        status = _run(config, resume=resume, command=command)
+        status = _run(config, resume=resume, command=command, pilot=pilot)
     if status != 1:  # else the others may be anywhere
         processes.end()
     return status
 
 
-def _run(config: RunConfig, *, resume: bool, command: str) -> int:
+def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     from memhead.integrations.handle import HeadBypassed
     from recipes.processes import MainFailed
     from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
+    from recipes.training.pilot import show
     from recipes.training.session import RunError
 
     session = None
@@ -100,6 +113,8 @@ def _run(config: RunConfig, *, resume: bool, command: str) -> int:
         if session is None:
             return 0
         with explained(config):
+            if pilot:
+                return show(session)
             trained = optimise(session)
         return finish(session, trained, command)
     except KeyboardInterrupt:

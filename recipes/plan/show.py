@@ -1,31 +1,71 @@
-"""The command line's `--plan`."""
+"""The command line's `--plan`: memory, time and disk of a run, without training.
+
+python train_grpo.py --config … --plan [--device L4] [--lengths 40+100]
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
+import torch
 from rich.console import Console
 
 from recipes.config.load import EXIT_STATUS, RunConfig
 from recipes.models.prompts import check_problems
-from recipes.plan.plan import parse_device, plan
+from recipes.plan.plan import Plan, parse_device, plan
 from recipes.plan.processes import by_way
-from recipes.problems import ConfigError
+from recipes.plan.rate import Rate, published, rate_here
+from recipes.plan.time import plan_time
+from recipes.problems import ConfigError, Problem
 
 
-def show(config: RunConfig, device: str | None) -> int:
-    """Prints the plan, for a device of that size if one is named; the exit status is 2 for a mistake, else 0.
+def show(config: RunConfig, device: str | None, lengths: str | None = None) -> int:
+    """Prints the plan; the exit status is 2 for a mistake, else 0.
 
     Data and tokenizer that lie on this machine are looked at as a run looks at them.
+    device: a card or a size. lengths: mean tokens of a prompt and a completion.
     """
     try:
+        mean = None if lengths is None else parse_lengths(lengths)
         found = plan(config, None if device is None else parse_device(device))
         unseen = check_problems(config, config.make_task(), network=False)
         replace(found, notes=[*found.notes, *unseen]).print()
+        lines = _time(config, found, device, mean)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
     if config.processes > 1:
         Console().print(by_way(found, config.processes).terminal())
+    print(*lines, sep="\n")
     return 0
+
+
+def parse_lengths(text: str) -> tuple[int, int]:
+    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*([1-9]\d*)\s*\+\s*([1-9]\d*)\s*", text)
+    if match is None:
+        remedy = "write mean tokens of a prompt and of a completion: 40+100; --pilot measures them"
+        raise ConfigError([Problem("--lengths", "no two lengths", text, remedy)])
+    return int(match[1]), int(match[2])
+
+
+def _time(config: RunConfig, found: Plan, device: str | None, mean: tuple[int, int] | None) -> list[str]:
+    rate = _rate(found, device)
+    if rate is None:
+        return ["time is not planned: name a card, --device H100"]
+    planned = plan_time(config, found.setting, rate, mean)
+    if planned is None:
+        return [f"time is not planned: a token's way through {found.setting.shape.kind} is not known"]
+    longest = "the longest possible: --lengths would say the mean ones"
+    return planned.lines() if mean else [*planned.lines(), f"note: these lengths are {longest}"]
+
+
+def _rate(found: Plan, device: str | None) -> Rate | None:
+    """Of the card that was named, else of this machine; None for a GPU of which only the size is known."""
+    if device is not None:
+        return published(device)
+    if found.setting.device_type == "cuda" and not torch.cuda.is_available():
+        return None
+    return rate_here(torch.float16 if found.setting.precision.e == 2 else torch.float32)

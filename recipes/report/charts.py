@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES, PLANNED
+from recipes.tracking.speed import TRAINING, WHOLE
 from recipes.tracking.summary import summarize
 
 Record = dict[str, Any]
@@ -196,6 +197,11 @@ def _tokens() -> Iterator[_Quantity]:
         "",
         [_Series("tokens/s", _at("tokens", "per_second"))],
     )
+    phases = ("generation", "scoring", TRAINING)
+    rates = [_Series(phase, _at("speed", phase, "per_second")) for phase in phases]
+    yield "Tokens a second by phase", "sampled; scored; trained on", "", rates
+    shares = [_Series(phase, _at("speed", phase, "share")) for phase in (*phases, WHOLE)]
+    yield "Share of the floor", "of the device's matrix rate, measured at the start", "%", shares
     kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
     yield "Tokens a step", "of all rows; computed with a gradient", "", kinds
     share = _Series("left out", _at("tokens", "left_out_share"))

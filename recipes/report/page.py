@@ -21,6 +21,7 @@ from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import (
     before_and_after,
     by_phase,
+    by_speed,
     format_figure,
     format_mib,
     highest_peak,
@@ -51,7 +52,9 @@ def write_report(folder: RunFolder) -> Path:
         verdict=verdict(records),
         facts=_facts(summary),
         figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
-        tables=[before_and_after(summary), by_phase(summary)],
+        tables=[
+            table for table in (before_and_after(summary), by_phase(summary), by_speed(summary)) if table
+        ],
         samples=list(_samples(folder.completions.read())),
         environment=environment_table(folder.read_json("environment.json") or {}),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",

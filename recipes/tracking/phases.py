@@ -26,6 +26,7 @@ import torch
 
 from recipes.tracking.meters import Meter, persistent_tensors
 
+Counter = Callable[[str], Callable[..., None] | None]
 PHASES = ("generation", "rewards", "scoring", "forward", "backward", "optimizer", "other")
 PLANNED = {  # phase -> the plan's name of the phase in whose height it counts
     "generation": "generation",
@@ -40,6 +41,9 @@ _METHODS = {  # method of the trainer -> its phase
     "_get_per_token_logps_and_entropies": "scoring",
     "compute_loss": "forward",
 }
+_METHODS_OF_PACKED = {
+    "_score_before_updates": "scoring"
+}  # of recipes.training.packed_step, which TRL's step lacks
 
 
 @contextmanager
@@ -85,25 +89,25 @@ class PhaseClock:
         self._step_began = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measures what runs inside. A phase within a phase belongs to the outer one."""
+    def phase(self, name: str) -> Iterator[bool]:
+        """Measures what runs inside; False where it does not. A phase within a phase belongs to the outer one."""
         if self._inside or self._step_began is None:
-            yield
+            yield False
             return
         with in_phase(name):
             yield from self._measured(name)
 
-    def _measured(self, name: str) -> Iterator[None]:
+    def _measured(self, name: str) -> Iterator[bool]:
         self._inside = True
         figures: dict[str, float] = {}
         self._synchronize()
         began = time.perf_counter()
         try:
             if self._meter is None:
-                yield
+                yield True
             else:
                 with self._meter.measure(figures):
-                    yield
+                    yield True
             self._synchronize()
         finally:
             self._inside = False
@@ -127,9 +131,10 @@ class PhaseClock:
             torch.cuda.synchronize(self._device)
 
 
-def attach(trainer: Any, clock: PhaseClock) -> None:
+def attach(trainer: Any, clock: PhaseClock, counter: Counter = lambda _: None) -> None:
     """Wraps the trainer's methods so that each phase runs on the clock; the optimizer is `attach_optimizer`'s.
 
+    counter: gives what is called after a phase's method, with its result and its arguments.
     Raises AttributeError, naming the method, for a trainer that lacks one of them.
     """
     for method, name in _METHODS.items():
@@ -139,7 +144,10 @@ def attach(trainer: Any, clock: PhaseClock) -> None:
                 f"{type(trainer).__name__} has no method {method!r}, so the phase {name!r} is unknown; "
                 "install the versions of requirements.lock"
             )
-        setattr(trainer, method, _timed(original, clock, name))
+        setattr(trainer, method, _timed(original, clock, name, counter(name)))
+    for method, name in _METHODS_OF_PACKED.items():
+        if hasattr(trainer, method):
+            setattr(trainer, method, _timed(getattr(trainer, method), clock, name, counter(name)))
     trainer.accelerator.backward = _timed(trainer.accelerator.backward, clock, "backward")
 
 
@@ -149,15 +157,20 @@ def attach_optimizer(optimizer: Any, clock: PhaseClock) -> None:
         optimizer.step = _timed(optimizer.step, clock, "optimizer")
 
 
-def _timed(original: Callable, clock: PhaseClock, name: str) -> Callable:
+def _timed(
+    original: Callable, clock: PhaseClock, name: str, count: Callable[..., None] | None = None
+) -> Callable:
     """`original`, measured as the phase `name`. Scoring is a phase only where no gradient is taken."""
 
     @functools.wraps(original)  # with its attributes: the scheduler looks for one on optimizer.step
     def timed(*args: Any, **kwargs: Any) -> Any:
         if name == "scoring" and torch.is_grad_enabled():
             return original(*args, **kwargs)
-        with clock.phase(name):
-            return original(*args, **kwargs)
+        with clock.phase(name) as measured:
+            result = original(*args, **kwargs)
+        if measured and count is not None:
+            count(result, *args, **kwargs)
+        return result
 
     timed.on_a_clock = True  # type: ignore[attr-defined]
     return timed

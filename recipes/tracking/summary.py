@@ -8,6 +8,7 @@ from typing import Any
 from recipes.table import Table
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES
+from recipes.tracking.speed import TRAINING, WHOLE, of_all
 
 _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's figures begin
 
@@ -27,7 +28,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     means over a tenth of the logged steps that have a reward (at least one), since a single batch says little. seconds:
     summed by phase over all steps. memory: MiB by phase and figure, the peak over the run. tokens: those of a step
     (computed, real, per_second) and the share of completions left out, as means over all steps, and over the first and
-    last as above; empty where TRL's step ran.
+    last as above; empty where TRL's step ran. speed: as `recipes.tracking.speed.of_all` gives it.
     """
     logged = logged_steps(records)
     rewarded = [record for record in logged if record.get("reward") is not None]
@@ -60,6 +61,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": _mean_tokens(logged),
         "tokens_first": _mean_tokens(first),
         "tokens_last": _mean_tokens(last),
+        "speed": of_all(logged),
         "seconds": {phase: value for phase, value in seconds.items() if value},
         "seconds_total": sum(seconds.values()),
         "memory": memory,
@@ -127,6 +129,39 @@ def by_phase(summary: dict[str, Any]) -> Table:
     highest = [format_mib(highest_peak(summary, figure)) for figure in figures]
     rows.append(("all", f"{summary['seconds_total']:.1f}", "", *highest))
     return Table(("phase", "seconds", "share", *(MEANING.get(figure, figure) for figure in figures)), rows)
+
+
+def by_speed(summary: dict[str, Any]) -> Table | None:
+    """Tokens a step and a second by phase, and the share of the device's matrix rate; None where none was counted."""
+    speed = summary.get("speed") or {}
+    rows = [
+        (
+            phase,
+            _whole(figures.get("tokens")),
+            _whole(figures.get("per_second")),
+            percent(figures.get("share")),
+        )
+        for phase in ("generation", "scoring", TRAINING, WHOLE)
+        if (figures := speed.get(phase))
+    ]
+    if not rows:
+        return None
+    rate = speed.get("rate")
+    of = (
+        "share of the matrix rate"
+        if rate is None
+        else f"share of {rate / 1e12:.3g} TFLOP/s, as measured here"
+    )
+    return Table(("phase", "tokens a step", "tokens a second", of), rows)
+
+
+def percent(share: float | None) -> str:
+    """Two digits below ten per cent, or a dash for what was not measured."""
+    return "–" if share is None else f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def main_figures(runs: Sequence[tuple[str, dict[str, Any]]], title: str = "") -> Table:

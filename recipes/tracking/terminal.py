@@ -12,7 +12,15 @@ from rich.console import Console
 
 from recipes import escape
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.summary import before_and_after, by_phase, format_mib, tokens_in_words
+from recipes.tracking.speed import WHOLE
+from recipes.tracking.summary import (
+    before_and_after,
+    by_phase,
+    by_speed,
+    format_mib,
+    percent,
+    tokens_in_words,
+)
 
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
@@ -27,7 +35,7 @@ class Progress:
         self._total = 0
         self._reward = self._accuracy = self._memory = "–"
         self._peak = 0.0
-        self._tokens = ""
+        self._tokens = self._floor = ""
 
     def start(self, step: int, total: int) -> None:
         """Begins at `step` of `total` optimizer steps."""
@@ -67,6 +75,8 @@ class Progress:
         if tokens := tokens_in_words(record.get("tokens") or {}):
             rate, left_out = tokens.values()
             self._tokens = f"  {rate} tokens/s  {left_out} left out"
+        if share := (record.get("speed") or {}).get(WHOLE):
+            self._floor = f"  {percent(share['share'])} of the matrix rate"
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures())
         elif step % max(1, self._total // _PLAIN_LINES) == 0 or step == self._total:
@@ -80,7 +90,7 @@ class Progress:
             self._bar = None
 
     def _figures(self) -> str:
-        return f"reward {self._reward}  accuracy {self._accuracy}  peak {self._memory}{self._tokens}"
+        return f"reward {self._reward}  accuracy {self._accuracy}  peak {self._memory}{self._tokens}{self._floor}"
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:
@@ -89,4 +99,6 @@ def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console |
     title = f"{folder.path.name}: {summary['steps']} steps"
     console.print(replace(before_and_after(summary), title=title).terminal())
     console.print(by_phase(summary).terminal())
+    if (speed := by_speed(summary)) is not None:
+        console.print(speed.terminal())
     console.print(escape.terminal(f"run folder: {folder.path}"), soft_wrap=True)

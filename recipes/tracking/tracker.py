@@ -26,6 +26,7 @@ from recipes.tracking import reporters as trackers
 from recipes.tracking.meters import HEADLINE, make_meter
 from recipes.tracking.phases import PhaseClock, attach, attach_optimizer
 from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.speed import Speed
 from recipes.tracking.summary import summarize
 from recipes.tracking.terminal import Progress, print_summary
 
@@ -92,7 +93,8 @@ class Tracker:
         self._progress = Progress(console) if progress and trainer.is_world_process_zero() else None
         self._session_steps = 0
         self._logged_step = -1
-        attach(trainer, self._clock)
+        self._speed = Speed(trainer, folder)
+        attach(trainer, self._clock, self._speed.counter)
         self._trl_log = trainer.log
         trainer.log = self._log
 
@@ -134,6 +136,8 @@ class Tracker:
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
+        if self._session_steps == 0:
+            self._speed.begin()
         self._clock.begin_step(self._session_steps, self._trainer.model, self._trainer.optimizer)
 
     def end_step(self, step: int) -> None:
@@ -167,6 +171,8 @@ class Tracker:
         if not self._trainer.is_world_process_zero():
             return
         record = _record(step, self._trainer.state.log_history[-1])
+        if speed := self._speed.take(mean_seconds, steps):
+            record["speed"] = speed
         record.update(
             steps=steps, time=mean_seconds, memory=peaks, device=self._device.type, at=round(time.time(), 1)
         )

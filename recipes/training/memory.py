@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recipes.config.load import RunConfig
 from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
+from recipes.plan.work import Work
 from recipes.problems import ConfigError
 from recipes.processes import count
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
@@ -57,10 +58,16 @@ def plan_of(config: RunConfig) -> Plan | None:
 
 
 def write_plan(planned: Plan | None, folder: RunFolder) -> None:
-    """plan.json: bytes by part and by phase, and of the device (null: none was there)."""
+    """plan.json: bytes by part and by phase, and of the device (null: none was there); the model's matrices."""
     if planned is not None:
         memory = planned.memory
-        found = {"device": planned.device_bytes, "parts": memory.parts, "phases": memory.phases}
+        work = Work.of(planned.setting.shape, planned.setting.trained)
+        found = {
+            "device": planned.device_bytes,
+            "parts": memory.parts,
+            "phases": memory.phases,
+            "work": None if work is None else asdict(work),
+        }
         folder.write_json(PLAN_FILE, found)
 
 

@@ -26,6 +26,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from recipes.plan.work import Flow
 from recipes.processes import smallest
 from recipes.training import packed_attention
 from recipes.training.generation_batches import ReadOnce, Rows
@@ -72,6 +73,7 @@ class PackedStep(_Trainer):
         self._skip_old_pass = False  # TRL is about to ask for the old log-probabilities
         self._meter = StepMeter()
         self._gap = SamplingGap()
+        self._flow = Flow()
         half = half_precision(self.model, self.args)
         self._varlen = packed_attention.varlen_available(self.accelerator.device, half=half)
         if self._varlen:
@@ -260,6 +262,7 @@ class PackedStep(_Trainer):
             shape = len(batch.input_ids), batch.completion_width
             return Scores(logps.expand(shape), None if entropies is None else entropies.expand(shape))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
+        self._flow += Flow.of_lengths(*(x[rows].tolist() for x in lengths))
         tokens = batch.input_ids.flatten()
         causal = self._causal_model(model)
         if packed.varlen is None:
@@ -284,6 +287,11 @@ class PackedStep(_Trainer):
             return flat.view(shape)
 
         return Scores(unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens)
+
+    def take_flow(self) -> Flow:
+        """What packed forwards have computed since the last call."""
+        flow, self._flow = self._flow, Flow()
+        return flow
 
     def packed_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
         """(B, K) by one packed forward of all rows; 0 where there is no token."""

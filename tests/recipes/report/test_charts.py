@@ -113,7 +113,14 @@ def test_a_real_run_of_trl_logs_what_is_drawn(memhead_in_trl, tmp_path):
         "Entropy",
         "Completion length",
     }
-    assert expected | {"Lost shares", "Clipped ratios", "Time by phase", "Memory by phase"} == set(found)
+    expected |= {
+        "Lost shares",
+        "Clipped ratios",
+        "Time by phase",
+        "Memory by phase",
+        "Tokens a second by phase",
+    }
+    assert expected == set(found)
     for title, lines in (("Reward by digits_reward", 2), ("Lost shares", 2), ("Clipped ratios", 2)):
         assert [len(line.values) for line in found[title].lines] == [2] * lines
     assert len(found["Completion length"].lines[0].low) == 2

@@ -1,0 +1,183 @@
+"""How long a run will take: seconds a step by phase, and hours in all.
+
+Each phase is its arithmetic (`recipes.plan.work`) over the part of the device's matrix rate that such a phase has been
+seen to reach, and what does not shrink with the arithmetic: launches, and vLLM's work a token. The figures below are
+fits to what `benchmarks/results` measured on an H100; docs/speed.md holds them against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from recipes.config.load import RunConfig
+from recipes.plan.formulas import weight_bytes
+from recipes.plan.rate import Rate
+from recipes.plan.setting import Setting
+from recipes.plan.work import Flow, Work
+
+_SEEN_AT = 8e14  # operations a second of the card on which the shares were seen
+_FULL_SHARE = 0.5  # the most of the matrix rate that a pass through layers was seen to reach
+_HIDDEN = 10_000  # of hidden width: below half of it the share falls in proportion, at that card's rate
+_LAYER_PASS = 0.006  # seconds that a layer's launches take, forward and backward, however few the tokens
+_VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token: scheduling, log-probabilities
+_VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
+_VLLM_STEP = 0.003  # a token of every sequence
+_VLLM_START = 100.0  # seconds until the engine stands
+_GENERATE_STEP, _GENERATE_LAYER = 0.010, 0.002  # transformers' generate, a token of every sequence
+_MEMORY_SHARE = 0.7  # of the bandwidth, where weights are read
+_OTHER = 0.05  # seconds a step outside of the phases
+_CPU_SHARE, _CPU_LAYER = 0.5, 0.001
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of one optimizer step by phase. total: of the run, with its evaluations; None without a last step."""
+
+    phases: dict[str, float]
+    total: float | None
+    prompt: int
+    completion: int
+    rate: Rate
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.phases.values())
+
+    def lines(self) -> list[str]:
+        """As sentences."""
+        how = "measured here" if self.rate.measured else "80 % of the published rate"
+        parts = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in self.phases.items() if seconds)
+        whole = "" if self.total is None else f"; {_hours(self.total)} in all, evaluations included"
+        return [
+            f"time: {self.step:.2g} s a step ({parts}){whole}",
+            f"time is planned for mean lengths of {self.prompt} + {self.completion} tokens and "
+            f"{self.rate.operations / 1e12:.3g} TFLOP/s ({how}); rewards are not counted",
+        ]
+
+
+def plan_time(
+    config: RunConfig, s: Setting, rate: Rate, lengths: tuple[int, int] | None = None
+) -> TimePlan | None:
+    """None where the arithmetic is not known: see Work.of.
+
+    lengths: mean tokens of a prompt and of a completion; None for the longest, which gives a bound from above.
+    """
+    work = Work.of(s.shape, s.trained)
+    if work is None:
+        return None
+    clock = _Clock(config, s, work, rate, *(lengths or (s.prompt, s.completion)))
+    phases = {
+        "generation": clock.sampling(s.sampled) / clock.steps_of_rollout,
+        "scoring": clock.scoring(),
+        "forward and backward": clock.training(),
+        "optimizer": clock.optimizer(),
+        "other": _OTHER if s.device_type == "cuda" else 0.0,
+    }
+    steps = config.grpo["max_steps"]
+    total = None
+    if steps > 0:
+        run, every = config.run.evaluation, config.run.evaluation.every
+        looks = 2 + (0 if every is None else max(0, ceil(steps / every) - 1))
+        whole, rest = divmod(run.size, run.batch_size)
+        sizes = [run.batch_size] * whole + ([rest] if rest else [])
+        start = _VLLM_START if clock.vllm else 0.0
+        total = steps * sum(phases.values()) + looks * sum(clock.sampling(n) for n in sizes) + start
+    return TimePlan(phases, total, clock.prompt, clock.completion, rate)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    config: RunConfig
+    s: Setting
+    work: Work
+    rate: Rate
+    prompt: int
+    completion: int
+
+    @property
+    def grpo(self) -> dict[str, Any]:
+        return self.config.grpo
+
+    @property
+    def vllm(self) -> bool:
+        return bool(self.config.model.fast_inference or self.grpo["use_vllm"])
+
+    @property
+    def window(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.grpo["gradient_accumulation_steps"]
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a rollout."""
+        return self.grpo["steps_per_generation"] or self.window
+
+    @property
+    def steps_of_rollout(self) -> float:
+        return self.micro_batches * self.grpo["num_iterations"] / self.window
+
+    def flow(self, sequences: int, *, shared: bool) -> Flow:
+        """Of completions of mean length; shared: a prompt once a group."""
+        groups = [i // self.s.generations if shared else i for i in range(sequences)]
+        return Flow.of_lengths([self.prompt] * sequences, [self.completion] * sequences, groups)
+
+    @property
+    def share(self) -> float:
+        """Of the matrix rate, that a pass through the layers reaches."""
+        if self.s.device_type == "cpu":
+            return _CPU_SHARE
+        return min(_FULL_SHARE, self.s.shape.hidden / _HIDDEN * _SEEN_AT / self.rate.operations)
+
+    @property
+    def layers(self) -> float:
+        """Seconds that launching a pass through the layers takes, forward and backward."""
+        return self.s.shape.layers * (_CPU_LAYER if self.s.device_type == "cpu" else _LAYER_PASS)
+
+    def passes(self, operations: float, tokens: int, launches: float) -> float:
+        """Seconds of as many passes as bins, or micro-batches, there are. launches: seconds of one's."""
+        bins = self.window if self.s.bin_tokens is None else max(1, ceil(tokens / self.s.bin_tokens))
+        return max(operations / (self.rate.operations * self.share), bins * launches)
+
+    def training(self) -> float:
+        rows = self.s.sequences * self.window
+        flow = self.flow(rows, shared=self.s.bin_tokens is not None)
+        again = self.work.forward(flow) if self.s.checkpointing else 0.0
+        return self.passes(self.work.training(flow) + again, flow.tokens, self.layers)
+
+    def scoring(self) -> float:
+        """Old log-probabilities of the windows after the first, of all of them in TRL's way; the reference's."""
+        packed, grpo = self.s.bin_tokens is not None, self.grpo
+        later = 1 - self.window / self.micro_batches if self.micro_batches > self.window else 0.0
+        corrected = self.vllm and grpo["vllm_importance_sampling_correction"]
+        aligned = self.window % (self.micro_batches * grpo["num_iterations"]) == 0
+        old = later if packed else float(corrected or not aligned)
+        times = (old + float(bool(grpo["beta"]))) / grpo["num_iterations"]
+        flow = self.flow(self.s.sequences * self.window, shared=packed)
+        return times * self.passes(self.work.forward(flow), flow.tokens, self.layers / 3) if times else 0.0
+
+    def sampling(self, sequences: int) -> float:
+        """Seconds in which an engine completes as many prompts. The longest completion is as long as it may be."""
+        operations = self.work.forward(self.flow(sequences, shared=True))
+        arithmetic = operations / (self.rate.operations * self.share)
+        if self.s.device_type == "cpu":
+            return arithmetic + self.s.completion * self.layers
+        weights = weight_bytes(self.s.shape, self.s.precision) / (_MEMORY_SHARE * self.rate.bandwidth)
+        if not self.vllm:
+            step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
+            return self.s.completion * max(step, weights) + arithmetic
+        text = (self.grpo["generation_kwargs"] or {}).get("detokenize", True)
+        token = _VLLM_TOKEN + (_VLLM_TEXT if text else 0.0)
+        steps = self.s.completion * (_VLLM_STEP + weights)
+        return steps + sequences * self.completion * token + arithmetic
+
+    def optimizer(self) -> float:
+        """Weights, gradients and two moments read and written once."""
+        trained = self.s.trained.adapters + self.s.trained.whole
+        return trained * 4 * 7 / (_MEMORY_SHARE * self.rate.bandwidth)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,105 @@
+"""The planned time against what benchmarks/results holds of measured runs on an H100."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes.config.load import load_config
+from recipes.plan.show import parse_lengths
+from recipes.plan.plan import CARDS, in_bins
+from recipes.plan.rate import Rate, published
+from recipes.plan.setting import Setting
+from recipes.plan.time import plan_time
+from recipes.problems import ConfigError
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+H100 = Rate(8e14, 3.35e12)  # as measured: benchmarks/results/gpu_log.md
+WITHIN = 0.25
+
+
+def setting(model, bins=None, **grpo):
+    overrides = [f"model.name={model}", "lora.r=16", *(f"grpo.{key}={value}" for key, value in grpo.items())]
+    config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", overrides)
+    return config, in_bins(config, Setting.of(config, device=True), bins)
+
+
+def measured(file, **wanted):
+    rows = json.loads((RESULTS / file).read_text())["rows"]
+    (row,) = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "lengths"), [("256+256", 16, (256, 256)), ("gsm8k", 16, (206, 202))]
+)
+def test_a_packed_window_of_the_1b_model(shape, groups, lengths):
+    """Forward and backward of one accumulation window, LoRA, planned bins."""
+    row = measured(
+        "packed_planned_h100.json", model="llama-1b", shape=shape, budget=16384, head="memhead", zeros=0.0
+    )
+    config, s = setting(
+        "unsloth/Llama-3.2-1B-Instruct",
+        16_384,
+        gradient_accumulation_steps=groups,
+        steps_per_generation=groups,
+    )
+    s = replace(s, checkpointing=False)
+    planned = plan_time(config, s, H100, lengths)
+    assert planned.phases["forward and backward"] == pytest.approx(row["seconds"], rel=WITHIN)
+
+
+def test_vllm_of_smollm2():
+    row = next(
+        r
+        for r in json.loads((RESULTS / "generation_h100.json").read_text())["rows"]
+        if r["sampling"] == "no text"
+    )
+    config = load_config(ROOT / "configs" / "smollm2_135m_char_count.yaml")
+    planned = plan_time(config, Setting.of(config, device=True), H100, (40, 128))
+    assert planned.phases["generation"] * 8 == pytest.approx(
+        row["seconds"], rel=WITHIN
+    )  # eight updates a rollout
+
+
+def test_the_padded_step_of_the_8b_model():
+    """benchmarks/results/step_h100.md, TRL and transformers, memhead: one sequence of 16,384 tokens."""
+    page = (RESULTS / "step_h100.md").read_text()
+    scoring, forward, backward = map(float, re.search(
+        r"\| 1 × 16384 \| \*\*memhead\*\* \| ([\d.]+) s .*?\| ([\d.]+) s .*?\| ([\d.]+) s", page).groups())  # fmt: skip
+    config, s = setting(
+        "unsloth/meta-Llama-3.1-8B-Instruct", None, per_device_train_batch_size=2, num_generations=2,
+        gradient_accumulation_steps=1, max_completion_length=512, beta=0.01,
+    )  # fmt: skip
+    s = replace(s, sequences=1, generations=1, checkpointing=True)
+    config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", ["step.impl=trl", "grpo.beta=0.01",
+                                                                     "grpo.gradient_accumulation_steps=1"])  # fmt: skip
+    planned = plan_time(config, replace(s, bin_tokens=None), H100, (128, 16384)).phases
+    assert planned["forward and backward"] == pytest.approx(forward + backward, rel=WITHIN)
+    assert planned["scoring"] == pytest.approx(scoring, rel=WITHIN)
+
+
+def test_hours_grow_with_steps_and_evaluations():
+    def total(*overrides):
+        config = load_config(ROOT / "configs" / "smollm2_135m_char_count.yaml", overrides)
+        return plan_time(config, Setting.of(config, device=True), H100)
+
+    one, two = total("grpo.max_steps=560"), total()
+    assert two.total - one.total == pytest.approx(560 * two.step, rel=0.3)
+    assert total("run.evaluation.every=40").total > two.total
+    assert total("grpo.max_steps=-1", "grpo.num_train_epochs=1").total is None
+
+
+def test_every_card_of_the_memory_plan_has_a_rate():
+    assert all(published(card) is not None for card in CARDS)
+    assert published("24 GiB") is None
+
+
+@pytest.mark.parametrize("text", ["40", "0+10", "a+b", "40+100+2"])
+def test_lengths_that_are_none(text):
+    with pytest.raises(ConfigError, match="--lengths"):
+        parse_lengths(text)
+    assert parse_lengths(" 40 + 100 ") == (40, 100)

@@ -1,0 +1,103 @@
+"""Tokens a second and the share of the matrix rate, by hand from what a real run sampled."""
+
+import io
+from dataclasses import asdict
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_trainer
+
+from recipes.plan.rate import matrix_rate
+from recipes.plan.shapes import ModelShape, Trained
+from recipes.plan.work import Flow, Work
+from recipes.report.charts import charts
+from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.speed import TRAINING, WHOLE
+from recipes.tracking.summary import by_speed, summarize
+from recipes.tracking.tracker import print_summary, track
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two steps a generation, so that the second one's old log-probabilities are scored."""
+    from memhead.integrations import trl as memhead_trl
+
+    folder = RunFolder.create(tmp_path_factory.mktemp("runs"), "run")
+    settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "logging_steps": 2}
+    seen = []
+    with memhead_trl.install():
+        trainer = tiny_trainer(folder.path / "checkpoints", steps=4, **settings)
+        work = Work.of(ModelShape.of(trainer.model), Trained.of(trainer.model, None))
+        folder.write_json("plan.json", {"work": asdict(work)})
+        generate = trainer._generate
+        trainer._generate = lambda prompts: seen.append(found := generate(prompts)) or found
+        console = Console(file=io.StringIO(), width=160)
+        tracker = track(trainer, folder, console=console)
+        trainer.train()
+        tracker.close()
+        print_summary(tracker.summary(), folder, console)
+    return folder, work, [(found[0], found[1]) for found in seen], console.file.getvalue()
+
+
+def test_tokens_are_those_that_were_sampled(run):
+    folder, _, rollouts, _ = run
+    records = [r for r in folder.metrics.read() if "speed" in r]
+    # TRL logs the first step by itself where asked to; here every second.
+    assert [r["step"] for r in records] == [2, 4]
+    for record, (prompts, completions) in zip(records, rollouts, strict=True):
+        sampled, real = sum(map(len, completions)), sum(map(len, prompts)) + sum(map(len, completions))
+        speed = record["speed"]
+        assert speed["generation"]["tokens"] == sampled / 2  # of two steps
+        assert speed["scoring"]["tokens"] == speed[TRAINING]["tokens"] == real / 2
+        seconds = record["time"]["forward"] + record["time"]["backward"]
+        assert speed[TRAINING]["per_second"] == pytest.approx(real / 2 / seconds)
+
+
+def test_shares_are_the_floor_of_what_it_took(run):
+    folder, work, rollouts, _ = run
+    for record, (prompts, completions) in zip(
+        [r for r in folder.metrics.read() if "speed" in r], rollouts, strict=True
+    ):
+        p, c = [list(map(len, x)) for x in (prompts, completions)]
+        each = Flow.of_lengths(p, c, list(range(len(p))))
+        time, speed = record["time"], record["speed"]
+        floor = {"scoring": work.forward(each), TRAINING: work.training(each)}
+        distinct = Flow.of_lengths(p, c, [tuple(ids) for ids in prompts])
+        floor["generation"] = work.forward(distinct)
+        seconds = time | {TRAINING: time["forward"] + time["backward"]}
+        for phase, operations in floor.items():
+            assert speed[phase]["share"] == pytest.approx(operations / speed["rate"] / (2 * seconds[phase]))
+        assert speed[WHOLE]["share"] == pytest.approx(
+            sum(floor.values()) / speed["rate"] / (2 * sum(time.values()))
+        )
+        assert 0 < speed[WHOLE]["share"] < 1
+
+
+def test_the_summary_weighs_steps_by_their_time(run):
+    folder, _, rollouts, shown = run
+    records = folder.metrics.read()
+    speed = summarize(records)["speed"]
+    sampled = sum(len(ids) for _, completions in rollouts for ids in completions)
+    seconds = sum(r["steps"] * r["time"]["generation"] for r in records if "time" in r)
+    assert speed["generation"]["per_second"] == pytest.approx(sampled / seconds)
+    assert speed["generation"]["tokens"] == pytest.approx(sampled / 4)
+    parts = [
+        (r["speed"][WHOLE]["share"], r["steps"] * sum(r["time"].values())) for r in records if "speed" in r
+    ]
+    assert speed[WHOLE]["share"] == pytest.approx(sum(a * b for a, b in parts) / sum(b for _, b in parts))
+    assert "of the matrix rate" in shown
+    assert "tokens a second" in shown
+    titles = {chart.title for chart in charts({"run": records})}
+    assert {"Tokens a second by phase", "Share of the floor"} <= titles
+
+
+def test_nothing_counted_has_no_table():
+    assert by_speed(summarize([{"step": 1, "reward": 0.5, "time": {"generation": 1.0}, "steps": 1}])) is None
+
+
+def test_the_rate_is_that_of_a_product():
+    before = torch.get_rng_state()
+    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    assert 1e9 < rate < 1e14
+    assert torch.equal(before, torch.get_rng_state())

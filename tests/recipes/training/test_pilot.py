@@ -1,0 +1,76 @@
+"""The pilot: its counting against brute force, its advice, and itself on the quickstart's model."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+import train_grpo
+from recipes.training.pilot import Pilot, chance_of_equal
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+def pilot(rewards, lengths=(10,), ended=(True,), longest=64):
+    return Pilot(rewards, list(lengths), list(ended), prompt_tokens=7.0, longest=longest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    "rewards", [[0.0] * 7, [0.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]
+)
+def test_chance_of_equal_rewards_against_every_group(rewards, size):
+    groups = list(itertools.combinations(rewards, size))
+    assert chance_of_equal(rewards, size) == pytest.approx(
+        sum(len(set(g)) == 1 for g in groups) / len(groups)
+    )
+
+
+def test_more_than_there_are():
+    with pytest.raises(ValueError, match="size: 4 of 3 rewards"):
+        chance_of_equal([0.0, 1.0, 1.0], 4)
+
+
+def test_the_smallest_group_that_teaches_nearly_as_much():
+    even = pilot([[0.0, 1.0] * 16] * 4)
+    assert even.group_size == 8  # of 4, one in nine has no gradient
+    rare = pilot([[1.0] + [0.0] * 31] * 4)
+    assert rare.group_size == 32
+    assert "most groups" not in rare.lines()[1]
+    some = pilot([[1.0] + [0.0] * 31] + [[0.0] * 32] * 3)
+    assert "75 % without a gradient); most groups still teach nothing" in some.lines()[1]
+    none = pilot([[1.0] * 32, [0.0] * 32])
+    assert none.group_size is None
+    assert "no group has a gradient" in none.lines()[1]
+
+
+def test_the_length_that_holds_nearly_all():
+    lengths = [20] * 99 + [60]
+    assert pilot([[0.0, 1.0] * 16], lengths, [True] * 100).completion_length == 32  # rounded up
+    cut = pilot([[0.0, 1.0] * 16], lengths, [True] * 98 + [False] * 2)
+    assert cut.completion_length is None
+    assert "grpo.max_completion_length=128, and another pilot" in cut.lines()[2]
+    assert "98.0 % end, 2.0 % are cut off at 64 tokens" in cut.lines()[0]
+
+
+def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = [
+        "run.warm_start.steps=60",
+        "run.warm_start.check_every=60",
+        "run.checks=false",
+        "run.evaluation.size=64",
+    ]
+    assert train_grpo.main(["--config", str(QUICKSTART), "--pilot", *few]) == 0
+    shown = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"│ (?:4|8|16|32) +│ +(\d+) % │", shown)]
+    assert len(shares) == 4
+    assert shares == sorted(shares, reverse=True)  # a larger group has more of a chance
+    assert shares[0] > shares[-1]
+    assert re.search(r"recommended: grpo\.num_generations=(8|16|32) ", shown)
+    assert re.search(
+        r"completions: \d+\.\d % end, \d+\.\d % are cut off at 6 tokens; mean \d, prompts \d", shown
+    )
+    assert "TFLOP/s (measured here)" in shown
+    assert not list(tmp_path.iterdir())  # no run folder is left
