@@ -10,6 +10,15 @@ from recipes.config.schema import LoraSection, ModelConfig, RunSection, ScratchC
 from recipes.config.unsloth import MAX_SEQ_LENGTH
 from recipes.problems import Problem, one_of
 
+_NOT_OF_THE_ENGINE = {
+    "enable_lora",
+    "logprobs_mode",
+    "model",
+    "quantization",
+    "revision",
+    "trust_remote_code",
+}
+
 
 def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Every such problem. Each section is parsed and valid by itself; `grpo` is complete."""
@@ -42,6 +51,7 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if grpo["warmup_steps"] and grpo["lr_scheduler_type"] == "constant":
         remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
         yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
+    yield from _check_engine(model, lora, grpo)
     yield from _check_lengths(model, grpo)
     yield from _check_task_fits(sections)
 
@@ -126,6 +136,20 @@ def _check_shared_weights(model: ModelConfig, lora: LoraSection | None) -> Itera
         yield Problem("model.load_in_8bit", "vLLM has no such weights", True, remedy)
     if model.revision:
         yield Problem("model.revision", "vLLM loads the main branch", model.revision, remedy)
+
+
+def _check_engine(model: ModelConfig, lora: LoraSection | None, grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """vLLM in this process, beside TRL's trainer: its options, and what it takes of an adapter."""
+    here = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate" and model.loader != "unsloth"
+    if model.vllm_engine is not None and not here:
+        remedy = "remove it, or set grpo.use_vllm: true and grpo.vllm_mode: colocate"
+        yield Problem("model.vllm_engine", "is for vLLM beside TRL's trainer", model.vllm_engine, remedy)
+    given = model.vllm_engine or {}
+    for name in sorted(set(given) & _NOT_OF_THE_ENGINE):
+        yield Problem(f"model.vllm_engine.{name}", "is not set here", given[name], "remove it")
+    if here and lora is not None and lora.modules_to_save is not None:
+        remedy = "remove it, or set grpo.use_vllm: false"
+        yield Problem("lora.modules_to_save", "vLLM takes adapters alone", lora.modules_to_save, remedy)
 
 
 def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:

@@ -91,6 +91,11 @@ class ModelConfig(Section):
         False,
         description="unsloth only, with fast_inference: vLLM frees its memory while the model trains",
     )
+    vllm_engine: dict[str, Any] | None = Field(
+        None,
+        description="arguments of vLLM's LLM beside those that TRL gives, where grpo.use_vllm runs it in this process: "
+        "{hf_overrides: {head_dtype: float32}} for a head like the trainer's",
+    )
     scratch: ScratchConfig | None = Field(None, description="shape of the new model; scratch only")
 
 

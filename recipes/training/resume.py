@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "model.gpu_memory_utilization",
     "model.gradient_checkpointing",
     "model.max_seq_length",
+    "model.vllm_engine",
     "model.vllm_standby",
     "task.reward_failures",
     "task.reward_seconds",

@@ -11,6 +11,7 @@ from recipes.models.static_cache import sample_by_graphs
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import Session
 from recipes.training.step_choice import trainer_with_step
+from recipes.training.vllm_engine import engine
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -68,7 +69,8 @@ def make_trainer(session: Session) -> Any:
         "peft_config": adapters,
         "max_bad_steps": config.run.max_bad_steps,
     }
-    trainer = trainer_with_step(session, given)
+    with engine(config):
+        trainer = trainer_with_step(session, given)
     if arguments.cache_implementation == "static" and not (unsloth or arguments.use_vllm):
         sample_by_graphs(trainer, _causal(trainer.model))
     if unsloth and "ref" in getattr(model, "peft_config", {}):

@@ -1,0 +1,186 @@
+"""An adapter handed to a real vLLM: the base stays to the bit, and how long a sync takes.
+
+    python -m benchmarks.adapter_sync_gpu --model FOLDER --output DIR              SmolLM2, 1,000 syncs
+    python -m benchmarks.adapter_sync_gpu --shape llama-8b --syncs 20 --output DIR  random weights, an 8B adapter
+
+One process, one GPU. The trainer is TRL's with colocated vLLM, as a run makes it; between two syncs the adapters are
+changed as a step would change them. Written: sha256 of every base tensor, of the trainer and of vLLM, before and after;
+seconds of a sync (median and longest of those after the first); the difference of vLLM's log-probabilities from the
+trainer's with the last adapter; and what one cycle of TRL's own merge does to the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES = {  # of random weights, the architectures' own
+    "llama-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    },
+}  # fmt: skip
+CONFIG = Path(__file__).parents[1] / "configs" / "llama3.2_1b_gsm8k.yaml"
+WORDS = [f"{number} plus {number + 1} is" for number in range(64)]
+
+
+def made_up(shape: str, place: Path) -> Path:
+    """A folder of a Llama with random weights in bfloat16 and a tokenizer of the words above."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from recipes.models.tokenizers import bpe_tokenizer
+
+    tokenizer = bpe_tokenizer(WORDS, 512)
+    config = LlamaConfig(
+        **SHAPES[shape], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def trainer_of(folder: str, rank: int, memory: float) -> Any:
+    """TRL's trainer with LoRA on every linear layer and vLLM beside it, by the run's own way."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from recipes.config.load import load_config
+    from recipes.training.vllm_engine import engine
+
+    overrides = [f"model.name={folder}", f"lora.r={rank}", "grpo.use_vllm=true", "grpo.vllm_mode=colocate"]
+    config = load_config(CONFIG, overrides)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda")
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=8, max_completion_length=64,
+        use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=memory, vllm_max_model_length=256, bf16=True,
+        report_to="none",
+    )  # fmt: skip
+    with engine(config):
+        return GRPOTrainer(
+            model=model, args=arguments, reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            train_dataset=Dataset.from_dict({"prompt": WORDS}), processing_class=tokenizer,
+            peft_config=config.lora.peft_config() if config.lora else None,
+        )  # fmt: skip
+
+
+def sums(parameters: Any) -> dict[str, str]:
+    """sha256 of every tensor that is none of an adapter's."""
+    return {
+        name: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, p in parameters
+        if "lora_" not in name
+    }
+
+
+def sums_of_vllm(trainer: Any) -> dict[str, str]:
+    """The same of vLLM's own base, in its own fused layout."""
+    runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
+    return sums(runner.model.named_parameters())
+
+
+def change(model: Any, step: int) -> None:
+    """The adapters as after another step."""
+    generator = torch.Generator("cuda").manual_seed(step)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            noise = torch.randn(p.shape, device=p.device, generator=generator)
+            p.data.add_(0.01 * noise.to(p.dtype))
+
+
+@torch.no_grad()
+def difference(trainer: Any) -> dict[str, float]:
+    """Of vLLM's log-probabilities from the trainer's, nats a token, with the adapter as it is now."""
+    prompts = [trainer.processing_class(text)["input_ids"] for text in WORDS[:8]]
+    _, completions, logprobs, _ = trainer.vllm_generation.generate(prompts, None, 1)
+    found = []
+    for prompt, completion, sampled in zip(prompts, completions, logprobs, strict=True):
+        ids = torch.tensor([[*prompt, *completion]], device="cuda")
+        logits = trainer.model(ids).logits[0, len(prompt) - 1 : -1].float()
+        ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        theirs = torch.tensor([token[0] for token in sampled], device="cuda")
+        found.append((ours - theirs).abs())
+    every = torch.cat(found)
+    return {"mean": every.mean().item(), "max": every.max().item(), "tokens": every.numel()}
+
+
+def merge_drift(model: Any) -> float:
+    """The largest change of a base weight by one cycle of merging and unmerging."""
+    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if "base_layer" in n}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    named = dict(model.named_parameters())
+    return max((named[n].detach().cpu() - p).abs().max().item() for n, p in before.items())
+
+
+def main() -> None:
+    """Measure, print, write adapter_sync.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a model's folder")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    parser.add_argument("--syncs", type=int, default=1000)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--memory", type=float, default=0.45, help="vLLM's share of the card")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if (options.model is None) == (options.shape is None):
+        parser.error("give --model or --shape")
+    folder = options.model or str(made_up(options.shape, Path(tempfile.mkdtemp())))
+    from memhead.integrations import trl as memhead_trl
+
+    with memhead_trl.install():
+        trainer = trainer_of(folder, options.rank, options.memory)
+        model, generation = trainer.model, trainer.vllm_generation
+        before = sums(model.named_parameters())
+        seconds, vllm_before = [], {}
+        for step in range(options.syncs):
+            change(model, step)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            generation.sync_weights()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+            vllm_before = vllm_before or sums_of_vllm(trainer)
+        found = {
+            "command": "python -m benchmarks.adapter_sync_gpu",
+            "device": torch.cuda.get_device_name(),
+            "model": options.shape or Path(folder).name,
+            "rank": options.rank,
+            "adapter_parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
+            "syncs": options.syncs,
+            "seconds_first": seconds[0],
+            "seconds_median": statistics.median(seconds[1:] or seconds),
+            "seconds_longest": max(seconds[1:] or seconds),
+            "tensors": len(before),
+            "trainer_base_unchanged": sums(model.named_parameters()) == before,
+            "vllm_base_unchanged": sums_of_vllm(trainer) == vllm_before,
+            "difference": difference(trainer),
+            "merge_cycle_changes_the_base_by": merge_drift(model),
+        }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "adapter_sync.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
