@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memhead import checks
@@ -26,6 +25,10 @@ from memhead.planning import plan_rows
 from memhead.products import as_operand, result_dtype
 from memhead.statistics import LOWEST
 from memhead.sweep import blocks
+
+
+class SupportTooLarge(ValueError):
+    """A row keeps more tokens than there is room for."""
 
 
 @torch.no_grad()
@@ -67,7 +70,8 @@ def truncation_support(
         chunk: rows of a chunk of logits; ``None`` plans it.
 
     Raises:
-        ValueError: arguments that do not fit together, or a row whose support exceeds ``max_size``.
+        ValueError: arguments that do not fit together.
+        SupportTooLarge: a ValueError too, for a row whose support exceeds ``max_size``.
     """
     checks.check_head(hidden, weight, include, bias)
     checks.check_row_chunk(chunk)
@@ -94,7 +98,7 @@ def truncation_support(
         overflow |= keep[:, max_size:].any()
         found[rows] = torch.where(keep, ids, -1)[:, :max_size]
     if bool(overflow):
-        raise ValueError(
+        raise SupportTooLarge(
             f"max_size={max_size} is too small: with top_k={top_k}, top_p={top_p} and min_p={min_p} "
             "a row keeps more tokens"
         )
@@ -227,7 +231,7 @@ def _renormalised(z: Tensor, hit: Tensor) -> Tensor:
     """log softmax at the target from logits (N, K), the target kept apart (see memhead.statistics)."""
     target = torch.where(hit, z, 0.0).sum(1)
     gap = z.masked_fill(hit, LOWEST).logsumexp(1) - target
-    logprobs = -F.softplus(gap, threshold=1e9)
+    logprobs = -torch.logaddexp(gap, torch.zeros_like(gap))  # softplus would be infinite from 88 on
     possible = hit.any(1) & (target > LOWEST / 2)
     return torch.where(possible, logprobs, float("-inf"))
 

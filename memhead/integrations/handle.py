@@ -3,6 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from memhead.logprobs import LinearLogprobs
+from memhead.ragged_support import Support, Truncation
+
+
+@dataclass
+class Truncated:
+    """Calls of the head over the supports of a sampler that truncates.
+
+    Attributes:
+        truncation: what it cuts off.
+        support: of all rows that will come, in their order; ``None`` where the rows are of the policy that sampled, and
+            their supports are to be found.
+        found: those, call by call.
+    """
+
+    truncation: Truncation
+    support: Support | None = None
+    found: list[Support] = field(default_factory=list)
+    _taken: int = 0
+
+    def score(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool, **head: Any
+    ) -> LinearLogprobs:
+        """The next rows: hidden (N, H), weight (V, H), targets (N,)."""
+        if self.support is None:
+            part = Support.find(hidden, weight, targets, self.truncation, **head)
+            self.found.append(part)
+        else:
+            part = self.support.rows(slice(self._taken, self._taken + len(hidden)))
+            self._taken += len(hidden)
+        return part.logprobs(hidden, weight, targets, entropy=entropy, **head)
 
 
 class HeadBypassed(RuntimeError):
@@ -21,12 +57,14 @@ class Handle:
     Attributes:
         calls: calls so far.
         rows: tokens scored so far.
+        truncated: while it is set, log-probabilities are those of a truncating sampler (TRL alone).
     """
 
     def __init__(self, impl: str, restore: Callable[[], None]) -> None:
         self.impl = impl
         self.calls = 0
         self.rows = 0
+        self.truncated: Truncated | None = None
         self._calls_seen = 0
         self._restore: Callable[[], None] | None = restore
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memhead.arguments import OUTPUTS
 from memhead.checks import check_chunk
-from memhead.integrations.handle import Handle
+from memhead.integrations.handle import Handle, Truncated
 from memhead.integrations.trl_lora import allow_lora_head, current_head
 from memhead.logprobs import LowRankUpdate, linear_logprobs
 from memhead.own_rows import own_logprobs, part_of
@@ -84,7 +84,8 @@ def install(
     handle = Handle(impl, restore)
 
     def memhead_apply(*args: Any, **kwargs: Any) -> PerToken:
-        return _memhead_apply(*args, chunk=chunk, backend=backend, vocab_parallel=vocab_parallel, **kwargs)
+        settings = {"chunk": chunk, "backend": backend, "vocab_parallel": vocab_parallel}
+        return _memhead_apply(*args, **settings, truncated=handle.truncated, **kwargs)
 
     apply = {"memhead": memhead_apply, "full": _full_apply, "trl": getattr(original, "apply", None)}[impl]
 
@@ -128,10 +129,22 @@ def _memhead_apply(
     *further: Any,
     chunk: int | tuple[int, int] | None,
     backend: str | None,
+    truncated: Truncated | None,
     vocab_parallel: bool = False,
     **unknown: Any,
 ) -> PerToken:
     _refuse(further, unknown)
+    if truncated is not None:
+        _refuse_beside_truncation(weight, outputs)
+        head_options = {
+            "temperature": temperature,
+            "softcap": final_logit_softcapping,
+            "logit_scale": logit_scale,
+        }
+        found = truncated.score(
+            hidden, weight, targets, entropy="entropy" in outputs, bias=bias, **head_options
+        )
+        return tuple(found)  # type: ignore[return-value]
     options: dict[str, Any] = {
         "bias": bias,
         "temperature": temperature,
@@ -196,6 +209,13 @@ def _update_of_head() -> LowRankUpdate | None:
     from memhead.integrations.peft import low_rank_update
 
     return low_rank_update(head)
+
+
+def _refuse_beside_truncation(weight: Tensor, outputs: Sequence[str]) -> None:
+    further = [name for name in outputs if name not in ("log_probs", "entropy")]
+    if further or not weight.is_floating_point() or _update_of_head() is not None:
+        what = ", ".join(further) or "a quantised head or one with an adapter"
+        raise ValueError(f"truncated sampling is not combined with {what}; leave out top_k, top_p and min_p")
 
 
 def _refuse(further: tuple[Any, ...], unknown: dict[str, Any]) -> None:

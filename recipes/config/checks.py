@@ -52,6 +52,8 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
         yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
     yield from _check_engine(model, lora, grpo)
+    if sections["head"].impl == "memhead" and model.loader != "unsloth":
+        yield from _check_truncation(grpo)
     yield from _check_lengths(model, grpo)
     yield from _check_task_fits(sections)
 
@@ -150,6 +152,22 @@ def _check_engine(model: ModelConfig, lora: LoraSection | None, grpo: Mapping[st
     if here and lora is not None and lora.modules_to_save is not None:
         remedy = "remove it, or set grpo.use_vllm: false"
         yield Problem("lora.modules_to_save", "vLLM takes adapters alone", lora.modules_to_save, remedy)
+
+
+def _check_truncation(grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """Ratios over the sampler's support: what they are not combined with."""
+    if not (grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]):
+        return
+    if grpo["beta"]:
+        remedy = "set it to 0, take out grpo.top_k, top_p and min_p, or set head.impl: full"
+        yield Problem(
+            "grpo.beta", "the reference is not scored over a truncated support", grpo["beta"], remedy
+        )
+    if grpo["use_vllm"] and grpo["min_p"] and (grpo["top_p"] < 1.0 or grpo["top_k"]):
+        remedy = "keep one of the two"
+        yield Problem(
+            "grpo.min_p", "vLLM applies it before top_p and top_k, transformers after", grpo["min_p"], remedy
+        )
 
 
 def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,14 +27,17 @@ from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from memhead.integrations.handle import Truncated
+from memhead.ragged_support import Support, Truncation
 from recipes.plan.work import Flow
 from recipes.processes import smallest
 from recipes.training import packed_attention
 from recipes.training.generation_batches import ReadOnce, Rows
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import Lengths, PaddedBatch, measure, pack, plan_bins
-from recipes.training.rollout import Bin, MicroBatch, Rollout
+from recipes.training.rollout import SUPPORT, Bin, MicroBatch, Rollout
 from recipes.training.step_metrics import SamplingGap, StepMeter, importance_ratio
+from recipes.training.truncation import over_supports
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Trainer
@@ -47,6 +51,7 @@ class Scores(NamedTuple):
     logps: Tensor
     entropies: Tensor | None
     tokens: int = 0  # computed for them
+    support: Support | None = None  # of B × K slots, where the sampler truncates
 
 
 class PackedStep(_Trainer):
@@ -74,6 +79,7 @@ class PackedStep(_Trainer):
         self._meter = StepMeter()
         self._gap = SamplingGap()
         self._flow = Flow()
+        self._truncation: Truncation | None = getattr(self, "truncation", None)  # of SupportedRatios
         half = half_precision(self.model, self.args)
         self._varlen = packed_attention.varlen_available(self.accelerator.device, half=half)
         if self._varlen:
@@ -180,7 +186,8 @@ class PackedStep(_Trainer):
 
     def _score_bin(self, model: Any, part: Bin, *, entropy: bool) -> Scores:
         """Scores of all rows of a bin; those left out have the mean entropy of the others."""
-        scores = self._score(model, part.batch, part.lengths, part.live, entropy=entropy)
+        truncated = None if self._truncation is None else Truncated(self._truncation, part.support)
+        scores = self._score(model, part.batch, part.lengths, part.live, entropy=entropy, truncated=truncated)
         if scores.entropies is None or part.complete:
             return scores
         with torch.no_grad():
@@ -194,6 +201,9 @@ class PackedStep(_Trainer):
             if "old_per_token_logps" in micro_batch:
                 continue
             old = micro_batch["old_per_token_logps"] = scores.logps[rows].detach()
+            if scores.support is not None:
+                width = old.shape[1]
+                micro_batch[SUPPORT] = scores.support.rows(slice(rows.start * width, rows.stop * width))
             if not (self.use_vllm and self.vllm_importance_sampling_correction):
                 continue
             sampled, left_out = micro_batch["sampling_per_token_logps"], part.left_out[rows, None]
@@ -248,9 +258,19 @@ class PackedStep(_Trainer):
         return logps, torch.stack(entropies).sum(0) if entropies else None, None
 
     def _score(
-        self, model: Any, batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, entropy: bool
+        self,
+        model: Any,
+        batch: PaddedBatch,
+        lengths: Lengths,
+        rows: Sequence[int],
+        *,
+        entropy: bool,
+        truncated: Truncated | None = None,
     ) -> Scores:
-        """One packed forward of ``rows``, through the module that was wrapped for training."""
+        """One packed forward of ``rows``, through the module that was wrapped for training.
+
+        truncated: over the supports of B × K slots, or to find them; None: over the whole vocabulary.
+        """
         if not rows:  # every completion masked: zeros with a gradient path, by TRL's forward of one row
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model,
@@ -272,7 +292,13 @@ class PackedStep(_Trainer):
                 "attention_mask": packed_attention.no_mask(tokens.device),
                 packed_attention.PACKED_ARGUMENT: packed.varlen,
             }
-        with _only_states(causal.base_model, packed.states), self.accelerator.autocast():
+        if truncated is not None and truncated.support is not None:
+            truncated = replace(truncated, support=truncated.support.rows(packed.scores))
+        with (
+            over_supports(truncated),
+            _only_states(causal.base_model, packed.states),
+            self.accelerator.autocast(),
+        ):
             outputs = model(
                 input_ids=tokens[packed.source],
                 position_ids=packed.positions,
@@ -286,7 +312,13 @@ class PackedStep(_Trainer):
             flat = values.new_zeros(shape[0] * shape[1]).index_copy(0, packed.scores, values[0])
             return flat.view(shape)
 
-        return Scores(unpack(outputs.log_probs), unpack(outputs.entropy) if entropy else None, packed.tokens)
+        found = None
+        if truncated is not None and truncated.found:
+            found = Support.joined(truncated.found).scattered(
+                packed.scores, batch.input_ids.shape[0] * batch.completion_width
+            )
+        entropies = unpack(outputs.entropy) if entropy else None
+        return Scores(unpack(outputs.log_probs), entropies, packed.tokens, found)
 
     def take_flow(self) -> Flow:
         """What packed forwards have computed since the last call."""

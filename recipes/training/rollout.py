@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memhead.ragged_support import Support
 from recipes.training.packing import Lengths, PaddedBatch, measure, plan_bins
 
 MicroBatch = dict[str, Any]  # what TRL's loss takes
+SUPPORT = "support"  # in it: of its B × K slots, where the sampler truncates
 
 
 @dataclass
@@ -130,6 +132,17 @@ class Bin:
         return PaddedBatch(
             whole.input_ids[self.rows], whole.attention_mask[self.rows], whole.completion_width
         )
+
+    @property
+    def support(self) -> Support | None:
+        """Of its B × K slots, as found where they were first scored; None where none has been."""
+        width = self.batch.completion_width
+        kept = [part.get(SUPPORT) for part, _ in self.parts]
+        if all(one is None for one in kept):
+            return None
+        some = next(one for one in kept if one is not None)
+        nothing = some.size.new_zeros(self.rollout.size * width)
+        return Support.joined([one or Support(some.tokens[:0], nothing, nothing) for one in kept])
 
     @cached_property
     def lengths(self) -> Lengths:

@@ -13,6 +13,7 @@ from recipes.problems import ConfigError, Problem
 from recipes.processes import first, smallest
 from recipes.training.checkpoints import guarded
 from recipes.training.session import Session
+from recipes.training.truncation import supported, truncation_of
 
 PROMPTS = 2  # of the start-up check
 
@@ -31,9 +32,10 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if config.model.loader == "unsloth":
         _keep(session, {"impl": "unsloth"})  # whose trainer has a step of its own
         return guarded(trl.GRPOTrainer)(**given)
+    trainer_class = supported(trl.GRPOTrainer, truncation_of(config))
     if config.step.impl == "trl":
         _keep(session, {"impl": "trl"})
-        return guarded(trl.GRPOTrainer)(**given)
+        return guarded(trainer_class)(**given)
     from recipes.training.packed_attention import varlen_available
     from recipes.training.packed_step import packed
     from recipes.training.packed_support import half_precision, why_not
@@ -43,10 +45,10 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     reason = why_not(given, varlen=varlen)
     if reason is not None:
         _fall_back(session, reason)
-        return guarded(trl.GRPOTrainer)(**given)
+        return guarded(trainer_class)(**given)
     budget = planned_budget(config, arguments.device)
     asked = config.step.token_budget
-    trainer = guarded(packed(trl.GRPOTrainer))(**given, token_budget=asked, planned_tokens=budget or 0)
+    trainer = guarded(packed(trainer_class))(**given, token_budget=asked, planned_tokens=budget or 0)
     reason = first(_check(session, trainer))
     if reason is not None:
         trainer.give_up_packing()

@@ -216,3 +216,14 @@ def test_refuses(change, message):
     head = make_head(4, 31)
     with pytest.raises(ValueError, match=message):
         truncation_support(head.hidden, head.weight, **change)
+
+
+def test_a_token_far_less_likely_than_the_others():
+    """A log-probability below -88, whose exponential float32 does not hold."""
+    weight = torch.tensor([[100.0], [-100.0], [99.0]])
+    hidden = torch.ones(1, 1, requires_grad=True)
+    logprobs = supported_logprobs(hidden, weight, torch.tensor([1]), torch.tensor([[0, 1, 2]])).logprobs
+    expected = -200.0 - torch.log1p(torch.tensor(-1.0).exp())
+    torch.testing.assert_close(logprobs, expected[None])
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
+    torch.testing.assert_close(grad, (-100 - 100 + 1 / (1 + torch.tensor(1.0).exp())).view(1, 1))

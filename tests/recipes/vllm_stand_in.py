@@ -2,8 +2,8 @@
 
 The signatures are vLLM's: LLM(model=…, enable_lora=…), generate, sleep, wake_up, reset_prefix_cache,
 llm_engine.add_lora, LoRARequest, SamplingParams; a call with another keyword fails. An adapter is read from its files
-as vLLM reads them (rank, alpha, rslora; pairs lora_A, lora_B) and added to a base of its own, which a test can look at. Log-probabilities
-are those after temperature and truncation (logprobs_mode: processed_logprobs, which TRL asks for).
+as vLLM reads them (rank, alpha, rslora; pairs lora_A, lora_B) and added to a base of its own, which a test can look at.
+Log-probabilities are those after temperature and truncation (logprobs_mode: processed_logprobs, which TRL asks for).
 """
 
 import json
