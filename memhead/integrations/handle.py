@@ -57,6 +57,7 @@ class Handle:
     Attributes:
         calls: calls so far.
         rows: tokens scored so far.
+        listener: while it is set, it is called with what each call of TRL's head was given.
         truncated: while it is set, log-probabilities are those of a truncating sampler (TRL alone).
     """
 
@@ -64,6 +65,7 @@ class Handle:
         self.impl = impl
         self.calls = 0
         self.rows = 0
+        self.listener: Callable[..., None] | None = None
         self.truncated: Truncated | None = None
         self._calls_seen = 0
         self._restore: Callable[[], None] | None = restore

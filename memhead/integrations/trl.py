@@ -95,6 +95,17 @@ def install(
             raise RuntimeError(
                 "head.impl=trl: this TRL computes its head with Triton, which is not installed: pip install triton"
             )
+        if handle.listener is not None:
+            weight, bias, targets, temperature, _, softcap, logit_scale, *_ = args
+            handle.listener(
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature=temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+            )
         return apply(hidden, *args, **kwargs)
 
     utils._ChunkedLogProbFunction = SimpleNamespace(apply=counted)

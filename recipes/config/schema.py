@@ -187,6 +187,11 @@ class TrackingConfig(Section):
     print_completions: int = Field(
         0, ge=0, description="completions shown in the terminal at each logged step"
     )
+    mismatch_every: Positive | None = Field(
+        50,
+        description="steps between two rollouts whose difference from vLLM is taken apart, the first one always: how "
+        "much comes from rounding the head's logits; null: never",
+    )
     memory: bool = Field(True, description="measure memory by phase")
     memory_every: Positive | None = Field(
         None,

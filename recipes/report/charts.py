@@ -13,12 +13,14 @@ from typing import Any
 
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES, PLANNED
+from recipes.tracking.ratios import labels
 from recipes.tracking.speed import TRAINING, WHOLE
 from recipes.tracking.summary import summarize
 
 Record = dict[str, Any]
 Records = list[Record]
 Read = Callable[[Record], float | None]
+_PARTS = {"all": "mean", "head": "head", "rest": "rest"}  # of record["mismatch"]
 _THIN = 0.015  # share of the time below which a phase has no area of its own
 
 
@@ -73,7 +75,17 @@ class Peaks:
     planned: list[float | None]
 
 
-Chart = Lines | Areas | Peaks
+@dataclass(frozen=True)
+class Bars:
+    """A histogram at one step or two: shares of the tokens, 0 to 1, in each bin."""
+
+    title: str
+    note: str
+    bins: list[str]
+    shares: dict[str, list[float]]  # by what they are of
+
+
+Chart = Lines | Areas | Peaks | Bars
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list
     """
     records = [record for run in runs.values() for record in run]
     quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
-    return [*_drawn(runs, quantities), *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
+    ratios = _ratios(records) if len(runs) == 1 else ()
+    return [*_drawn(runs, quantities), *ratios, *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
 
 
 _Quantity = tuple[str, str, str, list[_Series]]  # title, note, unit, lines
@@ -188,6 +201,8 @@ def _policy() -> Iterator[_Quantity]:
     name = "sampling/importance_sampling_ratio"
     sampled = _Series("ratio", _trl(f"{name}/mean"), low=_trl(f"{name}/min"), high=_trl(f"{name}/max"))
     yield "Trainer to sampler", "probability ratio: mean, lowest to highest", "", [sampled]
+    parts = [_Series(part, _at("mismatch", key)) for part, key in _PARTS.items()]
+    yield "Difference from vLLM", "nats a token: all, by the head's rounding, by the rest", "", parts
 
 
 def _tokens() -> Iterator[_Quantity]:
@@ -222,6 +237,19 @@ def _drawn(runs: dict[str, Records], quantities: Iterable[_Quantity]) -> Iterato
             if lines:
                 alone = len(series) == 1 or one.name == title.lower()
                 yield Lines(title if alone else f"{title}: {one.name}", note, lines, unit, named=False)
+
+
+def _ratios(records: Records) -> Iterator[Bars]:
+    """Histograms of the first and the last logged step."""
+    notes = {"sampler": "trainer to vLLM, before it is cut", "policy": "new to old, before the loss clips it"}
+    for kind, note in notes.items():
+        found = [
+            (record["step"], record["ratios"][kind]) for record in records if kind in record.get("ratios", {})
+        ]
+        ends = dict(found[:1] + found[-1:])
+        if ends:
+            shares = {f"step {step}": values for step, values in ends.items()}
+            yield Bars(f"Ratios, {kind}", f"{note}; share of tokens", labels(), shares)
 
 
 def _times(runs: dict[str, Records]) -> list[Areas]:

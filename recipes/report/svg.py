@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from recipes import escape
 from recipes.problems import visible
-from recipes.report.charts import Areas, Chart, Line, Lines, Peaks
+from recipes.report.charts import Areas, Bars, Chart, Line, Lines, Peaks
 from recipes.tracking.phases import PHASES
 from recipes.tracking.summary import format_mib
 
@@ -65,12 +65,14 @@ def draw(chart: Chart, name: str) -> Markup:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         height = _SIZE[1] if not isinstance(chart, Peaks) else max(_SIZE[1], 0.4 + 0.26 * len(chart.phases))
         figure = Figure(figsize=(_SIZE[0], height))
-        left = _LEFT_OF_NAMES if isinstance(chart, Peaks) else _LEFT
+        left = _LEFT_OF_NAMES if isinstance(chart, (Bars, Peaks)) else _LEFT
         axes = figure.add_axes((left, _BOTTOM, _RIGHT - left, _TOP - _BOTTOM))
         if isinstance(chart, Lines):
             _draw_lines(axes, chart)
         elif isinstance(chart, Areas):
             _draw_areas(axes, chart)
+        elif isinstance(chart, Bars):
+            _draw_bars(axes, chart)
         else:
             _draw_peaks(axes, chart)
         file = io.StringIO()
@@ -190,6 +192,25 @@ def _draw_peaks(axes: Axes, chart: Peaks) -> None:
     axes.grid(visible=True, axis="x")
     _numbers(axes.xaxis)
     _beside_the_ticks(axes, unit)
+
+
+def _draw_bars(axes: Axes, chart: Bars) -> None:
+    """A row a bin; of two steps the later one below the earlier. Their names stand at their largest bars."""
+    rows, thick = range(len(chart.bins)), 0.8 / len(chart.shares)
+    heights, colours = [], []
+    for number, values in enumerate(chart.shares.values()):
+        places = [row + thick * (number - (len(chart.shares) - 1) / 2) for row in rows]
+        axes.barh(places, values, height=thick, color=_colour(number), alpha=0.85, linewidth=0)
+        heights.append(places[values.index(max(values))])
+        colours.append(_colour(number))
+    axes.set_ylim(len(chart.bins) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_yticks(rows, chart.bins)
+    axes.tick_params("y", labelcolor=_INK)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    _numbers(axes.xaxis, _percent(axes.get_xlim()))
+    _label_ends(axes, heights, list(chart.shares), colours)
 
 
 def _numbers(axis: Axis, show: Callable[[float], str] | None = None) -> None:

@@ -25,6 +25,7 @@ from recipes.processes import gathered
 from recipes.tracking import reporters as trackers
 from recipes.tracking.meters import HEADLINE, make_meter
 from recipes.tracking.phases import PhaseClock, attach, attach_optimizer
+from recipes.tracking.ratios import PREFIXES, from_logs
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.speed import Speed
 from recipes.tracking.summary import summarize
@@ -240,9 +241,9 @@ def _record(step: int, logs: dict[str, Any]) -> dict[str, Any]:
     for name, value in logs.items():
         if name.startswith("rewards/") and name.endswith("/mean"):
             rewards[name.removeprefix("rewards/").removesuffix("/mean")] = value
-        elif name not in {*_NAMES, *_TOKENS, "step"} and not name.startswith(("time/", "memory/")):
+        elif name not in {*_NAMES, *_TOKENS, "step"} and not name.startswith(("time/", "memory/", *PREFIXES)):
             rest[name] = value
-    return {**record, "rewards": rewards, "trl": rest}
+    return {**record, **from_logs(logs), "rewards": rewards, "trl": rest}
 
 
 class _Events(TrainerCallback):

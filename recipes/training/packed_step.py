@@ -35,6 +35,7 @@ from recipes.training import packed_attention
 from recipes.training.generation_batches import ReadOnce, Rows
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import Lengths, PaddedBatch, measure, pack, plan_bins
+from recipes.training.ratios import RatioMeter, RoundedHead, listening, sampler_dtype
 from recipes.training.rollout import SUPPORT, Bin, MicroBatch, Rollout
 from recipes.training.step_metrics import SamplingGap, StepMeter, importance_ratio
 from recipes.training.truncation import over_supports
@@ -52,6 +53,7 @@ class Scores(NamedTuple):
     entropies: Tensor | None
     tokens: int = 0  # computed for them
     support: Support | None = None  # of B × K slots, where the sampler truncates
+    rounded: Tensor | None = None  # logps by a head of the sampler's dtype, where they are asked for
 
 
 class PackedStep(_Trainer):
@@ -78,6 +80,7 @@ class PackedStep(_Trainer):
         self._skip_old_pass = False  # TRL is about to ask for the old log-probabilities
         self._meter = StepMeter()
         self._gap = SamplingGap()
+        self._ratios = RatioMeter(getattr(self, "mismatch_every", None))  # of MeasuredRatios
         self._flow = Flow()
         self._truncation: Truncation | None = getattr(self, "truncation", None)  # of SupportedRatios
         half = half_precision(self.model, self.args)
@@ -121,6 +124,7 @@ class PackedStep(_Trainer):
         end = min(count, index + self.current_gradient_accumulation_steps - self._place)
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
+            self._ratios.begin_rollout(self.state.global_step)
             self._rollout = Rollout.shuffled(
                 sampled, count, self._only_by_advantage(), self._token_budget, self._planned_tokens, smallest
             )
@@ -176,10 +180,12 @@ class PackedStep(_Trainer):
             self._scores = Scores(
                 scores.logps[rows], None if scores.entropies is None else scores.entropies[rows]
             )
+            seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
+            self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
         if mode == "eval" or self.accelerator.sync_gradients:
-            self._append(mode, self._gap.take(self.accelerator))
+            self._append(mode, self._gap.take(self.accelerator) | self._ratios.take(self.accelerator))
         if mode == "train":
             self._meter.add(computed=scores.tokens, **inputs.counts())
         return loss
@@ -187,7 +193,15 @@ class PackedStep(_Trainer):
     def _score_bin(self, model: Any, part: Bin, *, entropy: bool) -> Scores:
         """Scores of all rows of a bin; those left out have the mean entropy of the others."""
         truncated = None if self._truncation is None else Truncated(self._truncation, part.support)
-        scores = self._score(model, part.batch, part.lengths, part.live, entropy=entropy, truncated=truncated)
+        scores = self._score(
+            model,
+            part.batch,
+            part.lengths,
+            part.live,
+            entropy=entropy,
+            truncated=truncated,
+            listener=self._listener(part),
+        )
         if scores.entropies is None or part.complete:
             return scores
         with torch.no_grad():
@@ -217,6 +231,9 @@ class PackedStep(_Trainer):
             )
             micro_batch["importance_sampling_ratio"] = ratio.masked_fill(left_out, 1.0)
             seen = micro_batch["completion_mask"].bool() & ~left_out
+            self._ratios.add("sampler", (old - sampled)[seen])
+            if scores.rounded is not None:
+                self._ratios.add_mismatch((old - sampled)[seen], (old - scores.rounded[rows])[seen])
             self._gap.add(
                 (old - sampled).abs()[seen], ratio[~left_out] if ratio.shape[1] == 1 else ratio[seen]
             )
@@ -266,6 +283,7 @@ class PackedStep(_Trainer):
         *,
         entropy: bool,
         truncated: Truncated | None = None,
+        listener: RoundedHead | None = None,
     ) -> Scores:
         """One packed forward of ``rows``, through the module that was wrapped for training.
 
@@ -296,6 +314,7 @@ class PackedStep(_Trainer):
             truncated = replace(truncated, support=truncated.support.rows(packed.scores))
         with (
             over_supports(truncated),
+            listening(listener),
             _only_states(causal.base_model, packed.states),
             self.accelerator.autocast(),
         ):
@@ -318,7 +337,15 @@ class PackedStep(_Trainer):
                 packed.scores, batch.input_ids.shape[0] * batch.completion_width
             )
         entropies = unpack(outputs.entropy) if entropy else None
-        return Scores(unpack(outputs.log_probs), entropies, packed.tokens, found)
+        heard = [] if listener is None else listener.found
+        rounded = unpack(torch.cat(heard)[None]) if heard else None
+        return Scores(unpack(outputs.log_probs), entropies, packed.tokens, found, rounded)
+
+    def _listener(self, part: Bin) -> RoundedHead | None:
+        """Where this rollout's difference from vLLM is to be taken apart, and the policy that sampled is scored."""
+        wanted = self._ratios.due and self.use_vllm and self.vllm_importance_sampling_correction
+        first = any("old_per_token_logps" not in micro_batch for micro_batch, _ in part.parts)
+        return RoundedHead(sampler_dtype(self)) if wanted and first and self._truncation is None else None
 
     def take_flow(self) -> Flow:
         """What packed forwards have computed since the last call."""

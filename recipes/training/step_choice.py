@@ -12,6 +12,7 @@ from recipes.models.generation import token_ids
 from recipes.problems import ConfigError, Problem
 from recipes.processes import first, smallest
 from recipes.training.checkpoints import guarded
+from recipes.training.ratios import measured
 from recipes.training.session import Session
 from recipes.training.truncation import supported, truncation_of
 
@@ -32,7 +33,9 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if config.model.loader == "unsloth":
         _keep(session, {"impl": "unsloth"})  # whose trainer has a step of its own
         return guarded(trl.GRPOTrainer)(**given)
-    trainer_class = supported(trl.GRPOTrainer, truncation_of(config))
+    trainer_class = measured(
+        supported(trl.GRPOTrainer, truncation_of(config)), config.tracking.mismatch_every
+    )
     if config.step.impl == "trl":
         _keep(session, {"impl": "trl"})
         return guarded(trainer_class)(**given)

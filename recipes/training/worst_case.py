@@ -24,7 +24,7 @@ from recipes.training.session import Session
 PHASE = "a worst-case step before the first: forward"
 LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
 # Attributes of TRL's trainer and of the packed step that one step leaves for the next.
-STATE = ("_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap")
+STATE = ("_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap", "_ratios", "_flow")
 
 
 def require_room(session: Session, trainer: Any) -> None:

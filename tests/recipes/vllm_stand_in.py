@@ -65,7 +65,7 @@ class Model:
 
 @dataclass
 class LLM:
-    """`rounding`: the dtype that the head's logits are rounded to, as in vLLM's bfloat16 head."""
+    """vLLM's class; `round_head` makes its head one of bfloat16."""
 
     model: str
     tensor_parallel_size: int = 1
@@ -91,7 +91,6 @@ class LLM:
 
     def __post_init__(self):
         self.base = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).eval()
-        self.rounding = None
         self.loaded = {}  # number -> {weight's name: what is added to it}
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=Model(self.base)))
         self.llm_engine = SimpleNamespace(
@@ -100,6 +99,12 @@ class LLM:
             add_lora=self._add_lora,
         )
         self.asleep = None
+
+    def round_head(self):
+        self.llm_engine.model_config.dtype = torch.bfloat16
+        self.base.get_output_embeddings().register_forward_hook(
+            lambda module, given, _: given[0].bfloat16() @ module.weight.bfloat16().T
+        )
 
     def _add_lora(self, request):
         assert self.enable_lora
@@ -167,7 +172,7 @@ class LLM:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             states = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             logits = torch.func.functional_call(self.base, weights, (), states).logits[:, -1]
-            logits = logits.to(self.rounding or logits.dtype).float()
+            logits = logits.float()
             if wanted.temperature == 0.0:
                 logprobs, token = logits.log_softmax(-1), logits.argmax(-1)
             else:
