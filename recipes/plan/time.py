@@ -20,6 +20,7 @@ from recipes.plan.work import Flow, Work
 _SEEN_AT = 8e14  # operations a second of the card on which the shares were seen
 _FULL_SHARE = 0.5  # the most of the matrix rate that a pass through layers was seen to reach
 _HIDDEN = 10_000  # of hidden width: below half of it the share falls in proportion, at that card's rate
+_NO_GRADIENT = 1.2  # times that share, where nothing is kept for a backward
 _LAYER_PASS = 0.006  # seconds that a layer's launches take, forward and backward, however few the tokens
 _VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token: scheduling, log-probabilities
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
@@ -156,7 +157,8 @@ class _Clock:
         old = later if packed else float(corrected or not aligned)
         times = (old + float(bool(grpo["beta"]))) / grpo["num_iterations"]
         flow = self.flow(self.s.sequences * self.window, shared=packed)
-        return times * self.passes(self.work.forward(flow), flow.tokens, self.layers / 3) if times else 0.0
+        operations = self.work.forward(flow) / _NO_GRADIENT
+        return times * self.passes(operations, flow.tokens, self.layers / 3) if times else 0.0
 
     def sampling(self, sequences: int) -> float:
         """Seconds in which an engine completes as many prompts. The longest completion is as long as it may be."""

@@ -180,8 +180,9 @@ class PackedStep(_Trainer):
             self._scores = Scores(
                 scores.logps[rows], None if scores.entropies is None else scores.entropies[rows]
             )
-            seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
-            self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
+            if self.model.training:
+                seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
+                self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
         if mode == "eval" or self.accelerator.sync_gradients:
@@ -231,7 +232,8 @@ class PackedStep(_Trainer):
             )
             micro_batch["importance_sampling_ratio"] = ratio.masked_fill(left_out, 1.0)
             seen = micro_batch["completion_mask"].bool() & ~left_out
-            self._ratios.add("sampler", (old - sampled)[seen])
+            if self.model.training:
+                self._ratios.add("sampler", (old - sampled)[seen])
             if scores.rounded is not None:
                 self._ratios.add_mismatch((old - sampled)[seen], (old - scores.rounded[rows])[seen])
             self._gap.add(

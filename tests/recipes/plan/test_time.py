@@ -18,7 +18,7 @@ from recipes.problems import ConfigError
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 H100 = Rate(8e14, 3.35e12)  # as measured: benchmarks/results/gpu_log.md
-WITHIN = 0.25
+WITHIN = 0.2
 
 
 def setting(model, bins=None, **grpo):

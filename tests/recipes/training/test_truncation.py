@@ -91,8 +91,11 @@ def deviations(values):
     return float((values.mean() - 1).abs() / (values.std() / len(values) ** 0.5))
 
 
-@pytest.mark.parametrize("cut", CUT)
-@pytest.mark.parametrize("wrap", [lambda kind: kind, packed], ids=["trl", "packed"])
+@pytest.mark.parametrize(
+    ("cut", "wrap"),
+    [("top_p", lambda kind: kind), ("top_p", packed), ("top_k", packed), ("min_p", packed)],
+    ids=["top_p-trl", "top_p", "top_k", "min_p"],
+)
 def test_the_mean_ratio_is_one(saved, tmp_path, wrap, cut):
     # With groups left out for lack of a gradient the packed step's would be 1 by decree.
     found = ratios(saved, tmp_path, CUT[cut], wrap, entropy_coef=1e-6)
