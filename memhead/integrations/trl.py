@@ -84,8 +84,10 @@ def install(
     handle = Handle(impl, restore)
 
     def memhead_apply(*args: Any, **kwargs: Any) -> PerToken:
-        settings = {"chunk": chunk, "backend": backend, "vocab_parallel": vocab_parallel}
-        return _memhead_apply(*args, **settings, truncated=handle.truncated, **kwargs)
+        truncated = handle.truncated
+        return _memhead_apply(
+            *args, chunk=chunk, backend=backend, vocab_parallel=vocab_parallel, truncated=truncated, **kwargs
+        )
 
     apply = {"memhead": memhead_apply, "full": _full_apply, "trl": getattr(original, "apply", None)}[impl]
 

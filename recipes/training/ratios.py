@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memhead.integrations.trl import installed
-from recipes.tracking.ratios import EDGES, as_metrics
+from recipes.tracking.ratios import EDGES, KINDS, as_metrics
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Trainer
@@ -27,6 +27,7 @@ else:
     _Trainer = object
 
 _ROWS = 1024  # of rounded logits, held at a time
+_PARTS = 6  # sums of `RatioMeter.add_mismatch`
 
 
 @dataclass
@@ -61,24 +62,31 @@ class RatioMeter:
         self._mismatch.append(torch.stack([part.sum() for part in parts]))
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The metrics since the last call, over all processes; then it starts again."""
-        found: dict[str, float] = {}
-        for kind, counts in self._counts.items():
-            whole = accelerator.reduce(counts.double(), "sum")
-            found |= as_metrics(kind, (whole / whole.sum().clamp(min=1)).tolist())
-        if self._mismatch:
-            sums = accelerator.reduce(torch.stack(self._mismatch).sum(0), "sum").tolist()
-            tokens, whole_abs, head_abs, rest_abs, squares, shared = sums
-            number = max(tokens, 1.0)
-            found |= {
-                "mismatch/tokens": tokens,
-                "mismatch/mean": whole_abs / number,
-                "mismatch/head": head_abs / number,
-                "mismatch/rest": rest_abs / number,
-                "mismatch/head_share": shared / squares if squares else 0.0,
-            }
+        """The metrics since the last call, over all processes; then it starts again.
+
+        Every process has to call it, whatever it has counted: the sums travel as one tensor.
+        """
+        device, bins = accelerator.device, len(EDGES) + 1
+        nothing = torch.zeros(bins, device=device, dtype=torch.double)
+        counts = [self._counts.get(kind, nothing).double() for kind in KINDS]
+        parts = torch.stack([torch.zeros(_PARTS, device=device, dtype=torch.double), *self._mismatch]).sum(0)
         self._counts.clear()
         self._mismatch.clear()
+        sums = accelerator.reduce(torch.cat([*counts, parts]), "sum").tolist()
+        found: dict[str, float] = {}
+        for number, kind in enumerate(KINDS):
+            of_kind = sums[number * bins : (number + 1) * bins]
+            if total := sum(of_kind):
+                found |= as_metrics(kind, [count / total for count in of_kind])
+        tokens, whole_abs, head_abs, rest_abs, squares, shared = sums[-_PARTS:]
+        if tokens:
+            found |= {
+                "mismatch/tokens": tokens,
+                "mismatch/mean": whole_abs / tokens,
+                "mismatch/head": head_abs / tokens,
+                "mismatch/rest": rest_abs / tokens,
+                "mismatch/head_share": shared / squares if squares else 0.0,
+            }
         return found
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from recipes.config.load import load_config
-from recipes.plan.show import parse_lengths
 from recipes.plan.plan import CARDS, in_bins
 from recipes.plan.rate import Rate, published
 from recipes.plan.setting import Setting
+from recipes.plan.show import parse_lengths
 from recipes.plan.time import plan_time
 from recipes.problems import ConfigError
 

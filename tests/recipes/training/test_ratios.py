@@ -19,7 +19,7 @@ from recipes.training.packed_step import packed
 from recipes.training.ratios import RatioMeter, measured, rounded_logprobs
 from recipes.training.truncation import supported
 
-ALONE = SimpleNamespace(reduce=lambda value, _: value)
+ALONE = SimpleNamespace(reduce=lambda value, _: value, device=torch.device("cpu"))
 
 
 def entries(saved, folder, wrap, prepare=lambda llm: None, truncation=None, every=2, **overrides):  # noqa: F811
