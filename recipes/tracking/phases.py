@@ -41,6 +41,7 @@ _METHODS = {  # method of the trainer -> its phase
     "_get_per_token_logps_and_entropies": "scoring",
     "compute_loss": "forward",
 }
+_ALSO_OF_THE_LOSS = "_get_per_token_logps_and_entropies"
 _METHODS_OF_PACKED = {
     "_score_before_updates": "scoring"
 }  # of recipes.training.packed_step, which TRL's step lacks
@@ -160,11 +161,12 @@ def attach_optimizer(optimizer: Any, clock: PhaseClock) -> None:
 def _timed(
     original: Callable, clock: PhaseClock, name: str, count: Callable[..., None] | None = None
 ) -> Callable:
-    """`original`, measured as the phase `name`. Scoring is a phase only where no gradient is taken."""
+    """`original`, measured as the phase `name`. Of a method that the loss calls too, only calls without gradient."""
+    shared = getattr(original, "__name__", "") == _ALSO_OF_THE_LOSS
 
     @functools.wraps(original)  # with its attributes: the scheduler looks for one on optimizer.step
     def timed(*args: Any, **kwargs: Any) -> Any:
-        if name == "scoring" and torch.is_grad_enabled():
+        if shared and torch.is_grad_enabled():
             return original(*args, **kwargs)
         with clock.phase(name) as measured:
             result = original(*args, **kwargs)

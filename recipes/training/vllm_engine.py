@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from recipes.config.load import RunConfig
 from recipes.problems import ConfigError, Problem
@@ -137,7 +138,9 @@ class AdapterGeneration(_Generation):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
-        self.llm.hand_over(self.model)
+        adapters = [p for name, p in self.model.named_parameters() if self.model.prefix in name]
+        with self._dist.gather_params(adapters):  # of ZeRO-3
+            self.llm.hand_over(self.model)
 
 
 class EngineWithAdapter:
@@ -179,8 +182,12 @@ def write_adapter(model: Any, place: Path, dtype: torch.dtype) -> None:
 
     name = model.active_adapter
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    whole = {  # FSDP2 gives each process its part
+        key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for key, tensor in tensors.items()
+    }
     save_file(
-        {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
+        {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in whole.items()},
         place / "adapter_model.safetensors",
     )
     model.peft_config[name].save_pretrained(place)

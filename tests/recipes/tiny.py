@@ -20,7 +20,9 @@ def length_reward(completions, **kwargs):
     return [0.01 * len(text) for text in completions]
 
 
-def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=None, **overrides):
+def tiny_trainer(
+    folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=None, kind=GRPOTrainer, **overrides
+):
     """A trainer that runs on CPU in seconds once memhead is in TRL's slot; `overrides` are GRPOConfig's."""
     set_seed(seed)
     tokenizer = character_tokenizer("0123456789+-*=>")
@@ -52,7 +54,7 @@ def tiny_trainer(folder, *, hidden=32, layers=2, steps=6, seed=0, peft_config=No
         "disable_tqdm": True,
         "seed": seed,
     }
-    return guarded(GRPOTrainer)(
+    return guarded(kind)(
         model=model,
         reward_funcs=[digits_reward, length_reward],
         args=GRPOConfig(**{**settings, **overrides}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_trainer
+from trl import GRPOTrainer
 
 from recipes.plan.rate import matrix_rate
 from recipes.plan.shapes import ModelShape, Trained
@@ -16,6 +17,7 @@ from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.speed import TRAINING, WHOLE
 from recipes.tracking.summary import by_speed, summarize
 from recipes.tracking.tracker import print_summary, track
+from recipes.training.packed_step import packed
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,22 @@ def test_the_rate_is_that_of_a_product():
     rate = matrix_rate(torch.device("cpu"), torch.float32)
     assert 1e9 < rate < 1e14
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_packed_step_counts_a_prompt_once_and_its_scoring(tmp_path, memhead_in_trl):
+    """Of two updates a generation the second one's log-probabilities are scored before the first."""
+    folder = RunFolder.create(tmp_path, "run")
+    settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "entropy_coef": 1e-6}
+    trainer = tiny_trainer(folder.path / "checkpoints", steps=2, kind=packed(GRPOTrainer), **settings)
+    tracker = track(trainer, folder, progress=False)
+    trainer.train()
+    tracker.close()
+    first, second = folder.metrics.read()
+    completions = first["completion_length"] * 16
+    everything = completions + 4 * 3  # prompts of three tokens, one for each group of four
+    assert first["time"]["scoring"] > 0.0
+    assert "scoring" not in second["speed"]
+    assert first["speed"]["generation"]["tokens"] == pytest.approx(completions)
+    once = first["speed"]["scoring"]["tokens"]
+    assert once == second["speed"][TRAINING]["tokens"]  # the same rows, later
+    assert first["speed"][TRAINING]["tokens"] + once == pytest.approx(everything)

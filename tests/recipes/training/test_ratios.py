@@ -7,7 +7,7 @@ import torch
 from test_truncation import CUT, saved  # noqa: F401 - a fixture
 from test_vllm_engine import trainer_of
 from trl import GRPOTrainer
-from vllm_stand_in import vllm_stand_in
+from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes.report.charts import Bars, charts

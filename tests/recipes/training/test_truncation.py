@@ -8,7 +8,7 @@ from datasets import Dataset
 from test_vllm_engine import trainer_of as vllm_trainer_of
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
-from vllm_stand_in import vllm_stand_in
+from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from memhead.ragged_support import Truncation

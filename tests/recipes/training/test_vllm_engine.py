@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import digits_reward
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
-from vllm_stand_in import vllm_stand_in
+from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
