@@ -17,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SHAPES = {  # of random weights, the architectures' own
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     },
 }  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU is for the test, with a stand-in of vLLM
 CONFIG = Path(__file__).parents[1] / "configs" / "llama3.2_1b_gsm8k.yaml"
 WORDS = [f"{number} plus {number + 1} is" for number in range(64)]
 
@@ -47,7 +49,7 @@ def made_up(shape: str, place: Path) -> Path:
         **SHAPES[shape], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
     )
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(place)
@@ -68,10 +70,11 @@ def trainer_of(folder: str, rank: int, memory: float) -> Any:
     config = load_config(CONFIG, overrides)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=DEVICE)
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=8, max_completion_length=64,
-        use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=memory, vllm_max_model_length=256, bf16=True,
+        use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=memory, vllm_max_model_length=256,
+        bf16=DEVICE == "cuda", use_cpu=DEVICE == "cpu",
         report_to="none",
     )  # fmt: skip
     with engine(config):
@@ -99,7 +102,7 @@ def sums_of_vllm(trainer: Any) -> dict[str, str]:
 
 def change(model: Any, step: int) -> None:
     """The adapters as after another step."""
-    generator = torch.Generator("cuda").manual_seed(step)
+    generator = torch.Generator(DEVICE).manual_seed(step)
     for name, p in model.named_parameters():
         if "lora_" in name:
             noise = torch.randn(p.shape, device=p.device, generator=generator)
@@ -113,10 +116,10 @@ def difference(trainer: Any) -> dict[str, float]:
     _, completions, logprobs, _ = trainer.vllm_generation.generate(prompts, None, 1)
     found = []
     for prompt, completion, sampled in zip(prompts, completions, logprobs, strict=True):
-        ids = torch.tensor([[*prompt, *completion]], device="cuda")
+        ids = torch.tensor([[*prompt, *completion]], device=DEVICE)
         logits = trainer.model(ids).logits[0, len(prompt) - 1 : -1].float()
         ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        theirs = torch.tensor([token[0] for token in sampled], device="cuda")
+        theirs = torch.tensor([token[0] for token in sampled], device=DEVICE)
         found.append((ours - theirs).abs())
     every = torch.cat(found)
     return {"mean": every.mean().item(), "max": every.max().item(), "tokens": every.numel()}
@@ -131,7 +134,12 @@ def merge_drift(model: Any) -> float:
     return max((named[n].detach().cpu() - p).abs().max().item() for n, p in before.items())
 
 
-def main() -> None:
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write adapter_sync.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--memory", type=float, default=0.45, help="vLLM's share of the card")
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if (options.model is None) == (options.shape is None):
         parser.error("give --model or --shape")
     folder = options.model or str(made_up(options.shape, Path(tempfile.mkdtemp())))
@@ -155,15 +163,15 @@ def main() -> None:
         seconds, vllm_before = [], {}
         for step in range(options.syncs):
             change(model, step)
-            torch.cuda.synchronize()
+            _wait()
             began = time.perf_counter()
             generation.sync_weights()
-            torch.cuda.synchronize()
+            _wait()
             seconds.append(time.perf_counter() - began)
             vllm_before = vllm_before or sums_of_vllm(trainer)
         found = {
             "command": "python -m benchmarks.adapter_sync_gpu",
-            "device": torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
             "model": options.shape or Path(folder).name,
             "rank": options.rank,
             "adapter_parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),

@@ -56,6 +56,9 @@ class Model:
 
     module: torch.nn.Module
 
+    def named_parameters(self):
+        return self.module.named_parameters()
+
     def load_weights(self, weights):
         parameters = dict(self.module.named_parameters())
         for name, value in weights:
