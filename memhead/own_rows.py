@@ -23,6 +23,8 @@ from torch import Tensor
 from memhead.logprobs import LinearLogprobs
 from memhead.parallel import vocab_parallel_cross_entropy, vocab_parallel_logprobs
 
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+
 
 class OwnRows:
     """How many rows each process of a group has: from one small message.
@@ -57,12 +59,12 @@ class OwnRows:
         longest = max(self.sizes)
         if longest == min(self.sizes):
             found = own.new_empty(longest * len(self.sizes), *own.shape[1:])
-            dist.all_gather_into_tensor(found, own.contiguous(), group=self.group)
+            _gather(found, own.contiguous(), group=self.group)
             return found
         padded = own.new_zeros(longest, *own.shape[1:])
         padded[: len(own)] = own
         found = own.new_empty(len(self.sizes) * longest, *own.shape[1:])
-        dist.all_gather_into_tensor(found, padded, group=self.group)
+        _gather(found, padded, group=self.group)
         parts = found.view(len(self.sizes), longest, *own.shape[1:])
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 

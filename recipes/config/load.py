@@ -112,7 +112,7 @@ class RunConfig(Section):
         }
         if self.run.save_every is not None:
             fields["save_steps"] = self.run.save_every
-        if "ddp_find_unused_parameters" not in self.grpo_given:
+        if self.grpo.get("ddp_find_unused_parameters") is None:
             fields["ddp_find_unused_parameters"] = False  # every pass uses all of them; a search costs time
         return fields | _precision(self.model.dtype, self.grpo_given, torch.cuda.is_available())
 

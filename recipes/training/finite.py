@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from recipes.models.finite import first_not_finite, why_unusable
@@ -112,6 +113,8 @@ class FiniteSteps(_Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, DTensor):  # under FSDP2
+            norm = norm.full_tensor()
         loss, self._loss_so_far = self._loss_so_far, None
         assert loss is not None
         both = torch.stack([loss.float(), torch.as_tensor(norm, device=loss.device).float()])
