@@ -76,7 +76,7 @@ def test_the_former_configuration_is_kept_where_it_differs(begun):
 
 def test_a_run_that_took_every_step_is_finished_and_no_more(tmp_path, capsys):
     steady = [
-        "grpo.lr_scheduler_type=constant",
+        "grpo.lr_scheduler_type=constant_with_warmup",
         "run.save_every=2",
         "run.warm_start=null",
         "grpo.max_steps=2",
