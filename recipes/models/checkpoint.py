@@ -26,7 +26,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"{place} holds neither config.json nor adapter_config.json; give a checkpoint or a run's final folder"
         )
-    _read(place / ("adapter_config.json" if adapter else "config.json"))
+    read_object(place / ("adapter_config.json" if adapter else "config.json"))
     options = quantisation(trained) if trained.loader == "transformers" else {}
     with no_foreign_code("", str(place)):
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", trust_remote_code=False)
@@ -55,7 +55,7 @@ def with_adapter(place: Path, **options: Any) -> Any:
 
 def _own_warm_start(place: Path) -> Path | None:
     """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base."""
-    config = _read(place / "adapter_config.json")
+    config = read_object(place / "adapter_config.json")
     if Path(config["base_model_name_or_path"]).name != WARM_START:
         return None
     around = [folder / WARM_START for folder in place.resolve().parents[:2]]
@@ -64,7 +64,7 @@ def _own_warm_start(place: Path) -> Path | None:
 
 def require_base(place: Path) -> None:
     """Raises FileNotFoundError if the adapter in `place` does not say what it belongs to."""
-    config = _read(place / "adapter_config.json")
+    config = read_object(place / "adapter_config.json")
     if not config.get("base_model_name_or_path"):
         raise FileNotFoundError(
             f"{place / 'adapter_config.json'}: base_model_name_or_path is empty, as it is after training an adapter "
@@ -72,7 +72,7 @@ def require_base(place: Path) -> None:
         )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object. Raises OSError, naming the file, for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
