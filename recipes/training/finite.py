@@ -118,6 +118,7 @@ class FiniteSteps(_Trainer):
             norm = norm.full_tensor()
         loss, self._loss_so_far = self._loss_so_far, None
         assert loss is not None
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2
         both = torch.stack([loss.float(), torch.as_tensor(norm, device=loss.device).float()])
         everywhere = self.accelerator.gather(both[None]).tolist()  # one process must not step alone
         losses, norms = zip(*everywhere)
