@@ -17,7 +17,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
 
     trained: the run's model section. An adapter's base is quantised as in training; Unsloth's is by its name.
-    Raises FileNotFoundError if the folder is no checkpoint, ConfigError if it would take code of the model's own.
+    Raises OSError if the folder is no checkpoint, ConfigError if it would take code of the model's own.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +26,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"{place} holds neither config.json nor adapter_config.json; give a checkpoint or a run's final folder"
         )
+    read_object(place / ("adapter_config.json" if adapter else "config.json"))
     options = quantisation(trained) if trained.loader == "transformers" else {}
     with no_foreign_code("", str(place)):
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", trust_remote_code=False)
@@ -54,7 +55,7 @@ def with_adapter(place: Path, **options: Any) -> Any:
 
 def _own_warm_start(place: Path) -> Path | None:
     """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base."""
-    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(place / "adapter_config.json")
     if Path(config["base_model_name_or_path"]).name != WARM_START:
         return None
     around = [folder / WARM_START for folder in place.resolve().parents[:2]]
@@ -63,9 +64,20 @@ def _own_warm_start(place: Path) -> Path | None:
 
 def require_base(place: Path) -> None:
     """Raises FileNotFoundError if the adapter in `place` does not say what it belongs to."""
-    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(place / "adapter_config.json")
     if not config.get("base_model_name_or_path"):
         raise FileNotFoundError(
             f"{place / 'adapter_config.json'}: base_model_name_or_path is empty, as it is after training an adapter "
             "on a model made from nothing; save that model and write its folder there, or train without lora"
         )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises OSError, naming the file, for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise OSError(f"{file} is no JSON object: it was cut off or overwritten; give another checkpoint")
+    return found

@@ -44,13 +44,17 @@ def why_unusable(model: Any, batch: Any | None = None) -> str | None:
     weight = first_not_finite(model.named_parameters())
     if weight is not None:
         return f"its weight {weight} holds NaN or infinity"
-    if batch is None:
-        return None
+    return None if batch is None else why_no_distribution(model, batch)
+
+
+@torch.no_grad()
+def why_no_distribution(model: Any, batch: Any) -> str | None:
+    """The same of a model whose weights are known to be finite. Where several processes share it, all must ask."""
     batch = batch.to(model.device)
     logits = _last_logits(model, batch)
     if not bool(torch.isfinite(logits).all()):
         return "its weights are finite, but its logits for the task's prompts are NaN or infinite"
-    if _same_for_all(logits, batch["input_ids"]) and bool(model.get_output_embeddings().weight.any()):
+    if _same_for_all(logits, batch["input_ids"]) and bool(_here(model.get_output_embeddings().weight).any()):
         return "its weights are finite, but something overflows: its logits are the same whatever the prompt"
     return None
 

