@@ -114,8 +114,6 @@ class FiniteSteps(_Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(norm, DTensor):  # under FSDP2
-            norm = norm.full_tensor()
         loss, self._loss_so_far = self._loss_so_far, None
         assert loss is not None
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2
