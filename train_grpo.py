@@ -27,6 +27,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from recipes.config.load import RunConfig, load_config
 from recipes.problems import EXIT_STATUS, ConfigError, visible
+from recipes.processes import is_first_here
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -57,6 +58,8 @@ def main(arguments: list[str]) -> int:
     for name in ("device", "processes", "lengths"):
         if (value := getattr(options, name)) is not None and not options.plan:
             parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
+    if not options.plan and options.evaluate is None and is_first_here():
+        print(f"Reading {options.config}", flush=True)  # at once: what checks it takes seconds to be imported
     try:
         config = load_config(options.config, options.overrides, processes=options.processes)
     except ConfigError as error:
@@ -81,13 +84,18 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: bool = False) -> int:
     """The run, top to bottom: begin, optimise, finish; or begin and sample a few prompts. Returns the exit status."""
+    from recipes.tracking.environment import device_name
+    from recipes.tracking.terminal import opening, silence_bars
     from recipes.training.preflight import check  # the heavy imports wait until the configuration is right
 
+    if is_first_here():
+        print(opening(config, device_name()), flush=True)
     try:
         check(config)
     except ConfigError as error:
         _say_once(error)
         return EXIT_STATUS
+    silence_bars()
 
     from recipes import processes
 
@@ -158,6 +166,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     check_problems(config, task)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
+    print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
@@ -233,7 +242,9 @@ def finish(session: Session, trained: Trained, command: str) -> int:
 
 
 def _report(session: Session, trained: Trained, command: str) -> int:
+    from recipes.report.advice import advice
     from recipes.report.page import write_report
+    from recipes.report.verdict import verdict
     from recipes.tracking.terminal import print_summary
     from recipes.training.memory import write_measured
     from recipes.training.resume import FINISHED
@@ -243,6 +254,9 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
     print_summary(trained.tracker.summary(), folder)
+    records = folder.metrics.read()
+    outcome = verdict(records)
+    print(outcome.sentence, *([] if outcome.kind == "better" else advice(records)), sep="\n")
     if trained.finished:
         folder.write_json(FINISHED, {"step": trainer.state.global_step})
         return 0
@@ -262,8 +276,6 @@ def _how_to_go_on(folder: RunFolder, command: str = "the same command") -> str:
 
 def _say_once(error: ConfigError) -> None:
     """What every process of a machine finds alike, before they know each other."""
-    from recipes.processes import is_first_here
-
     if is_first_here():
         print(error, file=sys.stderr)
 

@@ -70,7 +70,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = [("optimizer steps", str(steps))]
     if summary["reward_first"] is not None:
         reward = f"{format_figure(summary['reward_first'])} → {format_figure(summary['reward_last'])}"
-        found.append(("reward, first and last tenth", reward))
+        found.append(("reward, first and last tenth of the steps", reward))
     if steps and seconds:
         found += [("training time", duration(seconds)), ("a step", f"{seconds / steps:.2f} s")]
     peak = highest_peak(summary, figure)
