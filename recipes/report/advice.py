@@ -31,8 +31,8 @@ def _cut_off(logged: Records) -> Iterator[str]:
         return
     if share == 1.0:
         yield (
-            "No completion of the whole run ended by itself. Raise grpo.max_completion_length; if they ramble on all the "
-            f"same, the model does not write its end token. {see('completions-are-cut-off')}"
+            "No completion of the whole run ended by itself. Raise grpo.max_completion_length; if they ramble on all "
+            f"the same, the model does not write its end token. {see('completions-are-cut-off')}"
         )
     else:
         yield (
@@ -50,8 +50,8 @@ def _constant(logged: Records) -> Iterator[str]:
             (value,) = values
             gave = "nothing" if value is None else f"{value:g}"
             yield (
-                f"Reward {name} gave {gave} throughout, so nothing was learned from it. Read completions.jsonl: is what "
-                f"it looks for ever written? A reward of smaller steps, or run.warm_start, shows the way. "
+                f"Reward {name} gave {gave} throughout, so nothing was learned from it. Read completions.jsonl: is "
+                f"what it looks for ever written? A reward of smaller steps, or run.warm_start, shows the way. "
                 f"{see('the-reward-stays-flat')}"
             )
 
@@ -61,9 +61,9 @@ def _equal_groups(logged: Records) -> Iterator[str]:
     if share is None or share < _MANY:
         return
     yield (
-        f"In {100 * share:.0f} % of the groups all completions earned the same (mean reward {reward or 0.0:.3g}), and from "
-        "those nothing is learned. Of a low reward: easier problems, a warm start, more grpo.num_generations. Of the "
-        f"highest: harder problems. {see('the-reward-stays-flat')}"
+        f"In {100 * share:.0f} % of the groups all completions earned the same (mean reward {reward or 0.0:.3g}), and "
+        "from those nothing is learned. Of a low reward: easier problems, a warm start, more grpo.num_generations. "
+        f"Of the highest: harder problems. {see('the-reward-stays-flat')}"
     )
 
 

@@ -61,9 +61,9 @@ class Signs:
         if self._unended == PATIENCE:
             yield (
                 "never ended",
-                f"In {PATIENCE} logged steps up to step {step} no completion ended by itself. Either the limit is far too "
-                "short, or the model never writes the tokenizer's end token (a base model without a chat template, or "
-                f"one whose end token is another). {see('completions-are-cut-off')}",
+                f"In {PATIENCE} logged steps up to step {step} no completion ended by itself. Either the limit is far "
+                "too short, or the model never writes the tokenizer's end token (a base model without a chat "
+                f"template, or one whose end token is another). {see('completions-are-cut-off')}",
             )
 
 
