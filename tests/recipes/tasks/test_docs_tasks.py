@@ -70,7 +70,3 @@ def test_the_page_works_as_it_stands(tmp_path):
     trained = run(*command, *TINY, "run.warm_start.batch_size=4", "run.evaluation.samples=0")
     assert trained.returncode == 0, trained.stderr
     assert "of 8 held-out problems" in trained.stdout
-    wrong = run(*command[:-1], *TINY, "run.name=wrong")
-    assert wrong.returncode == 2
-    assert "lacks 'question', has problem, solution" in wrong.stderr
-    assert not (tmp_path / "runs" / "wrong").exists()
