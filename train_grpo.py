@@ -18,6 +18,7 @@ import argparse
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -183,6 +184,7 @@ def optimise(session: Session) -> Trained:
     from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
     from recipes.processes import anywhere, lost_another
+    from recipes.report.model_card import model_card
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
@@ -195,6 +197,7 @@ def optimise(session: Session) -> Trained:
     config, folder, checkpoint = session.config, session.folder, session.folder.checkpoint
     with install_head(config, session.arguments) as handle, Interruption() as interruption:
         trainer = make_trainer(session)
+        trainer.card = partial(model_card, folder.path)
         tracker = track(trainer, folder, config.tracking)
         evaluate = evaluator(config, session.task, by_trainer(trainer))
         for callback in (BypassGuard(handle), interruption, SaySigns()):
@@ -243,6 +246,7 @@ def finish(session: Session, trained: Trained, command: str) -> int:
 
 def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.report.advice import advice
+    from recipes.report.model_card import model_card
     from recipes.report.page import write_report
     from recipes.report.verdict import verdict
     from recipes.tracking.terminal import print_summary
@@ -253,6 +257,8 @@ def _report(session: Session, trained: Trained, command: str) -> int:
     if trainer.state.log_history:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
+    if folder.final.is_dir():
+        (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
     print_summary(trained.tracker.summary(), folder)
     records = folder.metrics.read()
     outcome = verdict(records)

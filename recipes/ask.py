@@ -25,6 +25,7 @@ from recipes.models.checkpoint import WARM_START, load_checkpoint
 from recipes.models.generation import Sampling, by_transformers, token_ids
 from recipes.models.precision import Precision
 from recipes.problems import EXIT_STATUS, ConfigError, visible
+from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.terminal import silence_bars
@@ -112,11 +113,6 @@ def _untrained(config: RunConfig, run: RunFolder, task: Task) -> tuple[Any, Any]
 def _instead(prompt: Any, question: str) -> Any:
     """The prompt with another question: the last message of a chat, or the whole of a plain prompt."""
     return question if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": question}]
-
-
-def last_words(prompt: Any) -> str:
-    """What a prompt ends in: the whole of a plain one, the last message of a chat."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def talk(models: list[tuple[str, Answerer]], example: Any, questions: Iterable[str]) -> None:

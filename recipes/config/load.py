@@ -111,6 +111,8 @@ class RunConfig(Section):
             "save_strategy": "no" if self.run.save_every is None else "steps",
             "gradient_checkpointing": self.model.gradient_checkpointing,
         }
+        if self.grpo["push_to_hub"] and self.grpo["hub_model_id"] is None:
+            fields["hub_model_id"] = self.run.name  # TRL would call it by its folder: checkpoints
         if self.run.save_every is not None:
             fields["save_steps"] = self.run.save_every
         if self.grpo.get("ddp_find_unused_parameters") is None:

@@ -9,9 +9,12 @@ import sys
 import pytest
 from published import ROOT, blocks
 
+from recipes.models.manifest import damage
+
 TINY = [
     "model.scratch.layers=1",
     "grpo.max_steps=2",
+    "run.save_every=2",
     "grpo.per_device_train_batch_size=16",
     "run.warm_start.steps=2",
     "run.warm_start.batch_size=8",
@@ -71,6 +74,16 @@ def test_the_troubleshooting_page_names_every_field_of_the_metrics(followed):
     for line in (followed[0] / "metrics.jsonl").read_text().splitlines():
         for field in json.loads(line):
             assert f"`{field}`" in table, field
+
+
+def test_checkpoints_and_the_final_model_carry_our_card(followed):
+    folder, _ = followed
+    for place in (folder / "checkpoints" / "checkpoint-2", folder / "final", folder / "checkpoints"):
+        card = (place / "README.md").read_text(encoding="utf-8")
+        assert "trained by GRPO after a supervised start" in card, place
+        assert "my_rewards.short" in card  # the configuration
+        assert "[More Information Needed]" not in card
+    assert damage(folder / "checkpoints" / "checkpoint-2") == ""  # the card is among what was summed
 
 
 def test_the_model_is_asked_as_the_last_line_says(followed):
