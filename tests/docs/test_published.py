@@ -84,7 +84,7 @@ def torch_index(tmp_path, gpu="", **environment):
     """What .ci/torch_index decides and says, on a machine with such an nvidia-smi."""
     if gpu:
         fake = tmp_path / "nvidia-smi"
-        fake.write_text(f"#!/bin/sh\necho 'GPU 0: {gpu} (UUID: GPU-0)'\n")
+        fake.write_text(f"#!/bin/sh\necho '{gpu}'\n")
         fake.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"
     done = subprocess.run(
@@ -104,9 +104,14 @@ def test_the_torch_that_fits_the_machine_is_chosen_in_one_line(tmp_path):
         index, said = torch_index(tmp_path)
         assert index == "https://download.pytorch.org/whl/cpu"
         assert said.startswith("no NVIDIA GPU found: torch for the CPU")
-    index, said = torch_index(tmp_path, gpu="NVIDIA L4")
+    index, said = torch_index(tmp_path, gpu="NVIDIA L4, 580.65.06")
     assert index == ""
-    assert said.startswith("NVIDIA L4 found: torch comes with CUDA")
+    assert said.startswith("NVIDIA L4 found: torch with CUDA")
+    index, said = torch_index(tmp_path, gpu="NVIDIA L4, 535.104.05")
+    assert index == "https://download.pytorch.org/whl/cu126"
+    assert "too old for CUDA 13 (535.104.05" in said
+    failed = "NVIDIA-SMI has failed because it could not communicate with the driver"
+    assert torch_index(tmp_path, gpu=failed)[0] in ("https://download.pytorch.org/whl/cpu", "")
     assert torch_index(tmp_path, TORCH_INDEX="https://x/y")[0] == "https://x/y"
     assert torch_index(tmp_path, TORCH_INDEX="")[0] == ""
 
