@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.problems import visible
+from recipes.report.advice import advice
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
 from recipes.report.verdict import verdict
@@ -44,12 +45,13 @@ def write_report(folder: RunFolder) -> Path:
             f"{folder.path}: no metrics.jsonl with a line in it; give the folder of a run"
         )
     plot_run(records, folder.path.name, folder.path / "report.png")
-    summary = summarize(records)
+    summary, outcome = summarize(records), verdict(records)
     config = folder.path / "config.yaml"
     page = render(
         "report",
         title=folder.path.name,
-        verdict=verdict(records),
+        verdict=outcome,
+        advice=[] if outcome.kind == "better" else advice(records),
         facts=_facts(summary),
         figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
         tables=[
