@@ -46,8 +46,8 @@ def shown(session: str) -> Iterator[str]:
 
     A bar erases its line and writes it again; what was there before is left out. So are the recorder's own lines.
     """
-    session = re.sub(r"^Script started[^\n]*\n|\nScript done[^\n]*\n?", "", session)
-    for line in session.replace("\r\n", "\n").split("\n"):
+    session = re.sub(r"^Script started[^\n]*\n|\n\s*Script done[^\n]*\n?", "", session.replace("\r\n", "\n"))
+    for line in session.rstrip().split("\n"):
         last = re.split(r"\x1b\[2K", line)[-1].replace("\r", "")
         yield re.sub(r"\x1b\[(?:\?\d+[hl]|\d*[A-G])", "", last)  # colours stay, the cursor's moves go
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                 for mode in MODES:
                     shoot(browser, page, options.out / f"{name}-{width}-{mode}.png", width, height, mode)
         page = Path(folder) / "terminal.html"
-        lines = list(shown(options.session.read_text(encoding="utf-8")))
+        lines = list(shown(options.session.read_bytes().decode()))  # a carriage return is no line's end here
         shoot(browser, page, options.out / "terminal.png", 980, terminal_page(lines, page))
     return 0
 

@@ -45,7 +45,8 @@ def device_name() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(int(os.environ.get("LOCAL_RANK", "0")))
-    return f"the CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads != 1)}"
 
 
 def environment_table(found: dict[str, Any]) -> Table:
