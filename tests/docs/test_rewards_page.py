@@ -103,4 +103,3 @@ def test_the_model_is_asked_as_the_last_line_says(followed):
     assert talked.returncode == 0
     assert talked.stdout.count("> ") == 3
     assert talked.stdout.count("no token for some of that") == 1  # of hello
-    assert ask("--base", typed="").returncode == 0  # the end of the input ends it
