@@ -5,7 +5,10 @@
 # make notebook  bring notebooks/*.ipynb and their .py twins in step, the newer one winning
 # make clean    remove the environment and the caches; runs/ stays
 #
-# PYTHON=python3.12 chooses the interpreter of the environment, ARGS="run.seed=1" goes to train_grpo.py.
+# make address ADDRESS=https://github.com/you/memhead   write the repository's address wherever it is published
+#
+# PYTHON=python3.12 chooses the interpreter of the environment, ARGS="run.seed=1" goes to train_grpo.py, TORCH_INDEX=URL is
+# the package index that torch comes from (.ci/torch_index chooses it otherwise).
 
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
@@ -15,8 +18,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 TRL_NEXT := $(VENV)/trl-next
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-trl-next lint format notebook clean
+.PHONY: train test test-trl-next lint format notebook clean address
 
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
@@ -42,24 +46,30 @@ format: $(INSTALLED)
 notebook: $(INSTALLED)
 	$(BIN)/jupytext --sync notebooks/*.py
 
+address:
+	$(PYTHON) .ci/address.py $(ADDRESS)
+
 # The stamp is written last: an installation that was cut off is taken up again.
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "memhead needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing);" \
 	    "name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@index=$$(.ci/torch_index); if [ -n "$$index" ]; then \
+	  $(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" "$$(grep '^torch==' requirements.lock)" \
+	  || echo "$$index does not give it: torch comes from the usual package index" >&2; fi
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --editable .
 	touch $@
 
 # Unsloth is for its tests alone: the real package, without what it needs on a GPU.
 $(TESTABLE): $(INSTALLED) requirements-unsloth.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-unsloth.lock
+	$(PIP) --no-deps -r requirements-unsloth.lock
 	touch $@
 
 $(TRL_NEXT)/.installed: $(INSTALLED) requirements-trl-next.lock
 	rm -rf $(TRL_NEXT)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRL_NEXT) \
-	  -r requirements-trl-next.lock
+	$(PIP) --no-deps --target $(TRL_NEXT) -r requirements-trl-next.lock
 	touch $@
 
 clean:

@@ -18,6 +18,7 @@ import argparse
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from recipes.config.load import RunConfig, load_config
 from recipes.problems import EXIT_STATUS, ConfigError, visible
+from recipes.processes import is_first_here
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -57,6 +59,8 @@ def main(arguments: list[str]) -> int:
     for name in ("device", "processes", "lengths"):
         if (value := getattr(options, name)) is not None and not options.plan:
             parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
+    if not options.plan and options.evaluate is None and is_first_here():
+        print(f"Reading {options.config}", flush=True)  # at once: what checks it takes seconds to be imported
     try:
         config = load_config(options.config, options.overrides, processes=options.processes)
     except ConfigError as error:
@@ -81,13 +85,18 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: bool = False) -> int:
     """The run, top to bottom: begin, optimise, finish; or begin and sample a few prompts. Returns the exit status."""
+    from recipes.tracking.environment import device_name
+    from recipes.tracking.terminal import opening, silence_bars
     from recipes.training.preflight import check  # the heavy imports wait until the configuration is right
 
+    if is_first_here():
+        print(opening(config, device_name()), flush=True)
     try:
         check(config)
     except ConfigError as error:
         _say_once(error)
         return EXIT_STATUS
+    silence_bars()
 
     from recipes import processes
 
@@ -158,6 +167,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     check_problems(config, task)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
+    print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
@@ -174,6 +184,7 @@ def optimise(session: Session) -> Trained:
     from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
     from recipes.processes import anywhere, lost_another
+    from recipes.report.model_card import model_card
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
@@ -186,6 +197,7 @@ def optimise(session: Session) -> Trained:
     config, folder, checkpoint = session.config, session.folder, session.folder.checkpoint
     with install_head(config, session.arguments) as handle, Interruption() as interruption:
         trainer = make_trainer(session)
+        trainer.card = partial(model_card, folder.path)
         tracker = track(trainer, folder, config.tracking)
         evaluate = evaluator(config, session.task, by_trainer(trainer))
         for callback in (BypassGuard(handle), interruption, SaySigns()):
@@ -233,7 +245,10 @@ def finish(session: Session, trained: Trained, command: str) -> int:
 
 
 def _report(session: Session, trained: Trained, command: str) -> int:
+    from recipes.report.advice import advice
+    from recipes.report.model_card import model_card
     from recipes.report.page import write_report
+    from recipes.report.verdict import verdict
     from recipes.tracking.terminal import print_summary
     from recipes.training.memory import write_measured
     from recipes.training.resume import FINISHED
@@ -242,7 +257,12 @@ def _report(session: Session, trained: Trained, command: str) -> int:
     if trainer.state.log_history:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
+    if folder.final.is_dir():
+        (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
     print_summary(trained.tracker.summary(), folder)
+    records = folder.metrics.read()
+    outcome = verdict(records)
+    print(outcome.sentence, *([] if outcome.kind == "better" else advice(records)), sep="\n")
     if trained.finished:
         folder.write_json(FINISHED, {"step": trainer.state.global_step})
         return 0
@@ -262,8 +282,6 @@ def _how_to_go_on(folder: RunFolder, command: str = "the same command") -> str:
 
 def _say_once(error: ConfigError) -> None:
     """What every process of a machine finds alike, before they know each other."""
-    from recipes.processes import is_first_here
-
     if is_first_here():
         print(error, file=sys.stderr)
 

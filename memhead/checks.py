@@ -15,6 +15,8 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
             targets are not hidden's leading dimensions of integers, bias is not (V,), or the
             tensors are on different devices.
     """
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        _check_whole_tensor(name, value)
     if not hidden.is_floating_point():
         raise ValueError(f"hidden has dtype {hidden.dtype}; it must be floating point")
     if not weight.is_floating_point():
@@ -40,6 +42,30 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
         check_device(name, tensor, hidden)
     if not torch.compiler.is_compiling():
         check_no_tangent(hidden=hidden, weight=weight, bias=bias)
+
+
+def _check_whole_tensor(name: str, value: object) -> None:
+    """``value`` is a tensor, and all of it is here."""
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        inside = isinstance(getattr(value, "weight", None), Tensor)
+        remedy = (
+            f"pass its weight, {name}.weight, and bias={name}.bias where it has one"
+            if inside
+            else "pass a tensor"
+        )
+        raise ValueError(f"{name} is a {got}; {remedy}")
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor {tuple(value.shape)}, of which a part is here (FSDP2, tensor parallelism); call "
+            f"memhead inside the module's own forward, where it is whole, or pass {name}.full_tensor(); of a "
+            "vocabulary split for good see memhead.parallel"
+        )
+    if hasattr(value, "ds_shape") and value.shape != value.ds_shape:
+        raise ValueError(
+            f"{name} is {tuple(value.ds_shape)} but partitioned by ZeRO-3, and none of it is here; call memhead under "
+            f"deepspeed.zero.GatheredParameters([{name}]), in the forward and in the backward pass"
+        )
 
 
 def check_no_tangent(**tensors: Tensor | None) -> None:

@@ -20,58 +20,84 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/memhead/blob/main/notebooks/grpo_llama3_1_8b.ipynb)
 #
-# The run of `configs/llama3.1_8b_gsm8k.yaml` (Unsloth, 4-bit, vLLM), cell by cell: what it will need, training, one
-# question before and after, saving, and memhead beside full logits. Its twin `grpo_llama3_1_8b.py` is what to edit;
-# `make notebook` brings the two in step.
-
-# %% [markdown]
-# Fetches the `repository` and what `requirements-cuda.lock` pins, where they are not here already. If an import further
-# down then complains of a version, restart the session and begin again here.
-
-# %%
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-repository = "https://github.com/OWNER/memhead"  # @param {type:"string"}
-
-here = [folder for folder in (Path(".."), Path("."), Path("memhead")) if (folder / "train_grpo.py").is_file()]
-if not here:
-    if "/OWNER/" in repository:
-        raise SystemExit("repository: put in the address that this notebook comes from, in place of OWNER")
-    subprocess.run(["git", "clone", "--depth=1", repository, "memhead"], check=True)
-    here = [Path("memhead")]
-os.chdir(here[0])
-if importlib.util.find_spec("trl") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-qr", "requirements-cuda.lock"], check=True)
-sys.path.insert(0, os.getcwd())
+# The run of `configs/llama3.1_8b_gsm8k.yaml` (Unsloth, 4-bit, vLLM), cell by cell: what it will need, rewards,
+# training, one question before and after, saving and serving, and memhead beside full logits. **Planned** for a card
+# of 16 GB (T4) and more, 8.4 GiB at the peak; **not run on one yet**: every cell is run on a CPU with `smoke`, at toy
+# size. Its twin `grpo_llama3_1_8b.py` is what to edit; `make notebook` brings the two in step. When something looks
+# wrong: `docs/troubleshooting.md`.
 
 # %% [markdown]
 # The settings that matter. Every other key is in the YAML file, and `docs/configuration.md` lists them all.
 
 # %% tags=["parameters"]
+repository = "https://github.com/OWNER/memhead"  # @param {type:"string"}
 model = "unsloth/meta-Llama-3.1-8B-Instruct"  # @param {type:"string"}
 steps = 250  # @param {type:"integer"}
 completion_length = 768  # @param {type:"integer"}
 use_memhead = True  # @param {type:"boolean"}
+show_completions = 1  # @param {type:"integer"}
 compare_steps = 5  # @param {type:"integer"}
 question = ""  # @param {type:"string"}
 merge = False  # @param {type:"boolean"}
+drive = False  # @param {type:"boolean"}
 output = "runs"  # @param {type:"string"}
 smoke = False  # @param {type:"boolean"}
 
 # %% [markdown]
-# An empty `question` asks the first held-out problem. A mounted Drive as `output` keeps the run. `smoke` shows that
-# every cell runs, on a CPU with a Llama of one layer: it learns nothing in six steps, and the model, steps and length
-# above are not used.
+# An empty `question` asks the first held-out problem. `drive` keeps the runs on your Google Drive, under `memhead/`:
+# a session that was lost is gone on with by running the cells again. `show_completions` are printed at each logged
+# step. `smoke` shows that every cell runs, on a CPU with a Llama of one layer: it learns nothing in six steps, and
+# the model, steps and length above are not used.
+#
+# ## This machine
+#
+# The card, its driver and memory, before the long install: the lock's torch is built for CUDA 13, which older drivers
+# do not run.
 
 # %%
-from recipes.notebook import configure, run_apart
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if drive:
+    from google.colab import drive as google_drive
+
+    google_drive.mount("/content/drive")
+    output = "/content/drive/MyDrive/memhead"
+here = [folder for folder in (Path(".."), Path("."), Path("memhead")) if (folder / "train_grpo.py").is_file()]
+if not here:
+    subprocess.run(["git", "clone", "--depth=1", repository, "memhead"], check=True)
+    here = [Path("memhead")]
+os.chdir(here[0])
+sys.path.insert(0, os.getcwd())
+
+from recipes.machine import cards, missing, room, too_old
+
+found = cards()
+print(*(found or ["no NVIDIA GPU"]), room(), sep="\n")
+reasons = [reason for card in found if (reason := too_old(card.driver, "13.0"))]
+if not smoke and (reasons or not found):
+    advice = "choose another runtime, or smoke = True to see the cells run on a CPU"
+    raise SystemExit(f"{reasons[0] if reasons else 'this run needs an NVIDIA GPU'}; {advice}")
+
+# %% [markdown]
+# What `requirements-cuda.lock` pins and this session lacks, whichever it is. The wheels are several GB, and the model
+# about 6 GB more (not measured here); a Colab session starts with tens of GB free. If an import further down then
+# complains of a version, restart the session and run the cells again from the top.
+
+# %%
+lacking = [] if smoke else missing("requirements-cuda.lock")
+print("missing: " + ", ".join(lacking) if lacking else "nothing to install")
+if lacking:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qr", "requirements-cuda.lock"], check=True)
+
+# %%
+from recipes.notebook import configure, judged, run_apart
 
 path = "notebooks/smoke.yaml" if smoke else "configs/llama3.1_8b_gsm8k.yaml"
 settings = {"run.output_root": output, "head.impl": "memhead" if use_memhead else "full"}
+settings["tracking.print_completions"] = show_completions
 if not smoke:
     settings |= {"model.name": model, "model.max_seq_length": 256 + completion_length}
     settings |= {"grpo.max_steps": steps, "grpo.max_completion_length": completion_length}
@@ -90,15 +116,33 @@ planned.print()
 print(f"\npeak {planned.peak / GIB:.2f} GiB; with full logits {full.peak / GIB:.2f} GiB")
 
 # %% [markdown]
+# ## The rewards
+#
+# One problem as the model sees it, a right answer and a wrong one, and what every reward gives for each: if these are
+# not what you meant, no training will mend it.
+
+# %%
+asked, answers = judged(config.make_task())
+print(asked)
+for name, answer, given in answers:
+    print(
+        f"\n── {name}: " + ", ".join(f"{reward} {value:g}" for reward, value in given.items()),
+        answer,
+        sep="\n",
+    )
+
+# %% [markdown]
 # ## Training
 #
-# `train_grpo.py` in a process of its own, so that the GPU is free again afterwards. Interrupting it ends the run after
-# the step in hand.
+# `train_grpo.py` in a process of its own, so that the GPU is free again afterwards. Interrupting it ends the run
+# after the step in hand; running the cell again goes on from the last checkpoint, as after a session that was lost.
+# How long it takes has not been measured; the stored output of Unsloth's notebook, whose settings these are, took 3.8
+# hours on a T4.
 
 # %%
 import train_grpo
 
-run = run_apart(train_grpo.main, path, settings)
+run = run_apart(train_grpo.main, path, settings, resume=True)
 
 # %% [markdown]
 # Reward, accuracy and memory over the steps. `report.html` beside the picture has the completions too.
@@ -122,16 +166,20 @@ for name, text in ask(config, run, question).items():
 # %% [markdown]
 # ## Saving
 #
-# `final/` holds the adapter (the smoke model: all weights), and now a model card. `merge` writes merged 16-bit weights,
-# proven against base and adapter, for which main memory must hold them nearly three times. After it, with llama.cpp's
-# converter on the PATH, `python -m recipes.export RUN --gguf` writes a GGUF file.
+# `final/` holds the adapter (the smoke model: all weights) and its model card. `merge` writes merged 16-bit weights
+# by Unsloth's own saver, 16 GB on disk, for which this machine should have 48 GB of main memory (by size, not
+# measured); a standard Colab session has less.
 
 # %%
 from recipes import export
+from recipes.notebook import apart
 
-export.main([str(run.path), *(["--merge", "--base", model] if merge else [])])
+apart(export.main, [str(run.path), *(["--merge", "--saver", "unsloth"] if merge and not smoke else [])])
 for file in sorted(run.final.iterdir()):
     print(f"{file.stat().st_size / 2**20:10.2f} MiB  {file}")
+
+# %% [markdown]
+# Serving it elsewhere, by vLLM, Ollama or transformers: `docs/serving.md`.
 
 # %% [markdown]
 # ## memhead beside full logits
@@ -161,7 +209,8 @@ pair = [
 ]
 
 # %% [markdown]
-# What they cost, laid over each other. The smoke model's vocabulary has 20 entries, so that its two runs hardly differ.
+# What they cost, laid over each other. The smoke model's vocabulary has 20 entries, so that its two runs hardly
+# differ.
 
 # %%
 compare([each.path for each in pair], out=run.path / "side_by_side")

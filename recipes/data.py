@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +38,13 @@ class BadValue(ValueError):
 class Column:
     """A column that a task reads.
 
-    read: the value as the task takes it; raises BadValue. key: the YAML key that names the column, if there is one.
+    read: the value as the task takes it; raises BadValue. source: the data's own name of it; None: the same, and there
+    is no key to give another.
     """
 
     name: str
     read: Callable[[Any], Any]
-    key: str = "task.dataset"
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def read_rows(dataset: str, split: str, config: str | None = None, columns: Sequ
         remedy = "put problems into it, or name another dataset"
         raise ConfigError([Problem("task.dataset", "has no rows", sources[0].name, remedy)])
     return rows
+
+
+def renamed(columns: Sequence[Column], names: Mapping[str, str]) -> list[Column]:
+    """The columns under the data's own names, by those of the task: `task.columns` of the YAML."""
+    return [replace(column, source=names[column.name]) for column in columns]
 
 
 def text(value: Any) -> str:
@@ -138,19 +144,22 @@ def _checked(source: str, number: int, row: Any, columns: Sequence[Column]) -> d
     if not isinstance(row, dict):
         fault = f"is {kind_of(row)}, no object with columns"
         raise _refused("task.dataset", source, number, fault, row, "write an object")
+    found = dict(row)
     for column in columns:
-        if column.name not in row:
+        name = column.name if column.source is None else column.source
+        if name not in row:
             there = ", ".join(map(str, row)) or "none"
-            remedy = "rename one" if column.key == "task.dataset" else "name one of them"
-            message = f"{source}, row {number}: lacks {column.name!r}, has {there}"
-            raise ConfigError([Problem(column.key, message, remedy=remedy)])
-        value = row[column.name]
+            key, remedy = "task.dataset", "rename one"
+            if column.source is not None:
+                key, remedy = f"task.columns.{column.name}", "set it to one of them"
+            message = f"{source}, row {number}: lacks {name!r}, has {there}"
+            raise ConfigError([Problem(key, message, remedy=remedy)])
         try:
-            row[column.name] = column.read(value)
+            found[column.name] = column.read(row[name])
         except BadValue as error:
-            fault = f"column {column.name!r} {error}"
-            raise _refused(column.key, source, number, fault, value, error.remedy) from error
-    return row
+            fault = f"column {name!r} {error}"
+            raise _refused("task.dataset", source, number, fault, row[name], error.remedy) from error
+    return found
 
 
 def _refused(key: str, source: str, number: int, message: str, value: Any, remedy: str) -> ConfigError:

@@ -2,11 +2,13 @@
 
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge            final/ (an adapter) -> merged/
     python -m recipes.export runs/llama3.2_1b_gsm8k --merge --gguf     and merged.gguf, by llama.cpp's converter
+    python -m recipes.export runs/llama3.1_8b_gsm8k --merge --saver unsloth     by Unsloth's own saver (on its GPU)
 
 After training on a quantised base, `--base` names the weights that it was quantised from.
 
 `--merge` checks two things and prints the figures: the merged weights differ from the base, and the merged model's
-logits are those of base plus adapter. A model that fails either check is not left in the folder.
+logits are those of base plus adapter. A model that fails either check is not left in the folder. What Unsloth saves is
+Unsloth's, and not checked.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 
 import torch
 
+from recipes.config.load import load_config
+from recipes.config.unsloth import MAX_SEQ_LENGTH
 from recipes.models.checkpoint import require_base, with_adapter
 from recipes.models.foreign import no_foreign_code
 from recipes.problems import ConfigError, visible
@@ -78,6 +82,29 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
         shutil.rmtree(place)
         raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
     return proof
+
+
+def merge_by_unsloth(run: Path) -> Path:
+    """Merge `run/final` into 16-bit weights in `run/merged`, by the loader that trained it. Returns the folder.
+
+    Raises ExportError: another loader, no Unsloth here, or no GPU for it.
+    """
+    config, final, place = load_config(run / "config.yaml"), run / "final", run / "merged"
+    if config.model.loader != "unsloth":
+        raise ExportError(f"{run} was trained by model.loader: {config.model.loader}; leave --saver out")
+    if place.exists():
+        raise ExportError(f"{place} exists; remove it to merge again")
+    try:
+        from unsloth import FastLanguageModel
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        raise ExportError(f"Unsloth does not start here: {error}; leave --saver out") from error
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=str(final),
+        max_seq_length=config.model.max_seq_length or MAX_SEQ_LENGTH,
+        load_in_4bit=config.model.load_in_4bit,
+    )
+    model.save_pretrained_merged(str(place), tokenizer, save_method="merged_16bit")
+    return place
 
 
 def _with_adapter(final: Path, base: str | None) -> Any:
@@ -154,12 +181,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--base", help="with --merge: the weights to merge into; default: the adapter's own base"
     )
+    parser.add_argument(
+        "--saver", choices=["peft", "unsloth"], default="peft", help="with --merge: whose code merges"
+    )
     parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
     options = parser.parse_args(arguments)
     try:
         if not (options.run / "final").is_dir():
             raise ExportError(f"{options.run} holds no folder final; give the folder of a finished run")
-        if options.merge:
+        if options.merge and options.saver == "unsloth":
+            print(merge_by_unsloth(options.run))
+        elif options.merge:
             print(json.dumps(merge(options.run, options.base), indent=2))
         places = [place for name in ("final", "merged") if (place := options.run / name).is_dir()]
         for place in places:

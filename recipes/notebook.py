@@ -1,6 +1,7 @@
 """A run in its own process, for notebooks: when it ends, all of its memory is free again, the GPU's and vLLM's too.
 
 folder = run_apart(train_grpo.main, "configs/quickstart.yaml", {"grpo.max_steps": 20})
+judged(config.make_task())      a problem with its rewards for a right and a wrong answer, before anything is trained
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 from recipes.config.load import RunConfig, load_config
 from recipes.config.source import override
+from recipes.rewards.contract import check, choose
+from recipes.rewards.final_answer import last_words
+from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder, existing
 
 
@@ -29,16 +33,44 @@ def configure(path: str, settings: Mapping[str, Any]) -> RunConfig:
     return load_config(path, _overrides(settings))
 
 
-def run_apart(main: Callable[[list[str]], int], path: str, settings: Mapping[str, Any]) -> RunFolder:
+def run_apart(
+    main: Callable[[list[str]], int], path: str, settings: Mapping[str, Any], *, resume: bool = False
+) -> RunFolder:
     """Trains by `main`, that of train_grpo, and returns the run's folder; the run's output is shown as it comes.
 
+    resume: go on from the last checkpoint where there is one, as after a session that was lost.
     Raises RunFailed if the run ends with a status other than 0.
     """
     config = configure(path, settings)
-    status = apart(main, ["--config", path, *_overrides(settings)])
+    going_on = ["--resume"] if resume and _has_checkpoint(config) else []
+    status = apart(main, ["--config", path, *_overrides(settings), *going_on])
     if status:
         raise RunFailed(f"{config.run.name} ended with exit status {status}; its own message is above")
     return RunFolder(existing(Path(config.run.output_root), config.run.name)[-1])
+
+
+def _has_checkpoint(config: RunConfig) -> bool:
+    folders = existing(Path(config.run.output_root), config.run.name)
+    return any(RunFolder(folder).checkpoint is not None for folder in folders)
+
+
+def judged(task: Task) -> tuple[str, list[tuple[str, str, dict[str, float | None]]]]:
+    """A problem's prompt; and a right and a wrong answer to it, each with what every reward gives.
+
+    The right one is the task's own example for a warm start, the wrong one the example of another problem. Raises
+    ConfigError for a task without examples.
+    """
+    examples = {last_words(prompt): answer for prompt, answer in task.warm_start_examples(64)}
+    row = next(row for row in task.train if last_words(row["prompt"]) in examples)
+    right = examples[last_words(row["prompt"])]
+    wrong = next(answer for answer in examples.values() if not task.is_correct(answer, row))
+    functions = choose(task.reward_weights, task.rewards)
+    found = []
+    for name, answer in (("right", right), ("wrong", wrong)):
+        said = answer if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer}]
+        given = check(functions, [row], [said], task.options.reward_seconds)
+        found.append((name, answer, {reward: values[0] for reward, values in given.items()}))
+    return last_words(row["prompt"]), found
 
 
 def apart(function: Callable[..., int], *arguments: Any) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+TROUBLESHOOTING = "docs/troubleshooting.md"
 EXIT_STATUS = 2  # what a command line returns for a bad configuration, as argparse does for a bad option
 
 
@@ -69,6 +70,11 @@ def location(key: str, locate: Mapping[str, str], file: str) -> str:
             return locate[key]
         key = key.rpartition(".")[0]
     return file
+
+
+def see(section: str) -> str:
+    """Where a message's reader finds more: a section of the troubleshooting page, by its anchor."""
+    return f"{TROUBLESHOOTING}#{section}"
 
 
 def show(value: Any, limit: int = 80) -> str:

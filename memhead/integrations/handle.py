@@ -55,20 +55,30 @@ class Handle:
         def on_step_end(self, args, state, control, **_): self.handle.expect_calls(f"step {state.global_step}")
 
     Attributes:
+        impl: what computes.
+        place: what it was put into, in words.
         calls: calls so far.
         rows: tokens scored so far.
         listener: while it is set, it is called with what each call of TRL's head was given.
         truncated: while it is set, log-probabilities are those of a truncating sampler (TRL alone).
     """
 
-    def __init__(self, impl: str, restore: Callable[[], None]) -> None:
-        self.impl = impl
+    def __init__(self, impl: str, restore: Callable[[], None], place: str = "") -> None:
+        self.impl, self.place = impl, place
         self.calls = 0
         self.rows = 0
         self.listener: Callable[..., None] | None = None
         self.truncated: Truncated | None = None
         self._calls_seen = 0
         self._restore: Callable[[], None] | None = restore
+
+    def __repr__(self) -> str:
+        """What it did: where it is, how often it was called, and how to undo it."""
+        done = f"{self.calls:,} calls, {self.rows:,} tokens so far"
+        if self._restore is None:
+            return f"<head {self.impl!r}: uninstalled, after {done}>"
+        into = f" in {self.place}" if self.place else ""
+        return f"<head {self.impl!r}{into}: {done}; uninstall() puts back what was there>"
 
     def count(self, rows: int) -> None:
         """Note one call that scored ``rows`` tokens."""

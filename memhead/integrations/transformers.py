@@ -100,7 +100,7 @@ def patch(
         )
     options = head_options(base.config)
     signature = inspect.signature(type(base).forward)
-    handle = Handle("memhead", lambda: unpatch(model))
+    handle = Handle("memhead", lambda: unpatch(model), f"{type(base).__name__}.forward with labels")
 
     @functools.wraps(type(base).forward)  # generate() and Trainer read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

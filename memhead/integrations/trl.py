@@ -81,7 +81,7 @@ def install(
         if refuse_lora_again is not None:
             refuse_lora_again()
 
-    handle = Handle(impl, restore)
+    handle = Handle(impl, restore, "TRL's trainers")
 
     def memhead_apply(*args: Any, **kwargs: Any) -> PerToken:
         truncated = handle.truncated

@@ -29,6 +29,7 @@ from recipes.config.schema import (
     StepConfig,
     TaskConfig,
     TrackingConfig,
+    leaves,
     schema_keys,
 )
 from recipes.config.source import dump, merge, read_file, read_overrides
@@ -110,6 +111,8 @@ class RunConfig(Section):
             "save_strategy": "no" if self.run.save_every is None else "steps",
             "gradient_checkpointing": self.model.gradient_checkpointing,
         }
+        if self.grpo["push_to_hub"] and self.grpo["hub_model_id"] is None:
+            fields["hub_model_id"] = self.run.name  # TRL would call it by its folder: checkpoints
         if self.run.save_every is not None:
             fields["save_steps"] = self.run.save_every
         if self.grpo.get("ddp_find_unused_parameters") is None:
@@ -212,7 +215,7 @@ def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], 
         value = {} if name is None else {"value": name}
         return [Problem("task.name", message, remedy=f"use {one_of(sorted(task_names()))}", **value)], None
     options_class = get_task(name).Options
-    known = [*known, *(f"task.{option}" for option in options_class.model_fields)]
+    known = [*known, *(f"task.{key}" for key in leaves(options_class))]
     options = {key: value for key, value in data.items() if key != "name"}
     problems, parsed = parse_section("task", options_class, options, known)
     return problems, TaskConfig.model_construct(name=name, options=parsed) if parsed is not None else None

@@ -280,16 +280,17 @@ def schema_keys() -> list[str]:
     keys = ["task.name", "grpo", "base"]
     for name, section in SECTIONS.items():
         keys.append(name)
-        keys += [] if name == "task" else [f"{name}.{key}" for key in _leaves(section)]
+        keys += [] if name == "task" else [f"{name}.{key}" for key in leaves(section)]
     return keys
 
 
-def _leaves(section: type[BaseModel]) -> list[str]:
+def leaves(section: type[BaseModel]) -> list[str]:
+    """The dotted keys inside a section, those of its sections too."""
     found: list[str] = []
     for name, field in section.model_fields.items():
         found.append(name)
         nested = nested_section(field.annotation)
-        found += [f"{name}.{key}" for key in _leaves(nested)] if nested else []
+        found += [f"{name}.{key}" for key in leaves(nested)] if nested else []
     return found
 
 

@@ -35,9 +35,16 @@ Generate = Callable[[list[Prompt], Sampling], list[list[str]]]
 
 
 def by_transformers(
-    model: Any, tokenizer: Any, chat: Mapping[str, Any] = NO_CHAT, precision: Precision = AS_WEIGHTS
+    model: Any,
+    tokenizer: Any,
+    chat: Mapping[str, Any] = NO_CHAT,
+    precision: Precision = AS_WEIGHTS,
+    streamer: Any = None,
 ) -> Generate:
-    """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it; precision: the run's."""
+    """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it; precision: the run's.
+
+    streamer: one of transformers', which gets the tokens of a single completion as they come.
+    """
 
     @torch.no_grad()
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
@@ -47,7 +54,9 @@ def by_transformers(
         try:
             with precision.autocast(model.device):
                 tokens = model.generate(
-                    **encoded, generation_config=_generation_config(model, tokenizer, sampling)
+                    **encoded,
+                    generation_config=_generation_config(model, tokenizer, sampling),
+                    streamer=streamer,
                 )
         finally:
             model.train(was_training)

@@ -70,9 +70,9 @@ def _figures(summary: dict[str, Any]) -> str:
 def _head(folder: RunFolder) -> str:
     """The evidence for the head: how often it was called, and its errors against float64 at the start of the run."""
     calls, check = folder.read_json("head.json"), folder.read_json("head_check.json")
-    if not calls or not check:
+    errors = (check or {}).get("memhead")  # without run.checks there is only what chose the step
+    if not calls or not errors:
         return ""
-    errors = check["memhead"]
     return (
         f"The head was called {calls['calls']} times. Against full logits in float64 at the start: largest error of a "
         f"log-probability {errors['logprob_error']:.1e}, error of the gradient {errors['gradient_error']:.1e}."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.problems import visible
+from recipes.report.advice import advice
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
 from recipes.report.verdict import verdict
@@ -44,12 +45,13 @@ def write_report(folder: RunFolder) -> Path:
             f"{folder.path}: no metrics.jsonl with a line in it; give the folder of a run"
         )
     plot_run(records, folder.path.name, folder.path / "report.png")
-    summary = summarize(records)
+    summary, outcome = summarize(records), verdict(records)
     config = folder.path / "config.yaml"
     page = render(
         "report",
         title=folder.path.name,
-        verdict=verdict(records),
+        verdict=outcome,
+        advice=[] if outcome.kind == "better" else advice(records),
         facts=_facts(summary),
         figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
         tables=[
@@ -70,7 +72,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = [("optimizer steps", str(steps))]
     if summary["reward_first"] is not None:
         reward = f"{format_figure(summary['reward_first'])} → {format_figure(summary['reward_last'])}"
-        found.append(("reward, first and last tenth", reward))
+        found.append(("reward, first and last tenth of the steps", reward))
     if steps and seconds:
         found += [("training time", duration(seconds)), ("a step", f"{seconds / steps:.2f} s")]
     peak = highest_peak(summary, figure)

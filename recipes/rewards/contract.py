@@ -51,6 +51,12 @@ def _no_section(weight: Any) -> Any:
     return weight
 
 
+class ColumnNames(BaseModel):
+    """What a task's columns are called in the data: `task.columns`. A field for each, whose default is its own name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
 class RewardOptions(BaseModel):
     """The keys of a task that weigh its rewards and limit them. A task's Options derive from it."""
 

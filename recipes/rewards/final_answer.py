@@ -108,6 +108,11 @@ def text_of(completion: Any) -> str:
     return "".join(content for content in contents if isinstance(content, str))
 
 
+def last_words(prompt: Any) -> str:
+    """What a prompt ends in: the whole of a plain one, the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def numbers(text: str) -> list[Fraction]:
     """Every number of the text, left to right. Currency, units and percent signs are left aside."""
     return [number for place in _places(text) for number in _read(*place)]

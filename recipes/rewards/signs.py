@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-PATIENCE = 5  # logged steps with the same reward before it is called constant
+from recipes.problems import see
+
+PATIENCE = 5  # logged steps with the same reward, or without an end, before they are called constant
 _NO_LOSS = 1e-7
 
 
@@ -22,12 +24,13 @@ class Signs:
         self._first: dict[str, float] = {}  # each reward's first mean
         self._seen: dict[str, int] = {}  # logs of each
         self._varied: set[str] = set()
+        self._unended = 0  # logged steps in a row in which no completion ended by itself
 
     def read(self, step: int, logs: Mapping[str, Any]) -> list[str]:
         """The sentences that apply for the first time with this step's log."""
         if "loss" not in logs:  # an evaluation's
             return []
-        found = [*self._constant(step, logs), *_signs(step, logs)]
+        found = [*self._constant(step, logs), *self._never_ended(step, logs), *_signs(step, logs)]
         new = [sentence for sign, sentence in found if sign not in self._said]
         self._said |= {sign for sign, _ in found}
         return new
@@ -49,7 +52,18 @@ class Signs:
             yield (
                 f"constant {name}",
                 f"Reward {name} gave every completion {gave} up to step {step}: it tells none from another, so "
-                "nothing is learned from it yet. Look at completions.jsonl: is the format it looks for ever written?",
+                "nothing is learned from it yet. Look at completions.jsonl: is the format it looks for ever written? "
+                f"{see('the-reward-stays-flat')}",
+            )
+
+    def _never_ended(self, step: int, logs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        self._unended = self._unended + 1 if logs.get("completions/clipped_ratio") == 1.0 else 0
+        if self._unended == PATIENCE:
+            yield (
+                "never ended",
+                f"In {PATIENCE} logged steps up to step {step} no completion ended by itself. Either the limit is far "
+                "too short, or the model never writes the tokenizer's end token (a base model without a chat "
+                f"template, or one whose end token is another). {see('completions-are-cut-off')}",
             )
 
 
@@ -64,13 +78,15 @@ def _signs(step: int, logs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "equal",
             f"Step {step}: within each group all completions earned the same, so every advantage is 0 and the step "
             "learned nothing. Rare is harmless; often means that the problems are too hard or too easy, or that "
-            "grpo.num_generations or grpo.temperature is too low.",
+            "grpo.num_generations or grpo.temperature is too low. "
+            f"{see('the-reward-stays-flat')}",
         )
     if logs.get("completions/clipped_ratio") == 1.0:
         yield (
             "clipped",
             f"Step {step}: every completion was cut off at grpo.max_completion_length, before the model ended it. "
-            "An answer at the end is never seen; raise it, or check that the model knows its end token.",
+            "An answer at the end is never seen; raise it, or check that the model knows its end token. "
+            f"{see('completions-are-cut-off')}",
         )
     if step == 1 and abs(logs["loss"]) < _NO_LOSS:
         yield (
@@ -78,5 +94,6 @@ def _signs(step: int, logs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "Step 1: a loss of 0 because every advantage is 0."
             if equal
             else "Step 1: a loss of 0 is no fault. While the policy is the one that sampled, a group's advantages "
-            "cancel out in GRPO's loss, but not in its gradient: see grad_norm, and the rewards.",
+            "cancel out in GRPO's loss, but not in its gradient: see grad_norm, and the rewards. "
+            f"{see('a-loss-near-0-or-below-it')}",
         )

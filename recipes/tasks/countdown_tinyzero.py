@@ -20,10 +20,10 @@ from typing import Any, Literal, Self
 from datasets import Dataset
 from pydantic import Field, model_validator
 
-from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, whole_number
+from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, renamed, whole_number
 from recipes.problems import ConfigError, Problem
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
-from recipes.rewards.contract import Reward, RewardOptions
+from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
 from recipes.tasks import Row, Task
 
@@ -47,6 +47,13 @@ _SYSTEM = (
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
+class Columns(ColumnNames):
+    """What the data's columns are called."""
+
+    nums: str = Field("nums", description="the data's column with the list of numbers")
+    target: str = Field("target", description="that with the number to reach")
+
+
 class TinyZero(Task):
     """The rows have `nums` (list of int) and `target` (int) beside their prompt."""
 
@@ -60,6 +67,9 @@ class TinyZero(Task):
         )
         config: str | None = Field(
             None, description="the dataset's configuration on the hub; null: its only one"
+        )
+        columns: Columns = Field(
+            default_factory=lambda: Columns(), description="what the data's columns are called"
         )
         prompt: Literal["chat", "plain"] = Field(
             "chat", description="chat messages; or TinyZero's plain text for models that know no chat"
@@ -125,7 +135,8 @@ class TinyZero(Task):
             held_out = [next(problems) for _ in range(options.held_out)]
             return [next(problems) for _ in range(options.train_size or MADE)], held_out
         # TinyZero's data has this split alone.
-        rows = read_rows(options.dataset, "train", options.config, COLUMNS)
+        columns = renamed(COLUMNS, options.columns.model_dump())
+        rows = read_rows(options.dataset, "train", options.config, columns)
         train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}")
         kept_back = {_key(row) for row in held_out}
         train = [row for row in train if _key(row) not in kept_back]

@@ -20,8 +20,18 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, read_rows, rounds, text
-from recipes.rewards.contract import Reward, RewardOptions
+from recipes.data import (
+    BadValue,
+    Column,
+    Rows,
+    hold_out,
+    is_one_file,
+    read_rows,
+    renamed,
+    rounds,
+    text,
+)
+from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import lenient_answer, numbers, strict_answer, text_of
 from recipes.rewards.latex import gold_text
 from recipes.tasks import Example, Row, Task
@@ -37,6 +47,15 @@ Write your reply in exactly this form:
 """
 
 
+class Columns(ColumnNames):
+    """What the data's columns are called."""
+
+    question: str = Field("question", description="the data's column with the question")
+    answer: str = Field(
+        "answer", description="that with the answer: one number, or a solution that ends in #### and one"
+    )
+
+
 class Gsm8k(Task):
     """The rows have `answer` beside their prompt: the number after `####`, as the data writes it."""
 
@@ -50,6 +69,9 @@ class Gsm8k(Task):
         )
         config: str | None = Field(
             "main", description="the dataset's configuration on the hub; null: its only one"
+        )
+        columns: Columns = Field(
+            default_factory=lambda: Columns(), description="what the data's columns are called"
         )
         prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
         system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the question")
@@ -122,7 +144,8 @@ class Gsm8k(Task):
         return rows, self._read("test")
 
     def _read(self, split: str) -> Rows:
-        return read_rows(self.options.dataset, split, self.options.config, COLUMNS)
+        columns = renamed(COLUMNS, self.options.columns.model_dump())
+        return read_rows(self.options.dataset, split, self.options.config, columns)
 
     @cached_property
     def _drawn(self) -> list[int]:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of, read_rows, text
+from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of, read_rows, renamed, text
 from recipes.rewards.call import Reward
-from recipes.rewards.contract import RewardOptions
+from recipes.rewards.contract import ColumnNames, RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
 from recipes.rewards.latex import gold_text, parts
 from recipes.rewards.math_verifier import Verifier
@@ -26,6 +26,15 @@ from recipes.tasks import Row, Task
 
 SYSTEM_PROMPT = r"Reason step by step and put the final answer, and nothing else, into \boxed{}."
 VERIFY_SECONDS = 3.0  # for one comparison; ordinary ones take milliseconds
+
+
+class Columns(ColumnNames):
+    """What the data's columns are called."""
+
+    problem: str = Field("problem", description="the data's column with the problem")
+    answer: str = Field(
+        "answer", description="that with the final answer in LaTeX, or with a text that has it boxed"
+    )
 
 
 class Math(Task):
@@ -45,9 +54,8 @@ class Math(Task):
         eval_split: str | None = Field(
             "test", description="split to evaluate on; null: held out of the train split"
         )
-        problem_column: str = Field("problem", description="column with the problem")
-        answer_column: str = Field(
-            "answer", description=r"column with the final answer in LaTeX, or a text with it boxed"
+        columns: Columns = Field(
+            default_factory=lambda: Columns(), description="what the data's columns are called"
         )
         prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
         system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the problem")
@@ -112,18 +120,14 @@ class Math(Task):
         return train, self._read(options.eval_split)
 
     def _read(self, split: str) -> Rows:
-        options = self.options
-        columns = (
-            Column(options.problem_column, text, "task.problem_column"),
-            Column(options.answer_column, _gold, "task.answer_column"),
-        )
-        return read_rows(options.dataset, split, options.config, columns)
+        columns = renamed(COLUMNS, self.options.columns.model_dump())
+        return read_rows(self.options.dataset, split, self.options.config, columns)
 
     def _dataset(self, rows: Rows) -> Dataset:
         return Dataset.from_dict(
             {
-                "prompt": [self._prompt(row[self.options.problem_column]) for row in rows],
-                "answer": [row[self.options.answer_column] for row in rows],
+                "prompt": [self._prompt(row["problem"]) for row in rows],
+                "answer": [row["answer"] for row in rows],
             }
         )
 
@@ -151,6 +155,9 @@ def _gold(value: Any) -> str:
     if (found is None and boxes(answer)) or not parts(text(answer)):  # an empty box, $$: nothing equals it
         raise BadValue("holds no answer", "write it out or take the row out")
     return found or answer
+
+
+COLUMNS = (Column("problem", text), Column("answer", _gold))
 
 
 def boxed_once(completions: list[Any], **_: Any) -> list[float]:

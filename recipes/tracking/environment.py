@@ -39,6 +39,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device_name() -> str:
+    """The device that a run here takes, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(int(os.environ.get("LOCAL_RANK", "0")))
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 def environment_table(found: dict[str, Any]) -> Table:
     """environment.json as a table: machine, versions, commit, command."""
     packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())

@@ -95,7 +95,7 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         (name.replace("_", ", "), _with_interval(before, name), _with_interval(after, name))
         for name in names or ["accuracy"]
     ]
-    window = f"reward (mean of {summary['reward_window']} logged steps)"
+    window = "reward, first and last tenth of the steps"
     rows.append((window, format_figure(summary["reward_first"]), format_figure(summary["reward_last"])))
     first, last = summary["rewards_first"], summary["rewards_last"]
     rows += [
@@ -179,7 +179,7 @@ def _main_figures(summary: dict[str, Any]) -> dict[str, str]:
         "accuracy before": format_figure(summary["accuracy_before"]),
         "accuracy after": format_figure(summary["accuracy_after"]),
         "reward, first tenth of the steps": format_figure(summary["reward_first"]),
-        "reward, last tenth": format_figure(summary["reward_last"]),
+        "reward, last tenth of the steps": format_figure(summary["reward_last"]),
         "training time": f"{summary['seconds_total']:.1f} s",
         "time a step": f"{summary['seconds_total'] / steps:.3f} s" if steps else "–",
         **tokens_in_words(summary["tokens"]),

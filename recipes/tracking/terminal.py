@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from recipes import escape
+from recipes.config.load import RunConfig
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.speed import WHOLE
 from recipes.tracking.summary import (
@@ -25,6 +27,24 @@ from recipes.tracking.summary import (
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
 
+def silence_bars() -> None:
+    """No bars of transformers' own, of loading and saving: they would run through the run's."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def opening(config: RunConfig, device: str) -> str:
+    """A run's first line: what is trained on what, by what, and where."""
+    model = config.model
+    what = "a new Llama" if model.loader == "scratch" else str(model.name)
+    how = "every weight" if config.lora is None else f"adapters of rank {config.lora.r}"
+    return (
+        f"{config.run.name}: {what} ({model.loader}, {how}) learns {config.task.name} by GRPO; "
+        f"head {config.head.impl}, step {config.step.impl}, on {device}"
+    )
+
+
 class Progress:
     """A bar in a terminal, a line now and then elsewhere."""
 
@@ -37,9 +57,11 @@ class Progress:
         self._peak = 0.0
         self._tokens = self._floor = ""
 
-    def start(self, step: int, total: int) -> None:
-        """Begins at `step` of `total` optimizer steps."""
+    def start(self, step: int, total: int, accuracy: float | None = None) -> None:
+        """Begins at `step` of `total` optimizer steps; accuracy: the last that was measured before."""
         self._total = total
+        if accuracy is not None:
+            self._accuracy = f"{accuracy:.3f}"
         if not self._console.is_terminal:
             return
         self._bar = rich_progress.Progress(
@@ -58,13 +80,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def accuracy(self, step: int, value: float) -> None:
-        """Shows a new accuracy, 0 to 1."""
+    def accuracy(self, step: int, value: float, problems: int | None = None) -> None:
+        """Shows a new accuracy, 0 to 1, of so many held-out problems: before and after GRPO in a line of its own."""
         self._accuracy = f"{value:.3f}"
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures())
-        else:
-            self._console.print(f"step {step}: accuracy {value:.3f}", highlight=False)
+        when = "before GRPO" if step == 0 else "after GRPO" if step == self._total else f"step {step}"
+        if self._bar is None or step in (0, self._total):
+            of = f" of {problems} held-out problems" if problems else ""
+            self._console.print(f"{when}: accuracy {value:.3f}{of}", highlight=False, soft_wrap=True)
 
     def logged(self, step: int, record: dict[str, Any], peaks: Iterable[float | None]) -> None:
         """Shows a logged step; `peaks` are MiB by phase."""
@@ -80,7 +104,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures())
         elif step % max(1, self._total // _PLAIN_LINES) == 0 or step == self._total:
-            self._console.print(f"step {step}/{self._total}: {self._figures()}", highlight=False)
+            self._console.print(
+                f"step {step}/{self._total}: {self._figures()}", highlight=False, soft_wrap=True
+            )
 
     def stop(self) -> None:
         """Leaves the bar where it is."""
@@ -94,11 +120,17 @@ class Progress:
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:
-    """The final table: accuracy, reward and tokens before and after, time and peak memory by phase, the folder."""
+    """The final table: accuracy, reward and tokens before and after, time and peak memory by phase; what is where."""
     console = console or Console()
     title = f"{folder.path.name}: {summary['steps']} steps"
     console.print(replace(before_and_after(summary), title=title).terminal())
     console.print(by_phase(summary).terminal())
     if (speed := by_speed(summary)) is not None:
         console.print(speed.terminal())
-    console.print(escape.terminal(f"run folder: {folder.path}"), soft_wrap=True)
+    left = [("run folder", str(folder.path))]
+    for name, place in (("report", folder.path / "report.html"), ("model", folder.final)):
+        left += [(name, str(place))] if place.exists() else []
+    if folder.final.exists():
+        left.append(("ask it", shlex.join(["python", "-m", "recipes.ask", str(folder.path)])))
+    for name, value in left:
+        console.print(escape.terminal(f"{name + ':':<12}{value}"), soft_wrap=True, highlight=False)

@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils import logging
 
 from recipes.config.schema import TrackingConfig
 from recipes.processes import gathered
@@ -73,7 +72,6 @@ def track(
     tracker = Tracker(trainer, folder, tracking or TrackingConfig(), console or Console(), progress)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # the terminal is ours
-    logging.disable_progress_bar()  # of saving, which would run through the run's own bar
     trackers.keep_in_folder(trainer, folder)
     trainer.add_callback(_Events(tracker))
     return tracker
@@ -106,7 +104,7 @@ class Tracker:
         self.folder.metrics.write({"step": step, **figures})
         trackers.evaluated(self._trainer, figures)
         if self._progress is not None and figures.get("accuracy") is not None:
-            self._progress.accuracy(step, figures["accuracy"])
+            self._progress.accuracy(step, figures["accuracy"], figures.get("accuracy_problems"))
 
     def drop_after(self, step: int) -> None:
         """Removes what was recorded of later steps, which a checkpoint after `step` knows nothing of."""
@@ -133,7 +131,14 @@ class Tracker:
             if step > 0:
                 self.drop_after(step)
             if self._progress is not None:
-                self._progress.start(step, total_steps)
+                self._progress.start(step, total_steps, self._last_accuracy())
+
+    def _last_accuracy(self) -> float | None:
+        """The last that is recorded: a resumed run's, until it measures again."""
+        found = [
+            record["accuracy"] for record in self.folder.metrics.read() if record.get("accuracy") is not None
+        ]
+        return found[-1] if found else None
 
     def begin_step(self) -> None:
         """An optimizer step begins."""

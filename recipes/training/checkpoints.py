@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,9 @@ class WholeCheckpoints(_Trainer):
         super().__init__(*args, **kwargs)
         self._aside: Path | None = None
         self._put_off = False
+        self.card: Callable[[], str] | None = (
+            None  # the run's model card, for each checkpoint and for the hub
+        )
         self.add_callback(_AtTheBorder(self))
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -74,9 +77,20 @@ class WholeCheckpoints(_Trainer):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self._write_card(place / ASIDE / name)
                 _publish(place / ASIDE / name, place / name)
                 rotate_checkpoints(str(place), self.args.save_total_limit, use_mtime=True)
             self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours in the place of TRL's, which knows neither the run's data nor its figures; this one goes to the hub."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, place: Path) -> None:
+        if self.card is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "README.md").write_text(self.card(), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = [dict(group) for group in self.optimizer.param_groups]

@@ -25,7 +25,7 @@ from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
 from recipes.plan.work import Work
-from recipes.problems import ConfigError
+from recipes.problems import ConfigError, see
 from recipes.processes import count
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
 from recipes.tracking.run_folder import RunFolder
@@ -126,7 +126,9 @@ def explain(
         "What to change, the most useful first:",
         *(f"  {number}. {line}" for number, line in enumerate(remedies(config, phase), 1)),
     ]
-    raise OutOfMemory("\n".join([*lines, saved] if saved else lines)) from None
+    if saved:
+        lines.append(saved)
+    raise OutOfMemory("\n".join([*lines, f"More: {see('out-of-memory')}"])) from None
 
 
 def remedies(config: RunConfig, phase: str) -> list[str]:

@@ -18,8 +18,9 @@ from packaging.version import Version
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
 from recipes.config.unsloth import import_unsloth
+from recipes.machine import why_no_gpu
 from recipes.models.checkpoint import read_object
-from recipes.problems import ConfigError, Problem
+from recipes.problems import ConfigError, Problem, see
 from recipes.tracking.reporters import missing as missing_tracker
 
 CUDA_SET = "install it: pip install -r requirements-cuda.lock"
@@ -35,7 +36,10 @@ _LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine has: a CUDA device, whether it computes in bfloat16, which packages, how many processes."""
+    """What the machine has: a CUDA device, whether it computes in bfloat16, which packages, how many processes.
+
+    no_gpu: why there is no CUDA device, in words that follow "needs a GPU, and".
+    """
 
     cuda: bool
     bfloat16: bool
@@ -43,6 +47,7 @@ class Machine:
     vllm: str | None = None  # its version, where it is known
     processes_here: int = 1  # as the launcher announces them
     gpus: int = 1
+    no_gpu: str = "there is none"
 
     @classmethod
     def here(cls) -> Machine:
@@ -57,6 +62,7 @@ class Machine:
             vllm=_version("vllm"),
             processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             gpus=torch.cuda.device_count(),
+            no_gpu="" if cuda else why_no_gpu(torch.version.cuda),
         )
 
 
@@ -68,8 +74,11 @@ def check(config: RunConfig, machine: Machine | None = None) -> None:
         *missing(config, machine),
         *missing_tracker(config.tracking.report_to),
         *_checkpoints(config.model),
+        *_upload(config),
     ]
     if problems:
+        if not machine.cuda and machine.no_gpu != Machine.no_gpu:  # there is one, out of reach
+            problems.append(Problem("", f"{machine.no_gpu}; {see('driver-cuda-and-vllm')}"))
         raise ConfigError(problems)
     config.grpo_config("checkpoints")  # TRL's own refusals, before there is a run folder
 
@@ -136,7 +145,7 @@ def _quantised(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
             continue
         if not machine.cuda:
             remedy = f"run it where there is an NVIDIA GPU, or set model.{key}: false"
-            yield Problem(f"model.{key}", "needs a GPU, and there is none", True, remedy)
+            yield Problem(f"model.{key}", f"needs a GPU, and {machine.no_gpu}", True, remedy)
         elif "bitsandbytes" not in machine.packages:
             yield Problem(f"model.{key}", "bitsandbytes is not installed", True, CUDA_SET)
 
@@ -148,7 +157,7 @@ def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
     package, command = _ATTENTION[chosen]
     if not machine.cuda:
         remedy = "set it to sdpa"
-        yield Problem("model.attn_implementation", "needs a GPU, and there is none", chosen, remedy)
+        yield Problem("model.attn_implementation", f"needs a GPU, and {machine.no_gpu}", chosen, remedy)
     elif package not in machine.packages:
         remedy = f"{command}; or set it to sdpa"
         yield Problem("model.attn_implementation", f"{package} is not installed", chosen, remedy)
@@ -164,7 +173,7 @@ def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         return
     if not machine.cuda:
         remedy = f"run it where there is an NVIDIA GPU, or set {key}: false"
-        yield Problem(key, "vLLM needs a GPU, and there is none", True, remedy)
+        yield Problem(key, f"vLLM needs a GPU, and {machine.no_gpu}", True, remedy)
     elif "vllm" not in machine.packages:
         yield Problem(key, "vLLM is not installed", True, f"{CUDA_SET}, or set {key}: false")
     elif _older(machine.vllm, OLDEST_VLLM):
@@ -199,7 +208,7 @@ def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         return
     remedy = "or set it to adamw_torch_fused"
     if not machine.cuda:
-        yield Problem("grpo.optim", "needs a GPU, and there is none", name, remedy.removeprefix("or "))
+        yield Problem("grpo.optim", f"needs a GPU, and {machine.no_gpu}", name, remedy.removeprefix("or "))
     elif "bitsandbytes" not in machine.packages:
         yield Problem("grpo.optim", "bitsandbytes is not installed", name, f"{CUDA_SET}, {remedy}")
 
@@ -209,9 +218,13 @@ def _head(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     if machine.cuda:
         return
     if config.head.impl == "trl" and config.model.loader != "unsloth":
-        yield Problem("head.impl", "TRL's needs a GPU, and there is none", "trl", "set it to memhead or full")
+        yield Problem(
+            "head.impl", f"TRL's needs a GPU, and {machine.no_gpu}", "trl", "set it to memhead or full"
+        )
     if config.head.backend == "triton":
-        yield Problem("head.backend", "needs a GPU, and there is none", "triton", "set it to torch or null")
+        yield Problem(
+            "head.backend", f"needs a GPU, and {machine.no_gpu}", "triton", "set it to torch or null"
+        )
 
 
 def _checkpoints(model: ModelConfig) -> Iterator[Problem]:
@@ -254,6 +267,37 @@ def _on_the_hub(key: str, name: str, revision: str | None, file: str) -> Iterato
     except (HTTPError, OSError) as error:
         message, remedy = explain(error, name, revision, file)
         yield Problem(key, message, name, f"{remedy}, or give a local folder")
+
+
+def _upload(config: RunConfig) -> Iterator[Problem]:
+    """Whether what `grpo.push_to_hub` asks for can be done: it would fail after the run, or hours into it."""
+    if not config.grpo["push_to_hub"]:
+        return
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    key, remedy = "grpo.push_to_hub", "log in with a token that may write: hf auth login; or set it to false"
+    if get_token() is None:
+        yield Problem(key, "nobody is logged in to the hub", True, remedy)
+        return
+    try:
+        user = HfApi().whoami()
+    except OfflineModeIsEnabled:
+        yield Problem(key, "the hub is switched off", True, "unset HF_HUB_OFFLINE, or set it to false")
+        return
+    except (HTTPError, OSError) as error:
+        refused = getattr(getattr(error, "response", None), "status_code", None) == 401
+        message = "the hub does not know the token" if refused else f"the hub cannot be reached ({error})"
+        yield Problem(key, message, True, remedy if refused else "mend the connection, or set it to false")
+        return
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        yield Problem(key, "the token may only read", True, remedy)
+    owner, _, name = (config.grpo["hub_model_id"] or "").rpartition("/")
+    names = [user.get("name"), *(org.get("name") for org in user.get("orgs", []))]
+    if owner and name and owner not in names:
+        remedy = f"name one of {', '.join(filter(None, names))}, or leave the owner out"
+        yield Problem("grpo.hub_model_id", "is of an owner you are not", config.grpo["hub_model_id"], remedy)
 
 
 def explain(error: Exception, name: str, revision: str | None, file: str) -> tuple[str, str]:

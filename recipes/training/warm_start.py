@@ -132,6 +132,17 @@ def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
     evaluate = evaluator(config, session.task, generate)
     started = time.perf_counter()
 
+    until = (
+        ""
+        if settings.target_accuracy is None
+        else f", or until {settings.target_accuracy:g} of the answers are right"
+    )
+    print(
+        f"warm start  at most {settings.steps} steps on right answers{until}: GRPO learns from what the model itself "
+        "writes, so some of that must be right already",
+        flush=True,
+    )
+
     def report(taken: WarmStartStep) -> None:
         folder.metrics.append({"warm_start": asdict(taken)})
         if taken.step % settings.check_every == 0:

@@ -196,3 +196,15 @@ def test_bad_settings_of_install():
         memhead_trl.install("fused")
     with pytest.raises(ValueError, match="chunk=0"):
         memhead_trl.install(chunk=0)
+
+
+def test_a_handle_says_what_it_did():
+    handle = memhead_trl.install()
+    handle.count(rows=1200)
+    said = repr(handle)
+    assert (
+        said
+        == "<head 'memhead' in TRL's trainers: 1 calls, 1,200 tokens so far; uninstall() puts back what was there>"
+    )
+    handle.uninstall()
+    assert repr(handle) == "<head 'memhead': uninstalled, after 1 calls, 1,200 tokens so far>"

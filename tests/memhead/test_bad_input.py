@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from memhead import (
     LowRankUpdate,
@@ -23,6 +26,8 @@ CASES = [
         "hidden has dtype torch.int64; it must be floating point",
     ),
     ({"weight": torch.zeros(11)}, r"weight \(11,\)"),
+    ({"weight": torch.nn.Linear(24, 11)}, r"weight is a Linear; pass its weight, weight\.weight, and bias="),
+    ({"weight": [1.0]}, "weight is a list; pass a tensor"),
     ({"weight": torch.zeros(0, 24)}, "weight has no rows"),
     ({"weight": torch.zeros(11, 24, dtype=torch.uint8)}, "weight has dtype torch.uint8.*quantised"),
     ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \(3,\); it must be \(4,\)"),
@@ -68,6 +73,27 @@ def test_refused(change, message):
     arguments = {"hidden": head.hidden, "weight": head.weight, "targets": head.targets} | change
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**arguments)
+
+
+def test_a_sharded_weight_is_refused_with_the_way_to_gather_it():
+    """FSDP2's DTensor, real; ZeRO-3's empty parameter as DeepSpeed, not installed here, documents it."""
+    head = make_head(4, 11)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"weight is a DTensor \(11, 24\).*full_tensor\(\)"):
+            linear_logprobs(head.hidden, sharded, head.targets)
+        with pytest.raises(ValueError, match="weight is a DTensor"):
+            linear_cross_entropy(head.hidden, sharded, head.targets)
+        assert linear_logprobs(head.hidden, sharded.full_tensor(), head.targets).logprobs.isfinite().all()
+    finally:
+        dist.destroy_process_group()
+    partitioned = torch.nn.Parameter(torch.empty(0))
+    partitioned.ds_shape = torch.Size((11, 24))
+    with pytest.raises(
+        ValueError, match=r"weight is \(11, 24\) but partitioned by ZeRO-3.*GatheredParameters"
+    ):
+        linear_logprobs(head.hidden, partitioned, head.targets)
 
 
 def test_ignored_targets_are_for_cross_entropy():

@@ -110,3 +110,103 @@ def test_refuses(change, message):
     arguments = {"targets": head.targets} | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(head.hidden, head.weight, **arguments)
+
+
+def both(function, head, targets, upstream=None, **options):
+    """The results and gradients of hidden, weight and bias: ours in float32, the expected in float64."""
+    found = []
+    for convert, compute in ((lambda x: x, linear_cross_entropy), (double, function)):
+        leaves = [convert(x).clone().requires_grad_() for x in (head.hidden, head.weight, head.bias)]
+        given = {k: convert(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss = compute(leaves[0], leaves[1], targets, bias=leaves[2], **given)
+        (loss if upstream is None else loss * upstream).sum().backward()
+        found.append((loss, *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def torchs(hidden, weight, targets, *, bias, class_weights=None, **options):
+    targets = targets if targets.dtype == torch.int64 else targets.to(hidden.dtype)
+    return F.cross_entropy(hidden @ weight.T + bias, targets, weight=class_weights, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_class_weights_and_soft_targets_equal_torchs(reduction, label_smoothing, soft, weighted):
+    head = make_head(57, 211)
+    targets = torch.where(head.mask, head.targets, -100)
+    if soft:
+        targets = torch.rand(57, 211).softmax(-1)
+    weights = torch.rand(211) + 0.1 if weighted else None
+    upstream = head.grad_logprobs if reduction == "none" else None
+    both(
+        torchs, head, targets, upstream,
+        class_weights=weights, label_smoothing=label_smoothing, reduction=reduction,
+    )  # fmt: skip
+
+
+def test_class_weights_leave_the_z_loss_alone():
+    head = make_head(57, 211)
+    targets, weights = torch.where(head.mask, head.targets, -100), torch.rand(211) + 0.1
+
+    def expected(hidden, weight, targets, *, bias, class_weights, z_loss):
+        z = hidden @ weight.T + bias
+        counted = z.logsumexp(-1)[targets != -100].square()
+        return F.cross_entropy(z, targets, weight=class_weights) + z_loss * counted.mean()
+
+    both(expected, head, targets, class_weights=weights, z_loss=0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+def test_what_is_logged_beside_the_loss(reduction, z_loss):
+    head = make_head(57, 211)
+    targets = torch.where(head.mask, head.targets, -100)
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
+    options = {"reduction": reduction, "z_loss": z_loss, "softcap": 4.0, "bias": head.bias}
+    found = linear_cross_entropy(
+        hidden, weight, targets, extra_outputs=("lse", "z_loss", "predicted"), chunk=10, **options
+    )
+    z = full_logits(double(hidden), double(weight), bias=double(head.bias), softcap=4.0).detach()
+    lse = torch.where(head.mask, z.logsumexp(-1), 0.0)
+    assert relative_error(found.lse, lse) < 1e-6
+    assert torch.equal(found.predicted[head.mask], z.argmax(-1)[head.mask])
+    assert not found.predicted[~head.mask].any()
+    each = z_loss * lse.square()
+    wanted = {"none": each, "sum": each.sum(), "mean": each.sum() / head.mask.sum()}[reduction]
+    torch.testing.assert_close(found.z_loss.double(), wanted, rtol=1e-5, atol=1e-7)
+    assert not any(x.requires_grad for x in found[1:])
+    plain = linear_cross_entropy(hidden, weight, targets, chunk=10, **options)
+    torch.testing.assert_close(found.loss, plain, rtol=1e-5, atol=1e-5)
+    grads = [
+        torch.autograd.grad(loss.sum(), (hidden, weight), retain_graph=True) for loss in (found.loss, plain)
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    alone = linear_cross_entropy(hidden, weight, targets, extra_outputs=["lse"], **options)
+    assert alone.z_loss is None
+    assert alone.predicted is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"targets": torch.zeros(4, 10)},
+            r"targets has shape \(4, 10\).*integers \(4,\) or probabilities \(4, 11\)",
+        ),
+        ({"class_weights": torch.ones(10)}, r"class_weights has shape \(10,\); it must be \(11,\)"),
+        (
+            {"extra_outputs": ("entropy",)},
+            r"extra_outputs contains \['entropy'\]; known are lse, z_loss, predicted",
+        ),
+        ({"targets": torch.tensor([0, 11, 0, 0]), "class_weights": torch.ones(11)}, "targets contains 11"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    head = make_head(4, 11)
+    arguments = {"hidden": head.hidden, "weight": head.weight, "targets": head.targets} | change
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arguments)

@@ -1,5 +1,6 @@
 """What `pip install .` gives a library user: memhead alone, and the README's lines work with it."""
 
+import email
 import re
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from zipfile import ZipFile
 
 import pytest
 
+import memhead
+
 ROOT = Path(__file__).parents[2]
-PACKED = ("pyproject.toml", "README.md", "LICENSE", "memhead", "recipes")  # recipes: what must be left out
+PACKED = ("pyproject.toml", "LICENSE", "memhead", "recipes")  # recipes: what must be left out
 
 CHECK = """
 import importlib.util, torch, memhead
@@ -55,6 +58,21 @@ def test_the_wheel_holds_memhead_alone(site):
     assert {place.name for place in site.iterdir() if place.suffix != ".dist-info"} == {"memhead"}
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "memhead").rglob("*.py")}
     assert {str(file.relative_to(site)) for file in (site / "memhead").rglob("*")} >= modules
+
+
+def test_the_metadata_leads_to_the_repository(site):
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    message = email.message_from_string(metadata.read_text(encoding="utf-8"))
+    assert message["Version"] == memhead.__version__
+    urls = dict(url.split(", ") for url in message.get_all("Project-URL"))
+    assert set(urls) == {"Repository", "Documentation", "Changelog"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert message["Description-Content-Type"] == "text/markdown"
+    page = message.get_payload()
+    assert page.startswith("# memhead")
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert len(links) >= 4
+    assert all(link.startswith("https://") for link in links)  # an index shows the page, not the repository
 
 
 def test_the_readme_lines_work_from_the_wheel(site, tmp_path):

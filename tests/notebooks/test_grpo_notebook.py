@@ -87,8 +87,20 @@ def test_it_trains_and_shows_the_report(executed):
     assert "step 6/6" in text(notebook, "run = run_apart(")
     assert "← peak" in text(notebook, "planned.print()")
     assert pictures(notebook, '"report.png"') == [(output / "smoke" / "report.png").read_bytes()]
-    assert "model.safetensors" in text(notebook, "export.main(")
+    assert "model.safetensors" in text(notebook, "apart(export.main")
     assert (output / "smoke" / "final" / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_it_says_what_the_machine_has_and_how_answers_are_judged(executed):
+    notebook, _ = executed
+    assert re.search(r"GiB of disk free, [\d.]+ GiB of main memory", text(notebook, "cards()"))
+    assert "nothing to install" in text(notebook, "lacking = ")
+    said = text(notebook, "judged(config.make_task())")
+    assert re.search(
+        r"── right: correct 1, well_formed 1\n\S+\n\n── wrong: correct 0, well_formed [01]\n", said
+    ), said
+    assert "Prompt" in text(notebook, "run = run_apart(")  # completions are shown while it trains
 
 
 @pytest.mark.slow

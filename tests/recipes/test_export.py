@@ -138,3 +138,16 @@ def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
     place.write_text(json.dumps({**json.loads(place.read_text()), "base_model_name_or_path": None}))
     assert main([str(run), "--merge"]) == 1
     assert "base_model_name_or_path is empty" in capsys.readouterr().err
+
+
+def test_unsloths_saver_is_for_what_unsloth_trained(tmp_path, capsys, without_unsloth):
+    run = run_folder(tmp_path)
+    assert main([str(run), "--merge", "--saver", "unsloth"]) == 1
+    assert "was trained by model.loader: scratch; leave --saver out" in capsys.readouterr().err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] = {"loader": "unsloth", "name": "some/model"}
+    config["run"]["warm_start"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main([str(run), "--merge", "--saver", "unsloth"]) == 1
+    assert "Unsloth does not start here" in capsys.readouterr().err
+    assert not (run / "merged").exists()

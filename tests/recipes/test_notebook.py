@@ -1,7 +1,9 @@
 """A run in a separate process: its output, status and interruption reach the process that started it."""
 
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -9,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import made_up_checkpoint
 
 import train_grpo
 from recipes.config.load import ConfigError
 from recipes.config.source import read_overrides
-from recipes.notebook import RunFailed, _overrides, apart, configure, run_apart
+from recipes.notebook import RunFailed, _overrides, apart, configure, judged, run_apart
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
@@ -98,3 +101,37 @@ def test_settings_of_a_notebook(tmp_path):
     assert config.run.output_root == str(tmp_path)
     with pytest.raises(ConfigError, match=r"head\.chunk: cannot be written as YAML"):
         configure(CONFIG, {"head.chunk": object()})
+
+
+def test_a_right_and_a_wrong_answer_are_judged_before_training(tmp_path):
+    asked, (right, wrong) = judged(configure(CONFIG, {}).make_task())
+    assert re.fullmatch(r"\d{3}>\d\d=", asked)
+    assert right[0] == "right"
+    assert right[2] == {"correct": 1.0, "well_formed": 1.0}
+    assert wrong[0] == "wrong"
+    assert wrong[2]["correct"] == 0.0
+    lines = [json.dumps({"question": f"{n} nuts?", "answer": f"so #### {n}"}) for n in range(20)]
+    (tmp_path / "nuts.jsonl").write_text("\n".join(lines))
+    own = {"task.dataset": str(tmp_path / "nuts.jsonl"), "task.held_out": 4}
+    asked, (right, wrong) = judged(configure(CONFIG.replace("quickstart", "gsm8k_scratch"), own).make_task())
+    number = asked.split()[0]
+    assert f"<answer>\n{number}\n</answer>" in right[1]
+    assert (right[2]["correctness"], wrong[2]["correctness"]) == (1.0, 0.0)
+    assert right[2]["strict_format"] == 1.0
+
+
+def say(arguments):
+    print(*arguments)
+    return 0
+
+
+def test_a_session_that_was_lost_is_gone_on_with(tmp_path, capsys):
+    settings = {"run.output_root": str(tmp_path)}
+    (tmp_path / "quickstart").mkdir()
+    run_apart(say, CONFIG, settings, resume=True)
+    assert "--resume" not in capsys.readouterr().out  # there is no checkpoint
+    made_up_checkpoint(tmp_path / "quickstart", 3)
+    run_apart(say, CONFIG, settings, resume=True)
+    assert "--resume" in capsys.readouterr().out
+    run_apart(say, CONFIG, settings)
+    assert "--resume" not in capsys.readouterr().out

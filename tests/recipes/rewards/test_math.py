@@ -68,13 +68,13 @@ def test_columns_are_named_in_the_options(tmp_path):
     rows = [{"q": f"What is {i}?", "solution": rf"It is \boxed{{{i}}}."} for i in range(10)]
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = make(dataset=str(file), problem_column="q", answer_column="solution", held_out=4)
+    task = make(dataset=str(file), columns={"problem": "q", "answer": "solution"}, held_out=4)
     train, held_out = task.train, task.held_out
     assert (len(train), len(held_out)) == (6, 4)
     assert not set(train["answer"]) & set(held_out["answer"])
     assert {*train["answer"], *held_out["answer"]} == {str(i) for i in range(10)}
     with pytest.raises(
-        ConfigError, match=r"task\.problem_column: .*all\.jsonl, row 1: lacks 'problem', has q, solution"
+        ConfigError, match=r"task\.columns\.problem: .*all\.jsonl, row 1: lacks 'problem', has q, solution"
     ):
         _ = make(dataset=str(file), held_out=4).train
     with pytest.raises(ConfigError, match=r"task\.dataset: holds no train\.jsonl"):
@@ -235,9 +235,7 @@ def test_an_answer_that_is_no_text_is_refused_by_its_row(value, tmp_path):
     rows = [{"problem": str(i), "answer": "1"} for i in range(6)]
     rows[2]["answer"] = value
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        ConfigError, match=r"task\.answer_column: .*row 3: column 'answer' is .*; (fill|write)"
-    ):
+    with pytest.raises(ConfigError, match=r"task\.dataset: .*row 3: column 'answer' is .*; (fill|write)"):
         both_splits(make(dataset=str(file), held_out=2))
 
 

@@ -437,3 +437,14 @@ def test_the_trainers_logs_reach_the_terminal(capsys):
     for _ in range(2):
         callback.on_log(None, state, None, logs=logs(frac_reward_zero_std=1.0))
     assert capsys.readouterr().out.count("within each group all completions earned the same") == 1
+
+
+def test_completions_that_never_end_are_told_from_a_few_that_are_cut():
+    signs, cut = Signs(), logs(**{"completions/clipped_ratio": 1.0})
+    said = [signs.read(step, cut) for step in range(2, 8)]
+    assert [len(sentences) for sentences in said] == [1, 0, 0, 0, 1, 0]
+    assert "end token" in said[4][0]
+    signs = Signs()
+    for step in range(2, 20):  # one that ends now and then
+        found = signs.read(step, logs(**{"completions/clipped_ratio": 0.9 if step % 4 == 0 else 1.0}))
+        assert not any("ended by itself" in sentence for sentence in found)

@@ -79,7 +79,7 @@ def test_data_in_its_published_form(tmp_path, name):
 def test_columns_must_be_there(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"numbers": [1, 2], "target": 3}\n' * 3)
-    with pytest.raises(ValueError, match=r"task\.dataset: .* lacks 'nums'"):
+    with pytest.raises(ValueError, match=r"task\.columns\.nums: .* lacks 'nums'"):
         _ = make(dataset=str(file), held_out=1).train
 
 

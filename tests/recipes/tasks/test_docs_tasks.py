@@ -1,11 +1,21 @@
-"""docs/tasks.md, followed to the letter in a copy of the source: the task, its config, its plan, its rewards."""
+"""docs/tasks.md, followed to the letter in a copy of the source: one's own data; a task, its plan, its run."""
 
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+TINY = [
+    "model.scratch.layers=1",
+    "grpo.max_steps=1",
+    "grpo.per_device_train_batch_size=16",
+    "grpo.max_completion_length=8",
+    "run.warm_start.steps=2",
+    "run.evaluation.size=8",
+]
 ROOT = Path(__file__).parents[3]
 CODE = """
 import sys
@@ -18,8 +28,8 @@ rewards = prepare(task)
 assert [function.__name__ for function in rewards.functions] == ["correct", "length"], rewards
 assert rewards.weights == [1.0, 0.0], rewards
 assert not set(task.train["word"]) & set(task.held_out["word"])
-assert len(task.held_out[0]["word"]) == 5
-assert rewards.functions[0](completions=["edcba", "abcde"], word=["abcde", "abcde"]) == [1.0, 0.0]
+assert len(task.held_out[0]["word"]) == 4
+assert rewards.functions[0](completions=["dcba", "abcd"], word=["abcd", "abcd"]) == [1.0, 0.0]
 print("followed")
 """
 
@@ -28,7 +38,7 @@ def test_the_page_works_as_it_stands(tmp_path):
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     python, yaml = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "yaml"))
     lines = [line for line in python.splitlines() if line.strip()]
-    assert len(lines) <= 40
+    assert len(lines) <= 42
     for name in ("recipes", "configs", "memhead"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train_grpo.py", tmp_path)
@@ -36,8 +46,9 @@ def test_the_page_works_as_it_stands(tmp_path):
     (tmp_path / "configs" / "reverse.yaml").write_text(yaml, encoding="utf-8")
 
     def run(*arguments):
-        call = [sys.executable, *arguments]
-        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
 
     followed = run("-c", CODE)
     assert followed.stdout.strip() == "followed", followed.stderr
@@ -45,3 +56,17 @@ def test_the_page_works_as_it_stands(tmp_path):
     planned = run(*command.split(), "--plan", "--device", "16 GB")
     assert planned.returncode == 0, planned.stderr
     assert "longest completion that fits" in planned.stdout
+    trained = run(*command.split(), *TINY, "run.warm_start.batch_size=8")
+    assert trained.returncode == 0, trained.stderr
+    assert "reverse: a new Llama" in trained.stdout
+
+    mine = tmp_path / "my_problems"  # "Your own data"
+    mine.mkdir()
+    row = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    for split in ("train", "test"):
+        lines = [json.dumps({**row, "solution": str(number)}) for number in range(16)]
+        (mine / f"{split}.jsonl").write_text("\n".join(lines))
+    command = shlex.split(re.search(r"python (train_grpo\.py \S+ \S+ task\.dataset=my_problems .*)", page)[1])
+    trained = run(*command, *TINY, "run.warm_start.batch_size=4", "run.evaluation.samples=0")
+    assert trained.returncode == 0, trained.stderr
+    assert "of 8 held-out problems" in trained.stdout

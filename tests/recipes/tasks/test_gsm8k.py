@@ -191,3 +191,17 @@ def test_options_are_strict():
     ):
         with pytest.raises(ValidationError):
             Options(**wrong)
+
+
+def test_columns_of_another_name(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    lines = [json.dumps({"problem": f"{n}?", "solution": str(n)}) + "\n" for n in range(6)]
+    file.write_text("".join(lines))
+    named = {"question": "problem", "answer": "solution"}
+    task = Gsm8k(Gsm8k.Options(dataset=str(file), held_out=2, columns=named), 0)
+    assert {*task.train["answer"], *task.held_out["answer"]} == set("012345")
+    assert all(row["prompt"][-1]["content"] == f"{row['answer']}?" for row in task.train)
+    with pytest.raises(
+        ValueError, match=r"task\.columns\.question: .* lacks 'question', has problem, solution; set"
+    ):
+        _ = Gsm8k(Gsm8k.Options(dataset=str(file), held_out=2), 0).train

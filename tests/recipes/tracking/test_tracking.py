@@ -17,6 +17,7 @@ from recipes.tracking.files import LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, main_figures, summarize
+from recipes.tracking.terminal import Progress
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.callbacks import AccuracyEvery
 
@@ -342,3 +343,17 @@ def test_completions_are_printed_once_a_logged_step(memhead_in_trl, tmp_path, ca
     assert [shown.count(f" Step {step} ") for step in (1, 2, 3)] == [1, 1, 1]
     for word in ("Prompt", "Completion", "digits_reward", "Advantage"):
         assert shown.count(word) == 3
+
+
+def test_a_resumed_bar_keeps_the_last_accuracy():
+    console = Console(file=io.StringIO(), width=120)
+    progress = Progress(console)
+    progress.accuracy(0, 0.125, 16)
+    progress.start(3, 6, accuracy=0.25)
+    progress.logged(4, {"reward": 0.5}, [])
+    progress.accuracy(6, 0.375)
+    assert console.file.getvalue().splitlines() == [
+        "before GRPO: accuracy 0.125 of 16 held-out problems",
+        "step 4/6: reward 0.500  accuracy 0.250  peak –",
+        "after GRPO: accuracy 0.375",
+    ]

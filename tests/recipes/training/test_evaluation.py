@@ -126,7 +126,7 @@ def test_summary_keeps_every_figure_of_first_and_last_evaluation():
     assert before_and_after(summary).rows == [
         ("accuracy", "0.500 [0.400, 0.600]", "0.600 [0.400, 0.600]"),
         ("pass@4", "0.700", "0.700"),
-        ("reward (mean of 1 logged steps)", "1.000", "3.000"),
+        ("reward, first and last tenth of the steps", "1.000", "3.000"),
         ("  a", "1.000", "2.000"),
         ("  b", "–", "–"),
     ]

@@ -1,8 +1,11 @@
 """What is missing is reported before anything is loaded: key, what is missing, value, remedy, one line each."""
 
 import dataclasses
+import json
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -277,3 +280,82 @@ def test_unsloth_in_several_processes_is_refused(tmp_path, without_unsloth):
 
 def test_unsloth_was_never_imported():
     assert sys.modules.get("unsloth") is None
+
+
+def test_a_gpu_out_of_reach_is_told_from_none(configured, monkeypatch, tmp_path):
+    torch_of_cpu = Machine(
+        cuda=False, bfloat16=True, packages=ALL, no_gpu="this torch is for the CPU, beside an L4"
+    )
+    config = configured("model.load_in_4bit=true", name=str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        check(config, torch_of_cpu)
+    assert "model.load_in_4bit: needs a GPU, and this torch is for the CPU, beside an L4" in str(caught.value)
+    assert "docs/troubleshooting.md#driver-cuda-and-vllm" in caught.value.lines[-1]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The hub's answer to "who am I", over HTTP; the real one is not reached from here."""
+
+    status, said = 200, {}
+
+    def do_GET(self):
+        body = json.dumps(self.said).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function: the hub says so from now on."""
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+
+    def say(status, **said):
+        Hub.status, Hub.said = status, said
+
+    yield say
+    server.shutdown()
+    server.server_close()
+
+
+ME = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
+
+
+def uploaded(configured, tmp_path, *more):
+    (tmp_path / "config.json").write_text("{}")
+    return configured("grpo.push_to_hub=true", *more, name=str(tmp_path))
+
+
+def test_an_upload_is_checked_before_training(configured, hub, tmp_path, monkeypatch):
+    config = uploaded(configured, tmp_path)
+    hub(200, **ME)
+    check(config, CPU)
+    assert config.grpo_config("x").hub_model_id == "run"  # not the name of its folder of checkpoints
+    check(uploaded(configured, tmp_path, "grpo.hub_model_id=lab/model"), CPU)
+    with pytest.raises(
+        ConfigError, match=r"grpo\.hub_model_id: is of an owner you are not .*name one of me, lab"
+    ):
+        check(uploaded(configured, tmp_path, "grpo.hub_model_id=other/model"), CPU)
+    hub(200, **(ME | {"auth": {"accessToken": {"role": "read"}}}))
+    with pytest.raises(ConfigError, match=r"grpo\.push_to_hub: the token may only read .*hf auth login"):
+        check(config, CPU)
+    hub(401, error="Invalid")
+    with pytest.raises(ConfigError, match=r"grpo\.push_to_hub: the hub does not know the token"):
+        check(config, CPU)
+    hub(503)
+    with pytest.raises(ConfigError, match=r"grpo\.push_to_hub: the hub cannot be reached"):
+        check(config, CPU)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"grpo\.push_to_hub: nobody is logged in to the hub"):
+        check(config, CPU)

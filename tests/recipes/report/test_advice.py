@@ -1,0 +1,33 @@
+"""What a run that did not learn is told to change first."""
+
+from recipes.report.advice import advice
+
+
+def records(count=60, **figures):
+    usual = {"reward": 0.5, "rewards": {"correct": 0.5}, "clipped_share": 0.0, "zero_std_share": 0.2}
+    lines = [{"step": step, **usual, **figures} for step in range(1, count + 1)]
+    lines[0]["rewards"] = {"correct": lines[0]["rewards"]["correct"] + figures.get("varies", 0.01)}
+    return [{"step": 0, "accuracy": 0.1}, *lines]
+
+
+def test_each_cause_is_named_and_the_likeliest_first():
+    (cut,) = advice(records(clipped_share=0.7))
+    assert cut.startswith("70 % of the completions were cut off")
+    (never,) = advice(records(clipped_share=1.0))
+    assert "end token" in never
+    (equal,) = advice(records(zero_std_share=0.9))
+    assert equal.startswith("In 90 % of the groups")
+    first, second, third = advice(
+        records(clipped_share=1.0, rewards={"correct": 0.0}, varies=0.0, zero_std_share=1.0, reward=0.0)
+    )
+    assert "ended by itself" in first
+    assert second.startswith("Reward correct gave 0 throughout")
+    assert third.startswith("In 100 % of the groups")
+
+
+def test_a_sound_run_is_told_of_steps_or_of_the_rate():
+    (short,) = advice(records(10))
+    assert short.startswith("10 steps are few")
+    (long,) = advice(records(60))
+    assert "grpo.learning_rate" in long
+    assert advice([])  # nothing was logged
