@@ -126,13 +126,7 @@ class TinyZero(Task):
             return [next(problems) for _ in range(options.train_size or MADE)], held_out
         # TinyZero's data has this split alone.
         rows = read_rows(options.dataset, "train", options.config, COLUMNS)
-        train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}")
-        kept_back = {_key(row) for row in held_out}
-        train = [row for row in train if _key(row) not in kept_back]
-        if not train:
-            message = f"every problem is among the {len(held_out)} held out, or the same as one"
-            remedy = "give it problems that differ, or lower task.held_out"
-            raise ConfigError([Problem("task.dataset", message, options.dataset, remedy)])
+        train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}", _key)
         return train[: options.train_size], held_out
 
     def _dataset(self, rows: Rows) -> Dataset:

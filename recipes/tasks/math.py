@@ -108,7 +108,10 @@ class Math(Task):
         options = self.options
         train = self._read(options.train_split)
         if options.eval_split is None or is_one_file(options.dataset):
-            return hold_out(train, options.held_out, f"math split {self.seed}")
+            column = options.problem_column
+            return hold_out(
+                train, options.held_out, f"math split {self.seed}", lambda row: row[column].strip()
+            )
         return train, self._read(options.eval_split)
 
     def _read(self, split: str) -> Rows:
