@@ -112,9 +112,7 @@ def is_on_the_hub(dataset: str) -> bool:
     return not Path(dataset).expanduser().exists() and not _looks_local(dataset)
 
 
-def hold_out(
-    rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]], Any]
-) -> tuple[Rows, Rows]:
+def hold_out(rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]], Any]) -> tuple[Rows, Rows]:
     """Rows as (train, held out), shuffled by the seed; a row that occurs twice is not in both.
 
     same: what two rows of one problem have in common. Raises ConfigError if none is left to train on.

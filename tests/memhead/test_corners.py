@@ -128,9 +128,9 @@ def in_half(head, upstream, entropy_upstream, **options):
             (double(x) if wide else x.clone()).requires_grad_() for x in (head.hidden, head.weight, head.bias)
         ]
         given = {"entropy": True, "chunk": (16, 23)} if not wide else {}
-        logprobs, entropy = function(
-            leaves[0], leaves[1], head.targets, bias=leaves[2], **given, **options
-        )[:2]
+        logprobs, entropy = function(leaves[0], leaves[1], head.targets, bias=leaves[2], **given, **options)[
+            :2
+        ]
         loss = (logprobs * head.grad_logprobs * upstream).sum()
         if entropy_upstream:
             loss = loss + (entropy * head.grad_entropy * entropy_upstream).sum()

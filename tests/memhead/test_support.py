@@ -285,7 +285,8 @@ def test_a_token_outside_the_support_is_impossible_and_moves_nothing():
     assert (result.logprobs == -torch.inf).all()
     grads = torch.autograd.grad(result.logprobs[result.logprobs.isfinite()].sum(), (hidden, weight))
     assert not any(grad.any() for grad in grads)
-    both = supported_logprobs(hidden, weight, support[:, 0], support).logprobs.exp() + supported_logprobs(
-        hidden, weight, support[:, 1], support
-    ).logprobs.exp()
+    both = (
+        supported_logprobs(hidden, weight, support[:, 0], support).logprobs.exp()
+        + supported_logprobs(hidden, weight, support[:, 1], support).logprobs.exp()
+    )
     torch.testing.assert_close(both, torch.ones(3, dtype=torch.float64))

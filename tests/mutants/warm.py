@@ -64,7 +64,9 @@ def pytest_of(tests: list[str]) -> int:
     import pytest
 
     try:
-        return int(pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+        return int(
+            pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        )
     except BaseException:
         return 70
 

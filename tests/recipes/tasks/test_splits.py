@@ -93,7 +93,8 @@ def test_numbers_in_another_order_are_the_same_problem(made):
         for seed in SEEDS:
             task = made(kind, seed)
             sets = [
-                {(*sorted(row["nums"]), row["target"]) for row in rows} for rows in (task.train, task.held_out)
+                {(*sorted(row["nums"]), row["target"]) for row in rows}
+                for rows in (task.train, task.held_out)
             ]
             assert not sets[0] & sets[1]
 
@@ -146,5 +147,7 @@ def test_the_seed_alone_decides_order_and_split(made, kind):
 def test_a_file_of_one_problem_repeated_leaves_nothing_to_train_on(tmp_path):
     write(tmp_path / "x.jsonl", [{"question": "1 + 1?", "answer": "2"}] * 9)
     task = get_task("gsm8k")
-    with pytest.raises(ConfigError, match=r"task\.held_out: 3 of 9 problems leaves none to train on; lower it"):
+    with pytest.raises(
+        ConfigError, match=r"task\.held_out: 3 of 9 problems leaves none to train on; lower it"
+    ):
         _ = task(task.Options(dataset=str(tmp_path / "x.jsonl"), held_out=3), 0).train
