@@ -19,7 +19,7 @@ COLUMNS = 6  # of a tile
 
 
 def staircase(heights, seed=0):
-    """Logits (6, V): one tile of COLUMNS for each height, all within 2 of it; and the targets, one in each of six tiles.
+    """Logits (6, V): a tile of COLUMNS for each height, all within 2 of it; and the targets, in the tiles by turns.
 
     The first token of a tile is always its highest, so that a rise between two tiles is what the heights say.
     """
@@ -52,7 +52,7 @@ def everything(hidden, weight, targets, chunk, upstream):
 
 @pytest.mark.parametrize("stairs", STAIRS)
 def test_sums_survive_a_reference_that_moves(stairs):
-    """In float64, where a term of e^-30 is seen. Hidden states are an identity: a column of the weight is a row of logits."""
+    """In float64, where a term of e^-30 is seen. Hidden states are an identity, so that the weight is the logits."""
     logits, targets = staircase(STAIRS[stairs])
     hidden = torch.eye(6, dtype=torch.float64).requires_grad_()
     weight = logits.t().contiguous().requires_grad_()
@@ -183,7 +183,7 @@ def test_float16_exponentials_are_renewed_before_they_overflow(rise):
 
 
 def test_a_reference_never_lets_an_exponential_leave_its_dtype():
-    """By the numbers of each dtype: the highest exponential before a reference is renewed, and the lowest kept whole."""
+    """By the numbers of each dtype: the highest exponential before a reference is renewed, and the lowest kept."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         shift, lazy, depth = headroom(dtype)
         assert torch.tensor(shift + lazy).exp().item() < torch.finfo(dtype).max

@@ -3,7 +3,7 @@
     python warm.py serve SOCKET                 run in the copy of the tree whose tests are asked for
     python warm.py ask SOCKET SECONDS TEST …    exits as pytest does; 124 where the time ran out
 
-Nothing of memhead, recipes or tests is imported here, so that each fork reads them as they lie on the disk at that moment.
+Nothing of memhead, recipes or tests is imported here, so that each fork reads them as they lie on the disk then.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_the_seed_alone_decides_order_and_split(made, kind):
     assert first.train.to_list() == again.train.to_list()
     assert first.held_out.to_list() == again.held_out.to_list()
     assert first.train["prompt"][:5] != other.train["prompt"][:5]
-    given = kind.endswith("of a folder") or kind.endswith("some of it")
+    given = kind.endswith(("of a folder", "some of it"))
     # Where the data says what is held out, it is the same in every run.
     assert (first.held_out.to_list() == other.held_out.to_list()) == given
 

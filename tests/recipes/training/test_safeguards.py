@@ -88,7 +88,7 @@ def test_one_wrong_figure_of_two_fails_the_check(loaded, monkeypatch, wrong):
 
 
 def test_what_the_check_measures_and_allows(loaded, monkeypatch):
-    """Errors of a known size, relative to the gradient's norm; three times those of full logits, and a hundred-thousandth."""
+    """Errors of a known size; allowed are three times those of full logits, and a hundred-thousandth."""
     assert (ALLOWANCE, FLOOR) == (3.0, 1e-5)
     monkeypatch.setattr(head_check, "linear_logprobs", wrong_gradient)
     found = check_head(*loaded, ["357>26=", "12>"])
@@ -126,9 +126,8 @@ def test_a_head_that_fails_its_check_ends_the_run_before_anything_is_trained(tmp
     assert train_grpo.main(short(tmp_path)) == 1
     place = tmp_path / "tiny"
     (error,) = capsys.readouterr().err.strip().splitlines()
-    assert error == (
-        f"error: memhead disagrees with full logits in float64 on this model; {place / 'head_check.json'} has the figures"
-    )
+    figures = f"{place / 'head_check.json'} has the figures"
+    assert error == f"error: memhead disagrees with full logits in float64 on this model; {figures}"
     assert json.loads((place / "head_check.json").read_text())["passed"] is False
     for name in ("metrics.jsonl", "final", "finished.json", "report.html", "summary.json"):
         assert not (place / name).exists(), name
@@ -146,7 +145,7 @@ def test_a_bypass_is_noticed_in_every_step_whatever_happened_before():
         guard.on_step_end(None, SimpleNamespace(global_step=step), None)
     handle.count(8)  # an evaluation's, between two steps
     guard.on_step_begin(None, None, None)
-    with pytest.raises(HeadBypassed, match="^training step 3 never reached memhead"):
+    with pytest.raises(HeadBypassed, match=r"^training step 3 never reached memhead"):
         guard.on_step_end(None, SimpleNamespace(global_step=3), None)
     assert (handle.calls, handle.rows) == (3, 24)
 
