@@ -56,7 +56,7 @@ def in_fork(tests: list[str], seconds: float) -> tuple[int, str]:
         status = wait(child, seconds)
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 4000))
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 12_000))
         return status, output.read().decode(errors="replace")
 
 
