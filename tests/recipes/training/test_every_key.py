@@ -56,15 +56,6 @@ def rates(peak=1e-3, warmup=20, steps=12, least=0.05):
     ]
 
 
-    4.9206e-05,
-    9.364e-05,
-    0.000129048,
-    0.00015250,
-    0.000162114,
-    0.0001575,
-    0.000140714,
-]  # the first seven
-
 CASES: dict[str, list[Case]] = {
     # model
     "model.loader": [Case("hub", "unsloth", {"trainer": "trl", "peft": GONE, "trainer.": GONE, "unsloth": ...})],
@@ -284,7 +275,9 @@ def test_fields_of_trl_that_others_look_at(reached):
 
 # Resuming: which keys may differ
 
-SHAPE = "hidden_size layers heads kv_heads intermediate_size max_positions rope_theta tie_embeddings vocabulary"
+SHAPE = (
+    "hidden_size layers heads kv_heads intermediate_size max_positions rope_theta tie_embeddings vocabulary"
+)
 MODEL = "loader name revision tokenizer dtype load_in_4bit load_in_8bit scratch"
 LORA = "r alpha dropout target_modules modules_to_save use_rslora"
 REFUSED = {"run.seed", "lora"}
