@@ -12,7 +12,6 @@ import argparse
 import ast
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,8 @@ from typing import Any
 import warm
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+from tree import ROOT, copy_tree
 
-ROOT = Path(__file__).resolve().parents[2]
 # Of the dozen operators that may take another's place, the one or two that say most. An `X | None` is an annotation.
 KEPT = re.compile(
     r"core/(?!ReplaceBinary|ReplaceComparison|ReplaceUnary|Variable|NoOp)"
@@ -44,31 +43,28 @@ name = "local"
 """
 
 
-def copy_tree(place: Path) -> None:
-    """What git knows and what it would take: the tree as it is now."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
-
-
-def annotated_lines(source: str) -> set[int]:
-    """Lines on which nothing runs but what annotates: a change there is none."""
+def annotations_of(source: str) -> set[tuple[int, int]]:
+    """Line and column of every character of an annotation, which nobody evaluates."""
     spans = (
         node.annotation if isinstance(node, (ast.arg, ast.AnnAssign)) else node.returns
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.arg, ast.AnnAssign, ast.FunctionDef))
     )
-    return {(span.lineno, column) for span in spans if span for column in range(span.col_offset, span.end_col_offset)}
+    return {
+        (span.lineno, column)
+        for span in spans
+        if span
+        for column in range(span.col_offset, span.end_col_offset)
+    }
 
 
 def choose(session: Path, source: str, most: int | None) -> int:
     """Passes over all but the mutants that are to be run; returns how many there would be."""
-    annotations = annotated_lines(source)
+    annotations = annotations_of(source)
     with use_db(session, WorkDB.Mode.open) as db:
-        items = sorted(db.work_items, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name))
+        items = sorted(
+            db.work_items, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name)
+        )
         wanted = [
             item for item in items
             if KEPT.match(item.mutations[0].operator_name) and item.mutations[0].start_pos not in annotations
@@ -77,7 +73,9 @@ def choose(session: Path, source: str, most: int | None) -> int:
         if most is not None and count > most:
             wanted = [wanted[place * count // most] for place in range(most)]
         kept = {item.job_id for item in wanted}
-        passed_over = WorkResult(output="passed over", test_outcome=None, worker_outcome=WorkerOutcome.SKIPPED)
+        passed_over = WorkResult(
+            output="passed over", test_outcome=None, worker_outcome=WorkerOutcome.SKIPPED
+        )
         for item in items:
             if item.job_id not in kept:
                 db.set_result(item.job_id, passed_over)
@@ -111,14 +109,21 @@ def run(module: str, tests: str, tree: Path, socket: str, python: str, most: int
     survived = [pair for pair in found if pair[1].test_outcome == TestOutcome.SURVIVED]
     for mutation, result in survived:
         changed = [line for line in result.diff.splitlines() if re.match(r"[-+][^-+]", line)]
-        print(f"survived  {module}:{mutation.start_pos[0]}  {mutation.operator_name}", *changed, sep="\n    ", flush=True)
+        print(
+            f"survived  {module}:{mutation.start_pos[0]}  {mutation.operator_name}",
+            *changed,
+            sep="\n    ",
+            flush=True,
+        )
     caught = len(found) - len(survived)
     share = f"{100 * caught / len(found):.1f} %" if found else "–"
     return f"| `{module}` | {count} | {len(found)} | {caught} | {len(survived)} | {share} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", required=True, help="with what the tests need")
     parser.add_argument("--most", type=int, help="mutants of a module, evenly spread")
     parser.add_argument("modules", nargs="*", help="of modules.toml; default: all")
@@ -137,7 +142,12 @@ def main() -> None:
                 print(rows[-1], flush=True)
         finally:
             server.kill()
-    print("\n| module | mutants | run | caught | survive | caught of those run |", "|---|---|---|---|---|---|", *rows, sep="\n")
+    print(
+        "\n| module | mutants | run | caught | survive | caught of those run |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -160,6 +160,16 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
+EVERY_CASE = pytest.mark.parametrize(
+    ("key", "case"),
+    [
+        pytest.param(key, case, id=f"{key}={case.value} ({case.base})")
+        for key, cases in CASES.items()
+        for case in cases
+    ],
+)
+
+
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory):
     """A function: where the values of a base with an override arrive; each is found out once."""
@@ -198,7 +208,7 @@ def test_every_key_has_an_entry():
     assert set(CASES) == leaves()
 
 
-@pytest.mark.parametrize(("key", "case"), [(key, case) for key, cases in CASES.items() for case in cases])
+@EVERY_CASE
 def test_a_key_changes_what_it_should_and_nothing_else(reached, key, case):
     before, after = reached(case.base), reached(case.base, f"{key}={case.value}")
     found = differences(before, after)
@@ -287,7 +297,7 @@ for section, names in {"model": MODEL, "model.scratch": SHAPE, "lora": LORA}.ite
 REFUSED |= {key for key in CASES if key.startswith("run.warm_start")}
 
 
-@pytest.mark.parametrize(("key", "case"), [(key, case) for key, cases in CASES.items() for case in cases])
+@EVERY_CASE
 def test_a_resumed_run_takes_another_value_or_names_the_key(reached, tmp_path, monkeypatch, key, case):
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace())
     path = reached.folder / f"{case.base}.yaml"
