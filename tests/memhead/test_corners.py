@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memhead import linear_cross_entropy, linear_logprobs
-from memhead.statistics import LOWEST, UNSET, headroom, restore_infinity
+from memhead.statistics import LOWEST, UNSET, FoldSpec, finish, headroom, new_statistics, restore_infinity
 from tests.memhead.reference import double, full_logits, full_logprobs, make_head, relative_error
 
 EXTRA = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -196,6 +196,16 @@ def test_what_is_forbidden_lies_below_every_real_logit():
     values = torch.tensor([LOWEST, LOWEST / 100, -1e24, -1e20, 0.0], dtype=torch.float64)
     assert restore_infinity(values).tolist() == [-torch.inf, -torch.inf, -1e24, -1e20, 0.0]
     assert LOWEST < UNSET < -1e24
+
+
+def test_what_is_not_wanted_has_no_elements():
+    assert FoldSpec(1.0, 0.0, 1.0).wanted == [False] * 4
+    stats = new_statistics(3, torch.empty(0), torch.float32)
+    rows = finish(stats, 5, FoldSpec(1.0, 0.0, 1.0))
+    assert [len(values) for values in rows] == [3, 0, 0, 0, 0, 3]
+    assert rows.is_top1.dtype == torch.bool
+    every = finish(stats, 5, FoldSpec(1.0, 0.0, 1.0, True, True, True, True))
+    assert [len(values) for values in every] == [3] * 6
 
 
 # Ties

@@ -89,6 +89,17 @@ def results(session: Path) -> list[Any]:
         return [(item.mutations[0], found[item.job_id]) for item in db.work_items if item.job_id in found]
 
 
+def same_numbers(diff: str) -> bool:
+    """Whether a change is one of spelling: 1e30 and one more are the same number."""
+    sides = (
+        [line[1:] for line in diff.splitlines() if line.startswith(sign) and not line.startswith(3 * sign)]
+        for sign in "-+"
+    )
+    number = re.compile(r"\s*\b\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\b")
+    before, after = (number.sub(lambda match: repr(float(match[0])), "".join(side)) for side in sides)
+    return before == after
+
+
 def run(module: str, tests: str, tree: Path, socket: str, python: str, most: int | None) -> str:
     """One module's row of the table; what survives is printed."""
     words, began = shlex.split(tests), time.monotonic()
@@ -105,7 +116,7 @@ def run(module: str, tests: str, tree: Path, socket: str, python: str, most: int
     subprocess.run([*ray, "init", str(config), str(session)], cwd=tree, check=True, stdout=subprocess.DEVNULL)
     count = choose(session, (tree / module).read_text(), most)
     subprocess.run([*ray, "exec", str(config), str(session)], cwd=tree, check=True)
-    found = results(session)
+    found = [pair for pair in results(session) if not same_numbers(pair[1].diff)]
     survived = [pair for pair in found if pair[1].test_outcome == TestOutcome.SURVIVED]
     for mutation, result in survived:
         changed = [line for line in result.diff.splitlines() if re.match(r"[-+][^-+]", line)]
