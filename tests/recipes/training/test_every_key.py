@@ -251,6 +251,7 @@ def test_standby_is_told_at_the_import(monkeypatch):
             patch.setenv("UNSLOTH_VLLM_STANDBY", "left over")
             patch.delitem(sys.modules, "unsloth", raising=False)
             patch.setattr(sys, "meta_path", [Finder()])
+            patch.setattr("recipes.config.unsloth._failures", [])
             with pytest.raises(ImportError):
                 import_unsloth(standby)
     assert seen == ["1", "0"]
