@@ -159,7 +159,6 @@ def _head(session: Session, patch: Any, found: dict[str, Any]) -> None:
     patch.setitem(sys.modules, "memhead.integrations.unsloth", unsloths)
     patch.setattr(memhead.integrations, "unsloth", unsloths, raising=False)
     trainer.install_head(session.config, "arguments")
-    found.pop("head.args", None)
     patch.setattr(
         memhead.integrations.transformers, "patch", _recorder(found, "head of warm start", nullcontext)
     )

@@ -237,6 +237,12 @@ def test_a_key_changes_what_it_should_and_nothing_else(reached, key, case):
         assert before[place] == case.of
 
 
+def test_unsloths_head_sees_the_trainers_arguments(reached):
+    """It refuses those that would go past it."""
+    assert reached("unsloth")["head.args"] == "arguments"
+    assert "head.args" not in reached("hub")
+
+
 def test_standby_is_told_at_the_import(monkeypatch):
     """Unsloth reads it from its environment, once."""
     seen = []

@@ -152,6 +152,8 @@ def test_a_bypass_is_noticed_in_every_step_whatever_happened_before():
 
 def test_each_check_counts_from_the_one_before():
     handle = Handle("memhead", lambda: None)
+    with pytest.raises(HeadBypassed, match="none"):
+        handle.expect_calls("none")
     handle.count(1)
     handle.expect_calls("one")
     with pytest.raises(HeadBypassed, match="two"):
