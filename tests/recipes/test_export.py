@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recipes import export
 from recipes.config.load import load_config
 from recipes.export import LOGITS_TOLERANCE, _fault, _relative, main
 from recipes.models.tokenizers import character_tokenizer
@@ -184,7 +185,31 @@ def test_what_a_merge_may_be_off_by(dtype, allowed):
 
 def test_an_error_is_the_largest_difference_as_a_share_of_the_largest_logit():
     assert _relative(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.25])) == pytest.approx(0.5 / 4.25)
+    assert _relative(torch.tensor([0.001]), torch.tensor([0.002])) == pytest.approx(0.5)
     assert _relative(torch.zeros(2), torch.zeros(2)) == 0.0
+
+
+def test_nothing_is_loaded_with_code_of_its_own_and_nothing_keeps_a_graph(tmp_path, monkeypatch):
+    given, graphs = [], []
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        load = kind.from_pretrained
+
+        def watched(*place, load=load, **options):
+            given.append(options.get("trust_remote_code"))
+            return load(*place, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", watched)
+    logits = export._logits
+    monkeypatch.setattr(export, "_logits", lambda *a: graphs.append(found := logits(*a)) or found)
+    run = run_folder(tmp_path)
+    given.clear()
+    for base in (None, str(tmp_path / "base")):
+        shutil.rmtree(run / "merged", ignore_errors=True)
+        assert export.merge(run, base)["changed_weights"] == 14
+    assert len(given) >= 6
+    assert set(given) == {False}
+    assert [found.requires_grad for found in graphs] == [False] * 6
+    assert {found.dtype for found in graphs} == {torch.float32}
 
 
 def proof(**changes):

@@ -114,9 +114,9 @@ def test_seconds_are_summed_peaks_are_maxima_and_other_is_the_rest(clock):
     }
     assert steps == 2
     known.begin_step(2, MODEL, None)
-    pass_in(known, clock, "forward", 1.0, tensor_peak=2.0)
+    pass_in(known, clock, "forward", 1.0, tensor_peak=0.25)
     known.end_step()
-    assert known.take() == ({"forward": 1.0, "other": 0.0}, {"forward": {"tensor_peak_mib": 2.0}}, 1)
+    assert known.take() == ({"forward": 1.0, "other": 0.0}, {"forward": {"tensor_peak_mib": 0.25}}, 1)
     assert [step for step, _ in known._meter.steps] == [0, 1, 2]
     assert known._meter.steps[0][1] == [(3, 2), (3,)]
 
@@ -194,6 +194,20 @@ def test_each_method_is_timed_as_its_phase(clock, method, phase):
     known.end_step()
     # With a gradient, log-probabilities belong to the forward pass that wanted them.
     assert known.take()[0] == ({"other": 1.0} if phase == "scoring" else {phase: 1.0, "other": 0.0})
+
+
+def test_a_timed_method_keeps_its_name_and_what_is_written_on_it():
+    """torch's schedulers mark the optimizer's step, and warn where the mark is missing."""
+
+    def step():
+        """Of the optimizer."""
+
+    step.marked = True
+    optimizer = SimpleNamespace(step=step)
+    attach_optimizer(optimizer, PhaseClock(torch.device("cpu"), None))
+    assert optimizer.step is not step
+    assert (optimizer.step.__name__, optimizer.step.__doc__) == ("step", "Of the optimizer.")
+    assert optimizer.step.marked
 
 
 def test_every_phase_that_a_plan_foresees_is_measured_and_the_rest_is_named():
@@ -399,7 +413,8 @@ RECORDS = [
     {"step": 0, "accuracy": 0.2, "accuracy_interval": [0.1, 0.3], "evaluation_seconds": 900.0},
     *(step(n, reward=float(n), rewards={"a": n / 10, "b": None if n < 19 else 1.0}) for n in range(1, 19)),
     step(20, 20.0, 2, {"forward": 1.5, "backward": 2.0}, {"forward": {"tensor_peak_mib": 7.0}}, rewards={"a": 2.0}),
-    step(24, None, 4, {"forward": 0.5}, {"forward": {"tensor_peak_mib": 5.0}, "backward": {"tensor_peak_mib": 9.0}}),
+    step(24, None, 4, {"forward": 0.5}, {"forward": {"tensor_peak_mib": 5.0}, "backward": {"tensor_peak_mib": 9.0},
+                                         "rewards": {"tensor_peak_mib": 0.25}}),
     {"step": 24, "accuracy": 0.6, "accuracy_interval": [0.5, 0.7]},
 ]  # fmt: skip
 
@@ -411,7 +426,11 @@ def test_a_summary_by_hand():
     assert found["before"] == {"accuracy": 0.2, "accuracy_interval": [0.1, 0.3]}
     assert found["seconds"] == {"forward": 1.5 * 2 + 0.5 * 4, "backward": 4.0}
     assert found["seconds_total"] == 9.0
-    assert found["memory"] == {"forward": {"tensor_peak_mib": 7.0}, "backward": {"tensor_peak_mib": 9.0}}
+    assert found["memory"] == {
+        "forward": {"tensor_peak_mib": 7.0},
+        "backward": {"tensor_peak_mib": 9.0},
+        "rewards": {"tensor_peak_mib": 0.25},
+    }
     assert highest_peak(found, "tensor_peak_mib") == 9.0
     assert highest_peak(found, "resident_mib") is None
     assert found["reward_window"] == 1  # a tenth of the 19 with a reward

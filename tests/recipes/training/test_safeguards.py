@@ -100,6 +100,8 @@ def test_what_the_check_measures_and_allows(loaded, monkeypatch):
         assert found["allowed"][name] == 3 * error + 1e-5
     assert (found["rows"], found["vocabulary"], found["hidden_size"]) == (8, 20, 32)
     assert check_head(*loaded, ["357>26=", "12>"], rows=5)["rows"] == 5
+    most = check_head(*loaded, ["357>26="] * 11)  # 66 tokens that another follows
+    assert (most["rows"], most["temperature"], most["dtype"]) == (64, 1.0, "float32")
 
 
 def test_the_check_is_of_the_models_own_dtype_and_of_the_runs_products(loaded):
@@ -107,6 +109,8 @@ def test_the_check_is_of_the_models_own_dtype_and_of_the_runs_products(loaded):
     exact = check_head(model, tokenizer, ["357>26="])
     half = check_head(model, tokenizer, ["357>26="], precision=Precision(torch.bfloat16))
     assert half["precision"]["products"] == "bfloat16"
+    # Full logits are rounded as a run without memhead would round them; memhead's are not.
+    assert half["full_logits"]["logprob_error"] > 10 * half["memhead"]["logprob_error"]
     assert half["full_logits"]["gradient_error"] > 100 * exact["full_logits"]["gradient_error"]
     assert exact["passed"]
     assert half["passed"]
