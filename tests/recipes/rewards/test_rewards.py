@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import math
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ import torch
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
+from recipes.rewards.call import Fault, call
 from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
@@ -26,6 +28,7 @@ from recipes.rewards.contract import (
     choose,
     guard,
     problems,
+    too_many,
 )
 from recipes.rewards.signs import Signs
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
@@ -418,3 +421,29 @@ def test_the_trainers_logs_reach_the_terminal(capsys):
     for _ in range(2):
         callback.on_log(None, state, None, logs=logs(frac_reward_zero_std=1.0))
     assert capsys.readouterr().out.count("within each group all completions earned the same") == 1
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, 0, True, 1e-300])
+def test_the_largest_reward_that_is_taken(value):
+    assert call(lambda completions: [value], ["x"], {}, 1.0) == [float(value)]
+
+
+@pytest.mark.parametrize("value", [1.0000001e9, -1.0000001e9, 1e18, math.inf, -math.inf, math.nan, 10**400])
+def test_a_reward_that_is_too_large_or_no_number_is_a_fault(value):
+    found = call(lambda completions: [0.5, value], ["x", "y"], {}, 1.0)
+    assert isinstance(found, Fault)
+    assert found.index == 1
+
+
+@pytest.mark.parametrize(
+    ("failed", "scored", "share", "stops"),
+    [
+        (3, 10, 0.05, False), (4, 10, 0.05, True),  # of 64 at least: 3.2
+        (1, 1, 0.05, True), (1, 2, 0.05, False), (2, 3, 0.05, True),  # more than half at any time
+        (5, 100, 0.05, False), (6, 100, 0.05, True),
+        (32, 64, 0.5, False), (33, 64, 0.5, True), (50, 100, 0.5, False), (51, 100, 0.5, True),
+        (0, 10, 0.0, False), (1, 1000, 0.0, True), (10, 10, 1.0, False),
+    ],
+)  # fmt: skip
+def test_how_many_failures_are_too_many(failed, scored, share, stops):
+    assert too_many(failed, scored, share) is stops
