@@ -7,8 +7,10 @@ from enum import Enum
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 from transformers.debug_utils import DebugOption
 
+from recipes.config import load
 from recipes.config.grpo import grpo_section, import_grpo_config
 from recipes.config.load import ConfigError, load_config
 
@@ -110,3 +112,33 @@ def test_a_field_of_trl_arrives_by_its_name_and_moves_no_other(plain, name):
         True if name == "accelerator_config" else [DebugOption(value)] if name == "debug" else value
     )
     assert found == ALONG.get(name, {})
+
+
+CPU = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "cuda", "bfloat16", "fields"),
+    [
+        ("auto", {}, False, True, CPU),
+        ("bfloat16", {}, False, True, CPU),
+        ("auto", {"bf16": True}, False, True, {"use_cpu": True, "dataloader_pin_memory": False}),
+        ("auto", {"use_cpu": True}, True, True, {"bf16": False, "dataloader_pin_memory": False}),
+        ("auto", {}, True, True, {"fp16": False, "bf16": True}),
+        ("auto", {}, True, False, {"fp16": True, "bf16": False}),
+        ("float16", {}, True, True, {"fp16": True, "bf16": False}),
+        ("auto", {"bf16": False}, True, True, {}),
+        ("auto", {"fp16": True}, True, True, {"bf16": False}),
+    ],
+)
+def test_the_precision_that_a_machine_gets_unless_told_otherwise(
+    monkeypatch, dtype, given, cuda, bfloat16, fields
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    assert load._precision(dtype, given, cuda) == fields
+
+
+def test_products_on_a_cpu_are_the_weights_unless_asked_otherwise(plain, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = load_config(plain).grpo_config("x")
+    assert (arguments.bf16, arguments.fp16, arguments.use_cpu) == (False, False, True)

@@ -14,7 +14,7 @@ from recipes.config.schema import TrackingConfig
 from recipes.plan import plan
 from recipes.report.page import write_report
 from recipes.tracking import environment, meters, phases
-from recipes.tracking.meters import CpuMeter, CudaMeter, make_meter, persistent_tensors
+from recipes.tracking.meters import CpuMeter, CudaMeter, TensorMeter, make_meter, persistent_tensors
 from recipes.tracking.phases import PHASES, PLANNED, PhaseClock, attach, attach_optimizer, phase_of
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import (
@@ -338,6 +338,23 @@ def test_the_meter_of_a_cpu_gives_mib(monkeypatch):
     with meter.measure(figures):
         pass
     assert figures == {"resident_mib": 300.0}
+
+
+def test_a_meter_of_tensors_counts_every_output_of_an_operator():
+    meter = TensorMeter()
+    assert (meter.live_bytes, meter.peak_bytes) == (0, 0)
+    with meter:
+        assert meter.peak_bytes == 0
+        values, places = torch.arange(12).float().view(3, 4).max(1)  # 12 int64, 12 float32; then 3 and 3
+        assert meter.live_bytes == values.nbytes + places.nbytes == 12 + 24
+        assert meter.peak_bytes == 96 + 48
+
+
+def test_a_meter_that_no_step_has_begun_counts_no_tensors():
+    figures = {}
+    with make_meter(torch.device("cpu"), None).measure(figures):
+        pass
+    assert set(figures) == {"resident_mib"}
 
 
 @pytest.mark.parametrize(

@@ -366,17 +366,30 @@ def test_steps_that_are_not_finite_are_skipped_and_end_it_when_in_a_row(steps_ta
     assert model.weight.isfinite().all()
 
 
-def test_a_runs_warm_start_is_recorded_saved_and_where_adapters_look_for_their_base(tmp_path, capsys):
+class Ticking:
+    """A second passes between any two looks."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_a_runs_warm_start_is_recorded_saved_and_where_adapters_look_for_their_base(
+    tmp_path, capsys, monkeypatch
+):
     """Greedy alone, whatever the run's own evaluation samples; and not a second time when the run is resumed."""
     given = ["run.warm_start.steps=5", "run.warm_start.check_every=2", "run.evaluation.samples=3"]
     kept = [setting for setting in TINY if not setting.startswith("run.warm_start.steps")]
     config = load_config(CONFIG_FILE, [*kept, f"run.output_root={tmp_path}", *given])
+    monkeypatch.setattr("recipes.training.warm_start.time", Ticking())
     session = train_grpo.begin(config, resume=False)
     place = tmp_path / "tiny"
     lines = [line["warm_start"] for line in session.folder.metrics.read()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     found = session.folder.read_json("warm_start.json")
-    assert found.pop("seconds") > 0
+    assert found.pop("seconds") == 3.0  # looked at for each of the two lines that are printed, and at the end
     assert found == {
         "steps": 5,
         "examples": 5 * 8,
