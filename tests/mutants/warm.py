@@ -86,7 +86,7 @@ def wait(child: int, seconds: float) -> int:
 
 def ask(socket: str, seconds: float, tests: list[str]) -> tuple[int, str]:
     """What `serve` answers; it may still be importing."""
-    for _ in range(1200):
+    for _ in range(4000):
         try:
             with Client(socket) as server:
                 server.send((seconds, tests))
