@@ -122,9 +122,13 @@ def hold_out(rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]],
     held_out = shuffled[:count]
     kept_back = {same(row) for row in held_out}
     train = [row for row in shuffled[count:] if same(row) not in kept_back]
-    if not train:
+    if len(rows) <= count:
         message = f"{count} of {len(rows)} problems leaves none to train on"
         raise ConfigError([Problem("task.held_out", message, remedy="lower it")])
+    if not train:
+        message = f"every problem is among the {len(held_out)} held out, or the same as one"
+        remedy = "give it problems that differ, or lower task.held_out"
+        raise ConfigError([Problem("task.dataset", message, remedy=remedy)])
     return train, held_out
 
 

@@ -21,7 +21,6 @@ from datasets import Dataset
 from pydantic import Field, model_validator
 
 from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, whole_number
-from recipes.problems import ConfigError, Problem
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
 from recipes.rewards.contract import Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of

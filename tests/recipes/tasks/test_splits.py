@@ -148,6 +148,6 @@ def test_a_file_of_one_problem_repeated_leaves_nothing_to_train_on(tmp_path):
     write(tmp_path / "x.jsonl", [{"question": "1 + 1?", "answer": "2"}] * 9)
     task = get_task("gsm8k")
     with pytest.raises(
-        ConfigError, match=r"task\.held_out: 3 of 9 problems leaves none to train on; lower it"
+        ConfigError, match=r"task\.dataset: every problem is among the 3 held out, or the same"
     ):
         _ = task(task.Options(dataset=str(tmp_path / "x.jsonl"), held_out=3), 0).train

@@ -15,7 +15,7 @@ from recipes.config.load import load_config
 from recipes.models.finite import first_not_finite, why_unusable
 from recipes.models.generation import encode
 from recipes.models.load import load
-from recipes.tasks.countdown import Countdown
+from recipes.models.manifest import damage
 from recipes.tracking.files import LinesFile
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.finite import BadSteps, Diverged
@@ -27,14 +27,8 @@ def command(tmp_path, *more):
     return ["--config", CONFIG, *kept, f"run.output_root={tmp_path}", *more]
 
 
-def even_digits(self, completions, **_):
-    return [float(sum(character in "02468" for character in text)) for text in completions]
-
-
-def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_nothing_of_it(
-    tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(Countdown, "correct", even_digits)  # a model so young is right by luck alone
+def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_nothing_of_it(tmp_path, capsys):
+    """How it ends depends on the machine's rounding: with infinite gradients, or with logits that are all 0."""
     lost = command(tmp_path, "grpo.learning_rate=1e6", "grpo.max_steps=10", "run.save_every=1")
     assert train_grpo.main(lost) == 1
     folder = RunFolder(tmp_path / "tiny")
@@ -46,12 +40,11 @@ def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_no
     assert "lower the learning rate" in error
     assert not folder.final.exists()
     assert not (folder.path / "finished.json").exists()
-    bad = LinesFile(folder.path / "bad_steps.jsonl").read()[
-        -3:
-    ]  # before them others, with a finite one between
-    assert [line["step"] for line in bad] == list(range(bad[0]["step"], bad[0]["step"] + 3))
-    assert all(len(line["completions"]) == 16 and line["phase"] in ("forward", "backward") for line in bad)
-    assert f"step {bad[0]['step']}, {bad[0]['phase']}: " in printed.out
+    bad = LinesFile(folder.path / "bad_steps.jsonl").read()
+    for line in bad:
+        assert len(line["completions"]) == 16
+        assert line["phase"] in ("forward", "backward")
+        assert f"step {line['step']}, {line['phase']}: " in printed.out
     for weights in folder.path.glob("checkpoints/*/model.safetensors"):
         assert first_not_finite(load_file(weights).items()) is None
 
