@@ -173,7 +173,7 @@ def _head(session: Session, patch: Any, found: dict[str, Any]) -> None:
 
     patch.setattr(worst_case, "worst_case", longest)
     try:
-        worst_case.require_room(session, None)
+        worst_case.require_room(session, SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False))
     except LookupError:
         pass
 

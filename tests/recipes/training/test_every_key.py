@@ -105,6 +105,7 @@ CASES: dict[str, list[Case]] = {
         Case("hub", "torch", {"head.backend": "torch", "head of warm start.backend": "torch",
                               "check.backend": "torch"}),
         Case("unsloth", "torch", {"head.backend": "torch", "check.backend": "torch"})],
+    "head.parallel": [Case("hub", "vocabulary", {"head.vocab_parallel": True}, False)],
     "step.impl": [Case("hub", "trl", {"trainer": "trl", "trainer.token_budget": GONE, "trainer.planned_tokens": GONE})],
     "step.token_budget": [Case("hub", "900", {"trainer.token_budget": 900, "trainer.planned_tokens": 900})],
     # task: by the tasks' own table below
