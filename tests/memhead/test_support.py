@@ -290,3 +290,13 @@ def test_a_token_outside_the_support_is_impossible_and_moves_nothing():
         + supported_logprobs(hidden, weight, support[:, 1], support).logprobs.exp()
     )
     torch.testing.assert_close(both, torch.ones(3, dtype=torch.float64))
+
+
+def test_a_support_is_found_without_a_graph():
+    """Of the policy that trains, too: which tokens could have been drawn has no gradient."""
+    head = make_head(6, 31)
+    plain = truncation_support(head.hidden, head.weight, top_p=0.8)
+    leaves, kept = (head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        assert torch.equal(truncation_support(*leaves, top_p=0.8), plain)
+    assert not kept
