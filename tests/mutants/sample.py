@@ -141,10 +141,10 @@ MUTANTS = (
     Mutant(
         "train_grpo.py",
         "                _save(trainer, folder.final)  # first: the evaluation may be cut off\n"
-        "                if not interruption.asked:\n"
+        "                if not anywhere(interruption.asked):\n"
         "                    tracker.evaluated(trainer.state.global_step, evaluate())\n"
         "                    finished = True\n",
-        "                if not interruption.asked:\n"
+        "                if not anywhere(interruption.asked):\n"
         "                    tracker.evaluated(trainer.state.global_step, evaluate())\n"
         "                    finished = True\n"
         "                _save(trainer, folder.final)\n",

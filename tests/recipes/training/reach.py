@@ -93,7 +93,7 @@ class _Model(torch.nn.Module):
 
 
 class _Tokenizer:
-    eos_token_id, pad_token_id, padding_side = 1, 0, "left"
+    eos_token_id, pad_token_id, padding_side = 1, 0, "right"
     pad_token = "p"
 
     def __call__(self, texts: Any, **options: Any) -> Any:
@@ -147,7 +147,9 @@ def _model(config: RunConfig, patch: Any, found: dict[str, Any]) -> None:
     patch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=unsloth))
     task = Small(config.task.options, config.run.seed)
     patch.setattr(Small, "characters", config.make_task().characters)
-    load.load(config.model, task, config.run.seed, lora=config.lora)
+    _, loaded = load.load(config.model, task, config.run.seed, lora=config.lora)
+    if config.model.loader == "unsloth":
+        found["tokenizer.side"] = loaded.padding_side
 
 
 def _head(session: Session, patch: Any, found: dict[str, Any]) -> None:

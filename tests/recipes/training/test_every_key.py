@@ -238,6 +238,24 @@ def test_a_key_changes_what_it_should_and_nothing_else(reached, key, case):
         assert before[place] == case.of
 
 
+def test_what_each_loader_is_told_whatever_the_keys_say(reached):
+    assert reached("unsloth")["tokenizer.side"] == "left"
+    assert reached("hub")["tokenizer.padding_side"] == "left"
+    assert reached("unsloth")["unsloth.full_finetuning"] is False
+    assert reached("unsloth", "lora=null")["unsloth.full_finetuning"] is True
+    for base in ("hub", "whole"):
+        assert (
+            reached(base)["model.trust_remote_code"] is reached(base)["tokenizer.trust_remote_code"] is False
+        )
+    assert reached("unsloth")["unsloth.trust_remote_code"] is False
+    quantised = reached("hub", "model.load_in_4bit=true")["model.quantization_config"]
+    assert (quantised["load_in_4bit"], quantised["load_in_8bit"]) == (True, False)
+    assert quantised["bnb_4bit_quant_type"] == "nf4"
+    assert quantised["bnb_4bit_compute_dtype"] == "bfloat16"
+    quantised = reached("hub", "model.load_in_8bit=true")["model.quantization_config"]
+    assert (quantised["load_in_4bit"], quantised["load_in_8bit"]) == (False, True)
+
+
 def test_unsloths_head_sees_the_trainers_arguments(reached):
     """It refuses those that would go past it."""
     assert reached("unsloth")["head.args"] == "arguments"
