@@ -201,6 +201,7 @@ def test_what_is_forbidden_lies_below_every_real_logit():
 def test_what_is_not_wanted_has_no_elements():
     assert FoldSpec(1.0, 0.0, 1.0).wanted == [False] * 4
     stats = new_statistics(3, torch.empty(0), torch.float32)
+    assert stats.shape == (9, 3)
     rows = finish(stats, 5, FoldSpec(1.0, 0.0, 1.0))
     assert [len(values) for values in rows] == [3, 0, 0, 0, 0, 3]
     assert rows.is_top1.dtype == torch.bool

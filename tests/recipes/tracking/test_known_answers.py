@@ -25,8 +25,9 @@ from recipes.tracking.summary import (
     logged_steps,
     main_figures,
     summarize,
+    tokens_in_words,
 )
-from recipes.tracking.tracker import last_completions, track
+from recipes.tracking.tracker import Tracker, last_completions, track
 from recipes.training import memory
 
 
@@ -515,6 +516,46 @@ def test_tables_by_hand():
         "highest peak of live tensor bytes": "9.0 MiB",
     }
     assert dict(main_figures([("nothing", summarize([]))]).rows)["time a step"] == "–"
+
+
+def test_tokens_in_words():
+    told = {"tokens a second": "1,235", "completions left out": "79 %"}
+    assert tokens_in_words({"per_second": 1234.6, "left_out_share": 0.79, "computed": 5.0}) == told
+    for missing in (
+        {},
+        {"per_second": 1.0},
+        {"left_out_share": 0.5},
+        {"per_second": None, "left_out_share": 0.5},
+    ):
+        assert tokens_in_words(missing) == {}
+
+
+def test_a_sample_is_spread_over_the_batch():
+    """The first completions of a batch are all of one prompt."""
+    ten = [str(number) for number in range(10)]
+    logs = {"prompt": ten, "completion": ten, "rewards": {}, "advantages": ten}
+    found = {}
+    for count in (0, 1, 3, 10, 40):
+        sampled = SimpleNamespace(
+            _trainer=SimpleNamespace(_logs=logs), _tracking=TrackingConfig(completions_sample=count)
+        )
+        found[count] = [int(line["completion"]) for line in Tracker._sample(sampled)]
+    assert found == {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 40: list(range(10))}
+
+
+def test_measured_beside_planned_in_bytes_and_the_higher_of_two_phases():
+    """The plan counts forward and backward as one."""
+    peaks = {"generation": 1.5, "forward": 4.0, "backward": 2.0, "rewards": 9.0, "other": 9.0}
+    summary = {
+        "memory_figure": "tensor_peak_mib",
+        "memory": {phase: {"tensor_peak_mib": peak, "resident_mib": 100.0} for phase, peak in peaks.items()},
+    }
+    assert memory._measured(summary) == {
+        "generation": 1_572_864,
+        "forward, loss and backward": 4_194_304,
+    }
+    summary["memory"]["backward"]["tensor_peak_mib"] = 5.0
+    assert memory._measured(summary)["forward, loss and backward"] == 5_242_880
 
 
 @pytest.mark.parametrize(
