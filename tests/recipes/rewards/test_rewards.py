@@ -17,7 +17,7 @@ import torch
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
-from recipes.rewards.call import Fault, call
+from recipes.rewards.call import Fault, call, one_line, show
 from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
@@ -428,7 +428,9 @@ def test_the_largest_reward_that_is_taken(value):
     assert call(lambda completions: [value], ["x"], {}, 1.0) == [float(value)]
 
 
-@pytest.mark.parametrize("value", [1.0000001e9, -1.0000001e9, 1e18, math.inf, -math.inf, math.nan, 10**400])
+@pytest.mark.parametrize(
+    "value", [1_000_000_001, -1_000_000_001, 1e18, math.inf, -math.inf, math.nan, 10**400]
+)
 def test_a_reward_that_is_too_large_or_no_number_is_a_fault(value):
     found = call(lambda completions: [0.5, value], ["x", "y"], {}, 1.0)
     assert isinstance(found, Fault)
@@ -447,3 +449,10 @@ def test_a_reward_that_is_too_large_or_no_number_is_a_fault(value):
 )  # fmt: skip
 def test_how_many_failures_are_too_many(failed, scored, share, stops):
     assert too_many(failed, scored, share) is stops
+
+
+def test_what_is_shown_has_300_characters_at_most():
+    assert one_line("x" * 300) == "x" * 300
+    assert one_line("x" * 301) == "x" * 299 + "…"
+    assert show("x" * 298) == repr("x" * 298)
+    assert show("x" * 299) == ("'" + "x" * 298) + "…"
