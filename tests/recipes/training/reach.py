@@ -204,6 +204,7 @@ def _trainer(session: Session, patch: Any, found: dict[str, Any]) -> None:
     patch.setattr(recipes.training.packed_support, "why_not", lambda given, varlen: None)
     patch.setattr(recipes.training.packed_support, "half_precision", lambda *_: False)
     patch.setattr(recipes.training.packed_attention, "varlen_available", lambda *_, **__: False)
+    patch.setattr(step_choice, "measured", lambda kind, every: found.update({"ratios.every": every}) or kind)
     patch.setattr(step_choice, "_check", lambda *_: None)
     trainer.make_trainer(session)
 

@@ -82,6 +82,7 @@ CASES: dict[str, list[Case]] = {
                                  "unsloth.lora.use_gradient_checkpointing": "unsloth"})],
     "model.fast_inference": [Case("unsloth", "true", {"unsloth.fast_inference": True, "unsloth.max_lora_rank": 16})],
     "model.gpu_memory_utilization": [Case("vllm", "0.4", {"unsloth.gpu_memory_utilization": 0.4})],
+    "model.vllm_engine": [],  # told to vLLM itself: test_vllm_engine.py
     "model.vllm_standby": [],  # read when Unsloth is imported: test_standby_is_told_at_the_import
     "model.scratch": [Case("scratch", "{layers: 5}", {"llama.num_hidden_layers": 5})],
     "model.scratch.hidden_size": [Case("scratch", "64", {"llama.hidden_size": 64, "llama.head_dim": 16})],
@@ -129,6 +130,7 @@ CASES: dict[str, list[Case]] = {
     "tracking.completions_sample": [Case("hub", "7", {"sample": 7}, 4), Case("hub", "0", {"sample": 0})],
     "tracking.print_completions": [
         Case("hub", "2", {"trl.log_completions": True, "trl.num_completions_to_print": 2})],
+    "tracking.mismatch_every": [Case("hub", "7", {"ratios.every": 7}, 50)],
     "tracking.memory": [Case("hub", "false", {"meter": GONE})],
     "tracking.memory_every": [Case("hub", "3", {"meter.every": 3})],
     # run
