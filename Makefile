@@ -2,6 +2,8 @@
 # make test     install, then lint, types and the whole test suite
 # make test-trl-next  the tests of memhead in TRL's trainers once more, with the next TRL
 # make lint     ruff and the type checker; make format: let ruff rewrite what it can
+# make mutants  change the code by a tool, a character at a time, and see whether a test notices (hours; docs/testing.md);
+#               MODULES="memhead/support.py" MOST=20 runs twenty changes of one module
 # make notebook  bring notebooks/*.ipynb and their .py twins in step, the newer one winning
 # make clean    remove the environment and the caches; runs/ stays
 #
@@ -19,8 +21,9 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 TRL_NEXT := $(VENV)/trl-next
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MUTATING := .venv-mutants/.installed
 
-.PHONY: train test test-trl-next lint format notebook clean address
+.PHONY: train test test-trl-next lint format mutants notebook clean address
 
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
@@ -42,6 +45,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+mutants: $(TESTABLE) $(MUTATING)
+	$(dir $(MUTATING))bin/python tests/mutants/run.py --python $(BIN)/python $(if $(MOST),--most $(MOST)) $(MODULES)
 
 notebook: $(INSTALLED)
 	$(BIN)/jupytext --sync notebooks/*.py
@@ -72,6 +78,12 @@ $(TRL_NEXT)/.installed: $(INSTALLED) requirements-trl-next.lock
 	$(PIP) --no-deps --target $(TRL_NEXT) -r requirements-trl-next.lock
 	touch $@
 
+# Beside the other, whose packages it must not move: it only changes files and starts the tests there.
+$(MUTATING): requirements-mutants.lock
+	$(PYTHON) -m venv $(dir $@)
+	$(dir $@)bin/python -m pip install --quiet --disable-pip-version-check -r requirements-mutants.lock
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(dir $(MUTATING)) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

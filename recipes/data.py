@@ -118,14 +118,24 @@ def is_on_the_hub(dataset: str) -> bool:
     return not Path(dataset).expanduser().exists() and not _looks_local(dataset)
 
 
-def hold_out(rows: Rows, count: int, seed: str) -> tuple[Rows, Rows]:
-    """Rows as (train, held out), shuffled by the seed. Raises ConfigError if none is left to train on."""
+def hold_out(rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]], Any]) -> tuple[Rows, Rows]:
+    """Rows as (train, held out), shuffled by the seed; a row that occurs twice is not in both.
+
+    same: what two rows of one problem have in common. Raises ConfigError if none is left to train on.
+    """
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    held_out = shuffled[:count]
+    kept_back = {same(row) for row in held_out}
+    train = [row for row in shuffled[count:] if same(row) not in kept_back]
     if len(rows) <= count:
         message = f"{count} of {len(rows)} problems leaves none to train on"
         raise ConfigError([Problem("task.held_out", message, remedy="lower it")])
-    shuffled = list(rows)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[count:], shuffled[:count]
+    if not train:
+        message = f"every problem is among the {len(held_out)} held out, or the same as one"
+        remedy = "give it problems that differ, or lower task.held_out"
+        raise ConfigError([Problem("task.dataset", message, remedy=remedy)])
+    return train, held_out
 
 
 def rounds(rows: Sequence[T], count: int, seed: str) -> list[T]:

@@ -124,7 +124,7 @@ def _fault(proof: dict[str, Any]) -> str:
         return (
             "the merged weights equal the base: the adapter has not learnt, or half precision rounds it away"
         )
-    if proof["logits_error"] > proof["allowed"]:
+    if not proof["logits_error"] <= proof["allowed"]:  # NaN too
         return "the merged model's logits are not those of base and adapter"
     return ""
 

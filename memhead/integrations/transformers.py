@@ -261,14 +261,15 @@ def _check(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     vocab_size = model.get_output_embeddings().weight.shape[0]
     tokens = (torch.arange(1, 9, device=device) * 7919 % vocab_size)[None]  # (1, 8)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()  # dropout would make any two passes differ
     try:
         with torch.no_grad():
             ours = model(input_ids=tokens, labels=tokens, use_cache=False)
             plain = _own_forward(model)(input_ids=tokens, labels=tokens, use_cache=False)
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
     ours_loss, plain_loss = float(ours.loss), float(plain.loss)
     if not _close(ours_loss, plain_loss, model.get_output_embeddings().weight.dtype):
         raise ValueError(

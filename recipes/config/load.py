@@ -101,7 +101,7 @@ class RunConfig(Section):
         fields: dict[str, Any] = {
             "run_name": self.run.name,
             "seed": self.run.seed,
-            "project": "memhead",
+            "project": self.grpo_given.get("project", "memhead"),
             "report_to": [] if self.tracking.report_to == "none" else [self.tracking.report_to],
             "logging_steps": self.tracking.logging_every,
             "logging_first_step": True,

@@ -21,7 +21,6 @@ from datasets import Dataset
 from pydantic import Field, model_validator
 
 from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, renamed, whole_number
-from recipes.problems import ConfigError, Problem
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
 from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
@@ -137,13 +136,7 @@ class TinyZero(Task):
         # TinyZero's data has this split alone.
         columns = renamed(COLUMNS, options.columns.model_dump())
         rows = read_rows(options.dataset, "train", options.config, columns)
-        train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}")
-        kept_back = {_key(row) for row in held_out}
-        train = [row for row in train if _key(row) not in kept_back]
-        if not train:
-            message = f"every problem is among the {len(held_out)} held out, or the same as one"
-            remedy = "give it problems that differ, or lower task.held_out"
-            raise ConfigError([Problem("task.dataset", message, options.dataset, remedy)])
+        train, held_out = hold_out(rows, options.held_out, f"countdown_tinyzero split {self.seed}", _key)
         return train[: options.train_size], held_out
 
     def _dataset(self, rows: Rows) -> Dataset:

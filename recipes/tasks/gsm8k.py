@@ -140,7 +140,8 @@ class Gsm8k(Task):
         """All rows as (train, held out). Raises ConfigError or ValueError, with what to do about it."""
         rows = self._read("train")
         if is_one_file(self.options.dataset):
-            return hold_out(rows, self.options.held_out, f"gsm8k split {self.seed}")
+            seed = f"gsm8k split {self.seed}"
+            return hold_out(rows, self.options.held_out, seed, lambda row: row["question"].strip())
         return rows, self._read("test")
 
     def _read(self, split: str) -> Rows:

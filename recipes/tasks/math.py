@@ -116,7 +116,9 @@ class Math(Task):
         options = self.options
         train = self._read(options.train_split)
         if options.eval_split is None or is_one_file(options.dataset):
-            return hold_out(train, options.held_out, f"math split {self.seed}")
+            return hold_out(
+                train, options.held_out, f"math split {self.seed}", lambda row: row["problem"].strip()
+            )
         return train, self._read(options.eval_split)
 
     def _read(self, split: str) -> Rows:

@@ -265,3 +265,5 @@ class _Events(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tracker.end_step(state.global_step)
+        if state.global_step == state.max_steps:  # steps since the last log would be in no figure
+            control.should_log = True

@@ -103,6 +103,47 @@ def test_arguments_of_forward(checkpoints, further):
     assert_patch_changes_nothing(load(checkpoints["llama"]), batch() | further)
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("check", [True, False])
+def test_the_models_mode_and_gradients_are_left_as_they_were(checkpoints, mode, check):
+    """The comparison at the start is made without dropout; training goes on with it."""
+    model = load(checkpoints["llama"])
+    model.train(mode)
+    model.model.layers[0].mlp.eval()  # a part of it that someone froze
+    before = [module.training for module in model.modules()]
+    handle = patch(model, check=check)
+    assert [module.training for module in model.modules()] == before
+    assert (handle.calls, handle.rows) == (0, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(**batch()).loss.backward()
+    assert (handle.calls, handle.rows) == (1, 27)
+    unpatch(model)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_refused_model_is_left_as_it_was(checkpoints, monkeypatch):
+    from memhead.integrations import transformers as integration
+
+    model = load(checkpoints["cohere-scale-tied"])
+    model.train()
+    monkeypatch.setattr(integration, "head_options", lambda config: integration.HeadOptions(None, 1.0))
+    with pytest.raises(ValueError, match="treats its logits in a way that memhead does not know"):
+        patch(model)
+    assert model.training
+    assert "forward" not in vars(model)
+
+
+def test_dropout_is_on_while_it_trains(checkpoints):
+    model = load(checkpoints["llama"])
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    patch(model)
+    losses = {round(float(model(**batch()).loss.detach()), 9) for _ in range(4)}
+    assert len(losses) == 4
+
+
 def test_inputs_by_position_and_as_embeddings(checkpoints):
     model, inputs = load(checkpoints["llama"]), batch()
     plain = model(**inputs).loss

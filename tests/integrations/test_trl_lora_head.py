@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
 import trl.trainer.grpo_trainer
 import trl.trainer.utils
-from grpo_runs import PlainTrainer, RecordingTrainer, assert_same_trajectory, make_trainer, train
+from datasets import Dataset
+from grpo_runs import (
+    PROMPTS,
+    TOKENIZER,
+    PlainTrainer,
+    RecordingTrainer,
+    assert_same_trajectory,
+    make_trainer,
+    train,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -222,3 +232,58 @@ def test_trl_alone_refuses(checkpoints, tmp_path):
                 handle.uninstall()
             with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
                 make_trainer(checkpoints["llama"], tmp_path, lora=on_head(), trainer=RecordingTrainer)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dpo", "kto", "sft"])
+def test_in_every_trainer_that_has_such_a_head(checkpoints, name):
+    """The refusal is lifted for what can be computed, and nothing else; and it is back afterwards."""
+    module = importlib.import_module(f"trl.trainer.{name}_trainer")
+    before = vars(module)["BaseTunerLayer"], vars(module)["add_fused_lm_head"]
+    base = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    plain = get_peft_model(base, on_head()).get_output_embeddings()
+    dora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), on_head(use_dora=True)
+    ).get_output_embeddings()
+    with memhead_trl.install():
+        assert not isinstance(plain, module.BaseTunerLayer)
+        assert isinstance(dora, module.BaseTunerLayer)
+        assert module.add_fused_lm_head is not before[1]
+    assert isinstance(plain, module.BaseTunerLayer)
+    assert (vars(module)["BaseTunerLayer"], vars(module)["add_fused_lm_head"]) == before
+
+
+@pytest.mark.parametrize("name", ["RLOO", "KTO"])
+def test_a_real_run_of_the_other_trainers(checkpoints, tmp_path, name):
+    """One step each, in which the head's adapter is scored and moves."""
+    if name == "RLOO":
+        from grpo_runs import reward
+        from trl import RLOOConfig as Config
+        from trl import RLOOTrainer as Trainer
+
+        own = {"num_generations": 2, "max_completion_length": 4}
+        more = {"reward_funcs": reward}
+        rows = {"prompt": PROMPTS[:8]}
+    else:
+        from trl import KTOConfig as Config
+        from trl import KTOTrainer as Trainer
+
+        own, more = {"max_length": 16}, {}
+        rows = {"prompt": PROMPTS[:8], "completion": ["1+1", "22"] * 4, "label": [True, False] * 4}
+    arguments = Config(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=0.1, report_to="none", use_cpu=True,
+        bf16=False, save_strategy="no", disable_tqdm=True, **own,
+    )  # fmt: skip
+    with memhead_trl.install() as handle:
+        trainer = Trainer(
+            model=AutoModelForCausalLM.from_pretrained(checkpoints["llama"]),
+            args=arguments,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=TOKENIZER,
+            peft_config=on_head(),
+            **more,
+        )
+        head = trainer.model.get_output_embeddings()
+        before = head.lora_B["default"].weight.detach().clone()
+        trainer.train()
+        assert handle.calls > 0
+    assert not torch.equal(head.lora_B["default"].weight, before)

@@ -218,12 +218,85 @@ def test_refuses(change, message):
         truncation_support(head.hidden, head.weight, **change)
 
 
-def test_a_token_far_less_likely_than_the_others():
-    """A log-probability below -88, whose exponential float32 does not hold."""
-    weight = torch.tensor([[100.0], [-100.0], [99.0]])
-    hidden = torch.ones(1, 1, requires_grad=True)
-    logprobs = supported_logprobs(hidden, weight, torch.tensor([1]), torch.tensor([[0, 1, 2]])).logprobs
-    expected = -200.0 - torch.log1p(torch.tensor(-1.0).exp())
-    torch.testing.assert_close(logprobs, expected[None])
-    (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
-    torch.testing.assert_close(grad, (-100 - 100 + 1 / (1 + torch.tensor(1.0).exp())).view(1, 1))
+# The limits of every truncation, by logits that can be read: an identity of hidden states, a column of weight a row.
+
+
+def support_of(logits, **filters):
+    rows = torch.tensor(logits, dtype=torch.float64)
+    hidden = torch.eye(len(rows), dtype=torch.float64)
+    found = truncation_support(hidden, rows.t().contiguous(), **filters)
+    return [sorted(token for token in row if token >= 0) for row in found.tolist()]
+
+
+DISTINCT, TIED = [3.0, 1.0, 2.0, 0.0], [2.0, 1.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("filters", "distinct", "tied"),
+    [
+        ({"min_p": 1.0}, [0], [0, 2]),
+        ({"min_p": 1e-9}, [0, 1, 2, 3], [0, 1, 2, 3]),
+        ({"min_p": 0.3}, [0, 2], [0, 1, 2]),  # e^-1 = 0.37
+        ({"top_p": 1.0}, [0, 1, 2, 3], [0, 1, 2, 3]),
+        ({"top_p": 1e-9}, [0], [0]),
+        ({"top_p": 0.64}, [0], [0, 2]),  # 0.644, 0.237, 0.087, 0.032; and 0.40, 0.40, 0.147, 0.054
+        ({"top_p": 0.65}, [0, 2], [0, 2]),
+        ({"top_k": 1}, [0], [0, 2]),
+        ({"top_k": 2}, [0, 2], [0, 2]),
+        ({"top_k": 4}, [0, 1, 2, 3], [0, 1, 2, 3]),
+        ({"top_k": 100}, [0, 1, 2, 3], [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.72}, [0], [0, 2]),  # of what top-k left: 0.731, 0.269; 0.5, 0.5
+        ({"top_k": 2, "top_p": 0.74}, [0, 2], [0, 2]),
+    ],
+    ids=str,
+)
+def test_limits_of_every_truncation(filters, distinct, tied):
+    found = support_of([DISTINCT, TIED], **filters)
+    found_tied = found[1]
+    if filters == {"top_p": 1e-9}:  # of two equals either is the most likely
+        assert found_tied in ([0], [2])
+        found_tied = tied
+    assert (found[0], found_tied) == (distinct, tied)
+
+
+def test_a_support_may_be_as_large_as_max_size_and_no_larger():
+    assert support_of([DISTINCT], top_k=3, max_size=3) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="max_size=2 is too small"):
+        support_of([DISTINCT], top_k=3, max_size=2)
+    assert support_of([DISTINCT], top_k=4, max_size=4) == [[0, 1, 2, 3]]  # the whole vocabulary
+
+
+def test_the_drawn_token_is_added_where_it_is_missing_and_only_there():
+    hidden = torch.eye(2, dtype=torch.float64)
+    weight = torch.tensor([DISTINCT, TIED], dtype=torch.float64).t().contiguous()
+    found = truncation_support(hidden, weight, top_p=0.65, include=torch.tensor([3, 0]))
+    assert [sorted(token for token in row if token >= 0) for row in found.tolist()] == [[0, 2, 3], [0, 2]]
+    assert found[:, 0].tolist()[0] == 0  # the most likely first
+    same = truncation_support(hidden, weight, top_p=0.65, include=torch.tensor([2, 0]))
+    assert same.shape == (2, 2)
+
+
+def test_a_token_outside_the_support_is_impossible_and_moves_nothing():
+    head = make_head(3, 11, dtype=torch.float64)
+    support = truncation_support(head.hidden, head.weight, top_k=2)
+    outside = torch.tensor([next(v for v in range(11) if v not in row) for row in support.tolist()])
+    hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_()
+    result = supported_logprobs(hidden, weight, outside, support, entropy=True)
+    assert (result.logprobs == -torch.inf).all()
+    grads = torch.autograd.grad(result.logprobs[result.logprobs.isfinite()].sum(), (hidden, weight))
+    assert not any(grad.any() for grad in grads)
+    both = (
+        supported_logprobs(hidden, weight, support[:, 0], support).logprobs.exp()
+        + supported_logprobs(hidden, weight, support[:, 1], support).logprobs.exp()
+    )
+    torch.testing.assert_close(both, torch.ones(3, dtype=torch.float64))
+
+
+def test_a_support_is_found_without_a_graph():
+    """Of the policy that trains, too: which tokens could have been drawn has no gradient."""
+    head = make_head(6, 31)
+    plain = truncation_support(head.hidden, head.weight, top_p=0.8)
+    leaves, kept = (head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        assert torch.equal(truncation_support(*leaves, top_p=0.8), plain)
+    assert not kept

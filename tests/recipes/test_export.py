@@ -1,16 +1,18 @@
 """Export: a merged adapter is verified against base plus adapter, and a useless one is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recipes import export
 from recipes.config.load import load_config
-from recipes.export import main
+from recipes.export import LOGITS_TOLERANCE, _fault, _relative, main
 from recipes.models.tokenizers import character_tokenizer
 from recipes.report.model_card import model_card
 
@@ -151,3 +153,125 @@ def test_unsloths_saver_is_for_what_unsloth_trained(tmp_path, capsys, without_un
     assert main([str(run), "--merge", "--saver", "unsloth"]) == 1
     assert "Unsloth does not start here" in capsys.readouterr().err
     assert not (run / "merged").exists()
+
+
+def spoil(place, change):
+    """Changes one tensor of the weights on the disk."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(place / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = change(weights[name])
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda weight: weight * 1.5, lambda weight: weight.flip(0), torch.zeros_like],
+    ids=["scaled", "turned", "empty"],
+)
+def test_a_copy_that_is_damaged_on_the_disk_is_refused_and_removed(tmp_path, capsys, monkeypatch, change):
+    """The proof is of the model as it will be loaded."""
+    run = run_folder(tmp_path)
+    save = LlamaForCausalLM.save_pretrained
+
+    def save_damaged(self, place, *rest, **more):
+        save(self, place, *rest, **more)
+        if Path(place).name == "merged":
+            spoil(Path(place), change)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_damaged)
+    assert main([str(run), "--merge"]) == 1
+    error = capsys.readouterr().err
+    assert "the merged model's logits are not those of base and adapter" in error
+    proof = json.loads(error[error.index("({") + 1 : error.rindex(")")])
+    assert proof["allowed"] == 1e-4 < proof["logits_error"]
+    assert not (run / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [("float32", 1e-4), ("bfloat16", 0.1), ("float16", 0.02)], ids=str
+)
+def test_what_a_merge_may_be_off_by(dtype, allowed):
+    assert LOGITS_TOLERANCE[dtype] == allowed
+
+
+def test_an_error_is_the_largest_difference_as_a_share_of_the_largest_logit():
+    assert _relative(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.25])) == pytest.approx(0.5 / 4.25)
+    assert _relative(torch.tensor([0.001]), torch.tensor([0.002])) == pytest.approx(0.5)
+    assert _relative(torch.zeros(2), torch.zeros(2)) == 0.0
+
+
+def test_nothing_is_loaded_with_code_of_its_own_and_nothing_keeps_a_graph(tmp_path, monkeypatch):
+    given, graphs = [], []
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        load = kind.from_pretrained
+
+        def watched(*place, load=load, **options):
+            given.append(options.get("trust_remote_code"))
+            return load(*place, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", watched)
+    logits = export._logits
+    monkeypatch.setattr(export, "_logits", lambda *a: graphs.append(found := logits(*a)) or found)
+    run = run_folder(tmp_path)
+    given.clear()
+    for base in (None, str(tmp_path / "base")):
+        shutil.rmtree(run / "merged", ignore_errors=True)
+        assert export.merge(run, base)["changed_weights"] == 14
+    assert len(given) >= 6
+    assert set(given) == {False}
+    assert [found.requires_grad for found in graphs] == [False] * 6
+    assert {found.dtype for found in graphs} == {torch.float32}
+
+
+def proof(**changes):
+    good = {
+        "adapted_weights": 3,
+        "changed_weights": 3,
+        "logits_error": 0.1,
+        "adapter_effect": 1.0,
+        "allowed": 0.1,
+    }
+    return _fault({**good, **changes})  # fmt: skip
+
+
+def test_faults_of_a_merge():
+    assert proof() == ""
+    assert "equal the base" in proof(changed_weights=0)
+    assert "logits are not those" in proof(logits_error=0.1000001)
+    assert "logits are not those" in proof(logits_error=float("inf"))
+    assert "logits are not those" in proof(logits_error=float("nan"))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["merged", "without an adapter"])
+def test_gguf_converts_the_merged_model_or_the_whole_final_one(tmp_path, capsys, monkeypatch, whole):
+    run = run_folder(tmp_path)
+    if whole:
+        shutil.rmtree(run / "final")
+        shutil.copytree(tmp_path / "base", run / "final")
+    else:
+        assert main([str(run), "--merge"]) == 0
+    source = run / ("final" if whole else "merged")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    converter = tools / "convert_hf_to_gguf.py"
+    converter.write_text(
+        "import json, pathlib, sys\npathlib.Path(sys.argv[3]).write_text(json.dumps(sys.argv[1:]))\n"
+    )
+    converter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    capsys.readouterr()
+    assert main([str(run), "--gguf"]) == 0
+    target = run / f"{source.name}.gguf"
+    assert capsys.readouterr().out.strip() == str(target)
+    assert json.loads(target.read_text()) == [
+        str(source),
+        "--outfile",
+        str(target),
+        "--outtype",
+        "f16",
+    ]
+    converter.write_text("raise SystemExit(3)\n")
+    assert main([str(run), "--gguf"]) == 1
+    assert "failed on" in capsys.readouterr().err

@@ -429,6 +429,39 @@ def test_batch_message_gives_values_that_work(good):
         load_config(good, remedy).grpo_config("x")  # TRL agrees
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        # of the quickstart's shape: a batch of 8 a step
+        (["num_generations=16", "steps_per_generation=2"], None),
+        (["num_generations=16", "gradient_accumulation_steps=2"], None),
+        (["num_generations=16", "steps_per_generation=3"], "steps_per_generation 3"),
+        (
+            ["num_generations=16", "steps_per_generation=1", "gradient_accumulation_steps=2"],
+            "steps_per_generation 1",
+        ),
+        (["num_generations=12", "gradient_accumulation_steps=3", "steps_per_generation=2"], "batch of 16 "),
+        (["num_generations=12", "gradient_accumulation_steps=2", "steps_per_generation=3"], None),
+        (["num_generations=8", "generation_batch_size=16", "gradient_accumulation_steps=3"], None),
+        (["num_generations=6", "generation_batch_size=16"], "(generation_batch_size 16)"),
+        (
+            ["num_generations=8", "generation_batch_size=12"],
+            "not a multiple of per_device_train_batch_size 8",
+        ),
+        (["num_generations=8", "generation_batch_size=16", "steps_per_generation=2"], "given together with"),
+    ],
+    ids=str,
+)
+def test_which_batches_are_good(good, overrides, expected, tmp_path):
+    """And TRL agrees about those that are."""
+    given = [f"grpo.{override}" for override in overrides]
+    if expected is None:
+        arguments = load_config(good, given).grpo_config(tmp_path)
+        assert arguments.generation_batch_size % arguments.num_generations == 0
+    else:
+        assert expected in str(error_of(good, *given))
+
+
 def test_batch_counts_processes(good, monkeypatch):
     load_config(good, ["grpo.per_device_train_batch_size=4", "grpo.num_generations=4"])
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,6 +1,7 @@
 """Completions as evaluation asks for them, whatever the checkpoint's own generation settings are."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
-from recipes.models.generation import UNCUT, Sampling, by_trainer, by_transformers, encode, token_ids
+from recipes.models.generation import (
+    UNCUT,
+    Sampling,
+    _generation_config,
+    by_trainer,
+    by_transformers,
+    encode,
+    token_ids,
+)
+from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 
 SCRATCH = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=16, layers=1, intermediate_size=16))
@@ -79,3 +89,86 @@ def test_trl_still_has_what_the_way_through_vllm_uses():
     source = inspect.getsource(VLLMGeneration.generate)
     for name in (*UNCUT, "temperature", "max_completion_length"):
         assert f"= self.{name}" in source, f"{name} is read elsewhere now"
+
+
+WHOLE = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}  # of the distribution nothing is cut off
+
+
+class Engine:
+    """vLLM as TRL drives it: what it samples with is read from its attributes at each call."""
+
+    def __init__(self):
+        self.top_p, self.top_k, self.min_p, self.repetition_penalty = 0.5, 9, 0.1, 1.3
+        self.temperature, self.max_completion_length = 1.2, 77
+        self.synced, self.seen = 0, []
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations):
+        names = (*WHOLE, "temperature", "max_completion_length")
+        self.seen.append(({name: getattr(self, name) for name in names}, prompts, num_generations))
+        if prompts[0] == "broken":
+            raise RuntimeError
+        return None, [[5] for _ in prompts], None, None
+
+
+def trainer_with(engine, tokenizer):
+    return SimpleNamespace(
+        use_vllm=True, vllm_generation=engine, processing_class=tokenizer, chat_template_kwargs={},
+        state=SimpleNamespace(global_step=4), _last_loaded_step=3,
+    )  # fmt: skip
+
+
+def test_an_evaluation_by_vllm_is_of_the_weights_as_they_are_and_of_the_whole_distribution():
+    engine, tokenizer = Engine(), character_tokenizer("0123456789+-*=>")
+    trainer = trainer_with(engine, tokenizer)
+    generate, before = by_trainer(trainer), {**vars(engine)}
+    answers = generate(["1>", "22>"], Sampling(6, 2, 0.7))
+    assert [len(group) for group in answers] == [2, 2]
+    (told, prompts, group), *_ = engine.seen
+    assert told == {**WHOLE, "temperature": 0.7, "max_completion_length": 6}
+    assert prompts == [tokenizer("1>").input_ids] * 2 + [tokenizer("22>").input_ids] * 2
+    assert group == 2
+    assert (engine.synced, trainer._last_loaded_step) == (1, 4)
+    generate(["1>"], Sampling(6))
+    assert engine.seen[1][0] == {**WHOLE, "temperature": 0.0, "max_completion_length": 6}
+    assert engine.synced == 1  # no step was taken in between
+    trainer.state.global_step = 5
+    generate(["1>"], Sampling(6))
+    assert engine.synced == 2
+    assert {name: getattr(engine, name) for name in told} == {name: before[name] for name in told}
+
+
+def test_what_the_trainer_samples_with_is_put_back_after_a_failure(monkeypatch):
+    engine, tokenizer = Engine(), character_tokenizer("0123456789+-*=>")
+    before = {**vars(engine)}
+    monkeypatch.setattr("recipes.models.generation.token_ids", lambda *_: ["broken"])
+    with pytest.raises(RuntimeError):
+        by_trainer(trainer_with(engine, tokenizer))(["1>"], Sampling(6))
+    assert (engine.top_p, engine.temperature) == (before["top_p"], before["temperature"])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        (Sampling(6), {"do_sample": False, "max_new_tokens": 6, "repetition_penalty": 1.0}),
+        (
+            Sampling(6, 3, 0.7),
+            {**WHOLE, "do_sample": True, "max_new_tokens": 6, "temperature": 0.7, "num_return_sequences": 3},
+        ),
+    ],
+)
+def test_what_transformers_is_told(sampling, told):
+    """A checkpoint's own settings (Qwen2.5: top-k 20, a repetition penalty) would fill what is left out."""
+    tokenizer = character_tokenizer("0123456789+-*=>")
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 1]))
+    found = _generation_config(model, tokenizer, sampling)
+    assert {name: getattr(found, name) for name in told} == told
+    assert found.pad_token_id == 0
+    assert found.eos_token_id == [1, 7]

@@ -14,7 +14,7 @@ import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
 from recipes.plan import setting
-from recipes.plan.plan import CARDS, GIB, measure, parse_device, plan, plan_token_budget, usable
+from recipes.plan.plan import CARDS, GIB, _gib, measure, parse_device, plan, plan_token_budget, usable
 from recipes.problems import ConfigError
 
 pytestmark = pytest.mark.usefixtures("without_unsloth")
@@ -419,3 +419,16 @@ def test_a_plan_says_what_a_bin_is():
         f"quickstart: a bin of 4096 tokens, prompts shared by {generations} completions, of 58 + 6"
         in lines[0]
     )
+
+
+def test_units_by_literal_numbers():
+    assert parse_device("1 GiB") == 1_073_741_824
+    assert parse_device("1.5MiB") == 1_572_864
+    assert (parse_device("2 KiB"), parse_device("2KB"), parse_device("3 MB"), parse_device("3GB")) == (
+        2_048, 2_000, 3_000_000, 3_000_000_000,
+    )  # fmt: skip
+    assert parse_device("l4") == 23_034 * 1_048_576
+    assert usable(10_000_000_000) == 9_500_000_000 - 805_306_368  # a twentieth, and three quarters of a GiB
+    assert [_gib(size) for size in (1_073_741_824, 10_737_419, 10_000_000, 0)] == [
+        "1.00 GiB", "0.01 GiB", "9.54 MiB", "0.00 MiB",
+    ]  # fmt: skip

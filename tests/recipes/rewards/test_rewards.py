@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import math
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ import torch
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
+from recipes.rewards.call import Fault, call, one_line, show
 from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
@@ -26,6 +28,7 @@ from recipes.rewards.contract import (
     choose,
     guard,
     problems,
+    too_many,
 )
 from recipes.rewards.signs import Signs
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
@@ -448,3 +451,38 @@ def test_completions_that_never_end_are_told_from_a_few_that_are_cut():
     for step in range(2, 20):  # one that ends now and then
         found = signs.read(step, logs(**{"completions/clipped_ratio": 0.9 if step % 4 == 0 else 1.0}))
         assert not any("ended by itself" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, 0, True, 1e-300])
+def test_the_largest_reward_that_is_taken(value):
+    assert call(lambda completions: [value], ["x"], {}, 1.0) == [float(value)]
+
+
+@pytest.mark.parametrize(
+    "value", [1_000_000_001, -1_000_000_001, 1e18, math.inf, -math.inf, math.nan, 10**400]
+)
+def test_a_reward_that_is_too_large_or_no_number_is_a_fault(value):
+    found = call(lambda completions: [0.5, value], ["x", "y"], {}, 1.0)
+    assert isinstance(found, Fault)
+    assert found.index == 1
+
+
+@pytest.mark.parametrize(
+    ("failed", "scored", "share", "stops"),
+    [
+        (3, 10, 0.05, False), (4, 10, 0.05, True),  # of 64 at least: 3.2
+        (1, 1, 0.05, True), (1, 2, 0.05, False), (2, 3, 0.05, True),  # more than half at any time
+        (5, 100, 0.05, False), (6, 100, 0.05, True),
+        (32, 64, 0.5, False), (33, 64, 0.5, True), (50, 100, 0.5, False), (51, 100, 0.5, True),
+        (0, 10, 0.0, False), (1, 1000, 0.0, True), (10, 10, 1.0, False),
+    ],
+)  # fmt: skip
+def test_how_many_failures_are_too_many(failed, scored, share, stops):
+    assert too_many(failed, scored, share) is stops
+
+
+def test_what_is_shown_has_300_characters_at_most():
+    assert one_line("x" * 300) == "x" * 300
+    assert one_line("x" * 301) == "x" * 299 + "…"
+    assert show("x" * 298) == repr("x" * 298)
+    assert show("x" * 299) == ("'" + "x" * 298) + "…"

@@ -31,6 +31,9 @@ def _write(folder, task, rows=8, changed=()):
     for number, row in enumerate(data, 1):
         if task == "countdown_tinyzero":
             row["target"] = number
+        else:
+            question = "question" if task == "gsm8k" else "problem"
+            row[question] += f" ({number})"
     for number, column, value in changed:
         data[number - 1][column] = value
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))

@@ -22,6 +22,64 @@ def test_a_task_is_made_without_reading_anything(name):
     assert list(task.weights) == list(task.rewards)  # so that the columns of a report stay in one order
 
 
+WEIGHTS = {
+    "char_count": {"correct": 1.0},
+    "countdown": {"correct": 1.0, "well_formed": 1.0},
+    "countdown_tinyzero": {"correct": 1.0, "format": 0.1},
+    "gsm8k": {"tag_count": 0.5, "soft_format": 0.5, "strict_format": 0.5, "integer": 0.5, "correctness": 2.0},
+    "math": {"correctness": 1.0, "boxed_once": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_what_each_reward_weighs_unless_told_otherwise(name):
+    assert dict(get_task(name).weights) == WEIGHTS[name]
+
+
+THINK = "<think>\nhm\n</think>\n"
+FORMS = [  # task, row, completion, right in the form that was asked for, right in whatever form
+    ("gsm8k", {"answer": "4"}, "<reasoning>\n2\n</reasoning>\n<answer>\n4\n</answer>\n", True, True),
+    ("gsm8k", {"answer": "4"}, "The answer is 4.", False, True),
+    ("gsm8k", {"answer": "4"}, "<answer>5</answer> no, it is 4", False, False),
+    ("gsm8k", {"answer": "4"}, "<answer>4</answer> or was it 5", True, True),
+    ("gsm8k", {"answer": "4"}, "<answer>40</answer>", False, False),
+    ("char_count", {"count": 2}, "\\boxed{2}", True, True),
+    ("char_count", {"count": 2}, "It is 2.", False, True),
+    ("char_count", {"count": 2}, "\\boxed{12}", False, False),
+    ("char_count", {"count": 2}, "\\boxed{3}", False, False),
+    ("countdown", {"numbers": [3, 5, 7], "target": 26}, "3*7+5", True, None),
+    ("countdown", {"numbers": [3, 5, 7], "target": 26}, "3*7+5=26", False, None),
+    ("countdown", {"numbers": [3, 3, 5], "target": 8}, "3+5", False, None),  # a number is left over
+    ("countdown", {"numbers": [3, 5, 7], "target": 8}, "3+5", False, None),
+    ("countdown", {"numbers": [3, 5, 7], "target": 15}, "3+5+7+3-3", False, None),
+    ("countdown_tinyzero", {"nums": [3, 5, 7], "target": 26}, f"{THINK}<answer>3*7+5</answer>", True, True),
+    (
+        "countdown_tinyzero",
+        {"nums": [3, 5, 7], "target": 26},
+        f"{THINK}<answer>3*7+5 = 26</answer>",
+        False,
+        True,
+    ),
+    ("countdown_tinyzero", {"nums": [3, 5, 7], "target": 26}, "3*7+5", False, True),
+    ("countdown_tinyzero", {"nums": [3, 3, 5], "target": 8}, "<answer>3+5</answer>", False, False),
+    (
+        "countdown_tinyzero",
+        {"nums": [7, 2, 1], "target": 3},
+        "<answer>7/2-1</answer>",
+        False,
+        False,
+    ),  # not 2.5
+]
+
+
+@pytest.mark.parametrize(("name", "row", "completion", "right", "lenient"), FORMS)
+def test_right_in_the_form_asked_for_and_in_any(name, row, completion, right, lenient):
+    kind = get_task(name)
+    task = kind(kind.Options(**NEEDED.get(name, {})), 0)
+    assert task.is_correct(completion, row) is right
+    assert task.is_correct_lenient(completion, row) is lenient
+
+
 class Echo(Task):
     """The smallest possible task."""
 

@@ -5,6 +5,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -67,22 +68,25 @@ def test_one_line_a_step_with_every_figure(run):
     assert records[-1]["accuracy"] == 0.5
 
 
-def test_time_by_phase_adds_up(run):
+def test_every_phase_is_timed_and_trls_clock_agrees(run):
+    """TRL's own leaves out the optimizer; the sums are in test_known_answers.py."""
     for record in run[0].metrics.read()[1:]:
-        assert {"generation", "rewards", "scoring", "forward", "backward", "optimizer", "other"} == set(
-            record["time"]
-        )
         assert set(record["time"]) == set(PHASES)
-        # TRL's own clock leaves out the optimizer
         inside = sum(seconds for phase, seconds in record["time"].items() if phase != "optimizer")
         assert inside >= 0.9 * record["step_time"]
 
 
 def test_memory_by_phase(run):
-    first, *_, last = run[0].metrics.read()[1:]
-    for phase in ("generation", "scoring", "forward", "backward", "optimizer"):
-        assert first["memory"][phase]["tensor_peak_mib"] > 0
-        assert first["memory"][phase]["resident_mib"] > 50
+    """What lives from step to step is in every peak: in the first step weights, in the second Adam's moments."""
+    first, second, *_, last = run[0].metrics.read()[1:]
+    model = run[1]._trainer.model
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+    for record, lives in ((first, weights), (second, weights + 2 * trained)):
+        for phase in ("generation", "scoring", "forward", "backward", "optimizer"):
+            peak = record["memory"][phase]["tensor_peak_mib"] * 1_048_576
+            assert lives <= peak < lives + 4_000_000
+            assert 100 < record["memory"][phase]["resident_mib"] < 100_000
     assert set(last["memory"]["backward"]) == {"resident_mib"}  # step 4 is not a metered one
 
 
@@ -98,11 +102,14 @@ def test_environment_and_summary_are_written(run):
     environment = run[0].read_json("environment.json")
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["cores"] >= 1
-    assert environment["memory_gib"] > 0
+    assert environment["memory_gib"] == round(psutil.virtual_memory().total / 1_073_741_824, 1)
     summary = run[0].read_json("summary.json")
     assert (summary["accuracy_before"], summary["accuracy_after"], summary["steps"]) == (0.25, 0.5, 4)
-    assert summary["seconds"]["backward"] > 0
-    assert summary["memory"]["backward"]["tensor_peak_mib"] > 0
+    records = run[0].metrics.read()[1:]
+    assert summary["seconds"]["backward"] == pytest.approx(sum(r["time"]["backward"] for r in records))
+    assert summary["memory"]["backward"]["tensor_peak_mib"] == max(
+        record["memory"]["backward"].get("tensor_peak_mib", 0.0) for record in records
+    )
 
 
 def test_the_terminal_shows_reward_accuracy_memory_and_the_table(run):
@@ -128,25 +135,11 @@ def test_tracking_changes_no_number(memhead_in_trl, tmp_path):
     tracker.close()
 
 
-def test_peaks_are_maxima_over_the_logged_steps(memhead_in_trl, tmp_path):
-    tracking = TrackingConfig(memory_every=1, logging_every=2)
-    folder, _, _ = recorded_run(tmp_path, tracking=tracking, logging_steps=2)
-    records = [record for record in folder.metrics.read() if "reward" in record]
-    assert [record["step"] for record in records] == [2, 4]
-    assert [record["steps"] for record in records] == [2, 2]
-    each, _, _ = recorded_run(tmp_path, tracking=TrackingConfig(memory_every=1))
-    single = {
-        r["step"]: r["memory"]["forward"]["tensor_peak_mib"] for r in each.metrics.read() if "reward" in r
-    }
-    assert records[0]["memory"]["forward"]["tensor_peak_mib"] == pytest.approx(
-        max(single[1], single[2]), rel=0.02
-    )
-
-
 def test_memory_switched_off(memhead_in_trl, tmp_path):
     folder, tracker, _ = recorded_run(tmp_path, steps=2, tracking=TrackingConfig(memory=False))
     assert all(not record.get("memory") for record in folder.metrics.read())
-    assert tracker.summary()["seconds"]["backward"] > 0
+    assert tracker.summary()["memory"] == {}
+    assert set(tracker.summary()["seconds"]) == set(PHASES) - {"scoring"}
 
 
 def test_interrupted_and_resumed_without_duplicate_steps(memhead_in_trl, tmp_path):

@@ -4,13 +4,19 @@ import itertools
 from collections import Counter
 
 import pytest
+import torch
 
+from recipes.config.load import load_config
 from recipes.models.generation import Sampling
+from recipes.rewards.contract import RewardError
+from recipes.rewards.verdicts import judge_all
 from recipes.tasks.countdown import Countdown
 from recipes.tasks.gsm8k import Gsm8k
 from recipes.tracking.summary import before_and_after, summarize
+from recipes.training import evaluation
 from recipes.training.evaluation import (
     complete,
+    evaluator,
     greedy_figures,
     majority,
     pass_at_k,
@@ -130,3 +136,134 @@ def test_summary_keeps_every_figure_of_first_and_last_evaluation():
         ("  a", "1.000", "2.000"),
         ("  b", "–", "–"),
     ]
+
+
+# Known answers, in literal numbers
+
+
+@pytest.mark.parametrize(("right", "total"), [(1, 3), (43, 100), (3, 512), (511, 512)])
+def test_an_interval_ends_where_its_share_is_1_96_deviations_away(right, total):
+    """Wilson's own definition: of the shares at the two ends, what was seen lies at 95 per cent's border."""
+    for end in wilson(right, total):
+        deviation = (end * (1 - end) / total) ** 0.5
+        assert abs(right / total - end) / deviation == pytest.approx(1.959964, abs=1e-5)
+
+
+@pytest.mark.parametrize(("right", "total"), [(-1, 3), (4, 3), (0, 0)])
+def test_a_share_that_cannot_be_is_an_error(right, total):
+    with pytest.raises(ValueError, match="right, total"):
+        wilson(right, total)
+
+
+@pytest.mark.parametrize(("right", "k"), [(2, 0), (2, 6)])
+def test_more_than_was_sampled_is_an_error(right, k):
+    with pytest.raises(ValueError, match="k: "):
+        pass_at_k(right, 5, k)
+
+
+def test_both_accuracies_have_their_own_interval_of_95_percent():
+    task, texts = Counting(), [tag(4), "It is 5", tag(7)]
+    found = greedy_figures(task, texts, [{"answer": "4"}, {"answer": "5"}, {"answer": "6"}])
+    assert found["accuracy_interval"] == pytest.approx([0.061492, 0.792340], abs=1e-6)
+    assert found["accuracy_lenient_interval"] == pytest.approx([0.207660, 0.938508], abs=1e-6)
+
+
+class Recorded:
+    """An engine that remembers what it was asked for, and answers the first `right` problems rightly."""
+
+    def __init__(self, right):
+        self.right, self.asked, self.draws = right, [], []
+
+    def __call__(self, prompts, sampling):
+        self.asked.append((len(prompts), sampling))
+        self.draws.append(torch.rand(()).item())
+        return [["0"] * sampling.samples for _ in prompts]
+
+
+class Zero(Countdown):
+    """Whose every answer is right where the target is even."""
+
+    def is_correct(self, completion, row):
+        return row["target"] % 2 == 0
+
+
+def configured(tmp_path, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
+    return load_config(path, list(overrides))
+
+
+def test_an_evaluation_asks_for_what_the_configuration_says(tmp_path):
+    settings = [
+        "run.evaluation.size=10", "run.evaluation.batch_size=4", "run.evaluation.samples=2", "grpo.temperature=0.6",
+        "grpo.max_completion_length=9", "run.seed=3",
+    ]  # fmt: skip
+    config, engine = configured(tmp_path, *settings), Recorded(3)
+    task = Zero(Zero.Options(), 3)
+    measure = evaluator(config, task, engine)
+    found = measure()
+    greedy, drawn = Sampling(9, 1, 0.0), Sampling(9, 2, 0.6)
+    assert engine.asked == [(4, greedy), (4, greedy), (2, greedy), *[(2, drawn)] * 5]
+    right = sum(target % 2 == 0 for target in task.held_out["target"][:10])
+    assert found["accuracy"] == found["pass@1"] == found["pass@2"] == right / 10
+    assert found["accuracy_problems"] == 10
+    assert {"accuracy_interval", "maj@2", "evaluation_seconds"} < set(found)
+    first = engine.draws[3:]
+    engine.draws.clear()
+    torch.manual_seed(99)
+    measure()
+    assert engine.draws[3:] == first  # the same draws at every call, whatever was drawn before
+    engine.asked.clear()
+    assert "pass@1" not in measure(sampled=False)
+    assert engine.asked == [(4, greedy), (4, greedy), (2, greedy)]
+
+
+def test_sampling_leaves_the_random_state_as_it_was(tmp_path):
+    config = configured(
+        tmp_path, "run.evaluation.size=2", "run.evaluation.samples=2", "run.evaluation.batch_size=1"
+    )
+
+    def engine(prompts, sampling):
+        if sampling.samples > 1:
+            torch.rand(5)
+        return [["0"] * sampling.samples for _ in prompts]
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    evaluator(config, Zero(Zero.Options(), 0), engine)()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_evaluation_takes_its_own_time(tmp_path, monkeypatch):
+    class Clock:
+        now = 5.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(evaluation, "time", clock)
+
+    def engine(prompts, sampling):
+        clock.now += 2.0
+        return [["0"] * sampling.samples for _ in prompts]
+
+    config = configured(tmp_path, "run.evaluation.size=2", "run.evaluation.batch_size=1")
+    assert evaluator(config, Zero(Zero.Options(), 0), engine)()["evaluation_seconds"] == 4.0
+
+
+def test_a_judge_that_runs_out_of_time_counts_as_wrong():
+    """An evaluation's share of them is limited like a reward's."""
+
+    def slow(completion, row):
+        if completion == "slow":
+            while True:
+                pass
+        return True
+
+    options = Countdown.Options(reward_seconds=0.05, reward_failures=0.05)
+    completions = ["quick"] * 70 + ["slow"] + ["quick"] * 2
+    found = judge_all(slow, completions, [{}] * 73, options)
+    assert found == [True] * 70 + [False] + [True] * 2
+    with pytest.raises(RewardError, match=r"slow: did not return within 0\.05 s .* on 4 of 64 completions"):
+        judge_all(slow, ["quick"] * 60 + ["slow"] * 4, [{}] * 64, options)

@@ -1,14 +1,17 @@
 """The run end to end, tiny: its folder, its errors, its interruption."""
 
+import io
 import json
 import os
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
+from recipes.config.load import load_config
 from recipes.training.callbacks import BypassGuard
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
@@ -31,9 +34,18 @@ def run(tmp_path, *more):
     return train_grpo.main(["--config", CONFIG, *TINY, f"run.output_root={tmp_path}", *more])
 
 
-def test_leaves_a_whole_run_folder(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    folder = tmp_path / "tiny"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The root of a whole run, and what it printed."""
+    root, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with redirect_stdout(printed):
+        assert run(root) == 0
+    return root, printed.getvalue()
+
+
+def test_leaves_a_whole_run_folder(whole):
+    root, printed = whole
+    folder = root / "tiny"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     started = [line.pop("warm_start") for line in lines if "warm_start" in line]
     assert [line["step"] for line in started] == list(range(1, len(started) + 1))
@@ -47,24 +59,26 @@ def test_leaves_a_whole_run_folder(tmp_path, capsys):
         assert set(tokens) == {"computed", "real", "left_out_share", "per_second"}
         assert 0 < tokens["computed"] <= tokens["real"]
         assert not any(name.startswith("step/") for name in line["trl"])
-    for name in ("config.yaml", "environment.json", "warm_start.json", "completions.jsonl", "report.png"):
-        assert (folder / name).stat().st_size > 0
+    assert load_config(folder / "config.yaml").to_yaml() == (folder / "config.yaml").read_text()
+    assert json.loads((folder / "environment.json").read_text())["step"]["impl"] == "packed"
+    assert json.loads((folder / "warm_start.json").read_text())["steps"] == len(started) == 2
+    assert len((folder / "completions.jsonl").read_text().splitlines()) == 3 * 4
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "head_check.json").read_text())["passed"]
-    assert json.loads((folder / "head.json").read_text())["calls"] >= 3
+    assert json.loads((folder / "head.json").read_text())["calls"] >= 3  # one step each at least
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "final"))
     assert (folder / "final" / "model.safetensors").is_file()
-    printed = capsys.readouterr().out
     assert "accuracy" in printed
     assert "generation" in printed
 
 
-def test_the_resolved_config_runs_again_alike(tmp_path):
-    assert run(tmp_path) == 0
-    again = ["--config", str(tmp_path / "tiny" / "config.yaml"), "run.name=again"]
+def test_the_resolved_config_runs_again_alike(whole):
+    root, _ = whole
+    again = ["--config", str(root / "tiny" / "config.yaml"), "run.name=again"]
     assert train_grpo.main(again) == 0
     first, second = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("tiny", "again")
     )
     for key in ("reward", "loss", "entropy", "accuracy", "grad_norm"):

@@ -1,11 +1,18 @@
 """The warm start, greedy evaluation and the head's check, on a model of a few thousand parameters."""
 
+import itertools
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_quickstart import CONFIG as CONFIG_FILE
+from test_quickstart import TINY
+from transformers import AutoModelForCausalLM
 
+import train_grpo
+from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig, WarmStartConfig
 from recipes.models import load as models
 from recipes.models.generation import Sampling, by_transformers
@@ -13,8 +20,10 @@ from recipes.models.precision import Precision
 from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 from recipes.training.evaluation import complete, greedy_figures
+from recipes.training.finite import Diverged
 from recipes.training.head_check import check_head
-from recipes.training.warm_start import IGNORED, _Gradient, collate, rate_share, warm_start
+from recipes.training.trainer import head_of_warm_start
+from recipes.training.warm_start import IGNORED, _batches, _Gradient, collate, rate_share, warm_start
 
 TASK = Countdown(Countdown.Options(), 0)
 CONFIG = ModelConfig(loader="scratch", scratch=ScratchConfig(hidden_size=32, layers=2, intermediate_size=64))
@@ -207,3 +216,206 @@ def test_head_check_passes_and_finds_a_wrong_head(loaded, monkeypatch):
     right = headcheck.linear_logprobs
     monkeypatch.setattr(headcheck, "linear_logprobs", lambda *a, **k: right(*a, **(k | {"temperature": 1.0})))
     assert not check_head(model, tokenizer, ["357>26="], temperature=0.7)["passed"]
+
+
+# What the optimizer does, seen at its own step
+
+
+class Slope(torch.nn.Module):
+    """A model whose gradient is known: `steep` in each of two weights."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, steep):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.steep = steep
+
+    def forward(self, **batch):
+        return SimpleNamespace(loss=self.steep * self.weight.sum())
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """What each AdamW was made with, and at each of its steps the rate and the norm of the gradient."""
+    made, taken = [], []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, parameters, **options):
+            made.append(options)
+            super().__init__(parameters, **options)
+
+        def step(self, closure=None):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+            taken.append((self.param_groups[0]["lr"], norm))
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    return made, taken
+
+
+def start(model, settings, **given):
+    tokenizer = character_tokenizer(TASK.characters)
+    options = {"precision": Precision(), "probe": lambda: 0.0, **given}
+    return warm_start(model, tokenizer, EXAMPLES, settings, **options)
+
+
+def test_the_rate_that_is_reported_is_the_one_that_is_taken(steps_taken):
+    reported = []
+    changed = {"steps": 4, "warmup_steps": 2, "weight_decay": 0.03, "adam_beta2": 0.95, "final_rate": 0.1}
+    start(Slope(0.1), settings(**changed), on_step=reported.append)
+    made, taken = steps_taken
+    assert made == [{"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.03}]
+    # half of the way up, then down along 1 - step / 4, but not below a tenth
+    assert [rate for rate, _ in taken] == pytest.approx([5e-3 * 0.75, 1e-2 * 0.5, 1e-2 * 0.25, 1e-2 * 0.1])
+    assert [step.learning_rate for step in reported] == [rate for rate, _ in taken]
+
+
+@pytest.mark.parametrize(("steep", "norm"), [(100.0, 1.0), (0.5, 0.5 * 2**0.5)])
+def test_a_gradient_longer_than_one_is_clipped_and_no_other(steps_taken, steep, norm):
+    start(Slope(steep), settings(steps=2))
+    assert [found for _, found in steps_taken[1]] == pytest.approx([norm] * 2, rel=1e-5)
+
+
+def test_gradients_are_not_added_up_from_step_to_step(steps_taken):
+    start(Slope(0.25), settings(steps=4))
+    assert [found for _, found in steps_taken[1]] == pytest.approx([0.25 * 2**0.5] * 4)
+
+
+def test_frozen_weights_are_left_out(loaded, steps_taken):
+    model, tokenizer = loaded
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = model.get_input_embeddings().weight.clone()
+    warm_start(model, tokenizer, EXAMPLES, settings(steps=2), precision=Precision(), probe=lambda: 0.0)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "looked"), [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (2, 25, [2]), (1, 1, [1])]
+)
+def test_the_accuracy_is_looked_at_now_and_then_and_at_the_end(steps, every, looked):
+    seen, reported = [], []
+
+    def probe():
+        seen.append(len(reported) + 1)
+        return len(seen) / 10
+
+    result = start(Slope(0.1), settings(steps=steps, check_every=every), probe=probe, on_step=reported.append)
+    assert seen == looked
+    assert result.accuracy == len(looked) / 10
+    assert (result.steps, result.examples) == (steps, 4 * steps)
+    assert result.loss == reported[-1].loss
+    last = 0
+    for step in reported:  # between two looks the last one stands
+        last += step.step in looked
+        assert step.accuracy == last / 10 or (last == 0 and math.isnan(step.accuracy))
+
+
+@pytest.mark.parametrize(("target", "steps"), [(0.2, 4), (0.21, 6), (1.0, 10), (None, 10)])
+def test_it_stops_at_the_look_that_reaches_the_target(target, steps):
+    looks = iter([0.1, 0.2, 0.3, 0.4, 0.5])
+    changed = settings(steps=10, check_every=2, target_accuracy=target)
+    assert start(Slope(0.1), changed, probe=lambda: next(looks)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        ({"warmup_steps": 0, "final_rate": 0.0}, [0.75, 0.5, 0.25, 0.0]),
+        ({"warmup_steps": 0, "final_rate": 0.5}, [0.75, 0.5, 0.5, 0.5]),
+        ({"warmup_steps": 1, "final_rate": 0.0}, [0.75, 0.5, 0.25, 0.0]),
+        ({"warmup_steps": 8, "final_rate": 0.0}, [0.75 / 8, 0.5 / 4, 0.25 * 3 / 8, 0.0]),
+        ({"warmup_steps": 0, "final_rate": 0.2, "schedule": "cosine"}, [0.882843, 0.6, 0.317157, 0.2]),
+        ({"warmup_steps": 4, "final_rate": 0.0, "schedule": "cosine"}, [0.213388, 0.25, 0.109835, 0.0]),
+    ],
+)
+def test_every_share_of_the_peak_by_hand(changes, shares):
+    found = [rate_share(step, settings(steps=4, **changes)) for step in range(1, 5)]
+    assert found == pytest.approx(shares, abs=1e-6)
+
+
+def test_examples_come_in_their_order_from_the_start_again_and_whole_batches_alone():
+    def collated(examples):
+        return [prompt for prompt, _ in examples]
+
+    examples = [(letter, "") for letter in "abcde"]
+    assert list(itertools.islice(_batches(collated, examples, 2), 5)) == [
+        ["a", "b"],
+        ["c", "d"],
+        ["a", "b"],
+        ["c", "d"],
+        ["a", "b"],
+    ]
+    assert list(itertools.islice(_batches(collated, examples, 5), 2)) == [list("abcde")] * 2
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_it_when_in_a_row(steps_taken):
+    class Broken(Slope):
+        calls = 0
+
+        def forward(self, **batch):
+            type(self).calls += 1
+            return SimpleNamespace(loss=self.weight.sum() * (math.nan if self.calls in (2, 4, 5) else 0.1))
+
+    model = Broken(0.1)
+    with pytest.raises(Diverged, match="2 steps in a row were not finite"):
+        start(model, settings(steps=9), max_bad_steps=2)
+    assert model.calls == 5
+    assert len(steps_taken[1]) == 2  # the first and the third
+    assert model.weight.isfinite().all()
+
+
+class Ticking:
+    """A second passes between any two looks."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_a_runs_warm_start_is_recorded_saved_and_where_adapters_look_for_their_base(
+    tmp_path, capsys, monkeypatch
+):
+    """Greedy alone, whatever the run's own evaluation samples; and not a second time when the run is resumed."""
+    given = ["run.warm_start.steps=5", "run.warm_start.check_every=2", "run.evaluation.samples=3"]
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start.steps")]
+    config = load_config(CONFIG_FILE, [*kept, f"run.output_root={tmp_path}", *given])
+    monkeypatch.setattr("recipes.training.warm_start.time", Ticking())
+    session = train_grpo.begin(config, resume=False)
+    place = tmp_path / "tiny"
+    lines = [line["warm_start"] for line in session.folder.metrics.read()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    found = session.folder.read_json("warm_start.json")
+    assert found.pop("seconds") == 3.0  # looked at for each of the two lines that are printed, and at the end
+    assert found == {
+        "steps": 5,
+        "examples": 5 * 8,
+        "accuracy": lines[-1]["accuracy"],
+        "loss": lines[-1]["loss"],
+    }
+    assert lines[-1]["accuracy"] is not None
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warm start  step")]
+    assert [line.split()[3] for line in printed] == ["2", "4"]
+    saved = AutoModelForCausalLM.from_pretrained(place / "warm_start")
+    for name, weight in session.model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight)
+    assert session.model.name_or_path == str((place / "warm_start").resolve())
+
+
+def test_the_head_of_a_warm_start_is_the_runs(loaded, monkeypatch):
+    from memhead.integrations import transformers as memhead_transformers
+
+    given = []
+    monkeypatch.setattr(
+        memhead_transformers, "patch", lambda model, **options: given.append(options) or nullcontext()
+    )
+    for impl, loader in (("memhead", "scratch"), ("full", "scratch"), ("memhead", "unsloth")):
+        config = SimpleNamespace(
+            head=SimpleNamespace(impl=impl, chunk=7, backend="torch"), model=SimpleNamespace(loader=loader)
+        )
+        with head_of_warm_start(config, loaded[0]):
+            pass
+    assert given == [{"chunk": 7, "backend": "torch"}]

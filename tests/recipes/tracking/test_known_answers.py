@@ -1,0 +1,581 @@
+"""The measuring itself: clocks and meters whose answers are known, sums that must agree, units by literal numbers."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from tiny import digits_reward, length_reward, tiny_trainer
+
+from recipes.config.schema import TrackingConfig
+from recipes.plan import plan
+from recipes.report.page import write_report
+from recipes.tracking import environment, meters, phases
+from recipes.tracking.meters import CpuMeter, CudaMeter, TensorMeter, make_meter, persistent_tensors
+from recipes.tracking.phases import PHASES, PLANNED, PhaseClock, attach, attach_optimizer, phase_of
+from recipes.tracking.run_folder import RunFolder
+from recipes.tracking.summary import (
+    before_and_after,
+    by_phase,
+    format_mib,
+    highest_peak,
+    logged_steps,
+    main_figures,
+    summarize,
+    tokens_in_words,
+)
+from recipes.tracking.tracker import Tracker, last_completions, track
+from recipes.training import memory
+
+
+class Clock:
+    """Seconds that pass only when told; the phases' own `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+class Ticking:
+    """One second passes between any two looks."""
+
+    def __init__(self):
+        self.seconds = itertools.count()
+
+    def perf_counter(self):
+        return float(next(self.seconds))
+
+
+class KnownMeter:
+    """Gives the peaks that it is told, and keeps what it was told of each step."""
+
+    def __init__(self):
+        self.next = {}
+        self.steps = []
+
+    def begin_step(self, step, persistent):
+        self.steps.append((step, [tuple(tensor.shape) for tensor in persistent]))
+
+    def measure(self, figures):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def measured():
+            yield
+            figures.update(self.next)
+
+        return measured()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(phases, "time", found)
+    return found
+
+
+def pass_in(phase_clock, clock, name, seconds, **peaks):
+    phase_clock._meter.next = {f"{figure}_mib": value for figure, value in peaks.items()}
+    with phase_clock.phase(name):
+        clock.passes(seconds)
+
+
+MODEL = torch.nn.Linear(2, 3)
+
+
+def test_seconds_are_summed_peaks_are_maxima_and_other_is_the_rest(clock):
+    known = PhaseClock(torch.device("cpu"), KnownMeter())
+    known.begin_step(0, MODEL, None)
+    clock.passes(0.5)
+    pass_in(known, clock, "generation", 3.0, tensor_peak=5.0, resident=100.0)
+    pass_in(known, clock, "forward", 2.0, tensor_peak=7.0)
+    pass_in(known, clock, "forward", 1.0, tensor_peak=3.0)
+    clock.passes(1.5)
+    known.end_step()
+    clock.passes(50.0)  # between two steps: no one's time
+    pass_in(known, clock, "generation", 7.0, tensor_peak=900.0)  # an evaluation's
+    known.begin_step(1, MODEL, None)
+    pass_in(known, clock, "generation", 4.0, tensor_peak=4.0, resident=90.0)
+    clock.passes(0.25)
+    known.end_step()
+    seconds, peaks, steps = known.take()
+    assert seconds == {"generation": 7.0, "forward": 3.0, "other": 2.25}
+    assert sum(seconds.values()) == 8.0 + 4.25  # of the two steps
+    assert peaks == {
+        "generation": {"tensor_peak_mib": 5.0, "resident_mib": 100.0},
+        "forward": {"tensor_peak_mib": 7.0},
+    }
+    assert steps == 2
+    known.begin_step(2, MODEL, None)
+    pass_in(known, clock, "forward", 1.0, tensor_peak=0.25)
+    known.end_step()
+    assert known.take() == ({"forward": 1.0, "other": 0.0}, {"forward": {"tensor_peak_mib": 0.25}}, 1)
+    assert [step for step, _ in known._meter.steps] == [0, 1, 2]
+    assert known._meter.steps[0][1] == [(3, 2), (3,)]
+
+
+def test_an_end_without_a_beginning_counts_nothing(clock):
+    known = PhaseClock(torch.device("cpu"), None)
+    known.end_step()
+    known.begin_step(0, MODEL, None)
+    clock.passes(2.0)
+    known.end_step()
+    known.end_step()
+    assert known.take() == ({"other": 2.0}, {}, 1)
+
+
+def test_a_phase_that_fails_leaves_the_clock_ready_and_its_name_on_the_error(clock):
+    known = PhaseClock(torch.device("cpu"), KnownMeter())
+    known.begin_step(0, MODEL, None)
+
+    def fail():
+        with known.phase("forward"), known.phase("scoring"):
+            clock.passes(1.0)
+            raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    assert phase_of(caught.value) == "forward"
+    assert phase_of(ValueError()) is None
+    pass_in(known, clock, "backward", 2.0)
+    known.end_step()
+    assert known.take()[0] == {"backward": 2.0, "other": 1.0}
+
+
+class Methods:
+    """What of a trainer is wrapped; each call takes a second and says under which phase it ran."""
+
+    def __init__(self, clock):
+        self._clock = clock
+        self.accelerator = SimpleNamespace(backward=self._take)
+
+    def _take(self, *args, **kwargs):
+        self._clock.passes(1.0)
+        return args, kwargs
+
+    _generate = _calculate_rewards = _get_per_token_logps_and_entropies = compute_loss = _take
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"),
+    [
+        ("_generate", "generation"),
+        ("_calculate_rewards", "rewards"),
+        ("_get_per_token_logps_and_entropies", "scoring"),
+        ("compute_loss", "forward"),
+        ("backward", "backward"),
+        ("step", "optimizer"),
+    ],
+)
+def test_each_method_is_timed_as_its_phase(clock, method, phase):
+    known = PhaseClock(torch.device("cpu"), None)
+    trainer = Methods(clock)
+    optimizer = SimpleNamespace(step=trainer._take)
+    attach(trainer, known)
+    for _ in range(2):  # a resumed training attaches again
+        attach_optimizer(optimizer, known)
+    call = {"backward": trainer.accelerator.backward, "step": optimizer.step}.get(
+        method, getattr(trainer, method, None)
+    )
+    known.begin_step(0, MODEL, None)
+    with torch.no_grad():
+        assert call(1, two=2) == ((1,), {"two": 2})
+    known.end_step()
+    assert known.take()[0] == {phase: 1.0, "other": 0.0}
+    known.begin_step(1, MODEL, None)
+    call()
+    known.end_step()
+    # With a gradient, log-probabilities belong to the forward pass that wanted them.
+    assert known.take()[0] == ({"other": 1.0} if phase == "scoring" else {phase: 1.0, "other": 0.0})
+
+
+def test_a_timed_method_keeps_its_name_and_what_is_written_on_it():
+    """torch's schedulers mark the optimizer's step, and warn where the mark is missing."""
+
+    def step():
+        """Of the optimizer."""
+
+    step.marked = True
+    optimizer = SimpleNamespace(step=step)
+    attach_optimizer(optimizer, PhaseClock(torch.device("cpu"), None))
+    assert optimizer.step is not step
+    assert (optimizer.step.__name__, optimizer.step.__doc__) == ("step", "Of the optimizer.")
+    assert optimizer.step.marked
+
+
+def test_every_phase_that_a_plan_foresees_is_measured_and_the_rest_is_named():
+    assert set(PLANNED) < set(PHASES)
+    assert set(PHASES) - set(PLANNED) == {"rewards", "other"}
+
+
+# A real trainer on a clock that ticks at every look
+
+
+@pytest.fixture(scope="module")
+def ticked(tmp_path_factory):
+    """A run of five steps logged in twos, two micro-batches a step; the first two and each fourth metered."""
+    from memhead.integrations import trl as memhead_trl
+
+    root = tmp_path_factory.mktemp("runs")
+    folder = RunFolder.create(root, "run")
+    settings = {"gradient_accumulation_steps": 2, "logging_steps": 2, "num_iterations": 2}
+    with pytest.MonkeyPatch.context() as patch, memhead_trl.install():
+        patch.setattr(phases, "time", Ticking())
+        trainer = tiny_trainer(folder.path / "checkpoints", steps=5, logging_first_step=True, **settings)
+        tracking = TrackingConfig(logging_every=2, completions_sample=3, memory_every=4)
+        tracker = track(trainer, folder, tracking, progress=False)
+        tracker.evaluated(0, {"accuracy": 0.25})
+        trainer.train()
+        tracker.evaluated(5, {"accuracy": 0.75})
+        tracker.close()
+    return folder, tracker
+
+
+def test_a_records_seconds_are_means_over_its_steps(ticked):
+    records = logged_steps(ticked[0].metrics.read())
+    assert [(record["step"], record["steps"]) for record in records] == [(1, 1), (2, 1), (4, 2), (5, 1)]
+    for record in records:
+        seconds = record["time"]
+        assert (seconds["forward"], seconds["backward"], seconds["optimizer"]) == (2.0, 2.0, 1.0)
+        # Each measured phase takes two looks, a second apart; between two of them another second passes.
+        assert sum(seconds.values()) == pytest.approx(seconds["other"] * 2 - 1)
+    # Two steps from one generation: the first samples, the second does not.
+    assert records[0]["time"]["generation"] == records[0]["time"]["rewards"] == 1.0
+    assert "generation" not in records[1]["time"]
+    assert records[2]["time"]["generation"] == 0.5
+
+
+def test_summary_report_and_records_agree(ticked):
+    folder, tracker = ticked
+    records = logged_steps(folder.metrics.read())
+    summary = folder.read_json("summary.json")
+    assert summary == json.loads(json.dumps(tracker.summary()))
+    for phase, total in summary["seconds"].items():
+        assert total == pytest.approx(sum(r["time"].get(phase, 0.0) * r["steps"] for r in records)), phase
+    assert summary["seconds"]["forward"] == 10.0  # of five steps
+    assert summary["seconds"]["generation"] == 3.0  # of steps 1, 3 and 5
+    assert summary["seconds_total"] == pytest.approx(sum(summary["seconds"].values()))
+    for phase, figures in summary["memory"].items():
+        for figure, value in figures.items():
+            assert value == max(r["memory"].get(phase, {}).get(figure, 0.0) for r in records)
+    write_report(folder)
+    page = (folder.path / "report.html").read_text()
+    for phase in ("generation", "forward", "optimizer"):
+        assert f"{summary['seconds'][phase]:.1f}" in page
+        assert format_mib(summary["memory"][phase]["tensor_peak_mib"]) in page
+
+
+def test_tensors_are_metered_on_the_first_two_steps_and_each_fourth(ticked):
+    records = logged_steps(ticked[0].metrics.read())
+    found = {record["step"]: record["memory"]["backward"] for record in records}
+    assert [step for step, figures in found.items() if "tensor_peak_mib" in figures] == [1, 2, 5]
+    assert all("resident_mib" in figures for figures in found.values())
+
+
+def test_each_completion_has_its_own_rewards_and_advantage(ticked):
+    kept = ticked[0].completions.read()
+    assert [line["step"] for line in kept] == [step for step in (1, 2, 4, 5) for _ in range(3)]
+    for line in kept:
+        text = [line["completion"]]
+        assert line["rewards"] == {
+            "digits_reward": pytest.approx(digits_reward(text)[0]),
+            "length_reward": pytest.approx(length_reward(text)[0]),
+        }
+    assert len({line["completion"] for line in kept}) > 3
+
+
+def test_the_last_completions_are_those_of_the_batch_in_their_order():
+    logs = {
+        "prompt": ["p", "q"],
+        "completion": ["a", "b"],
+        "rewards": {"one": [1.0, 2.0], "two": [3.0, None]},
+        "advantages": [0.5, -0.5],
+    }
+    assert last_completions(SimpleNamespace(_logs=logs)) == [
+        {"prompt": "p", "completion": "a", "rewards": {"one": 1.0, "two": 3.0}, "advantage": 0.5},
+        {"prompt": "q", "completion": "b", "rewards": {"one": 2.0, "two": None}, "advantage": -0.5},
+    ]
+    assert last_completions(SimpleNamespace()) == []
+
+
+# Meters
+
+
+def test_a_mib_is_1048576_bytes_everywhere():
+    assert meters.MIB == memory.MIB == plan.MIB == 1_048_576
+    assert plan.GIB == 1_073_741_824
+
+
+def test_the_meter_of_a_cpu_gives_mib(monkeypatch):
+    class Process:
+        def memory_info(self):
+            return SimpleNamespace(rss=300 * 1_048_576)
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    meter, figures = make_meter(torch.device("cpu"), 3), {}
+    assert isinstance(meter, CpuMeter)
+    outlives = torch.ones(3 * 262_144)  # 3 MiB
+    meter.begin_step(0, [outlives])
+    with meter.measure(figures):
+        first = torch.ones(2 * 262_144)
+        del first
+        second = torch.ones(262_144)
+    assert figures == {"tensor_peak_mib": 5.0, "resident_mib": 300.0}
+    # The next stretch begins with what is live.
+    with meter.measure(figures):
+        pass
+    assert figures["tensor_peak_mib"] == 4.0
+    del second
+    figures.clear()
+    meter.begin_step(2, [outlives])
+    with meter.measure(figures):
+        pass
+    assert figures == {"resident_mib": 300.0}
+
+
+def test_a_meter_of_tensors_counts_every_output_of_an_operator():
+    meter = TensorMeter()
+    assert (meter.live_bytes, meter.peak_bytes) == (0, 0)
+    with meter:
+        assert meter.peak_bytes == 0
+        values, places = torch.arange(12).float().view(3, 4).max(1)  # 12 int64, 12 float32; then 3 and 3
+        assert meter.live_bytes == values.nbytes + places.nbytes == 12 + 24
+        assert meter.peak_bytes == 96 + 48
+
+
+def test_a_meter_that_no_step_has_begun_counts_no_tensors():
+    figures = {}
+    with make_meter(torch.device("cpu"), None).measure(figures):
+        pass
+    assert set(figures) == {"resident_mib"}
+
+
+@pytest.mark.parametrize(
+    ("every", "counted"), [(None, [0, 1, 10, 20]), (10, [0, 1, 10, 20]), (7, [0, 1, 7, 14, 21])]
+)
+def test_steps_whose_tensors_are_counted(every, counted):
+    meter, found = make_meter(torch.device("cpu"), every), []
+    for step in range(22):
+        figures = {}
+        meter.begin_step(step, [])
+        with meter.measure(figures):
+            pass
+        found += [step] if "tensor_peak_mib" in figures else []
+    assert found == counted
+
+
+def test_the_meter_of_a_gpu_gives_mib_of_its_own_stretch(monkeypatch):
+    """By an allocator of our own, as this machine may have none."""
+    device, called = torch.device("cuda", 0), []
+    answers = {"max_memory_allocated": 3 * 1_048_576, "max_memory_reserved": 5 * 1_048_576}
+
+    def answering(name, value):
+        return lambda asked: (called.append((name, asked)), value)[1]
+
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answering(name, value))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", answering("reset", None))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", answering("info", (9 * 1_048_576, 16 * 1_048_576)))
+    meter, figures = make_meter(device, 5), {}
+    assert isinstance(meter, CudaMeter)
+    with meter.measure(figures):
+        assert called == [("reset", device)]
+        assert figures == {}
+    assert figures == {"allocated_peak_mib": 3.0, "reserved_peak_mib": 5.0, "device_in_use_mib": 7.0}
+    assert {asked for _, asked in called} == {device}
+
+
+def test_what_outlives_a_step():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.BatchNorm1d(3, affine=False))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert [tuple(t.shape) for t in persistent_tensors(model, optimizer)] == [(3, 2), (3,), (3,), ()]
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    shapes = [tuple(t.shape) for t in persistent_tensors(model, optimizer)]
+    assert shapes == [(3, 2), (3, 2), (3,), (3,), (), (), (3, 2), (3, 2)]  # the state: its step, two moments
+
+
+def test_gib_of_a_machine(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(15.5 * 1_073_741_824)))
+    properties = SimpleNamespace(name="a card", total_memory=80 * 1_073_741_824)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    found = environment.environment()
+    assert found["memory_gib"] == 15.5
+    assert found["gpus"] == [{"name": "a card", "memory_gib": 80.0}]
+
+
+# The summary, by numbers that can be added up
+
+
+def step(number, reward=None, steps=1, seconds=None, peaks=None, **more):
+    return {
+        "step": number,
+        "reward": reward,
+        "steps": steps,
+        "time": seconds or {},
+        "memory": peaks or {},
+        **more,
+    }
+
+
+RECORDS = [
+    {"step": 0, "accuracy": 0.2, "accuracy_interval": [0.1, 0.3], "evaluation_seconds": 900.0},
+    *(step(n, reward=float(n), rewards={"a": n / 10, "b": None if n < 19 else 1.0}) for n in range(1, 19)),
+    step(20, 20.0, 2, {"forward": 1.5, "backward": 2.0}, {"forward": {"tensor_peak_mib": 7.0}}, rewards={"a": 2.0}),
+    step(24, None, 4, {"forward": 0.5}, {"forward": {"tensor_peak_mib": 5.0}, "backward": {"tensor_peak_mib": 9.0},
+                                         "rewards": {"tensor_peak_mib": 0.25}}),
+    {"step": 24, "accuracy": 0.6, "accuracy_interval": [0.5, 0.7]},
+]  # fmt: skip
+
+
+def test_a_summary_by_hand():
+    found = summarize(RECORDS)
+    assert found["steps"] == 24
+    assert (found["accuracy_before"], found["accuracy_after"]) == (0.2, 0.6)
+    assert found["before"] == {"accuracy": 0.2, "accuracy_interval": [0.1, 0.3]}
+    assert found["seconds"] == {"forward": 1.5 * 2 + 0.5 * 4, "backward": 4.0}
+    assert found["seconds_total"] == 9.0
+    assert found["memory"] == {
+        "forward": {"tensor_peak_mib": 7.0},
+        "backward": {"tensor_peak_mib": 9.0},
+        "rewards": {"tensor_peak_mib": 0.25},
+    }
+    assert highest_peak(found, "tensor_peak_mib") == 9.0
+    assert highest_peak(found, "resident_mib") is None
+    assert found["reward_window"] == 1  # a tenth of the 19 with a reward
+    assert (found["reward_first"], found["reward_last"]) == (1.0, 20.0)
+    assert found["rewards_first"] == {"a": 0.1, "b": None}
+    assert found["rewards_last"] == {"a": 2.0}
+    assert (found["device"], found["memory_figure"]) == ("cpu", "tensor_peak_mib")
+
+
+def test_windows_are_a_tenth_of_the_steps_that_have_a_reward():
+    found = summarize([step(n, reward=float(n)) for n in range(1, 31)])
+    assert (found["reward_window"], found["reward_first"], found["reward_last"]) == (3, 2.0, 29.0)
+
+
+@pytest.mark.parametrize(
+    ("records", "before", "after"),
+    [
+        ([], None, None),
+        ([{"step": 0, "accuracy": 0.5}], 0.5, None),
+        ([{"step": 3, "accuracy": 0.5}], None, 0.5),  # a resumed run whose first is lost
+        ([{"step": 0, "accuracy": 0.5}, {"step": 2, "accuracy": None}], 0.5, None),
+        ([{"step": 0, "accuracy": 0.1}, {"step": 2, "accuracy": 0.2}, {"step": 4, "accuracy": 0.3}], 0.1, 0.3),
+    ],
+)  # fmt: skip
+def test_before_is_of_step_0_and_after_of_the_last(records, before, after):
+    found = summarize(records)
+    assert (found["accuracy_before"], found["accuracy_after"]) == (before, after)
+
+
+def test_a_cards_headline_is_its_allocator():
+    peaks = {"forward": {"reserved_peak_mib": 9.0, "allocated_peak_mib": 7.0}}
+    found = summarize([step(1, 1.0, seconds={"forward": 3.0, "other": 1.0}, peaks=peaks, device="cuda")])
+    assert found["memory_figure"] == "allocated_peak_mib"
+    table = by_phase(found)
+    assert table.header == (
+        "phase", "seconds", "share", "peak of the CUDA allocator", "peak reserved by the CUDA allocator",
+    )  # fmt: skip
+    assert table.rows == [
+        ("forward", "3.0", "75 %", "7.0 MiB", "9.0 MiB"),
+        ("other", "1.0", "25 %", "–", "–"),
+        ("all", "4.0", "", "7.0 MiB", "9.0 MiB"),
+    ]
+
+
+def test_tables_by_hand():
+    found = summarize(RECORDS)
+    assert by_phase(found).rows == [
+        ("forward", "5.0", "56 %", "7.0 MiB"),
+        ("backward", "4.0", "44 %", "9.0 MiB"),
+        ("all", "9.0", "", "9.0 MiB"),
+    ]
+    rows = {name: cells for name, *cells in before_and_after(found).rows}
+    assert rows["accuracy"] == ["0.200 [0.100, 0.300]", "0.600 [0.500, 0.700]"]
+    assert rows["reward (mean of 1 logged steps)"] == ["1.000", "20.000"]
+    assert rows["  a"] == ["0.100", "2.000"]
+    figures = dict(main_figures([("run", found)]).rows)
+    assert figures == {
+        "optimizer steps": "24",
+        "accuracy before": "0.200",
+        "accuracy after": "0.600",
+        "reward, first tenth of the steps": "1.000",
+        "reward, last tenth": "20.000",
+        "training time": "9.0 s",
+        "time a step": "0.375 s",
+        "highest peak of live tensor bytes": "9.0 MiB",
+    }
+    assert dict(main_figures([("nothing", summarize([]))]).rows)["time a step"] == "–"
+
+
+def test_tokens_in_words():
+    told = {"tokens a second": "1,235", "completions left out": "79 %"}
+    assert tokens_in_words({"per_second": 1234.6, "left_out_share": 0.79, "computed": 5.0}) == told
+    for missing in (
+        {},
+        {"per_second": 1.0},
+        {"left_out_share": 0.5},
+        {"per_second": None, "left_out_share": 0.5},
+    ):
+        assert tokens_in_words(missing) == {}
+
+
+def test_a_sample_is_spread_over_the_batch():
+    """The first completions of a batch are all of one prompt."""
+    ten = [str(number) for number in range(10)]
+    logs = {"prompt": ten, "completion": ten, "rewards": {}, "advantages": ten}
+    found = {}
+    for count in (0, 1, 3, 10, 40):
+        sampled = SimpleNamespace(
+            _trainer=SimpleNamespace(_logs=logs), _tracking=TrackingConfig(completions_sample=count)
+        )
+        found[count] = [int(line["completion"]) for line in Tracker._sample(sampled)]
+    assert found == {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 40: list(range(10))}
+
+
+def test_measured_beside_planned_in_bytes_and_the_higher_of_two_phases():
+    """The plan counts forward and backward as one."""
+    peaks = {"generation": 1.5, "forward": 4.0, "backward": 2.0, "rewards": 9.0, "other": 9.0}
+    summary = {
+        "memory_figure": "tensor_peak_mib",
+        "memory": {phase: {"tensor_peak_mib": peak, "resident_mib": 100.0} for phase, peak in peaks.items()},
+    }
+    assert memory._measured(summary) == {
+        "generation": 1_572_864,
+        "forward, loss and backward": 4_194_304,
+    }
+    summary["memory"]["backward"]["tensor_peak_mib"] = 5.0
+    assert memory._measured(summary)["forward, loss and backward"] == 5_242_880
+
+
+@pytest.mark.parametrize(
+    ("mib", "text"),
+    [(None, "–"), (0.0, "0.0 MiB"), (1023.94, "1023.9 MiB"), (1024.0, "1.00 GiB"), (81_559.0, "79.65 GiB")],
+)
+def test_units_of_memory(mib, text):
+    assert format_mib(mib) == text
+
+
+def test_the_terminal_shows_the_highest_peak_so_far(capsys):
+    from recipes.tracking.terminal import Progress
+
+    progress = Progress(Console(width=200))
+    progress.start(0, 3)
+    for number, peaks in enumerate(([5.0, 3.0], [2048.0, None], [7.0]), 1):
+        progress.logged(number, {"reward": number / 4}, peaks)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 1/3: reward 0.250  accuracy –  peak 5.0 MiB",
+        "step 2/3: reward 0.500  accuracy –  peak 2.00 GiB",
+        "step 3/3: reward 0.750  accuracy –  peak 2.00 GiB",
+    ]
