@@ -36,6 +36,9 @@ ALONG: dict[str, dict[str, Any]] = {  # what TRL itself makes of a field beside 
     "steps_per_generation": {"generation_batch_size": 24},
     "bf16": {"mixed_precision": "bf16"},
     "fp16": {"mixed_precision": "fp16"},
+    "push_to_hub": {
+        "hub_model_id": "run"
+    },  # ours: the run's name, where TRL would take the checkpoints' folder
     "torch_compile": {"torch_compile_backend": "inductor"},
     "torch_compile_backend": {"torch_compile": True},
     "torch_compile_mode": {"torch_compile": True, "torch_compile_backend": "inductor"},

@@ -55,10 +55,13 @@ def test_a_packed_window_of_the_1b_model(shape, groups, lengths):
 def test_vllm_of_smollm2():
     row = next(
         r
-        for r in json.loads((RESULTS / "generation_h100.json").read_text())["rows"]
+        for r in json.loads((RESULTS / "generation_h100.json").read_text())["a"]["rows"]
         if r["sampling"] == "no text"
     )
-    config = load_config(ROOT / "configs" / "smollm2_135m_char_count.yaml")
+    config = load_config(
+        ROOT / "configs" / "smollm2_135m_char_count.yaml",
+        ["grpo.use_vllm=true", "grpo.generation_kwargs={detokenize: false}"],
+    )
     planned = plan_time(config, Setting.of(config, device=True), H100, (40, 128))
     assert planned.phases["generation"] * 8 == pytest.approx(
         row["seconds"], rel=WITHIN

@@ -42,14 +42,15 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {  # option -> another value, a
     "countdown_tinyzero": {
         "dataset": ("numbers.jsonl", PROMPTS_CHANGE), "config": ("other", set()), "prompt": ("plain", PROMPTS_CHANGE),
         "min_numbers": (4, PROMPTS_CHANGE), "max_numbers": (3, PROMPTS_CHANGE), "train_size": (70, {"train"}),
-        "held_out": (30, PROMPTS_CHANGE)},
+        "held_out": (30, PROMPTS_CHANGE), "columns": ({"nums": "numbers"}, set())},
     "gsm8k": {
+        "columns": ({"question": "problem"}, PROMPTS_CHANGE),
         "dataset": ("other", PROMPTS_CHANGE), "config": ("other", set()), "prompt": ("plain", PROMPTS_CHANGE),
         "system_prompt": ("Think.", PROMPTS_CHANGE), "train_size": (5, {"train"}), "held_out": (9, set())},
     "math": {
         "dataset": ("other", PROMPTS_CHANGE), "config": ("other", set()), "train_split": ("test", {"train"}),
-        "eval_split": ("train", {"held_out"}), "problem_column": ("question", PROMPTS_CHANGE),
-        "answer_column": ("solution", PROMPTS_CHANGE), "prompt": ("plain", PROMPTS_CHANGE),
+        "eval_split": ("train", {"held_out"}),
+        "columns": ({"problem": "question", "answer": "solution"}, PROMPTS_CHANGE), "prompt": ("plain", PROMPTS_CHANGE),
         "system_prompt": ("Think.", PROMPTS_CHANGE), "train_size": (5, {"train"}), "held_out": (9, set())},
 }  # fmt: skip
 KNOWN: dict[Any, dict[str, Any]] = {}  # of each task before

@@ -48,7 +48,7 @@ def test_a_packed_run_says_and_keeps_its_bins(tmp_path, capsys, overrides, budge
     assert run(tmp_path, *overrides) == 0
     printed = capsys.readouterr().out
     assert said in printed
-    assert re.search(r"step 1/1:.*\s[\d,]+\s+tokens/s\s+\d+\s+%\s+left\s+out\n", printed, re.DOTALL)
+    assert re.search(r"step 1/1:.*\s[\d,]+\s+tokens/s\s+\d+\s+%\s+left\s+out\s", printed, re.DOTALL)
     assert re.search(r"│ tokens a second +│ +[\d,]+ │ +[\d,]+ │", printed)
     step, check, tokens = kept(tmp_path)
     assert step == {"impl": "packed", "token_budget": budget}
