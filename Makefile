@@ -28,14 +28,15 @@ MUTATING := .venv-mutants/.installed
 train: $(INSTALLED)
 	$(BIN)/python train_grpo.py --config $(CONFIG) $(ARGS)
 
+# One thread a process: two that share two cores wait for each other otherwise.
 test: lint $(TESTABLE)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=40
 
 # First whether that TRL is the one that is imported.
 test-trl-next: $(TRL_NEXT)/.installed
 	PYTHONPATH=$(TRL_NEXT) $(BIN)/python -c 'import trl; print(f"trl=={trl.__version__}")' | \
 	  grep -x -f - requirements-trl-next.lock
-	PYTHONPATH=$(TRL_NEXT) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/integrations/test_trl*.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRL_NEXT) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/integrations/test_trl*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
