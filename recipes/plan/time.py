@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from recipes.config.load import RunConfig
-from recipes.plan.formulas import weight_bytes
+from recipes.plan.formulas import kv_cache_bytes, weight_bytes
 from recipes.plan.rate import Rate
 from recipes.plan.setting import Setting
 from recipes.plan.work import Flow, Work
@@ -26,7 +26,10 @@ _VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token: scheduling, log-probabili
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
 _VLLM_STEP = 0.003  # a token of every sequence
 _VLLM_START = 100.0  # seconds until the engine stands
-_GENERATE_STEP, _GENERATE_LAYER = 0.010, 0.002  # transformers' generate, a token of every sequence
+_GENERATE_STEP, _GENERATE_LAYER = 0.010, 0.0014  # transformers' generate, a token of every sequence
+_CACHE_SHARE = (
+    0.1  # of the bandwidth, where a step is one CUDA graph: attention reads the whole cache in every one
+)
 _MEMORY_SHARE = 0.7  # of the bandwidth, where weights are read
 _OTHER = 0.05  # seconds a step outside of the phases
 _CPU_SHARE, _CPU_LAYER = 0.5, 0.001
@@ -168,12 +171,19 @@ class _Clock:
             return arithmetic + self.s.completion * self.layers
         weights = weight_bytes(self.s.shape, self.s.precision) / (_MEMORY_SHARE * self.rate.bandwidth)
         if not self.vllm:
-            step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
+            step = _GENERATE_STEP + (
+                self.reading() if self.s.kept_cache else _GENERATE_LAYER * self.s.shape.layers
+            )
             return self.s.completion * max(step, weights) + arithmetic
         text = (self.grpo["generation_kwargs"] or {}).get("detokenize", True)
         token = _VLLM_TOKEN + (_VLLM_TEXT if text else 0.0)
         steps = self.s.completion * (_VLLM_STEP + weights)
         return steps + sequences * self.completion * token + arithmetic
+
+    def reading(self) -> float:
+        """Seconds in which attention reads the kept cache once."""
+        held = kv_cache_bytes(self.s.shape, self.s.sampled, self.s.length, self.s.precision.e)
+        return held / (_CACHE_SHARE * self.rate.bandwidth)
 
     def optimizer(self) -> float:
         """Weights, gradients and two moments read and written once."""
