@@ -30,7 +30,7 @@ train: $(INSTALLED)
 
 # One thread a process: two that share two cores wait for each other otherwise.
 test: lint $(TESTABLE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 # First whether that TRL is the one that is imported.
 test-trl-next: $(TRL_NEXT)/.installed
