@@ -63,7 +63,7 @@ $(INSTALLED): requirements.lock
 	    "name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@index=$$(.ci/torch_index); if [ -n "$$index" ]; then \
-	  $(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" "$$(grep '^torch==' requirements.lock)" \
+	  PIP_INDEX_URL="$$index" $(PIP) --no-deps --retries 1 --timeout 20 "$$(grep '^torch==' requirements.lock)" \
 	  || echo "$$index does not give it: torch comes from the usual package index" >&2; fi
 	$(PIP) -r requirements.lock
 	$(PIP) --no-deps --editable .

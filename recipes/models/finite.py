@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from recipes.models.adapters import without_adapters
+
 Named = Iterable[tuple[str, Tensor]]
 
 
@@ -61,7 +63,7 @@ def why_no_distribution(model: Any, batch: Any) -> str | None:
 
 def _last_logits(model: Any, batch: Any) -> Tensor:
     """(B, V), after each prompt: of a whole prompt they might not fit."""
-    plain = getattr(model, "get_base_model", lambda: model)()
+    plain = without_adapters(model)
     short = "logits_to_keep" in inspect.signature(plain.forward).parameters
     was_training = model.training
     model.eval()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memhead import linear_logprobs
 from memhead.integrations.transformers import head_options
 from memhead.reference import full_logprobs
+from recipes.models.adapters import without_adapters
 from recipes.models.generation import NO_CHAT, encode
 from recipes.models.precision import AS_WEIGHTS, Precision
 from recipes.processes import by_main
@@ -118,7 +119,7 @@ def _real_rows(model: PreTrainedModel, batch: Any, rows: int) -> tuple[Tensor, T
     was_training = model.training
     model.eval()
     try:  # the model without its head: Unsloth's forward multiplies with the weight and never calls the module
-        hidden = getattr(model, "get_base_model", lambda: model)().base_model(**batch).last_hidden_state
+        hidden = without_adapters(model).base_model(**batch).last_hidden_state
     finally:
         model.train(was_training)
     real = (batch["attention_mask"][:, :-1] * batch["attention_mask"][:, 1:]).bool()

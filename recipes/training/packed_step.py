@@ -29,6 +29,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from memhead.integrations.handle import Truncated
 from memhead.ragged_support import Support, Truncation
+from recipes.models.adapters import without_adapters
 from recipes.plan.work import Flow
 from recipes.processes import smallest
 from recipes.training import packed_attention
@@ -376,8 +377,7 @@ class PackedStep(_Trainer):
 
     def _causal_model(self, model: Any) -> Any:
         """The causal language model inside its wrappers."""
-        inner = self.accelerator.unwrap_model(model)
-        return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        return without_adapters(self.accelerator.unwrap_model(model))
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

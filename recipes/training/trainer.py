@@ -7,6 +7,7 @@ from typing import Any
 
 from memhead.integrations.handle import Handle
 from recipes.config.load import RunConfig
+from recipes.models.adapters import without_adapters
 from recipes.models.static_cache import sample_by_graphs
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import Session
@@ -72,14 +73,9 @@ def make_trainer(session: Session) -> Any:
     with engine(config):
         trainer = trainer_with_step(session, given)
     if arguments.cache_implementation == "static" and not (unsloth or arguments.use_vllm):
-        sample_by_graphs(trainer, _causal(trainer.model))
+        sample_by_graphs(trainer, without_adapters(trainer.model))
     if unsloth and "ref" in getattr(model, "peft_config", {}):
         # TRL's trainer copies adapters that a model comes with, as reference. These are new: without them is the
         # same. And of a checkpoint with a copy transformers resumes the copy alone.
         model.delete_adapter("ref")
     return trainer
-
-
-def _causal(model: Any) -> Any:
-    """The causal language model under its adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

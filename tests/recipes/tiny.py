@@ -64,6 +64,20 @@ def tiny_trainer(
     )
 
 
+def saved_llama(place, **shape):
+    """A tiny Llama in float32 and its tokenizer, saved in `place`; `shape` is LlamaConfig's. Returns the tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer("0123456789+-*=>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, **shape,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return tokenizer
+
+
 def made_up_checkpoint(run, step):
     """A checkpoint of the run folder that is whole, as far as one can see from outside."""
     place = run / "checkpoints" / f"checkpoint-{step}"

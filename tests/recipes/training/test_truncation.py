@@ -6,14 +6,14 @@ import pytest
 import torch
 from datasets import Dataset
 from test_vllm_engine import trainer_of as vllm_trainer_of
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from tiny import saved_llama
+from transformers import LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from memhead.ragged_support import Truncation
 from recipes.config.load import load_config
-from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError
 from recipes.training.checkpoints import guarded
 from recipes.training.packed_step import packed
@@ -26,15 +26,7 @@ CUT = {"top_p": Truncation(top_p=0.8), "top_k": Truncation(top_k=5), "min_p": Tr
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = character_tokenizer("0123456789+-*=>")
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    tokenizer = saved_llama(place, initializer_range=0.3)
     return place, tokenizer
 
 

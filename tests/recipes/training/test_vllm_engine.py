@@ -8,14 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import digits_reward
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from tiny import digits_reward, saved_llama
+from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
-from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError
 from recipes.training.checkpoints import guarded
 from recipes.training.packed_step import packed
@@ -35,15 +34,7 @@ def config(*overrides):
 def saved(tmp_path_factory):
     """A tiny Llama with its tokenizer, in float32."""
     place = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = character_tokenizer("0123456789+-*=>")
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    tokenizer = saved_llama(place, num_key_value_heads=2)
     return place, tokenizer
 
 
