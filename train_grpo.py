@@ -78,8 +78,8 @@ def main(arguments: list[str]) -> int:
         if config.processes > 1:
             parser.error(f"--pilot: is for one process, and a launcher started {config.processes}")
         with TemporaryDirectory() as place:  # a pilot leaves no run behind
-            aside = load_config(options.config, [*options.overrides, f"run.output_root={place}"])
-            return train(aside, pilot=True)
+            run = config.run.model_copy(update={"output_root": place})
+            return train(config.model_copy(update={"run": run}), pilot=True)
     return train(config, resume=options.resume, command=_command(options))
 
 

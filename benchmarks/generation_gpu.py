@@ -41,8 +41,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers, static cache": {"cache_implementation": "static", "disable_compile": True},
     "transformers, graphs": {"cache_implementation": "static"},
     "transformers, graphs, kept cache": {"kept": True},
-    "transformers, graphs, kept cache, decoding by sums": {"kept": True, "decoding": "sums"},
-    "transformers, graphs, kept cache, decoding by products": {"kept": True, "decoding": "products"},
+    "transformers, graphs, kept cache, decoding by products": {"kept": True, "products": True},
 }
 
 
@@ -163,7 +162,7 @@ def transformers_ways(model: str, engine: str) -> Ways:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from benchmarks.decoding_attention import WAYS, use_for_decoding
+    from recipes.models.decoding_attention import use_for_decoding
     from recipes.models.static_cache import keep_cache
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -173,7 +172,7 @@ def transformers_ways(model: str, engine: str) -> Ways:
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to("cuda")
     options = dict(TRANSFORMERS[engine])
-    kept, decoding = options.pop("kept", False), options.pop("decoding", None)
+    kept, products = options.pop("kept", False), options.pop("products", False)
     if kept:
         options["cache_implementation"] = "static"
     config = GenerationConfig(
@@ -190,8 +189,8 @@ def transformers_ways(model: str, engine: str) -> Ways:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).cuda().eval()
         if kept:
             keep_cache(network)
-        if decoding:
-            use_for_decoding(network, WAYS[decoding])
+        if products:
+            use_for_decoding(network)
 
         def rollout(network: Any = network, dtype: Any = dtype) -> None:
             half = torch.autocast("cuda", torch.bfloat16) if dtype == torch.float32 else nullcontext()

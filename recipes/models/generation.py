@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from recipes.models.precision import AS_WEIGHTS, Precision
+from recipes.models.static_cache import rows_by_graphs
 
 Prompt = Any  # text, or a list of chat messages
 NO_CHAT: Mapping[str, Any] = MappingProxyType({})
@@ -40,27 +41,31 @@ def by_transformers(
     chat: Mapping[str, Any] = NO_CHAT,
     precision: Precision = AS_WEIGHTS,
     streamer: Any = None,
+    kept_rows: int | None = None,
 ) -> Generate:
     """`model.generate`. The model's mode is left as it was. chat: as `rendered` takes it; precision: the run's.
 
     streamer: one of transformers', which gets the tokens of a single completion as they come.
+    kept_rows: completions of a batch for which the model keeps a static cache and compiled steps. A smaller batch is
+        filled up to it, with the same results; a larger one is completed with a growing cache.
     """
 
     @torch.no_grad()
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
         encoded = encode(tokenizer, prompts, chat).to(model.device)
+        config = _generation_config(model, tokenizer, sampling)
+        if kept_rows is not None and len(prompts) <= kept_rows // sampling.samples:
+            config.cache_implementation = "static"
+            encoded = _filled(encoded, kept_rows // sampling.samples)
         was_training = model.training
         model.eval()
         try:
             with precision.autocast(model.device):
-                tokens = model.generate(
-                    **encoded,
-                    generation_config=_generation_config(model, tokenizer, sampling),
-                    streamer=streamer,
-                )
+                tokens = model.generate(**encoded, generation_config=config, streamer=streamer)
         finally:
             model.train(was_training)
-        answers = tokens[:, encoded["input_ids"].shape[1] :]  # (prompts × samples, completion)
+        asked = len(prompts) * sampling.samples
+        answers = tokens[:asked, encoded["input_ids"].shape[1] :]  # (prompts × samples, completion)
         return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)
 
     return generate
@@ -73,8 +78,8 @@ def by_trainer(trainer: Any) -> Generate:
     """
     chat = trainer.chat_template_kwargs
     if not trainer.use_vllm:
-        precision = Precision.of(trainer.args)
-        return by_transformers(trainer.model, trainer.processing_class, chat, precision)
+        precision, rows = Precision.of(trainer.args), rows_by_graphs(trainer)
+        return by_transformers(trainer.model, trainer.processing_class, chat, precision, kept_rows=rows)
     engine, tokenizer = trainer.vllm_generation, trainer.processing_class
 
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
@@ -114,6 +119,12 @@ def encode(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_C
     return tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
     )
+
+
+def _filled(encoded: Any, rows: int) -> dict[str, Any]:
+    """The batch with its own rows again and again, up to that many."""
+    index = torch.arange(rows, device=encoded["input_ids"].device) % len(encoded["input_ids"])
+    return {name: tensor[index] for name, tensor in encoded.items()}
 
 
 def token_ids(tokenizer: Any, prompts: list[Prompt], chat: Mapping[str, Any] = NO_CHAT) -> list[list[int]]:

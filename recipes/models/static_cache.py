@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from recipes.models.decoding_attention import use_for_decoding
+
 ROUND_TO = 64  # tokens: a slightly longer prompt than ever before need not compile anew
 
 
@@ -50,4 +52,12 @@ def sample_by_graphs(trainer: Any, model: Any) -> None:
     TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew.
     """
     keep_cache(model)
+    use_for_decoding(model)
     trainer.generation_config.disable_compile = False
+
+
+def rows_by_graphs(trainer: Any) -> int | None:
+    """The completions that a process of such a trainer samples at once; None where it does not sample so."""
+    if getattr(getattr(trainer, "generation_config", None), "disable_compile", True) is not False:
+        return None
+    return trainer.args.generation_batch_size // trainer.args.world_size

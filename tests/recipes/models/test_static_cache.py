@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_trainer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from recipes.models.static_cache import ROUND_TO, keep_cache, sample_by_graphs
+from recipes.models.generation import Sampling, by_trainer
+from recipes.models.static_cache import ROUND_TO, keep_cache, rows_by_graphs, sample_by_graphs
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
@@ -65,3 +66,29 @@ def test_trl_samples_through_it(tmp_path):
         return trainer._generate_single_turn([[3, 4, 5], [6, 7]], None, {}, 1)[0]
 
     assert sampled(cache_implementation="static") == sampled()
+
+
+def test_an_evaluation_uses_the_cache_of_training(tmp_path, monkeypatch):
+    prompts, greedy = ["01>", "42>", "7>"], Sampling(5)
+    plain = tiny_trainer(tmp_path)
+    expected = by_trainer(plain)(prompts, greedy)
+    assert rows_by_graphs(plain) is None
+    trainer = tiny_trainer(tmp_path, cache_implementation="static")
+    sample_by_graphs(trainer, trainer.model)
+    rows = trainer.args.generation_batch_size
+    assert rows_by_graphs(trainer) == rows > len(prompts)
+    shapes = []
+    forward = trainer.model.forward
+
+    def seen(*args, **given):
+        shapes.append(tuple(given["input_ids"].shape))
+        return forward(*args, **given)
+
+    monkeypatch.setattr(trainer.model, "forward", seen)
+    assert by_trainer(trainer)(prompts, greedy) == expected
+    assert {shape[0] for shape in shapes} == {rows}  # what a compiled step was made for
+    shapes.clear()
+    assert len(by_trainer(trainer)(prompts * rows, greedy)) == 3 * rows
+    assert {shape[0] for shape in shapes} == {3 * rows}  # more than that: once, with a growing cache
+    twice = by_trainer(trainer)(prompts, Sampling(5, samples=2, temperature=1.0))
+    assert [len(texts) for texts in twice] == [2, 2, 2]

@@ -61,6 +61,7 @@ def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):
         "run.warm_start.check_every=60",
         "run.checks=false",
         "run.evaluation.size=64",
+        "run.output_root=elsewhere",
     ]
     assert train_grpo.main(["--config", str(QUICKSTART), "--pilot", *few]) == 0
     shown = capsys.readouterr().out
