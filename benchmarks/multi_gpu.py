@@ -8,7 +8,8 @@ Random weights and tokens, LoRA on every linear layer, bfloat16; nothing is gene
 rollout, each of two takes half of them: `seconds` is one accumulation window, forward and backward and the exchange of
 gradients, `peak_gib` that of each process. `loss` and `gradient_error` compare with one GPU's packed step: the error
 relative to the gradient's norm, whose yardstick is that of TRL's way on one GPU. `head` is the head alone. Each stage
-is a process, or two under torchrun (benchmarks.multi_gpu_rank); results are stored after every row.
+is a process, or two under torchrun (benchmarks.multi_gpu_rank); results are stored after every row, and a stage that
+ends with an error is started again without the rows that it had begun.
 """
 
 from __future__ import annotations
@@ -52,7 +53,22 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def start(stage: str, path: Path, scratch: Path, until: float, options: argparse.Namespace) -> None:
-    """One stage's processes. A stage that fails or hangs becomes a line of the table."""
+    """One stage's processes, started again after a row that fails, without it. What fails is a line of the table."""
+    while True:
+        begun = _rows(path, stage)
+        why = launch(stage, path, scratch, until, options)
+        if why is None:
+            return
+        print(f"{stage}: {why}", flush=True)
+        results = json.loads(path.read_text())
+        results["failed"][stage] = why
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        if _rows(path, stage) == begun or time.time() > until - GRACE:
+            return
+
+
+def launch(stage: str, path: Path, scratch: Path, until: float, options: argparse.Namespace) -> str | None:
+    """The stage's processes to their end; why it was no good one, or None."""
     launcher = [sys.executable]
     if STAGES[stage] > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={STAGES[stage]}"]
@@ -62,6 +78,7 @@ def start(stage: str, path: Path, scratch: Path, until: float, options: argparse
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink can put a host's cards out of service for others
     }  # fmt: skip
     if options.toy:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -71,19 +88,18 @@ def start(stage: str, path: Path, scratch: Path, until: float, options: argparse
     process = subprocess.Popen(command, env=environment, cwd=ROOT)
     try:
         status = process.wait(timeout=max(until - time.time(), 0) + GRACE)
-        why = None if status == 0 else f"exit status {status}; the output says why"
+        return None if status == 0 else f"exit status {status}; the output says why"
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun passes it on
         try:
             process.wait(timeout=35)
         except subprocess.TimeoutExpired:
             process.kill()
-        why = "ran out of its time"
-    if why is not None:
-        results = json.loads(path.read_text())
-        results["failed"][stage] = why
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{stage}: {why}", flush=True)
+        return "ran out of its time"
+
+
+def _rows(path: Path, stage: str) -> int:
+    return sum(row["stage"] == stage for row in json.loads(path.read_text())["rows"])
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -105,7 +121,9 @@ def tables(results: dict[str, Any]) -> str:
     if heads:
         lines += ["", "| head alone | milliseconds | of its floor |", "|---|---|---|"]
         lines += [
-            f"| {row['what']} | {row['ms']:.3f} | {_figure(row.get('of_floor'), '.2f')} |" for row in heads
+            f"| {row['what']} | {row.get('error') or _figure(row['ms'], '.3f')} |"
+            f" {_figure(row.get('of_floor'), '.2f')} |"
+            for row in heads
         ]
     for row in gathers:
         lines += [

@@ -8,7 +8,6 @@ import json
 import statistics
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -93,6 +92,8 @@ def shard(trainer: Any, toy: bool) -> None:
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
+    from recipes.training.sharding import keep_precision
+
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -105,6 +106,7 @@ def shard(trainer: Any, toy: bool) -> None:
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate leaves it
     trainer.is_fsdp_enabled = True
+    keep_precision(trainer)
 
 
 def share(fed: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +155,12 @@ def timed(function: Callable[[], Any], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def measure(way: Way, stage: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: loss, gradient beside one GPU's, seconds, peaks."""
+def measure(way: Way, name: str, row: dict[str, Any], options: argparse.Namespace) -> None:
+    """Fills and keeps one row: loss, gradient beside one GPU's, seconds, peaks."""
     from memhead.integrations import trl as memhead_trl
 
     shape = (TOY_SHAPES if options.toy else SHAPES)["gsm8k"]._replace(groups=GROUPS[name])
-    row: dict[str, Any] = {"stage": stage, "model": name, "processes": processes.count(), "step": way.step}
-    row["way"] = f"{stage if stage != 'one' else 'one process'}: {way.name}"
+    stage = options.stage
     with memhead_trl.install(way.head, vocab_parallel=way.split) as handle:
         trainer = make_trainer(way, stage, name, shape, options.toy)
         row["loss"] = window(trainer)
@@ -183,9 +184,9 @@ def measure(way: Way, stage: str, name: str, options: argparse.Namespace) -> dic
         row["seconds"] = timed(once, 3)
         peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
         row["peak_gib"] = processes.gathered(peak)
+        keep(row, options)
         if stage == "fsdp2" and way.packed and not way.split:
             trace(trainer, handle, name, options)
-    return row
 
 
 class Gathers(TorchDispatchMode):
@@ -287,30 +288,44 @@ def head_alone(options: argparse.Namespace) -> None:
         "split head, forward and backward": lambda: backward(
             vocab_parallel_logprobs(hidden, weight, targets).logprobs
         ),
-        "the same, two streams that overlap": overlapped,
         "split head, this many rows of its own in each process": lambda: backward(
             own_logprobs(hidden, weight, targets).logprobs
         ),
         "split head, no gradient": lambda: vocab_parallel_logprobs(hidden.detach(), weight, targets),
+        "split head, forward and backward, two streams that overlap": overlapped,  # last: two groups may wait for ever
     }
     floor = None
     for what, function in contestants.items():
+        row = {"stage": "head", "what": what}
+        if (kept := processes.by_main(lambda row=row: begun(row, options))) is not None:
+            floor = kept.get("ms") if floor is None else floor
+            continue
+        keep(row | {"error": "did not end"}, options)
         for _ in range(2):
             function()
-        ms = 1000 * timed(function, 10)
+        row["ms"] = ms = 1000 * timed(function, 10)
         floor = ms if floor is None else floor
         products_in_it = 2 if "of its own" in what else 0.5 if "no gradient" in what else 1
-        of_floor = ms / (floor * products_in_it)
-        keep({"stage": "head", "what": what, "ms": ms, "of_floor": of_floor}, options)
+        keep(row | {"of_floor": ms / (floor * products_in_it)}, options)
+
+
+SAME = ("stage", "model", "way", "what", "gathered")  # keys by which a row is known, beside those it lacks
+
+
+def begun(row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any] | None:
+    """What is kept of this row, if it has been begun: of an earlier try of the stage, or of this one. Main process."""
+    rows = json.loads(options.results.read_text())["rows"]
+    return next((r for r in rows if all(r.get(key) == row.get(key) for key in SAME)), None)
 
 
 def keep(row: dict[str, Any], options: argparse.Namespace) -> None:
-    """Adds a row to the results, by the main process."""
+    """A row of the results, in place of the one it was begun with; by the main process."""
     if not processes.is_main():
         return
     print(json.dumps(row), flush=True)
+    earlier = begun(row, options)
     results = json.loads(options.results.read_text())
-    results["rows"].append(row)
+    results["rows"] = [r for r in results["rows"] if r != earlier] + [row]
     if not options.toy:
         name = torch.cuda.get_device_name()
         results["device"] = f"{name}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}"
@@ -352,18 +367,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def step(way: Way, name: str, options: argparse.Namespace) -> None:
-    """Measures and keeps; one process that fails fails all of them, or they would wait for it."""
+    """Measures, unless an earlier try of the stage began it; an error ends all processes, or the others would wait."""
+    stage = options.stage
+    row = {"stage": stage, "model": name, "processes": processes.count(), "step": way.step}
+    row["way"] = f"{stage if stage != 'one' else 'one process'}: {way.name}"
+    if processes.by_main(lambda: begun(row, options)) is not None:
+        return
+    keep(row | {"error": "did not end; the output says why"}, options)
     try:
-        row = measure(way, options.stage, name, options)
+        measure(way, name, row, options)
     except torch.OutOfMemoryError as error:
-        if processes.count() > 1:
-            raise
-        row = {"error": f"out of memory: {error}".splitlines()[0][:120]}
-        row |= {"stage": options.stage, "model": name, "processes": 1, "step": way.step, "way": way.name}
-    except Exception:
-        traceback.print_exc()
+        keep(row | {"error": f"out of memory: {error}".splitlines()[0][:120]}, options)
         raise
-    keep(row, options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from recipes.models.adapters import without_adapters
 from recipes.models.static_cache import sample_by_graphs
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import Session
+from recipes.training.sharding import keep_precision
 from recipes.training.step_choice import trainer_with_step
 from recipes.training.vllm_engine import engine
 
@@ -72,6 +73,7 @@ def make_trainer(session: Session) -> Any:
     }
     with engine(config):
         trainer = trainer_with_step(session, given)
+    keep_precision(trainer)
     if arguments.cache_implementation == "static" and not (unsloth or arguments.use_vllm):
         sample_by_graphs(trainer, without_adapters(trainer.model))
     if unsloth and "ref" in getattr(model, "peft_config", {}):
