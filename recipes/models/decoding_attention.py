@@ -16,7 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "decoding_"
-_UNDERSTOOD = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}  # the mask holds them
+# All but the first are in the mask, or no matter of attention.
+_UNDERSTOOD = {"scaling", "sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
 
 
 def use_for_decoding(model: Any) -> None:
@@ -39,7 +40,7 @@ def _decoding_or(before: str) -> Any:
         attention_mask: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if _one_masked_query(query, attention_mask) and _plain(module, options):
+        if _one_masked_query(query, attention_mask) and _plain(options):
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             return decode(query, key, value, attention_mask, scale).transpose(1, 2), None
         own = ALL_ATTENTION_FUNCTIONS.get_interface(before, _eager(module))
@@ -58,11 +59,10 @@ def _one_masked_query(query: Tensor, mask: Any) -> bool:
     )
 
 
-def _plain(module: torch.nn.Module, options: dict[str, Any]) -> bool:
-    """Whether nothing is asked for beyond softmax(scale · query · key) · value: no softcap, sinks or dropout."""
-    known = {"scaling", "dropout", *_UNDERSTOOD}
-    others = (value for name, value in options.items() if name not in known)
-    return not module.training and all(value is None or value is False for value in others)
+def _plain(options: dict[str, Any]) -> bool:
+    """Whether nothing is asked for beyond softmax(scale · query · key) · value: no dropout, softcap or sinks."""
+    others = (value for name, value in options.items() if name not in _UNDERSTOOD)
+    return all(value is None or (isinstance(value, float | bool) and not value) for value in others)
 
 
 def _eager(module: torch.nn.Module) -> Any:

@@ -7,6 +7,7 @@ the addresses that it was captured with. So one cache is kept and emptied.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,11 +50,29 @@ def keep_cache(model: Any) -> None:
 def sample_by_graphs(trainer: Any, model: Any) -> None:
     """Let TRL's trainer sample so. model: the causal language model that it trains, without wrappers.
 
-    TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew.
+    TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew. It
+    samples with the model in its training mode, which evaluations leave: another compilation, and dropout where there is.
     """
     keep_cache(model)
     use_for_decoding(model)
+    sample_in_evaluation_mode(model)
     trainer.generation_config.disable_compile = False
+
+
+def sample_in_evaluation_mode(model: Any) -> None:
+    """Let every `model.generate` be without dropout, as other engines sample; the mode is put back."""
+    generate = model.generate
+
+    @wraps(generate)
+    def sampled(*args: Any, **options: Any) -> Any:
+        was_training = model.training
+        model.eval()
+        try:
+            return generate(*args, **options)
+        finally:
+            model.train(was_training)
+
+    model.generate = sampled
 
 
 def rows_by_graphs(trainer: Any) -> int | None:

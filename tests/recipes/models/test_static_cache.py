@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_trainer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from recipes.models.decoding_attention import decode, use_for_decoding
 from recipes.models.generation import Sampling, by_trainer
 from recipes.models.static_cache import ROUND_TO, keep_cache, rows_by_graphs, sample_by_graphs
 
@@ -56,16 +57,33 @@ def test_one_dtype_under_autocast(model):
     assert tokens.shape == (4, 31)
 
 
-def test_trl_samples_through_it(tmp_path):
+def test_trl_samples_through_it(tmp_path, monkeypatch):
     def sampled(**options):
         trainer = tiny_trainer(tmp_path, **options)
         if options:
             sample_by_graphs(trainer, trainer.model)
             assert trainer.generation_config.disable_compile is False
         torch.manual_seed(3)
-        return trainer._generate_single_turn([[3, 4, 5], [6, 7]], None, {}, 1)[0]
+        trainer.model.train()  # as TRL samples while it trains
+        found = trainer._generate_single_turn([[3, 4, 5], [6, 7]], None, {}, 1)[0]
+        assert trainer.model.training
+        return found
 
-    assert sampled(cache_implementation="static") == sampled()
+    plain = sampled()
+    modes = []
+
+    def counted(*given):
+        modes.append(trainer_model[0].training)
+        return decode(*given)
+
+    monkeypatch.setattr("recipes.models.decoding_attention.decode", counted)
+    trainer_model = []
+    monkeypatch.setattr(
+        "recipes.models.static_cache.use_for_decoding",
+        lambda model: (trainer_model.append(model), use_for_decoding(model)),
+    )
+    assert sampled(cache_implementation="static") == plain
+    assert set(modes) == {False}  # every step of decoding, in the mode of an evaluation
 
 
 def test_an_evaluation_uses_the_cache_of_training(tmp_path, monkeypatch):
