@@ -26,6 +26,7 @@ from recipes import processes
 GIB = 2**30
 GROUPS = {"llama-1b": 16, "llama-8b": 4, "toy": 4}  # of the rollout, all processes together
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 128256  # of the head alone
+QUEUED = 5  # passes of it in a row, as in a step: the GPU need not wait for the host
 
 
 class Way(NamedTuple):
@@ -228,7 +229,7 @@ def trace(trainer: Any, handle: Any, name: str, options: argparse.Namespace) -> 
 
 def head_alone(options: argparse.Namespace) -> None:
     """The split head on the same rows, beside two products of its size, its messages, and a try to overlap them."""
-    from memhead.own_rows import own_logprobs, part_of
+    from memhead.own_rows import even_sizes, own_logprobs, part_of
     from memhead.parallel import vocab_parallel_logprobs
     from memhead.planning import default_tile
 
@@ -237,7 +238,7 @@ def head_alone(options: argparse.Namespace) -> None:
     device = torch.device("cpu") if toy else torch.device("cuda", processes.rank())
     dtype = torch.float32 if toy else torch.bfloat16
     torch.manual_seed(0)
-    mine = part_of(vocabulary)
+    mine, sizes = part_of(vocabulary), even_sizes(vocabulary)
     hidden = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device, dtype=dtype) / width**0.5)[mine].clone()
     targets = torch.randint(vocabulary, (rows,), device=device)
@@ -256,7 +257,7 @@ def head_alone(options: argparse.Namespace) -> None:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 if stream is not None:
                     stream.wait_stream(torch.cuda.default_stream())
-                found.append(vocab_parallel_logprobs(part, weight, labels, group=group).logprobs)
+                found.append(vocab_parallel_logprobs(part, weight, labels, group=group, sizes=sizes).logprobs)
         for stream in streams:
             if stream is not None:
                 torch.cuda.current_stream().wait_stream(stream)
@@ -271,12 +272,9 @@ def head_alone(options: argparse.Namespace) -> None:
 
     tile = min(rows, default_tile(device.type, 4).rows)
     stats, wide = torch.zeros(4, tile, device=device), torch.zeros(rows, width, device=device)
-    sizes = torch.zeros(processes.count(), dtype=torch.long, device=device)
 
     def messages() -> None:
         """As many and as large as the head's."""
-        dist.all_reduce(sizes)
-        sizes.tolist()
         for _ in range(-(-rows // tile)):
             dist.all_reduce(stats, dist.ReduceOp.MAX)
             dist.all_reduce(stats)
@@ -286,12 +284,14 @@ def head_alone(options: argparse.Namespace) -> None:
         "floor: two products of half the vocabulary": products,
         "its messages alone": messages,
         "split head, forward and backward": lambda: backward(
-            vocab_parallel_logprobs(hidden, weight, targets).logprobs
+            vocab_parallel_logprobs(hidden, weight, targets, sizes=sizes).logprobs
         ),
         "split head, this many rows of its own in each process": lambda: backward(
-            own_logprobs(hidden, weight, targets).logprobs
+            own_logprobs(hidden, weight, targets, sizes=sizes).logprobs
         ),
-        "split head, no gradient": lambda: vocab_parallel_logprobs(hidden.detach(), weight, targets),
+        "split head, no gradient": lambda: vocab_parallel_logprobs(
+            hidden.detach(), weight, targets, sizes=sizes
+        ),
         "split head, forward and backward, two streams that overlap": overlapped,  # last: two groups may wait for ever
     }
     floor = None
@@ -303,7 +303,9 @@ def head_alone(options: argparse.Namespace) -> None:
         keep(row | {"error": "did not end"}, options)
         for _ in range(2):
             function()
-        row["ms"] = ms = 1000 * timed(function, 10)
+        row["ms"] = ms = (
+            1000 / QUEUED * timed(lambda function=function: [function() for _ in range(QUEUED)], 5)
+        )
         floor = ms if floor is None else floor
         products_in_it = 2 if "of its own" in what else 0.5 if "no gradient" in what else 1
         keep(row | {"of_floor": ms / (floor * products_in_it)}, options)

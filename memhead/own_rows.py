@@ -91,12 +91,17 @@ class _Own(torch.autograd.Function):
         return ctx.rows._gathered(grad), None
 
 
+def even_sizes(vocabulary: int, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Rows of each process's part of a weight with so many: as even as they can be, the first ones larger."""
+    size, rest = divmod(vocabulary, world := dist.get_world_size(group))
+    return [size + (rank < rest) for rank in range(world)]
+
+
 def part_of(vocabulary: int, group: dist.ProcessGroup | None = None) -> slice:
-    """This process's rows of a weight with so many: parts as even as they can be, the first ones larger."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    size, rest = divmod(vocabulary, world)
-    begin = rank * size + min(rank, rest)
-    return slice(begin, begin + size + (rank < rest))
+    """This process's rows where the parts have :func:`even_sizes`."""
+    sizes, rank = even_sizes(vocabulary, group), dist.get_rank(group)
+    begin = sum(sizes[:rank])
+    return slice(begin, begin + sizes[rank])
 
 
 def own_logprobs(

@@ -42,6 +42,7 @@ def vocab_parallel_logprobs(
     extra_outputs: Sequence[str] = (),
     chunk: int | tuple[int, int] | None = None,
     backend: str | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> LinearLogprobs:
     """:func:`memhead.linear_logprobs` where this process holds only some rows of the weight.
 
@@ -63,6 +64,8 @@ def vocab_parallel_logprobs(
         extra_outputs: likewise.
         chunk: likewise; the same on every process.
         backend: likewise.
+        sizes: rows of each process's part, by rank. ``None``: the processes tell each other, at every call, and wait
+            for the GPU to hear it.
 
     Returns:
         :class:`LinearLogprobs`, the same on every process; differentiable with respect to hidden (the
@@ -85,7 +88,7 @@ def vocab_parallel_logprobs(
         chunk=chunk,
         backend=backend,
     )
-    first, total = _place(weight, group)
+    first, total = _place(weight, group, sizes)
     labels, kept, row_temperature, settings = arguments
 
     def problem(x: Tensor, w: Tensor | None, b: Tensor | None) -> Problem:
@@ -119,6 +122,7 @@ def vocab_parallel_cross_entropy(
     logit_scale: float = 1.0,
     chunk: int | tuple[int, int] | None = None,
     backend: str | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """The losses (...) of :func:`memhead.linear_cross_entropy`, row by row, where the vocabulary is split.
 
@@ -132,6 +136,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"z_loss={z_loss} must be at least 0")
     counted = targets != ignore_index
     labels = torch.where(counted, targets, 0).long()
+    sizes = _sizes(weight, group) if sizes is None else sizes
     logprobs = vocab_parallel_logprobs(
         hidden,
         weight,
@@ -143,10 +148,11 @@ def vocab_parallel_cross_entropy(
         logit_scale=logit_scale,
         chunk=chunk,
         backend=backend,
+        sizes=sizes,
     ).logprobs
     if not z_loss:
         return -logprobs
-    first, _ = _place(weight, group)
+    first, _ = _place(weight, group, sizes)
     local = labels - first
     inside = (local >= 0) & (local < len(weight))
     local = local.clamp(0, len(weight) - 1)
@@ -190,13 +196,24 @@ class _SumOf(torch.autograd.Function):
         return grad, None
 
 
-def _place(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
+def _place(weight: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int] | None) -> tuple[int, int]:
     """Where this process's rows begin, and how many rows all have together."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    sizes = _sizes(weight, group) if sizes is None else sizes
+    if len(sizes) != world or sizes[rank] != len(weight):
+        raise ValueError(
+            f"sizes={list(sizes)} must name the rows of each of {world} processes, {len(weight)} at place {rank}; "
+            "leave it out to let the processes tell each other"
+        )
+    return sum(sizes[:rank]), sum(sizes)
+
+
+def _sizes(weight: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+    """Rows of each process's part, from one small message."""
     sizes = weight.new_zeros(dist.get_world_size(group), dtype=torch.long)
     sizes[dist.get_rank(group)] = len(weight)
     dist.all_reduce(sizes, group=group)
-    rows = sizes.tolist()
-    return sum(rows[: dist.get_rank(group)]), sum(rows)
+    return sizes.tolist()  # type: ignore[no-any-return]
 
 
 class _PartialWeight(DenseWeight):

@@ -25,7 +25,7 @@ from memhead.checks import check_chunk
 from memhead.integrations.handle import Handle, Truncated
 from memhead.integrations.trl_lora import allow_lora_head, current_head
 from memhead.logprobs import LowRankUpdate, linear_logprobs
-from memhead.own_rows import own_logprobs, part_of
+from memhead.own_rows import even_sizes, own_logprobs, part_of
 from memhead.reference import full_logprobs
 
 IMPLEMENTATIONS = ("memhead", "full", "trl")
@@ -174,7 +174,7 @@ def _memhead_apply(
             raise ValueError("vocab_parallel=True takes a plain weight, without an adapter and not quantised")
         mine = part_of(len(weight))
         options["bias"] = None if bias is None else bias[mine]
-        result = own_logprobs(hidden, weight[mine], targets, **options)
+        result = own_logprobs(hidden, weight[mine], targets, sizes=even_sizes(len(weight)), **options)
     elif weight.is_floating_point() or head is None:
         result = linear_logprobs(hidden, weight, targets, low_rank=_update_of_head(), **options)
     else:

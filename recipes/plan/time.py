@@ -27,9 +27,8 @@ _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.det
 _VLLM_STEP = 0.003  # a token of every sequence
 _VLLM_START = 100.0  # seconds until the engine stands
 _GENERATE_STEP, _GENERATE_LAYER = 0.010, 0.0014  # transformers' generate, a token of every sequence
-_CACHE_SHARE = (
-    0.1  # of the bandwidth, where a step is one CUDA graph: attention reads the whole cache in every one
-)
+_GRAPH_STEP = 0.005  # where such a step is one CUDA graph: what is around it
+_CACHE_SHARE = 0.5  # of the bandwidth, there: attention reads the whole cache in every step
 _MEMORY_SHARE = 0.7  # of the bandwidth, where weights are read
 _OTHER = 0.05  # seconds a step outside of the phases
 _CPU_SHARE, _CPU_LAYER = 0.5, 0.001
@@ -171,9 +170,9 @@ class _Clock:
             return arithmetic + self.s.completion * self.layers
         weights = weight_bytes(self.s.shape, self.s.precision) / (_MEMORY_SHARE * self.rate.bandwidth)
         if not self.vllm:
-            step = _GENERATE_STEP + (
-                self.reading() if self.s.kept_cache else _GENERATE_LAYER * self.s.shape.layers
-            )
+            step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
+            if self.s.kept_cache:
+                step = _GRAPH_STEP + self.reading()
             return self.s.completion * max(step, weights) + arithmetic
         text = (self.grpo["generation_kwargs"] or {}).get("detokenize", True)
         token = _VLLM_TOKEN + (_VLLM_TEXT if text else 0.0)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from memhead import linear_cross_entropy, linear_logprobs, planning
-from memhead.own_rows import own_cross_entropy, own_logprobs, part_of
-from memhead.parallel import vocab_parallel_logprobs
+from memhead.own_rows import even_sizes, own_cross_entropy, own_logprobs, part_of
+from memhead.parallel import vocab_parallel_cross_entropy, vocab_parallel_logprobs
 from tests.memhead.reference import Head, make_head, relative_error
 
 OPTIONS = {
@@ -84,7 +84,27 @@ def work(rank: int, world: int, store: str) -> None:
     head = make_head(4, 11)
     with pytest.raises(ValueError, match=f"targets contains {11 * world}, outside the vocabulary"):
         vocab_parallel_logprobs(head.hidden, head.weight, torch.full((4,), 11 * world))
+    with pytest.raises(ValueError, match=rf"sizes=\[7, 11.*11 at place {rank}; leave it out"):
+        vocab_parallel_logprobs(head.hidden, head.weight, head.targets, sizes=[7, 11, 11, 11])
+    compare_told_sizes(rank, world)
     dist.destroy_process_group()
+
+
+def compare_told_sizes(rank: int, world: int) -> None:
+    """The same to the bit where the sizes are known, without a message about them."""
+    head = make_head(20, VOCAB)
+    mine = part_of(VOCAB)
+    asked = vocab_parallel_logprobs(head.hidden, head.weight[mine], head.targets)
+    z_loss = {"z_loss": 0.1}
+    asked_loss = vocab_parallel_cross_entropy(head.hidden, head.weight[mine], head.targets, **z_loss)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memhead.parallel._sizes", None)
+        told = {"sizes": even_sizes(VOCAB)}
+        found = vocab_parallel_logprobs(head.hidden, head.weight[mine], head.targets, **told)
+        loss = vocab_parallel_cross_entropy(head.hidden, head.weight[mine], head.targets, **z_loss, **told)
+    assert sum(told["sizes"]) == VOCAB
+    assert torch.equal(found.logprobs, asked.logprobs)
+    assert torch.equal(loss, asked_loss)
 
 
 def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype, rows: int = 50) -> None:

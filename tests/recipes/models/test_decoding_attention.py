@@ -95,7 +95,9 @@ def test_what_it_cannot_do_goes_to_the_attention_of_before(calls):
     use_for_decoding(model)
     complete(model)
     assert not calls
-    plain = AutoModelForCausalLM.from_config(MODELS["Llama"], dtype=torch.float64, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_config(
+        MODELS["Llama"], dtype=torch.float64, attn_implementation="eager"
+    )
     before = complete(plain.eval())
     use_for_decoding(plain)
     assert torch.equal(complete(plain), before)  # whose mask is added, not of booleans
