@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -168,15 +169,19 @@ class _AfterUpdate(TrainerCallback):
 
     def __init__(self, trainer: FiniteSteps) -> None:
         self._trainer = trainer
+        self._trained: list[tuple[str, Tensor]] = []  # to find them takes longer than to look at them
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count from the checkpoint on."""
         self._trainer.bad_steps.good(state.global_step)
+        self._trained = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the weights that were trained."""
-        trained = ((n, p) for n, p in self._trainer.model.named_parameters() if p.requires_grad)
-        name = first_not_finite(trained)
+        if not self._trained:
+            named = self._trainer.model.named_parameters()
+            self._trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        name = first_not_finite(self._trained)
         if anywhere(name is not None):
             where = f"step {state.global_step + 1}, update: the weight {name or 'of another process'}"
             raise Diverged(f"{where} is not finite any more; {REMEDY}, or go on from an earlier checkpoint")
