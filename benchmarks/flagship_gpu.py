@@ -1,6 +1,6 @@
 """A configuration of a large model through its whole life on one GPU, with random weights of the same shapes.
 
-    python -m benchmarks.flagship_gpu --config configs/llama3.1_8b_gsm8k.yaml --output DIR           # about nine minutes
+    python -m benchmarks.flagship_gpu --config configs/llama3.1_8b_gsm8k.yaml --output DIR          # nine minutes
     python -m benchmarks.flagship_gpu --config configs/llama3.1_8b_gsm8k_16bit.yaml --output DIR --then evaluate export
     python -m benchmarks.flagship_gpu --config configs/llama3.2_1b_gsm8k.yaml --output DIR --toy     # tiny, on a CPU
 

@@ -51,7 +51,7 @@ def sample_by_graphs(trainer: Any, model: Any) -> None:
     """Let TRL's trainer sample so. model: the causal language model that it trains, without wrappers.
 
     TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew. It
-    samples with the model in its training mode, which evaluations leave: another compilation, and dropout where there is.
+    samples with the model in training mode, which evaluations leave: another compilation, and dropout where there is.
     """
     keep_cache(model)
     use_for_decoding(model)

@@ -41,11 +41,19 @@ def test_the_commands_are_ones_that_a_run_takes(place):
 
 
 def test_what_went_wrong_is_in_the_table():
-    record = {"config": "c", "device": "d", "torch": "t", "commands": {
+    found = {
         "train": {"status": 0, "seconds": 3.2},
         "resume": {"status": None, "seconds": 9},
         "export": {"status": 2, "seconds": 1},
-    }, "memory_mib": {"generation": [2048.0, 1024.0], "scoring": [1024.0, None]}, "step_seconds": [{"forward": 1.5}]}  # fmt: skip
+    }
+    record = {
+        "config": "c",
+        "device": "d",
+        "torch": "t",
+        "commands": found,
+        "step_seconds": [{"forward": 1.5}],
+    }
+    record["memory_mib"] = {"generation": [2048.0, 1024.0], "scoring": [1024.0, None]}
     lines = table(record).splitlines()
     assert "| train | well | 3 |" in lines
     assert "| resume | its time was over | 9 |" in lines
