@@ -125,6 +125,11 @@ class Bin:
         for place, index in enumerate(self.run):
             yield self.rollout.parts[index], slice(place * size, (place + 1) * size)
 
+    @property
+    def unscored(self) -> Iterator[tuple[MicroBatch, slice]]:
+        """Those whose log-probabilities by the policy that sampled are not known yet."""
+        return ((part, rows) for part, rows in self.parts if "old_per_token_logps" not in part)
+
     @cached_property
     def batch(self) -> PaddedBatch:
         """Its rows, padded."""

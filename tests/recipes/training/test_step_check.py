@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
 from recipes.models.tokenizers import character_tokenizer
-from recipes.training import packed_attention, packed_step
+from recipes.training import packed_attention, packed_forward, packed_step
 from recipes.training.step_check import COMPLETIONS, check_step, micro_batch
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12]]
@@ -52,14 +52,14 @@ def test_it_passes(trainer):
 
 def positions(monkeypatch: Any) -> None:
     """A completion's begin at 0."""
-    right = packed_step.pack
+    right = packed_forward.pack
 
     def wrong(*a: Any, **k: Any) -> Any:
         packed = right(*a, **k)
         packed.positions[packed.segments > 0] -= 1
         return packed
 
-    monkeypatch.setattr(packed_step, "pack", wrong)
+    monkeypatch.setattr(packed_forward, "pack", wrong)
 
 
 def masks(monkeypatch: Any) -> None:
@@ -74,25 +74,25 @@ def masks(monkeypatch: Any) -> None:
 
 def first_tokens(monkeypatch: Any) -> None:
     """The first token of a completion is scored by the state before its prompt's last."""
-    right = packed_step.pack
+    right = packed_forward.pack
 
     def wrong(batch: Any, lengths: Any, rows: Any, **k: Any) -> Any:
         packed = right(batch, lengths, rows, **k)
         packed.states[packed.scores % batch.completion_width == 0] -= 1
         return packed
 
-    monkeypatch.setattr(packed_step, "pack", wrong)
+    monkeypatch.setattr(packed_forward, "pack", wrong)
 
 
 def nothing_learns(monkeypatch: Any) -> None:
     """Log-probabilities are right, without their gradient."""
-    right = packed_step.PackedStep.packed_logps
+    right = packed_forward.PackedForward.packed_logps
 
     def wrong(self: Any, *a: Any) -> Any:
         logps = right(self, *a)
         return logps.detach() + 0 * logps
 
-    monkeypatch.setattr(packed_step.PackedStep, "packed_logps", wrong)
+    monkeypatch.setattr(packed_forward.PackedForward, "packed_logps", wrong)
 
 
 @pytest.mark.parametrize("fault", [positions, masks, first_tokens, nothing_learns])
