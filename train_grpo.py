@@ -171,7 +171,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
-    session = Session(config, task, rewards, folder, arguments, model, tokenizer)
+    session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
     require_finite(session)
     if config.run.warm_start is not None and folder.checkpoint is None:
         session = begin_supervised(session, config.run.warm_start)

@@ -22,7 +22,6 @@ from recipes.plan.rate import rate_here
 from recipes.plan.time import plan_time
 from recipes.table import Table
 from recipes.tracking.phases import in_phase
-from recipes.training.memory import plan_of
 from recipes.training.session import Session
 from recipes.training.trainer import install_head, make_trainer
 
@@ -122,10 +121,9 @@ def show(session: Session) -> int:
         found = sample(session, make_trainer(session))
     Console().print(found.table().terminal())
     lines = found.lines()
-    planned = plan_of(config)
-    if planned is not None:
+    if session.planned is not None:
         rate = rate_here(torch.bfloat16 if session.arguments.bf16 else torch.float16)
-        time = plan_time(config, planned.setting, rate, found.mean_lengths)
+        time = plan_time(config, session.planned.setting, rate, found.mean_lengths)
         lines += [] if time is None else time.lines()
     print(*lines, sep="\n", flush=True)
     return 0

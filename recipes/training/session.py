@@ -7,6 +7,7 @@ from typing import Any
 
 from recipes.config.load import RunConfig
 from recipes.models.precision import Precision
+from recipes.plan.plan import Plan
 from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.rewards import Rewards
@@ -27,6 +28,7 @@ class Session:
     arguments: Any  # the run's GRPOConfig
     model: Any
     tokenizer: Any
+    planned: Plan | None = None  # also of a model that cannot be counted
 
     @property
     def precision(self) -> Precision:

@@ -9,6 +9,7 @@ import torch
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.generation import token_ids
+from recipes.plan.plan import RESERVE, Plan, token_budget
 from recipes.problems import ConfigError, Problem
 from recipes.processes import first, smallest
 from recipes.training.checkpoints import guarded
@@ -49,7 +50,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if reason is not None:
         _fall_back(session, reason)
         return guarded(trainer_class)(**given)
-    budget = planned_budget(config, arguments.device)
+    budget = planned_budget(config, session.planned, arguments.device)
     asked = config.step.token_budget
     trainer = guarded(packed(trainer_class))(**given, token_budget=asked, planned_tokens=budget or 0)
     reason = first(_check(session, trainer))
@@ -68,20 +69,13 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     return trainer
 
 
-def planned_budget(config: RunConfig, device: torch.device) -> int | None:
+def planned_budget(config: RunConfig, planned: Plan | None, device: torch.device) -> int | None:
     """Tokens of a bin, by `recipes.plan.plan.token_budget`, from the memory that is available to this run."""
-    from recipes.plan.plan import RESERVE, token_budget
-    from recipes.plan.setting import Setting
-
-    if config.step.token_budget is not None or device.type != "cuda":
+    if config.step.token_budget is not None or planned is None or device.type != "cuda":
         return config.step.token_budget
-    try:
-        setting = Setting.of(config, device=True)
-    except ConfigError:  # no sizes to plan with
-        return None
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device) + int(RESERVE)  # the plan counts CUDA's context itself
-    return token_budget(config, setting, smallest(min(total, free + ours)))
+    return token_budget(config, planned.setting, smallest(min(total, free + ours)))
 
 
 def _check(session: Session, trainer: Any) -> str | None:

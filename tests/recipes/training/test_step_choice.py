@@ -44,8 +44,15 @@ def kept(tmp_path):
     ],
     ids=["default", "as told"],
 )
-def test_a_packed_run_says_and_keeps_its_bins(tmp_path, capsys, overrides, budget, said):
+def test_a_packed_run_says_and_keeps_its_bins(tmp_path, capsys, monkeypatch, overrides, budget, said):
+    right, given = step_choice.planned_budget, []
+    monkeypatch.setattr(
+        step_choice, "planned_budget", lambda *arguments: given.append(arguments) or right(*arguments)
+    )
     assert run(tmp_path, *overrides) == 0
+    [(config, planned, _)] = given  # the run's plan, as it stands in its folder
+    assert planned.name == config.run.name == "tiny"
+    assert planned.memory.parts == json.loads((tmp_path / "tiny" / "plan.json").read_text())["parts"]
     printed = capsys.readouterr().out
     assert said in printed
     assert re.search(r"step 1/1:.*\s[\d,]+\s+tokens/s\s+\d+\s+%\s+left\s+out\s", printed, re.DOTALL)
@@ -130,17 +137,20 @@ def gpu(monkeypatch, without_unsloth):
 
 def test_bins_are_planned_from_the_memory_that_is_there(gpu):
     config = load_config(ONE_B)
-    budget = step_choice.planned_budget
+    small, large = plan(config, 6 * GIB), plan(config, 80 * GIB)
+    assert small.setting.bin_tokens < large.setting.bin_tokens
+
+    def budget(device, *more, planned=large):
+        return step_choice.planned_budget(load_config(ONE_B, more), planned, device)
+
     empty = gpu(5.5, total=6)
-    assert budget(config, empty) == plan(config, 6 * GIB).setting.bin_tokens  # CUDA's context is in the plan
-    assert budget(config, gpu(3.5, total=6, reserved=2)) == budget(config, empty)  # the model is loaded
-    assert budget(config, gpu(5.25, total=80)) == budget(config, empty)  # somebody else is there
-    assert budget(config, gpu(79, total=80)) == 16384
-    assert budget(config, torch.device("cpu")) is None
-    assert budget(load_config(ONE_B, ["step.token_budget=5"]), empty) == 5
-    assert budget(load_config(ONE_B, ["model.attn_implementation=eager"]), empty) is None
-
-
-def test_a_model_whose_sizes_are_not_at_hand_has_no_plan(gpu, tmp_path):
-    elsewhere = load_config(ONE_B, [f"model.name={tmp_path}/nothing"])
-    assert step_choice.planned_budget(elsewhere, gpu(79, total=80)) is None
+    assert budget(empty) == small.setting.bin_tokens  # CUDA's context is in the plan
+    assert budget(empty, planned=small) == budget(empty)
+    assert budget(gpu(3.5, total=6, reserved=2)) == budget(empty)  # the model is loaded
+    assert budget(gpu(5.25, total=80)) == budget(empty)  # somebody else is there
+    assert budget(gpu(79, total=80)) == 16384
+    assert budget(torch.device("cpu")) is None
+    assert budget(empty, "step.token_budget=5") == 5
+    eager = plan(load_config(ONE_B, ["model.attn_implementation=eager"]), 6 * GIB)
+    assert budget(empty, planned=eager) is None
+    assert budget(gpu(79, total=80), planned=None) is None  # a model whose sizes are not at hand
