@@ -2,14 +2,14 @@
 
     python -m benchmarks.packed_gpu --output DIR           # under 9 minutes on an H100
     python -m benchmarks.packed_gpu --output DIR --toy     # the same code on a tiny model, on a CPU
-    python -m benchmarks.packed_gpu --output DIR --budget 12000
+    python -m benchmarks.packed_gpu --output DIR --budget 8192 16384
 
 Each gets the same rollouts in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
 window, forward and backward; `scoring`, timed once, is the pass for old log-probabilities that TRL makes where vLLM
 samples, and that the packed step does not need. Groups without advantage cost TRL as much as others, so they are
 measured for the packed step alone. That runs in bins of as many tokens as a padded micro-batch has slots, and in those
-that `step.token_budget: null` gives a run on this card, or `--budget`. Under `agreement`: gradients against those of
-TRL's way, and of TRL's way in float32 where the model is small enough.
+that `step.token_budget: null` gives a run on this card, or in each of `--budget`. Under `agreement`: gradients against
+those of TRL's way, and of TRL's way in float32 where the model is small enough.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def use_liger(model: Any) -> None:
 
 
 def planned_budget(name: str, shape: Shape) -> int:
-    """What a run of this model and shape would take on this card; 0 for a micro-batch's slots."""
+    """What a run of this model and shape would take on this card."""
     import tempfile
 
     import yaml
@@ -176,7 +176,9 @@ def planned_budget(name: str, shape: Shape) -> int:
     path.write_text(yaml.safe_dump(run))
     config = load_config(path)
     device_bytes = torch.cuda.get_device_properties(0).total_memory
-    return token_budget(config, Setting.of(config, device=True), device_bytes) or 0
+    budget = token_budget(config, Setting.of(config, device=True), device_bytes)
+    assert budget is not None  # these are models that the plan covers
+    return budget
 
 
 def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, *, budget: int = 0, **settings: Any) -> Any:
@@ -203,7 +205,7 @@ def make_trainer(kind: type, model: Any, toy: bool, shape: Shape, *, budget: int
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "1"}] * SIZE),
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
-        **({"planned_tokens": budget} if issubclass(kind, PackedStep) else {}),
+        **({"token_budget": budget or None} if issubclass(kind, PackedStep) else {}),
     )
     if arguments.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -280,12 +282,15 @@ def measure(
     vocab_size = MODELS[name]["vocab_size"]
     config = model.get_base_model().config
     checkpointing = {"gradient_checkpointing": CHECKPOINTING[name]}
-    planned = options.budget or (0 if options.toy else planned_budget(name, shape))
+    budgets = options.budget or ([] if options.toy else [planned_budget(name, shape)])
     stock = "full" if options.toy else "trl"  # TRL 1.15 has no head for a CPU
     gradients: dict[str, Tensor] = {}
-    contestants = [("packed", "memhead", 0.0, 0), ("padded", stock, 0.0, 0)]
-    if planned:
-        contestants[1:1] = [("packed", "memhead", zeros, planned) for zeros in (0.0, 0.3)]
+    contestants = [
+        ("packed", "memhead", 0.0, 0),
+        *(("packed", "memhead", 0.0, budget) for budget in budgets),
+        *(("packed", "memhead", 0.3, budget) for budget in budgets[:1]),
+        ("padded", stock, 0.0, 0),
+    ]
     if name != "llama-8b" or shape.name == "gsm8k":  # where the head is a hundredth of the step, time is dear
         contestants.append(("padded", "memhead", 0.0, 0))
     for way, head, zeros, budget in contestants:
@@ -343,6 +348,7 @@ def measure(
                 exact = exact_gradient(
                     name, rollout(shape, vocab_size, 0.0, device), shape, options.toy
                 ).cpu()
+            gc.collect()  # that model: it would count in the next peak
             agreement |= {
                 f"{way}_against_float32": float((found - exact).norm() / exact.norm())
                 for way, found in gradients.items()
@@ -393,7 +399,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=int, help="tokens of a bin; without: as planned for this card")
+    parser.add_argument(
+        "--budget", type=int, nargs="+", help="tokens of a bin, one after another; as planned without"
+    )
     parser.add_argument(
         "--liger",
         action="store_true",

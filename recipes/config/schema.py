@@ -131,7 +131,7 @@ class StepConfig(Section):
     token_budget: Positive | None = Field(
         None,
         description="tokens of one forward and backward pass, prompts counted once (packed only): lower needs less "
-        "memory; null: planned from the memory at hand",
+        "memory; null: as many as keep the device at work, within the memory at hand",
     )
 
 

@@ -20,12 +20,14 @@ from memhead.planning import Chunk
 from recipes.config.load import RunConfig
 from recipes.plan import formulas as memory
 from recipes.plan.setting import Setting, notes, vllm_share
+from recipes.plan.time import filling_tokens
 from recipes.problems import ConfigError, Problem
 from recipes.table import Table
 
 GIB, MIB = 2**30, 2**20
 RESERVE = 0.75 * GIB  # CUDA's context and the libraries' workspaces: an estimate, it differs by driver
-MOST_TOKENS = 16_384  # of a planned bin: on an H100, a 1B model's step is bound by arithmetic well below it
+MOST_TOKENS = 16_384  # of a planned bin, as far as larger ones were seen to be of use (packed_h100.md)
+SAMPLING = "generation"
 FRAGMENTATION = 0.05  # share of the device that the allocator cannot use: an estimate
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CARDS = {  # MiB, as nvidia-smi gives the total
@@ -66,6 +68,11 @@ class Memory:
     def peak(self) -> int:
         """The largest phase, in bytes."""
         return max(self.phases.values())
+
+    @property
+    def step(self) -> int:
+        """The largest phase but for sampling."""
+        return max(size for phase, size in self.phases.items() if phase != SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,7 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     scoring = memory.memhead_bytes(shape, batch.scored, e, chunk, trained=False) if s.head != "full" else full
     kept = cache if s.kept_cache else 0
     phases = {
-        "generation": resting + kv + memory.inference_bytes(shape, precision, s.sampled * s.prompt),
+        SAMPLING: resting + kv + memory.inference_bytes(shape, precision, s.sampled * s.prompt),
         "scoring without gradient": resting + kept + inference + scoring + copies,
         "forward, loss and backward": resting
         + kept
@@ -311,35 +318,36 @@ def longest_completion(config: RunConfig, s: Setting, available: int) -> int:
     """
 
     def peak(completion: int) -> int:
-        return measure(in_bins(config, replace(s, completion=completion), config.step.token_budget)).peak
+        return measure(in_bins(config, replace(s, completion=completion), config.step.token_budget or 1)).peak
 
     return _largest(max(0, s.shape.positions - s.prompt), lambda completion: peak(completion) <= available)
 
 
 def token_budget(config: RunConfig, s: Setting, device_bytes: int | None) -> int | None:
-    """Tokens of the packed step's bins: `step.token_budget`, or the most that fits beside vLLM and is of use.
+    """Tokens of the packed step's bins: `step.token_budget`, or as many as are of use and fit beside vLLM.
 
-    None where a bin is one micro-batch, with as many tokens as it has slots when padded: on a CPU, where no formula
-    covers the layers, and where no more than that fits.
+    Of use are those that keep the device at work, and those that take no more memory than TRL's micro-batches. None
+    where nothing is planned, on a CPU and where no formula covers the layers: then a bin has as many tokens as a
+    micro-batch has slots when padded.
     """
     if config.step.token_budget is not None:
         return config.step.token_budget
     if device_bytes is None or not s.varlen or not s.complete:
         return None
-    planned = min(MOST_TOKENS, plan_token_budget(s, device_bytes - round(vllm_share(config) * device_bytes)))
-    return planned if planned > s.slots else None
+    fits = plan_token_budget(s, device_bytes - round(vllm_share(config) * device_bytes))
+    of_use = max(tokens_as_padded(s), min(MOST_TOKENS, filling_tokens(s) or MOST_TOKENS))
+    return max(s.packed, min(of_use, fits))
 
 
 def in_bins(config: RunConfig, s: Setting, budget: int | None) -> Setting:
     """The setting with the bins of the packed step, where the run takes it. A micro-batch is never divided."""
     if config.step.impl == "trl" or config.model.loader == "unsloth":
         return s
-    least = s.slots if config.step.token_budget is None else s.packed
-    return replace(s, bin_tokens=max(least, budget or 0))
+    return replace(s, bin_tokens=s.slots if budget is None else max(s.packed, budget))
 
 
 def plan_token_budget(s: Setting, device_bytes: int) -> int:
-    """The largest bin of the packed step, in tokens, whose peak fits the device; 0 if none does.
+    """The largest bin of the packed step, in tokens, that fits the device, if sampling does; 0 if none does.
 
     At most what is sampled at a time. It fits however short the completions are.
 
@@ -349,7 +357,15 @@ def plan_token_budget(s: Setting, device_bytes: int) -> int:
         raise ValueError(f"no formula covers the layers of {s.shape.kind}; set step.token_budget")
     return _largest(
         max(1, s.sampled // s.generations) * s.group.tokens,
-        lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).peak <= usable(device_bytes),
+        lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).step <= usable(device_bytes),
+    )
+
+
+def tokens_as_padded(s: Setting) -> int:
+    """The largest bin with which a step takes no more than with TRL's padded micro-batches."""
+    padded = measure(s, memory.Batch.padded(s.sequences, s.prompt, s.completion, mask=False)).step
+    return _largest(
+        2 * s.slots, lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).step <= padded
     )
 
 

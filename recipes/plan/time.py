@@ -22,6 +22,7 @@ _FULL_SHARE = 0.5  # the most of the matrix rate that a pass through layers was 
 _HIDDEN = 10_000  # of hidden width: below half of it the share falls in proportion, at that card's rate
 _NO_GRADIENT = 1.2  # times that share, where nothing is kept for a backward
 _LAYER_PASS = 0.006  # seconds that a layer's launches take, forward and backward, however few the tokens
+_LAUNCHING = 0.15  # of a bin's arithmetic: launches that take no more than that are not worth more memory
 _VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token: scheduling, log-probabilities
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
 _VLLM_STEP = 0.003  # a token of every sequence
@@ -130,9 +131,7 @@ class _Clock:
     @property
     def share(self) -> float:
         """Of the matrix rate, that a pass through the layers reaches."""
-        if self.s.device_type == "cpu":
-            return _CPU_SHARE
-        return min(_FULL_SHARE, self.s.shape.hidden / _HIDDEN * _SEEN_AT / self.rate.operations)
+        return _CPU_SHARE if self.s.device_type == "cpu" else _share(self.s, self.rate.operations)
 
     @property
     def layers(self) -> float:
@@ -147,8 +146,7 @@ class _Clock:
     def training(self) -> float:
         rows = self.s.sequences * self.window
         flow = self.flow(rows, shared=self.s.bin_tokens is not None)
-        again = self.work.forward(flow) if self.s.checkpointing else 0.0
-        return self.passes(self.work.training(flow) + again, flow.tokens, self.layers)
+        return self.passes(_training(self.work, flow, self.s), flow.tokens, self.layers)
 
     def scoring(self) -> float:
         """Old log-probabilities of the windows after the first, of all of them in TRL's way; the reference's."""
@@ -188,6 +186,29 @@ class _Clock:
         """Weights, gradients and two moments read and written once."""
         trained = self.s.trained.adapters + self.s.trained.whole
         return trained * 4 * 7 / (_MEMORY_SHARE * self.rate.bandwidth)
+
+
+def filling_tokens(s: Setting) -> int | None:
+    """Tokens of a bin from which on launching takes little beside the arithmetic, on the fastest card seen.
+
+    A slower card is filled by fewer. None where the arithmetic is not known.
+    """
+    work, group = Work.of(s.shape, s.trained), s.generations
+    if work is None:
+        return None
+    flow = Flow.of_lengths([s.prompt] * group, [s.completion] * group, [0] * group)
+    token = _training(work, flow, s) / flow.tokens / (_SEEN_AT * _share(s, _SEEN_AT))
+    return round(s.shape.layers * _LAYER_PASS / (_LAUNCHING * token))
+
+
+def _training(work: Work, flow: Flow, s: Setting) -> float:
+    """Operations of forward and backward; with checkpointing, of a second forward."""
+    return work.training(flow) + (work.forward(flow) if s.checkpointing else 0.0)
+
+
+def _share(s: Setting, rate: float) -> float:
+    """Of a GPU's matrix rate, that a pass through the layers reaches."""
+    return min(_FULL_SHARE, s.shape.hidden / _HIDDEN * _SEEN_AT / rate)
 
 
 def _hours(seconds: float) -> str:

@@ -176,7 +176,7 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
     elif size > 1:
         text = f"grpo.per_device_train_batch_size={size // 2} grpo.gradient_accumulation_steps={2 * steps}"
         smaller = changed(sequences=size // 2)
-        yield text, smaller and in_bins(config, smaller, config.step.token_budget)
+        yield text, smaller and in_bins(config, smaller, config.step.token_budget or 1)
     length = config.completion_length
     if length > 1:
         yield f"grpo.max_completion_length={length // 2}", changed(completion=length // 2)

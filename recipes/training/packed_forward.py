@@ -20,7 +20,7 @@ from recipes.models.adapters import without_adapters
 from recipes.plan.work import Flow
 from recipes.training import packed_attention
 from recipes.training.packed_support import half_precision
-from recipes.training.packing import Lengths, Packed, PaddedBatch, measure, pack, plan_bins
+from recipes.training.packing import Lengths, Packed, PaddedBatch, even_bins, measure, pack
 from recipes.training.ratios import RoundedHead, listening
 from recipes.training.truncation import over_supports
 
@@ -55,16 +55,12 @@ class PackedForward(_Trainer):
     """To be put before TRL's trainer.
 
     Args:
-        token_budget: tokens of a bin, whatever it takes. None for ``planned_tokens``, or as many as a micro-batch has
-            slots when padded if that is more.
+        token_budget: tokens of a bin. None for as many as a micro-batch has slots when padded.
     """
 
-    def __init__(
-        self, *args: Any, token_budget: int | None = None, planned_tokens: int = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._token_budget = token_budget
-        self._planned_tokens = planned_tokens
         self._flow = Flow()
         self._truncation: Truncation | None = getattr(self, "truncation", None)  # of SupportedRatios
         half = half_precision(self.model, self.args)
@@ -89,9 +85,8 @@ class PackedForward(_Trainer):
         lengths = measure(batch)
         order = lengths.group.argsort(stable=True)
         rows = order[lengths.completion[order] > 0].tolist()
-        slots = (batch_size or len(rows)) * input_ids.shape[1]
-        budget = self._token_budget or max(self._planned_tokens, slots)
-        bins = plan_bins(lengths, [[r] for r in rows], budget) or [range(0)]
+        budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
+        bins = even_bins(lengths, [[r] for r in rows], budget) or [range(0)]
         found = [
             self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
             for run in bins

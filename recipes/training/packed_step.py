@@ -44,6 +44,7 @@ class PackedStep(PackedForward):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rollout: Rollout | None = None
+        self._even_bins = True  # the worst case has full ones
         self._place = 0  # of the next micro-batch in its accumulation window
         self._scores: Scores | None = None  # for the loss that TRL is about to compute
         self._skip_old_pass = False  # TRL is about to ask for the old log-probabilities
@@ -86,8 +87,9 @@ class PackedStep(PackedForward):
         if self._rollout is None or self._step % (count * self.num_iterations) == 0:
             sampled = self._generate_and_score_completions(generation_batch)
             self._ratios.begin_rollout(self.state.global_step)
+            only = self._only_by_advantage()
             self._rollout = Rollout.shuffled(
-                sampled, count, self._only_by_advantage(), self._token_budget, self._planned_tokens, smallest
+                sampled, count, only, self._token_budget, smallest, even=self._even_bins
             )
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
+_HALVINGS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # of a budget
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,23 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
     )
 
 
-def plan_bins(
+def even_bins(
+    lengths: Lengths,
+    slots: Sequence[Sequence[int]],
+    budget: int,
+    agree: Callable[[int], int] = int,
+) -> list[range]:
+    """As few bins as :func:`fill_bins` makes of the same, and as even: a short last one costs as many launches."""
+    found, share = fill_bins(lengths, slots, budget, agree), 1.0
+    for step in _HALVINGS if len(found) > 1 else ():
+        # By shares, and by a number that is the same in all processes, whose budgets may not be.
+        tried = fill_bins(lengths, slots, int((share - step) * budget), agree)
+        if len(tried) == len(found):
+            found, share = tried, share - step
+    return found
+
+
+def fill_bins(
     lengths: Lengths,
     slots: Sequence[Sequence[int]],
     budget: int,

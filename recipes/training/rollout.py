@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memhead.ragged_support import Support
-from recipes.training.packing import Lengths, PaddedBatch, measure, plan_bins
+from recipes.training.packing import Lengths, PaddedBatch, even_bins, fill_bins, measure
 
 MicroBatch = dict[str, Any]  # what TRL's loss takes
 SUPPORT = "support"  # in it: of its B × K slots, where the sampler truncates
@@ -26,7 +26,9 @@ class Rollout:
     lengths: Lengths
     live: Tensor  # (B,) bool, on the host: rows to compute
     budget: int  # tokens of a bin
-    agree: Callable[[int], int] = int  # see `plan_bins`
+    agree: Callable[[int], int] = int  # see `fill_bins`
+    even: bool = True  # else bins are as full as they may be
+    _cuts: dict[range, list[range]] = field(default_factory=dict)  # a run is cut once: the same bins, always
     _bins: dict[int, range] = field(default_factory=dict)  # by last micro-batch
 
     @classmethod
@@ -42,16 +44,17 @@ class Rollout:
         count: int,
         only_by_advantage: bool,
         budget: int | None,
-        planned: int = 0,
         agree: Callable[[int], int] = int,
+        *,
+        even: bool = True,
     ) -> Rollout:
         """``count`` micro-batches of whole groups, in random order, as far as groups fit.
 
         Args:
             only_by_advantage: rows whose advantage is zero need not be computed.
-            budget: tokens of a bin. None for ``planned``, or as many as a micro-batch has slots when padded if that
-                is more: what fits TRL's way.
-            agree: see :func:`plan_bins`.
+            budget: tokens of a bin. None for as many as a micro-batch has slots when padded: what fits TRL's way.
+            agree: see :func:`fill_bins`.
+            even: else bins are as full as they may be.
         """
         from trl.trainer.utils import split_tensor_dict
 
@@ -66,8 +69,8 @@ class Rollout:
         if only_by_advantage:
             live &= (moved["advantages"].reshape(len(order), -1) != 0).any(1).cpu()
         if budget is None:
-            budget = max(planned, padded(moved).input_ids.numel() // count)
-        return cls(moved, split_tensor_dict(moved, count), lengths, live, budget, agree)
+            budget = padded(moved).input_ids.numel() // count
+        return cls(moved, split_tensor_dict(moved, count), lengths, live, budget, agree, even)
 
     @property
     def count(self) -> int:
@@ -81,13 +84,14 @@ class Rollout:
 
     def cut(self, run: range) -> list[range]:
         """Bins of consecutive micro-batches without an update between them. At least one row of each is computed."""
-        live, size = self.live.tolist(), self.size
-        slots = [[r for r in range(i * size, (i + 1) * size) if live[r]] for i in run]
-        bins = plan_bins(self.lengths, slots, self.budget, self.agree)
-        found = [range(run.start + b.start, run.start + b.stop) for b in bins]
-        for bin_ in found:
-            self._keep_one(torch.arange(bin_.start * size, bin_.stop * size))
-        return found
+        if run not in self._cuts:
+            live, size = self.live.tolist(), self.size
+            slots = [[r for r in range(i * size, (i + 1) * size) if live[r]] for i in run]
+            bins = (even_bins if self.even else fill_bins)(self.lengths, slots, self.budget, self.agree)
+            self._cuts[run] = [range(run.start + b.start, run.start + b.stop) for b in bins]
+            for bin_ in self._cuts[run]:
+                self._keep_one(torch.arange(bin_.start * size, bin_.stop * size))
+        return self._cuts[run]
 
     def _keep_one(self, rows: Tensor) -> None:
         """Where nothing is to be computed: gradients of zero must exist, and other processes wait, so the least."""

@@ -51,8 +51,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         _fall_back(session, reason)
         return guarded(trainer_class)(**given)
     budget = planned_budget(config, session.planned, arguments.device)
-    asked = config.step.token_budget
-    trainer = guarded(packed(trainer_class))(**given, token_budget=asked, planned_tokens=budget or 0)
+    trainer = guarded(packed(trainer_class))(**given, token_budget=budget)
     reason = first(_check(session, trainer))
     if reason is not None:
         trainer.give_up_packing()
@@ -63,7 +62,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if budget is None:
         bins = "as many tokens as a padded micro-batch has slots"
     else:
-        bins = f"{budget} tokens" + (", as told" if asked else ", planned from memory")
+        bins = f"{budget} tokens" + (", as told" if config.step.token_budget else ", planned")
     print(f"step: packed, in bins of {bins}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})
     return trainer

@@ -24,7 +24,9 @@ from recipes.training.session import Session
 PHASE = "a worst-case step before the first: forward"
 LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
 # Attributes of TRL's trainer and of the packed step that one step leaves for the next.
-STATE = ("_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap", "_ratios", "_flow")
+STATE = (
+    "_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap", "_ratios", "_flow", "_even_bins",
+)  # fmt: skip
 
 
 def require_room(session: Session, trainer: Any) -> None:
@@ -116,6 +118,7 @@ def _undisturbed(trainer: Any, batch: dict[str, Any]) -> Iterator[None]:
     own = vars(trainer).get("_generate_and_score_completions")
     training, accumulation = model.training, getattr(trainer, "current_gradient_accumulation_steps", None)
     vars(trainer).update({name: copy.deepcopy(value) for name, value in before.items()})
+    trainer._even_bins = False  # in other lengths an even one may be as full
     trainer._generate_and_score_completions = lambda _: batch
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     if trainer.args.gradient_checkpointing:  # as the trainer does when it begins

@@ -14,7 +14,18 @@ import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
 from recipes.plan import setting
-from recipes.plan.plan import CARDS, GIB, _gib, measure, parse_device, plan, plan_token_budget, usable
+from recipes.plan.plan import (
+    CARDS,
+    GIB,
+    _gib,
+    measure,
+    parse_device,
+    plan,
+    plan_token_budget,
+    tokens_as_padded,
+    usable,
+)
+from recipes.plan.time import filling_tokens
 from recipes.problems import ConfigError
 
 pytestmark = pytest.mark.usefixtures("without_unsloth")
@@ -350,12 +361,34 @@ def bin_of(device, *overrides):
 
 
 def test_a_run_takes_the_largest_bin_that_fits_and_is_of_use():
-    assert bin_of(80 * GIB) == 16384
-    planned = bin_of(6 * GIB)
-    assert 8 * 768 < planned < 16384
-    assert plan(load_config(ONE_B), 6 * GIB).peak <= usable(6 * GIB)
-    assert bin_of(3 * GIB) == 8 * 768  # not even a micro-batch fits, and it is never divided
+    assert bin_of(80 * GIB) == bin_of(24 * GIB) == filling_tokens(in_bins(None))
+    assert bin_of(80 * GIB, "model.gradient_checkpointing=false") == 16384
+    planned = bin_of(5 * GIB)
+    assert 256 + 8 * 511 < planned < 8 * 768  # where TRL's micro-batch would not fit
+    assert plan(load_config(ONE_B), 5 * GIB).peak <= usable(5 * GIB)
+    assert plan(load_config(ONE_B, ["step.impl=trl"]), 5 * GIB).fits is False
+    assert bin_of(3 * GIB) == 256 + 8 * 511  # not even a micro-batch fits, and it is never divided
     assert plan(load_config(ONE_B), 3 * GIB).fits is False
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "more"), [(3072, 256, True), (256, 256, False), (512, 2048, True)]
+)
+def test_bins_are_of_use_up_to_trls_memory_or_to_where_they_keep_the_card_at_work(prompt, completion, more):
+    """Of the 8B architecture, eight completions a micro-batch, as benchmarks/packed_gpu.py runs it."""
+    config = load_config(
+        ONE_B, ["model.name=unsloth/meta-Llama-3.1-8B-Instruct", f"model.max_seq_length={prompt + completion}",
+                f"grpo.max_completion_length={completion}", "grpo.gradient_accumulation_steps=8"],
+    )  # fmt: skip
+    found, padded = (plan(load_or, 80 * GIB) for load_or in (config, trls(config)))
+    assert found.setting.bin_tokens == max(tokens_as_padded(found.setting), filling_tokens(found.setting))
+    assert (found.setting.bin_tokens > filling_tokens(found.setting)) is more
+    assert (found.memory.step <= padded.memory.step) is more
+
+
+def trls(config):
+    """The same run by TRL's step."""
+    return config.model_copy(update={"step": config.step.model_copy(update={"impl": "trl"})})
 
 
 def test_a_run_takes_the_bins_it_is_told_to():

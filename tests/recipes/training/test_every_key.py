@@ -107,8 +107,8 @@ CASES: dict[str, list[Case]] = {
                               "check.backend": "torch"}),
         Case("unsloth", "torch", {"head.backend": "torch", "check.backend": "torch"})],
     "head.parallel": [Case("hub", "vocabulary", {"head.vocab_parallel": True}, False)],
-    "step.impl": [Case("hub", "trl", {"trainer": "trl", "trainer.token_budget": GONE, "trainer.planned_tokens": GONE})],
-    "step.token_budget": [Case("hub", "900", {"trainer.token_budget": 900, "trainer.planned_tokens": 900})],
+    "step.impl": [Case("hub", "trl", {"trainer": "trl", "trainer.token_budget": GONE})],
+    "step.token_budget": [Case("hub", "900", {"trainer.token_budget": 900})],
     # task: by the tasks' own table below
     "task.name": [],
     # lora

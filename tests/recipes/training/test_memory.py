@@ -96,6 +96,17 @@ def test_what_does_not_fit_fails_before_the_first_step(tmp_path, capsys, fail):
     assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
 
+def test_the_worst_case_fills_its_bins(tmp_path, fail):
+    """With other lengths, bins that are made even may be as full."""
+    runs = []
+    fail(lambda trainer, inputs: runs.append(list(inputs.run)))  # and nothing fails
+    three = 3 * 4 * (7 + 4 * 5)  # micro-batches of four groups
+    overrides = ["grpo.gradient_accumulation_steps=4", f"step.token_budget={three}"]
+    assert run(tmp_path, *overrides, steps=1) == 0
+    assert runs[:4] == [[], [], [0, 1, 2], [3]]
+    assert [0, 1, 2] not in runs[4:]
+
+
 def test_the_checks_change_nothing_but_can_be_left_out(tmp_path, capsys):
     assert run(tmp_path, steps=2) == 0
     checked = capsys.readouterr().out

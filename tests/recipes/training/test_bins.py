@@ -1,0 +1,81 @@
+"""How micro-batches are joined into bins: against every way to cut a few of them, and in two processes at once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from recipes.training.packing import Lengths, even_bins, fill_bins
+
+
+def window(seed: int, count: int = 7) -> tuple[Lengths, list[list[int]], list[int]]:
+    """Micro-batches of one group of three completions; also the tokens of each."""
+    draw = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(5, 60, (count,), generator=draw).repeat_interleave(3)
+    completion = torch.randint(1, 40, (3 * count,), generator=draw)
+    rows = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(count)]
+    tokens = [int(prompt[r[0]] + (completion[r] - 1).sum()) for r in rows]
+    return Lengths(prompt, completion, torch.arange(count).repeat_interleave(3)), rows, tokens
+
+
+def largest(bins: list[range], tokens: list[int]) -> int:
+    return max(sum(tokens[i] for i in bin_) for bin_ in bins)
+
+
+def ways(count: int, number: int) -> list[list[range]]:
+    """Every cut of `count` micro-batches into `number` bins."""
+    return [
+        [range(a, b) for a, b in itertools.pairwise((0, *cuts, count))]
+        for cuts in itertools.combinations(range(1, count), number - 1)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_as_few_bins_as_the_budget_allows_and_as_even(seed):
+    lengths, rows, tokens = window(seed)
+    budget = max(max(tokens), sum(tokens) // (2 + seed % 3))
+    full, even = fill_bins(lengths, rows, budget), even_bins(lengths, rows, budget)
+    fewest = next(n for n in itertools.count(1) if any(largest(w, tokens) <= budget for w in ways(7, n)))
+    assert len(full) == len(even) == fewest
+    assert [i for bin_ in even for i in bin_] == list(range(7))
+    best = min(largest(way, tokens) for way in ways(7, fewest))
+    assert best <= largest(even, tokens) <= best + budget / 16
+    assert largest(even, tokens) <= largest(full, tokens) <= budget
+
+
+def test_a_short_last_bin_is_filled_up():
+    lengths = Lengths(torch.full((4,), 10), torch.full((4,), 11), torch.arange(4))
+    rows = [[0], [1], [2], [3]]  # of 20 tokens each
+    assert fill_bins(lengths, rows, 60) == [range(3), range(3, 4)]
+    assert even_bins(lengths, rows, 60) == [range(2), range(2, 4)]
+    assert even_bins(lengths, rows, 5) == fill_bins(lengths, rows, 5) == [range(i, i + 1) for i in range(4)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_processes_cut_alike(seed):
+    """Each has its own lengths and its own budget; the smaller of two ends holds."""
+    windows = [window(2 * seed + rank) for rank in range(2)]
+    proposed, meet = [0, 0], threading.Barrier(2, timeout=20)
+
+    def agree(rank: int, end: int) -> int:
+        proposed[rank] = end
+        meet.wait()
+        found = min(proposed)
+        meet.wait()
+        return found
+
+    def cut(rank: int) -> list[range]:
+        lengths, rows, tokens = windows[rank]
+        return even_bins(lengths, rows, max(max(tokens), sum(tokens) // (2 + rank)), partial(agree, rank))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(cut, range(2))
+    assert first == second
+    assert [i for bin_ in first for i in bin_] == list(range(7))
+    for rank, (_, _, tokens) in enumerate(windows):
+        assert largest(first, tokens) <= max(max(tokens), sum(tokens) // (2 + rank))
