@@ -59,4 +59,4 @@ def test_the_error_of_the_gradient(tmp_path, monkeypatch):
     theirs, grid, row = torch.stack(found).mean(0)
     assert 5e-3 < theirs < 0.05  # bfloat16 it is: float32 would be off by 1e-6
     assert 5e-3 < grid <= theirs + CHANCE
-    assert 5e-3 < row <= theirs + CHANCE
+    assert 5e-3 < row <= theirs
