@@ -43,31 +43,37 @@ name = "local"
 """
 
 
-def annotations_of(source: str) -> set[tuple[int, int]]:
-    """Line and column of every character of an annotation, which nobody evaluates."""
+def silent_places(source: str) -> set[tuple[int, int]]:
+    """Line and column of every character of an annotation, which nobody evaluates, and of a signature's bare `*`."""
     spans = (
         node.annotation if isinstance(node, (ast.arg, ast.AnnAssign)) else node.returns
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.arg, ast.AnnAssign, ast.FunctionDef))
     )
-    return {
+    annotations = {
         (span.lineno, column)
         for span in spans
         if span
         for column in range(span.col_offset, span.end_col_offset)
     }
+    stars = {
+        (number, match.start())
+        for number, line in enumerate(source.splitlines(), 1)
+        for match in re.finditer(r"\*,", line)
+    }
+    return annotations | stars
 
 
 def choose(session: Path, source: str, most: int | None) -> int:
     """Passes over all but the mutants that are to be run; returns how many there would be."""
-    annotations = annotations_of(source)
+    silent = silent_places(source)
     with use_db(session, WorkDB.Mode.open) as db:
         items = sorted(
             db.work_items, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name)
         )
         wanted = [
             item for item in items
-            if KEPT.match(item.mutations[0].operator_name) and item.mutations[0].start_pos not in annotations
+            if KEPT.match(item.mutations[0].operator_name) and item.mutations[0].start_pos not in silent
         ]  # fmt: skip
         count = len(wanted)
         if most is not None and count > most:

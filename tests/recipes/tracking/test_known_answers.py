@@ -14,6 +14,7 @@ from recipes.config.schema import TrackingConfig
 from recipes.plan import plan
 from recipes.report.page import write_report
 from recipes.tracking import environment, meters, phases
+from recipes.tracking import tracker as tracker_module
 from recipes.tracking.meters import CpuMeter, CudaMeter, TensorMeter, make_meter, persistent_tensors
 from recipes.tracking.phases import PHASES, PLANNED, PhaseClock, attach, attach_optimizer, phase_of
 from recipes.tracking.run_folder import RunFolder
@@ -27,7 +28,7 @@ from recipes.tracking.summary import (
     summarize,
     tokens_in_words,
 )
-from recipes.tracking.tracker import Tracker, last_completions, track
+from recipes.tracking.tracker import Tracker, highest, last_completions, track
 from recipes.training import memory
 
 
@@ -234,6 +235,7 @@ def ticked(tmp_path_factory):
     settings = {"gradient_accumulation_steps": 2, "logging_steps": 2, "num_iterations": 2}
     with pytest.MonkeyPatch.context() as patch, memhead_trl.install():
         patch.setattr(phases, "time", Ticking())
+        patch.setattr(tracker_module, "time", SimpleNamespace(time=lambda: 1234.5678))
         trainer = tiny_trainer(folder.path / "checkpoints", steps=5, logging_first_step=True, **settings)
         tracking = TrackingConfig(logging_every=2, completions_sample=3, memory_every=4)
         tracker = track(trainer, folder, tracking, progress=False)
@@ -256,6 +258,33 @@ def test_a_records_seconds_are_means_over_its_steps(ticked):
     assert records[0]["time"]["generation"] == records[0]["time"]["rewards"] == 1.0
     assert "generation" not in records[1]["time"]
     assert records[2]["time"]["generation"] == 0.5
+
+
+def test_a_record_says_where_and_when_and_of_one_process_nothing_apart(ticked):
+    folder, tracker = ticked
+    for record in logged_steps(folder.metrics.read()):
+        assert (record["device"], record["at"]) == ("cpu", 1234.6)
+        assert "memory_by_process" not in record
+    assert tracker._progress is None  # none was asked for
+
+
+def test_a_log_that_is_no_new_steps_is_no_record(ticked, monkeypatch):
+    folder, tracker = ticked
+    trainer, before = tracker._trainer, folder.metrics.read()
+    trainer.log({"loss": 9.0})  # of a step that is recorded
+    monkeypatch.setattr(trainer.state, "global_step", 6)
+    trainer.log({"eval_reward": 9.0})
+    assert folder.metrics.read() == before
+
+
+def test_of_several_processes_the_highest():
+    one = {"forward": {"tensor_peak_mib": 0.25, "resident_mib": 90.0}, "rewards": {"resident_mib": 7.0}}
+    other = {"forward": {"tensor_peak_mib": 0.5, "resident_mib": 80.0}, "scoring": {"resident_mib": 0.5}}
+    assert highest([one, other]) == {
+        "forward": {"tensor_peak_mib": 0.5, "resident_mib": 90.0},
+        "rewards": {"resident_mib": 7.0},
+        "scoring": {"resident_mib": 0.5},
+    }
 
 
 def test_summary_report_and_records_agree(ticked):

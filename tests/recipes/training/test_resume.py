@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import made_up_checkpoint
 import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.callbacks import BypassGuard, Interruption
+from recipes.training.callbacks import BypassGuard, Interruption, sigterm_as_ctrl_c
 from recipes.training.resume import is_finished, model_to_load, require_same
 
 
@@ -195,6 +196,26 @@ def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_stop_waits_for_the_end_of_a_generation():
+    """Of four micro-batches, two a step, used twice: four steps from one end to the next."""
+    arguments = SimpleNamespace(gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
+    stop, found = Interruption(), []
+    for step in range(1, 10):
+        stop.asked = stop.asked or step == 3
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        stop.on_step_end(arguments, SimpleNamespace(global_step=step), control)
+        assert control.should_save is control.should_training_stop
+        found += [step] if control.should_save else []
+    assert found == [4, 8]
+
+
+def test_sigterm_before_the_steps_is_a_ctrl_c():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
