@@ -1,13 +1,15 @@
 """Every formula of the plan on sizes so small that its bytes are added up by hand: a term that is off shows."""
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from memhead.planning import Chunk
 from recipes.plan import formulas as memory
 from recipes.plan.formulas import DTYPE_BYTES, Batch, Group, Precision
-from recipes.plan.plan import measure
+from recipes.plan.plan import GIB, Memory, Plan, Storage, measure
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import CacheLayer, LayerShape, ModelShape, Trained
 
@@ -272,3 +274,142 @@ def test_what_is_not_cast():
         assert measure(replace(SETTING, precision=precision)).parts["weights cast by autocast"] == 0
     found = measure(replace(SETTING, shape=replace(SHAPE, layer=None)))
     assert list(found.instead) == ["head with full logits"]
+
+
+# In words
+
+
+STORAGE = Storage(
+    download=3 * GIB,
+    download_4bit=0,
+    checkpoint=GIB,
+    kept=3,
+    final=2 * GIB,
+    warm_start=0,
+    merge=0,
+    host=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "lines"),
+    [
+        ({}, ["disk: 3.00 GiB to download; 2.00 GiB for the final model; 3 checkpoints of 1.00 GiB"]),
+        ({"download": 0, "kept": 0}, ["disk: 2.00 GiB for the final model; no checkpoints"]),
+        (
+            {"download_4bit": 2**28, "kept": None, "merge": 5 * GIB},
+            [
+                "disk: 0.25 GiB to download if Unsloth has a 4-bit copy, else 3.00 GiB; 2.00 GiB for the final "
+                "adapter; each checkpoint 1.00 GiB",
+                "main memory: 5.00 GiB to merge the adapter into the unquantised base",
+            ],
+        ),
+        (
+            {"warm_start": 4 * GIB, "download": 0, "host": 2**29, "merge": 5 * GIB},
+            [
+                "disk: 4.00 GiB for the model after the warm start; 2.00 GiB for the final adapter; "
+                "3 checkpoints of 1.00 GiB",
+                "main memory: 5.00 GiB to merge the adapter into the unquantised base; 0.50 GiB for layer inputs "
+                "while it trains",
+            ],
+        ),
+    ],
+)
+def test_what_is_kept_in_words(changed, lines):
+    assert replace(STORAGE, **changed).lines() == lines
+
+
+PLAN = Plan(
+    name="small",
+    setting=replace(SETTING, sequences=512, completion=1024),
+    memory=Memory(
+        parts={"parameters": GIB // 2, "reference model": 0},
+        phases={"generation": 3 * GIB, "optimizer": 2 * GIB},
+        instead={"head with full logits": 3 * GIB},
+    ),
+    storage=STORAGE,
+    chunk=Chunk(1024, 512),
+    device_bytes=25 * GIB,  # 23 of them usable: a twentieth is not, nor three quarters of a GiB
+    longest_completion=77,
+    notes=["it rains"],
+)  # fmt: skip
+UNCOUNTED = replace(PLAN.setting, shape=replace(SHAPE, layer=None))
+
+
+def test_a_plan_in_words():
+    assert PLAN.lines() == [
+        "small: 512 sequences of 3 + 1024 tokens a forward pass, 6 sampled at a time",
+        "chunk: 1024 rows × 512 vocabulary entries = 2.0 MiB of logits in place of 524288 × 101 = 202.0 MiB: "
+        "memhead's tile for cpu, the size that was fastest when measured",
+        "peak 3.00 GiB fits 25.0 GiB, of which 23.0 are counted as usable",
+        "longest completion that fits: 77 tokens",
+        "disk: 3.00 GiB to download; 2.00 GiB for the final model; 3 checkpoints of 1.00 GiB",
+        "note: it rains",
+    ]
+    asked = replace(PLAN, setting=replace(PLAN.setting, chunk_rows=64)).lines()[1]
+    assert asked.endswith("202.0 MiB: head.chunk asks for its rows")
+
+
+def of(peak):
+    return Memory({"parameters": 1}, {"generation": peak, "optimizer": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits", "verdict"),
+    [
+        (
+            {"memory": of(23 * GIB)},
+            True,
+            [
+                "peak 23.00 GiB fits 25.0 GiB, of which 23.0 are counted as usable",
+                "longest completion that fits: 77 tokens",
+            ],
+        ),
+        (
+            {"memory": of(23 * GIB + 1), "longest_completion": 0},
+            False,
+            [
+                "peak 23.00 GiB does NOT fit 25.0 GiB, of which 23.0 are counted as usable",
+                "longest completion that fits: none",
+            ],
+        ),
+        (
+            {"setting": UNCOUNTED},
+            None,
+            [
+                "peak at least 3.00 GiB, more with what is not counted (see below): whether it fits is not known; "
+                "there are 25.0 GiB, of which 23.0 are counted as usable"
+            ],
+        ),
+        (
+            {"setting": UNCOUNTED, "memory": of(24 * GIB)},
+            False,
+            ["peak at least 24.00 GiB does NOT fit 25.0 GiB, of which 23.0 are counted as usable"],
+        ),
+        (
+            {"setting": UNCOUNTED, "device_bytes": None},
+            None,
+            ["peak at least 3.00 GiB: not everything could be counted"],
+        ),
+        ({"device_bytes": None}, None, []),
+    ],
+)
+def test_whether_it_fits(changed, fits, verdict):
+    found = replace(PLAN, **changed)
+    assert found.fits is fits
+    assert found.lines()[2:-2] == verdict
+
+
+def test_the_tables():
+    """What takes nothing is left out, and only a phase is a peak, even where another choice is as large."""
+    console = Console(file=io.StringIO(), width=200)
+    PLAN.print(console)
+    shown = console.file.getvalue()
+    rows = [line.split("│") for line in shown.splitlines() if line.count("│") == 3]
+    assert [[cell.strip() for cell in row[1:3]] for row in rows] == [
+        ["parameters", "0.500"],
+        ["generation  ← peak", "3.000"],
+        ["optimizer", "2.000"],
+        ["head with full logits", "3.000"],
+    ]
+    assert shown.rstrip().endswith("note: it rains")
