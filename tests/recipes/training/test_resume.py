@@ -135,6 +135,9 @@ def test_a_configurations_values_are_put_over_a_checkpoints():
     assert (scheduler.base_lrs, scheduler.get_last_lr()) == ([0.5, 0.5], [0.25, 0.375])
     with pytest.raises(ValueError, match="zip"):
         apply_settings(optimizer, scheduler, settings[:1])
+    scheduler.lr_lambdas.pop()
+    with pytest.raises(ValueError, match="zip"):
+        apply_settings(optimizer, scheduler, settings)
 
 
 def test_a_rate_that_a_metric_decides_stays_the_checkpoints():
