@@ -9,7 +9,7 @@ from rich.console import Console
 from memhead.planning import Chunk
 from recipes.plan import formulas as memory
 from recipes.plan.formulas import DTYPE_BYTES, Batch, Group, Precision
-from recipes.plan.plan import GIB, Memory, Plan, Storage, measure
+from recipes.plan.plan import GIB, Memory, Plan, Storage, _largest, measure
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import CacheLayer, LayerShape, ModelShape, Trained
 
@@ -274,6 +274,20 @@ def test_what_is_not_cast():
         assert measure(replace(SETTING, precision=precision)).parts["weights cast by autocast"] == 0
     found = measure(replace(SETTING, shape=replace(SHAPE, layer=None)))
     assert list(found.instead) == ["head with full logits"]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 8])
+def test_the_largest_number_that_fits(limit):
+    for largest in range(limit + 1):
+        asked = []
+
+        def fits(number, largest=largest, asked=asked):
+            asked.append(number)
+            assert 0 < number <= limit
+            assert len(asked) <= 4, "halving needs no more"
+            return number <= largest
+
+        assert _largest(limit, fits) == largest
 
 
 # In words
