@@ -277,6 +277,39 @@ def test_a_log_that_is_no_new_steps_is_no_record(ticked, monkeypatch):
     assert folder.metrics.read() == before
 
 
+def test_a_record_has_trls_figures_by_our_names_and_the_rest_by_its_own():
+    ours = {
+        "reward": 1.0, "reward_std": 2.0, "entropy": 3.0, "kl": 4.0, "step_time": 8.0, "loss": 9.0, "grad_norm": 10.0,
+        "learning_rate": 11.0, "epoch": 12.0, "bad_step": 13.0,
+    }  # fmt: skip
+    renamed = {
+        "completions/mean_length": ("completion_length", 5.0),
+        "completions/clipped_ratio": ("clipped_share", 6.0),
+        "frac_reward_zero_std": ("zero_std_share", 7.0),
+    }
+    tokens = {
+        "step/tokens_computed": ("computed", 14.0),
+        "step/tokens_real": ("real", 15.0),
+        "step/left_out": ("left_out_share", 16.0),
+        "step/tokens_per_second": ("per_second", 17.0),
+    }
+    rest = {"rewards/one/std": 19.0, "num_tokens": 20.0}
+    logs = {
+        **ours, **rest, **{name: value for name, (_, value) in (renamed | tokens).items()}, "rewards/one/mean": 18.0,
+        "step": 3, "time/forward": 21.0, "memory/forward/resident_mib": 22.0, "mismatch/total": 23.0,
+    }  # fmt: skip
+    assert tracker_module._record(3, logs) == {
+        "step": 3,
+        **ours,
+        **dict(renamed.values()),
+        "tokens": dict(tokens.values()),
+        "rewards": {"one": 18.0},
+        "trl": rest,
+        "mismatch": {"total": 23.0},
+    }
+    assert tracker_module._record(4, {}) == {"step": 4, "rewards": {}, "trl": {}}
+
+
 def test_of_several_processes_the_highest():
     one = {"forward": {"tensor_peak_mib": 0.25, "resident_mib": 90.0}, "rewards": {"resident_mib": 7.0}}
     other = {"forward": {"tensor_peak_mib": 0.5, "resident_mib": 80.0}, "scoring": {"resident_mib": 0.5}}
