@@ -418,6 +418,14 @@ def test_a_meter_of_tensors_counts_every_output_of_an_operator():
         assert meter.peak_bytes == 96 + 48
 
 
+def test_a_meter_of_tensors_counts_dense_ones_in_main_memory():
+    meter = TensorMeter()
+    with meter:
+        elsewhere, sparse = torch.empty(1000, device="meta"), torch.eye(2).to_sparse()
+        assert (elsewhere.device.type, sparse.layout) == ("meta", torch.sparse_coo)
+        assert meter.live_bytes == 0
+
+
 def test_a_meter_that_no_step_has_begun_counts_no_tensors():
     figures = {}
     with make_meter(torch.device("cpu"), None).measure(figures):
