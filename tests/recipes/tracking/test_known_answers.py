@@ -25,6 +25,7 @@ from recipes.tracking.summary import (
     highest_peak,
     logged_steps,
     main_figures,
+    percent,
     summarize,
     tokens_in_words,
 )
@@ -308,6 +309,19 @@ def test_a_record_has_trls_figures_by_our_names_and_the_rest_by_its_own():
         "mismatch": {"total": 23.0},
     }
     assert tracker_module._record(4, {}) == {"step": 4, "rewards": {}, "trl": {}}
+
+
+def test_a_share_in_words_has_two_digits_below_a_tenth():
+    shares = {
+        None: "–",
+        0.0: "0 %",
+        0.00123: "0.12 %",
+        0.0123: "1.2 %",
+        0.1: "10 %",
+        0.456: "46 %",
+        1.0: "100 %",
+    }
+    assert {share: percent(share) for share in shares} == shares
 
 
 def test_of_several_processes_the_highest():
