@@ -163,6 +163,15 @@ def test_float16_operands_through_both_sweeps(options, upstream, entropy_upstrea
         assert relative_error(grad, wanted) < 3e-3, name
 
 
+@pytest.mark.usefixtures("half_operands")
+def test_an_upstream_gradient_too_small_for_float16_reaches_the_weight():
+    """Times probabilities it is as small as float16's steps, of 6e-8; times large states it is a sum that fits."""
+    head = make_head(50, 101, 24, torch.float16)
+    head = head._replace(hidden=head.hidden * 64, weight=head.weight / 64)
+    ours, exact = in_half(head, 1e-6, 0.0)
+    assert relative_error(ours[3], exact[3]) < 1e-2
+
+
 @pytest.mark.parametrize(("rows", "single"), [(16, 15), (4, 0)])
 def test_a_bfloat16_gradient_is_summed_wide_where_it_is_a_sum(half_operands, rows, single):
     """The backward pass takes four times a tile's rows: all 50, of 7 columns each of 15 times, or 16 of them."""

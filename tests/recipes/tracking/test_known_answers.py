@@ -124,6 +124,17 @@ def test_seconds_are_summed_peaks_are_maxima_and_other_is_the_rest(clock):
     assert known._meter.steps[0][1] == [(3, 2), (3,)]
 
 
+@pytest.mark.parametrize("meter", [KnownMeter, lambda: None])
+def test_who_asks_is_told_whether_a_phase_is_measured(clock, meter):
+    known = PhaseClock(torch.device("cpu"), meter())
+    with known.phase("forward") as before:
+        pass
+    known.begin_step(0, MODEL, None)
+    with known.phase("forward") as outer, known.phase("scoring") as inner:
+        pass
+    assert (before, outer, inner) == (False, True, False)
+
+
 def test_an_end_without_a_beginning_counts_nothing(clock):
     known = PhaseClock(torch.device("cpu"), None)
     known.end_step()
