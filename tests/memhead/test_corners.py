@@ -282,3 +282,28 @@ def test_logits_are_scaled_capped_and_tempered_in_that_order():
     torch.testing.assert_close(expected, by_hand)
     ours = linear_logprobs(head.hidden, head.weight, head.targets, bias=head.bias, **options).logprobs
     torch.testing.assert_close(ours, by_hand.log_softmax(1).gather(1, head.targets[:, None]).squeeze(1))
+
+
+def test_a_product_that_keeps_nothing_takes_the_whole_vocabulary_and_one_that_keeps_it_a_tile(monkeypatch):
+    """Where a kernel folds a tile without writing it, as on some GPUs; here it is said so of torch's product."""
+    from memhead import sweep
+    from memhead.backends import torch as backend
+
+    widths, fold_product = [], backend.fold_product
+
+    def watched(x, w, buffer, *rest):
+        widths.append(len(w))
+        return fold_product(x, w, x.new_empty(len(x) * len(w)), *rest)
+
+    monkeypatch.setattr(backend, "fold_product", watched)
+    head = make_head(4, 11, 8)
+    for whole, grad, expected in (
+        (True, False, [11]),
+        (True, True, [5, 5, 1]),
+        (False, False, [5, 5, 1]),
+        (False, True, [5, 5, 1]),
+    ):
+        monkeypatch.setattr(sweep.Work, "whole_at_once", property(lambda self, whole=whole: whole))
+        linear_logprobs(head.hidden.requires_grad_(grad), head.weight, head.targets, chunk=(4, 5))
+        assert widths == expected
+        widths.clear()
