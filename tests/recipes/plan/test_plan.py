@@ -204,6 +204,7 @@ def test_qwen3_is_planned_whole(tmp_path):
     found = plan(run_of(tmp_path, "Qwen/Qwen3-0.6B"), parse_device("T4"))
     assert found.fits
     assert found.longest_completion > 1000
+    assert found.storage.download_4bit == 0  # Unsloth's alone
     assert not any("NOT counted" in line for line in found.lines())
 
 

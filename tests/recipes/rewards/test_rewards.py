@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
-from recipes.rewards.call import Fault, call, one_line, show
+from recipes.rewards.call import Fault, call, one_line, said, show
 from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
@@ -543,3 +543,15 @@ def test_what_is_shown_has_300_characters_at_most():
     assert one_line("x" * 301) == "x" * 299 + "…"
     assert show("x" * 298) == repr("x" * 298)
     assert show("x" * 299) == ("'" + "x" * 298) + "…"
+    assert one_line("\x1b" * 100) == "\\x1b" * 74 + "\\x1…"  # of what is shown in their place
+    assert said(SystemExit("x" * 100)) == "called sys.exit('" + "x" * 58 + "…)"
+    assert show(10**5000).startswith("<int")
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [([1.0], "1"), ([1.0] * 5, "5"), (iter([1.0]), "1"), (iter([1.0] * 3), "more than 2")],
+)
+def test_how_many_values_were_returned(given, count):
+    fault = f"returned {count} values for 2 completion(s); return one for each"
+    assert call(lambda completions: given, ["x", "y"], {}, 1.0) == Fault(fault)
