@@ -3,7 +3,7 @@
 # make test-trl-next  the tests of memhead in TRL's trainers once more, with the next TRL
 # make lint     ruff and the type checker; make format: let ruff rewrite what it can
 # make mutants  change the code by a tool, a character at a time, and see whether a test notices (hours; docs/testing.md);
-#               MODULES="memhead/support.py" MOST=20 runs twenty changes of one module
+#               MODULES="memhead/support.py" MOST=20 runs twenty changes of one module, START=3 twenty others
 # make notebook  bring notebooks/*.ipynb and their .py twins in step, the newer one winning
 # make clean    remove the environment and the caches; runs/ stays
 #
@@ -48,7 +48,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 mutants: $(TESTABLE) $(MUTATING)
-	$(dir $(MUTATING))bin/python tests/mutants/run.py --python $(BIN)/python $(if $(MOST),--most $(MOST)) $(MODULES)
+	$(dir $(MUTATING))bin/python tests/mutants/run.py --python $(BIN)/python $(if $(MOST),--most $(MOST)) $(if $(START),--start $(START)) $(MODULES)
 
 notebook: $(INSTALLED)
 	$(BIN)/jupytext --sync notebooks/*.py

@@ -202,7 +202,7 @@ class Tracker:
     def _sample(self) -> list[dict[str, Any]]:
         """Some of the last batch's completions, spread over the batch."""
         completions, count = last_completions(self._trainer), self._tracking.completions_sample
-        if not completions or count == 0:
+        if not completions:
             return []
         chosen = sorted({index * len(completions) // count for index in range(count)})
         return [completions[index] for index in chosen]

@@ -92,18 +92,12 @@ def apply_settings(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]
     """
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update({name: wanted[name] for name in _SETTINGS if name in wanted})
-    if not isinstance(
-        scheduler, LambdaLR
-    ):  # those by the history of a metric, which no configuration can ask for
+    if not isinstance(scheduler, LambdaLR):  # by the history of a metric, which no configuration can ask for
         return
+    for group, function in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * function(scheduler.last_epoch)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    rates = [
-        base * function(scheduler.last_epoch)
-        for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

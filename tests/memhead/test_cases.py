@@ -291,6 +291,23 @@ def test_row_blocks_cover_every_row_once():
                 assert all(part.stop - part.start >= 32 for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("total", "stops"),
+    [
+        (0, []),
+        (20, [20]),
+        (64, [64]),
+        (128, [64, 128]),  # nothing is left over, and nothing taken
+        (129, [64, 96, 129]),
+        (159, [64, 96, 159]),
+        (160, [64, 128, 160]),  # 32 are enough
+    ],
+)
+def test_a_last_block_of_very_few_rows_takes_some_of_the_one_before_it(total, stops):
+    assert [part.stop for part in row_blocks(total, 64)] == stops
+    assert [part.stop for part in row_blocks(65, 63)] == [63, 65]  # too small to take from
+
+
 def test_nan_and_infinity_in_hidden_give_the_plain_result():
     head = make_head(6, 31)
     hidden = head.hidden.clone()

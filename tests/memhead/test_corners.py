@@ -94,23 +94,30 @@ def test_a_summed_loss_survives_it_too(rise):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
-# float16 operands, as on a GPU
+# Halves as operands, as on a GPU
 
 
 @pytest.fixture
 def half_operands(monkeypatch):
-    """float16 enters the products as it does on a GPU, with float32 results; torch has no such product on a CPU."""
+    """Halves enter the products as they do on a GPU, with float32 results; torch has no such product on a CPU.
+
+    Yields the dtypes that products were added to.
+    """
     from memhead import core, products, sweep
     from memhead.backends import torch as backend
+
+    added_to = []
 
     def tile_product(a, b, buffer):
         out = buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
         return out.copy_(a.float() @ b.float())
 
     def add_product(acc, a, b, *, first):
-        assert a.dtype == b.dtype == torch.float16
+        added_to.append(acc.dtype)
+        assert a.dtype == b.dtype != torch.float32
         assert a.isfinite().all(), "more than float16 holds"
-        assert acc.dtype == torch.float32
+        # A single product may be rounded by itself, and float16's is scaled before.
+        assert acc.dtype == torch.float32 or (first and a.dtype == torch.bfloat16)
         return acc.copy_(a.float() @ b.float()) if first else acc.add_(a.float() @ b.float())
 
     for module in (products, core, sweep):
@@ -118,16 +125,17 @@ def half_operands(monkeypatch):
     monkeypatch.setattr(sweep, "add_product", add_product)
     monkeypatch.setattr(backend, "tile_product", tile_product)
     monkeypatch.setattr(backend, "brings_memory", lambda *_: False)
+    return added_to
 
 
-def in_half(head, upstream, entropy_upstream, **options):
-    """Values and gradients (hidden, weight, bias) by memhead in float16, and by full logits in float64."""
+def in_half(head, upstream, entropy_upstream, *, chunk=(16, 23), **options):
+    """Values and gradients (hidden, weight, bias) by memhead in halves, and by full logits in float64."""
     found = []
     for function, wide in ((linear_logprobs, False), (full_logprobs, True)):
         leaves = [
             (double(x) if wide else x.clone()).requires_grad_() for x in (head.hidden, head.weight, head.bias)
         ]
-        given = {"entropy": True, "chunk": (16, 23)} if not wide else {}
+        given = {"entropy": True, "chunk": chunk} if not wide else {}
         logprobs, entropy = function(leaves[0], leaves[1], head.targets, bias=leaves[2], **given, **options)[
             :2
         ]
@@ -153,6 +161,25 @@ def test_float16_operands_through_both_sweeps(options, upstream, entropy_upstrea
     for name, grad, wanted in zip(("hidden", "weight", "bias"), ours[2:], exact[2:], strict=True):
         assert grad.dtype == torch.float16
         assert relative_error(grad, wanted) < 3e-3, name
+
+
+@pytest.mark.usefixtures("half_operands")
+def test_an_upstream_gradient_too_small_for_float16_reaches_the_weight():
+    """Times probabilities it is as small as float16's steps, of 6e-8; times large states it is a sum that fits."""
+    head = make_head(50, 101, 24, torch.float16)
+    head = head._replace(hidden=head.hidden * 64, weight=head.weight / 64)
+    ours, exact = in_half(head, 1e-6, 0.0)
+    assert relative_error(ours[3], exact[3]) < 1e-2
+
+
+@pytest.mark.parametrize(("rows", "single"), [(16, 15), (4, 0)])
+def test_a_bfloat16_gradient_is_summed_wide_where_it_is_a_sum(half_operands, rows, single):
+    """The backward pass takes four times a tile's rows: all 50, of 7 columns each of 15 times, or 16 of them."""
+    head = make_head(50, 101, 24, torch.bfloat16)
+    ours, exact = in_half(head, 1.0, 0.5, chunk=(rows, 23))
+    for name, grad, wanted in zip(("hidden", "weight", "bias"), ours[2:], exact[2:], strict=True):
+        assert relative_error(grad, wanted) < 1e-2, name
+    assert half_operands.count(torch.bfloat16) == single
 
 
 @pytest.mark.usefixtures("half_operands")
@@ -255,3 +282,28 @@ def test_logits_are_scaled_capped_and_tempered_in_that_order():
     torch.testing.assert_close(expected, by_hand)
     ours = linear_logprobs(head.hidden, head.weight, head.targets, bias=head.bias, **options).logprobs
     torch.testing.assert_close(ours, by_hand.log_softmax(1).gather(1, head.targets[:, None]).squeeze(1))
+
+
+def test_a_product_that_keeps_nothing_takes_the_whole_vocabulary_and_one_that_keeps_it_a_tile(monkeypatch):
+    """Where a kernel folds a tile without writing it, as on some GPUs; here it is said so of torch's product."""
+    from memhead import sweep
+    from memhead.backends import torch as backend
+
+    widths, fold_product = [], backend.fold_product
+
+    def watched(x, w, buffer, *rest):
+        widths.append(len(w))
+        return fold_product(x, w, x.new_empty(len(x) * len(w)), *rest)
+
+    monkeypatch.setattr(backend, "fold_product", watched)
+    head = make_head(4, 11, 8)
+    for whole, grad, expected in (
+        (True, False, [11]),
+        (True, True, [5, 5, 1]),
+        (False, False, [5, 5, 1]),
+        (False, True, [5, 5, 1]),
+    ):
+        monkeypatch.setattr(sweep.Work, "whole_at_once", property(lambda self, whole=whole: whole))
+        linear_logprobs(head.hidden.requires_grad_(grad), head.weight, head.targets, chunk=(4, 5))
+        assert widths == expected
+        widths.clear()

@@ -266,6 +266,25 @@ def test_a_support_may_be_as_large_as_max_size_and_no_larger():
     assert support_of([DISTINCT], top_k=4, max_size=4) == [[0, 1, 2, 3]]  # the whole vocabulary
 
 
+def test_a_token_is_left_out_where_the_more_likely_ones_hold_top_p_to_the_bit():
+    """As vLLM's sampler has it. Of two equally likely tokens either holds exactly a half."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [0.0], [-1e4]])
+    assert truncation_support(hidden, weight, top_p=0.5).shape == (1, 1)
+    assert truncation_support(hidden, weight, top_p=0.5000001).shape == (1, 2)
+
+
+def test_there_is_room_for_1024_tokens_unless_told_otherwise():
+    hidden, weight = torch.ones(1, 1), torch.zeros(1025, 1)
+    assert truncation_support(hidden, weight[:1024], top_k=1024).shape == (1, 1024)
+    with pytest.raises(ValueError, match="max_size=1024 is too small"):
+        truncation_support(hidden, weight, top_k=1025)
+
+
+def test_the_support_of_no_rows_has_no_tokens():
+    assert truncation_support(torch.empty(0, 4), torch.zeros(7, 4), top_k=2).shape == (0, 0)
+    assert truncation_support(torch.empty(3, 0, 4), torch.zeros(7, 4), top_k=2).shape == (3, 0, 0)
+
+
 def test_the_drawn_token_is_added_where_it_is_missing_and_only_there():
     hidden = torch.eye(2, dtype=torch.float64)
     weight = torch.tensor([DISTINCT, TIED], dtype=torch.float64).t().contiguous()

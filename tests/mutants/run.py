@@ -1,9 +1,10 @@
 """Mutants by cosmic-ray, tests in forks of a warm process: `make mutants`, and the table of docs/testing.md.
 
-    python tests/mutants/run.py --python .venv/bin/python [--most 60] [module.py …]
+    python tests/mutants/run.py --python .venv/bin/python [--most 60 [--start 2]] [module.py …]
 
 Runs in an environment that has cosmic-ray; `--python` is the one that has what the tests need. Everything happens in a
-copy of the tree. `--most`: of each module so many mutants at most, evenly spread over it.
+copy of the tree. `--most`: of each module so many mutants at most, evenly spread over it; `--start`: from another one
+on, which gives other mutants.
 """
 
 from __future__ import annotations
@@ -43,35 +44,41 @@ name = "local"
 """
 
 
-def annotations_of(source: str) -> set[tuple[int, int]]:
-    """Line and column of every character of an annotation, which nobody evaluates."""
+def silent_places(source: str) -> set[tuple[int, int]]:
+    """Line and column of every character of an annotation, which nobody evaluates, and of a signature's bare `*`."""
     spans = (
         node.annotation if isinstance(node, (ast.arg, ast.AnnAssign)) else node.returns
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.arg, ast.AnnAssign, ast.FunctionDef))
     )
-    return {
+    annotations = {
         (span.lineno, column)
         for span in spans
         if span
         for column in range(span.col_offset, span.end_col_offset)
     }
+    stars = {
+        (number, match.start())
+        for number, line in enumerate(source.splitlines(), 1)
+        for match in re.finditer(r"\*,", line)
+    }
+    return annotations | stars
 
 
-def choose(session: Path, source: str, most: int | None) -> int:
+def choose(session: Path, source: str, most: int | None, start: int) -> int:
     """Passes over all but the mutants that are to be run; returns how many there would be."""
-    annotations = annotations_of(source)
+    silent = silent_places(source)
     with use_db(session, WorkDB.Mode.open) as db:
         items = sorted(
             db.work_items, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name)
         )
         wanted = [
             item for item in items
-            if KEPT.match(item.mutations[0].operator_name) and item.mutations[0].start_pos not in annotations
+            if KEPT.match(item.mutations[0].operator_name) and item.mutations[0].start_pos not in silent
         ]  # fmt: skip
         count = len(wanted)
         if most is not None and count > most:
-            wanted = [wanted[place * count // most] for place in range(most)]
+            wanted = [wanted[(start + place * count // most) % count] for place in range(most)]
         kept = {item.job_id for item in wanted}
         passed_over = WorkResult(
             output="passed over", test_outcome=None, worker_outcome=WorkerOutcome.SKIPPED
@@ -100,7 +107,9 @@ def same_numbers(diff: str) -> bool:
     return before == after
 
 
-def run(module: str, tests: str, tree: Path, socket: str, python: str, most: int | None) -> str:
+def run(
+    module: str, tests: str, tree: Path, socket: str, python: str, *, most: int | None, start: int
+) -> str:
     """One module's row of the table; what survives is printed."""
     words, began = shlex.split(tests), time.monotonic()
     status, output = warm.ask(socket, 600, words)
@@ -114,7 +123,7 @@ def run(module: str, tests: str, tree: Path, socket: str, python: str, most: int
     config.write_text(CONFIG.format(module=module, timeout=timeout + 20, command=shlex.join(command)))
     ray = [str(Path(sys.executable).with_name("cosmic-ray"))]
     subprocess.run([*ray, "init", str(config), str(session)], cwd=tree, check=True, stdout=subprocess.DEVNULL)
-    count = choose(session, (tree / module).read_text(), most)
+    count = choose(session, (tree / module).read_text(), most, start)
     subprocess.run([*ray, "exec", str(config), str(session)], cwd=tree, check=True)
     found = [pair for pair in results(session) if not same_numbers(pair[1].diff)]
     survived = [pair for pair in found if pair[1].test_outcome == TestOutcome.SURVIVED]
@@ -137,6 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--python", required=True, help="with what the tests need")
     parser.add_argument("--most", type=int, help="mutants of a module, evenly spread")
+    parser.add_argument("--start", type=int, default=0, help="the first of them; default: 0")
     parser.add_argument("modules", nargs="*", help="of modules.toml; default: all")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests/mutants/modules.toml").read_text())["modules"]
@@ -149,7 +159,8 @@ def main() -> None:
         server = subprocess.Popen([python, str(tree / "tests/mutants/warm.py"), "serve", socket], cwd=tree)
         try:
             for module in options.modules or table:
-                rows.append(run(module, table[module]["tests"], tree, socket, python, options.most))
+                chosen = {"most": options.most, "start": options.start}
+                rows.append(run(module, table[module]["tests"], tree, socket, python, **chosen))
                 print(rows[-1], flush=True)
         finally:
             server.kill()

@@ -130,7 +130,7 @@ MUTANTS = (
         "recipes/plan/formulas.py",
         '"paged_adamw_8bit": 2 * (1 + 4 / 256)',
         '"paged_adamw_8bit": 1 + 4 / 256',
-        "tests/recipes/plan/test_formulas.py::test_states_of_an_optimizer_by_literal_bytes",
+        "tests/recipes/plan/test_by_hand.py::test_states_of_an_optimizer",
     ),
     Mutant(
         "recipes/export.py",

@@ -243,32 +243,3 @@ def planned_bytes(shape, dtype, batch, rank):
     one = memory.layer_bytes(shape.hidden, shape.layer, precision, batch, r=rank)
     ends = memory.ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not rank)
     return shape.layers * one + ends
-
-
-@pytest.mark.parametrize(
-    ("optim", "states", "temporaries"),
-    [
-        ("adamw_torch_fused", 8_192_000, 0),
-        ("adamw_torch", 8_192_000, 4_096_000),
-        ("adamw_8bit", 2_080_000, 0),  # a byte for each of two states, and a float32 for 256 of them
-        ("paged_adamw_8bit", 2_080_000, 0),
-        ("adamw_bnb_8bit", 2_080_000, 0),
-        ("sgd", 0, 0),
-        ("anything else", 8_192_000, 0),
-    ],
-)
-def test_states_of_an_optimizer_by_literal_bytes(optim, states, temporaries):
-    assert memory.optimizer_bytes(1_024_000, 4, optim) == (states, temporaries)
-
-
-@pytest.mark.parametrize(
-    ("quantised", "size"),
-    [("", 2_000), ("8bit", 1_500), ("4bit", 1_281), ("4bit-double", 1_258)],
-)
-def test_weights_at_rest_by_literal_bytes(quantised, size):
-    """1,000 weights of two bytes, 500 of them in the layers' linears: 4 bits, and a scale for 64, float32 or a byte."""
-    from dataclasses import replace
-
-    _, shape = build("llama, grouped keys", torch.bfloat16)
-    shape = replace(shape, parameters=1_000, linear=500)
-    assert memory.weight_bytes(shape, Precision(2, 2, quantised=quantised)) == size

@@ -165,10 +165,10 @@ def test_sizes_and_cards_are_read():
             ConfigError, match=r"^--device: .*write it as 24 GiB .*T4, L4, 4090, A100-40, A100-80"
         ):
             parse_device(wrong)
-    nominal = {"T4": 15, "L4": 22.5, "4090": 24, "A100-40": 40, "A100-80": 80, "h100": 79.6, "h200": 140.4}
-    for card, gib in nominal.items():
-        assert parse_device(card) / GIB == pytest.approx(gib, abs=0.1)
-    assert {card.upper() for card in nominal} == set(CARDS)
+    mib = {"T4": 15_360, "L4": 23_034, "4090": 24_564, "A100-40": 40_960, "A100-80": 81_920, "h100": 81_559}
+    for card, size in {**mib, "h200": 143_771}.items():  # as nvidia-smi gives them
+        assert parse_device(card) == size * 1_048_576
+    assert {card.upper() for card in mib} | {"H200"} == set(CARDS)
 
 
 def test_a_device_without_a_plan_is_a_mistake(capsys):
@@ -215,6 +215,7 @@ def test_qwen3_is_planned_whole(tmp_path):
     found = plan(run_of(tmp_path, "Qwen/Qwen3-0.6B"), parse_device("T4"))
     assert found.fits
     assert found.longest_completion > 1000
+    assert found.storage.download_4bit == 0  # Unsloth's alone
     assert not any("NOT counted" in line for line in found.lines())
 
 

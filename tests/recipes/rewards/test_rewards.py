@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import tiny_trainer
 
 from recipes.problems import ConfigError
-from recipes.rewards.call import Fault, call, one_line, show
+from recipes.rewards.call import Fault, call, one_line, said, show
 from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
+    ColumnNames,
     Guarded,
     RewardError,
     RewardOptions,
@@ -73,21 +75,74 @@ def test_a_function_that_is_not_there_is_a_config_error():
         choose({"nowhere.found": 1.0}, KNOWN)
 
 
-def test_a_function_of_the_user(tmp_path, monkeypatch):
-    (tmp_path / "my_own_rewards.py").write_text(
-        "def brevity(completions, **columns):\n    return [-0.01 * len(text) for text in completions]\n"
-    )
+def test_a_function_of_the_user_from_where_the_run_is_started(tmp_path, monkeypatch):
+    source = "def brevity(completions, **columns):\n    return [{} * len(text) for text in completions]\n"
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "my_own_rewards.py").write_text(source.format(-0.01))
+    (tmp_path / "installed" / "my_own_rewards.py").write_text(source.format(7))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    functions = choose({"my_own_rewards.brevity": 0.1}, KNOWN)
-    assert check(functions, ROWS, TEXTS, 5.0) == {"my_own_rewards.brevity": [-0.04, -0.03, -0.03]}
+    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
+    for _ in range(2):
+        functions = choose({"my_own_rewards.brevity": 0.1}, KNOWN)
+        assert check(functions, ROWS, TEXTS, 5.0) == {"my_own_rewards.brevity": [-0.04, -0.03, -0.03]}
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_what_is_used_where_nothing_is_given():
+    options = RewardOptions()
+    assert (options.rewards, options.reward_seconds, options.reward_failures) == (None, 10.0, 0.05)
+    for key in ("reward_seconds", "reward_failures"):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(options, key, 1.0)
+
+
+class Columns(ColumnNames):
+    answer: str = "answer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "refused"),
+    [
+        (RewardOptions, {"reward_seconds": 0.5}, {"reward_seconds": 0.0}),
+        (RewardOptions, {"reward_seconds": 3600}, {"reward_seconds": math.inf}),
+        (RewardOptions, {"reward_failures": 0.0}, {"reward_failures": -0.01}),
+        (RewardOptions, {"reward_failures": 1.0}, {"reward_failures": 1.01}),
+        (RewardOptions, {"reward_failures": 0.5}, {"reward_failures": "0.5"}),
+        (RewardOptions, {"rewards": {"one": 2.0}}, {"rewards": {"one": {"two": 2.0}}}),
+        (RewardOptions, {}, {"patience": 1.0}),
+        (Columns, {"answer": "solution"}, {"answer": b"solution"}),
+        (Columns, {}, {"question": "problem"}),
+    ],
+)
+def test_options_that_are_taken_and_refused(kind, taken, refused):
+    kind(**taken)
+    with pytest.raises(ValidationError):
+        kind(**refused)
+
+
+def test_the_names_of_columns_stay():
+    with pytest.raises(ValidationError, match="frozen"):
+        Columns().answer = "another"
+
+
+def test_every_function_is_tried():
+    functions = {"one": one, "two": lambda completions, **_: [2.0, None, 0.0]}
+    assert check(functions, ROWS, TEXTS, 5.0) == {"one": [1.0] * 3, "two": [2.0, None, 0.0]}
+    with pytest.raises(RewardError, match=r"reward two: returned 1\.0"):
+        check({"one": one, "two": lambda completions, **_: 1.0}, ROWS, TEXTS, 5.0)
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda completions, **_: [1.0], r"reward it: returned 1 values for 3 .* 'zero'"),
-        (lambda completions, **_: 1.0, r"reward it: returned 1\.0; return a list .* 'zero'"),
+        (
+            lambda completions, **_: [1.0],
+            r"reward it: returned 1 values for 3 .*; the first completion was 'zero'",
+        ),
+        (
+            lambda completions, **_: 1.0,
+            r"reward it: returned 1\.0; return a list .*; the completion was 'zero'",
+        ),
         (lambda completions, **_: ["a"] * len(completions), r"return a list"),
         (lambda completions, **_: [float("nan") if t == "one" else 0 for t in completions], r"nan; .* 'one'"),
         (
@@ -434,12 +489,13 @@ def test_a_reward_constant_from_the_start_is_named():
         )
 
 
-def test_the_trainers_logs_reach_the_terminal(capsys):
-    callback = SaySigns()
-    state = SimpleNamespace(is_world_process_zero=True, global_step=2)
-    for _ in range(2):
-        callback.on_log(None, state, None, logs=logs(frac_reward_zero_std=1.0))
-    assert capsys.readouterr().out.count("within each group all completions earned the same") == 1
+def test_the_trainers_logs_reach_the_terminal_of_the_main_process(capsys):
+    for main, count in ((True, 1), (False, 0)):
+        callback, state = SaySigns(), SimpleNamespace(is_world_process_zero=main, global_step=2)
+        for _ in range(2):
+            callback.on_log(None, state, None, logs=logs(frac_reward_zero_std=1.0))
+        said = capsys.readouterr().out.count("within each group all completions earned the same")
+        assert said == count
 
 
 def test_completions_that_never_end_are_told_from_a_few_that_are_cut():
@@ -472,6 +528,7 @@ def test_a_reward_that_is_too_large_or_no_number_is_a_fault(value):
     [
         (3, 10, 0.05, False), (4, 10, 0.05, True),  # of 64 at least: 3.2
         (1, 1, 0.05, True), (1, 2, 0.05, False), (2, 3, 0.05, True),  # more than half at any time
+        (10, 60, 0.155, True), (10, 60, 0.157, False),  # of 64, 9.92 and 10.05 are allowed
         (5, 100, 0.05, False), (6, 100, 0.05, True),
         (32, 64, 0.5, False), (33, 64, 0.5, True), (50, 100, 0.5, False), (51, 100, 0.5, True),
         (0, 10, 0.0, False), (1, 1000, 0.0, True), (10, 10, 1.0, False),
@@ -486,3 +543,15 @@ def test_what_is_shown_has_300_characters_at_most():
     assert one_line("x" * 301) == "x" * 299 + "…"
     assert show("x" * 298) == repr("x" * 298)
     assert show("x" * 299) == ("'" + "x" * 298) + "…"
+    assert one_line("\x1b" * 100) == "\\x1b" * 74 + "\\x1…"  # of what is shown in their place
+    assert said(SystemExit("x" * 100)) == "called sys.exit('" + "x" * 58 + "…)"
+    assert show(10**5000).startswith("<int")
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [([1.0], "1"), ([1.0] * 5, "5"), (iter([1.0]), "1"), (iter([1.0] * 3), "more than 2")],
+)
+def test_how_many_values_were_returned(given, count):
+    fault = f"returned {count} values for 2 completion(s); return one for each"
+    assert call(lambda completions: given, ["x", "y"], {}, 1.0) == Fault(fault)

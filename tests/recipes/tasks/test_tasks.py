@@ -130,6 +130,34 @@ def test_prepared_with_the_weights_of_the_yaml_or_its_own():
         prepare(Broken(Broken.Options(), 0))
 
 
+class Seen(Echo):
+    """Keeps what its reward is asked."""
+
+    weights = {"seen": 1.0}
+
+    @property
+    def rewards(self):
+        return {"seen": self.see}
+
+    def see(self, completions, **columns):
+        self.asked = completions, columns
+        return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_reward_is_tried_on_completions_of_its_prompts_kind(chat):
+    task = Seen(Seen.Options(), 0)
+    if chat:
+        prompts = [[{"role": "user", "content": text}] for text in "ab"]
+        task.train = Dataset.from_dict({"prompt": prompts, "wanted": ["A", "B"]})
+    prepare(task)
+    completions, columns = task.asked
+    texts = [completion[0]["content"] for completion in completions] if chat else completions
+    assert texts[:3] == ["", "I do not know.", "12"]
+    assert not chat or completions[0] == [{"role": "assistant", "content": ""}]
+    assert columns["wanted"] == ["A", "B", "A", "B", "A", "B"]
+
+
 class Broken(Echo):
     def is_correct(self, completion, row):
         return row["nothing"]

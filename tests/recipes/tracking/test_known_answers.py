@@ -14,6 +14,7 @@ from recipes.config.schema import TrackingConfig
 from recipes.plan import plan
 from recipes.report.page import write_report
 from recipes.tracking import environment, meters, phases
+from recipes.tracking import tracker as tracker_module
 from recipes.tracking.meters import CpuMeter, CudaMeter, TensorMeter, make_meter, persistent_tensors
 from recipes.tracking.phases import PHASES, PLANNED, PhaseClock, attach, attach_optimizer, phase_of
 from recipes.tracking.run_folder import RunFolder
@@ -24,10 +25,11 @@ from recipes.tracking.summary import (
     highest_peak,
     logged_steps,
     main_figures,
+    percent,
     summarize,
     tokens_in_words,
 )
-from recipes.tracking.tracker import Tracker, last_completions, track
+from recipes.tracking.tracker import Tracker, highest, last_completions, track
 from recipes.training import memory
 
 
@@ -120,6 +122,17 @@ def test_seconds_are_summed_peaks_are_maxima_and_other_is_the_rest(clock):
     assert known.take() == ({"forward": 1.0, "other": 0.0}, {"forward": {"tensor_peak_mib": 0.25}}, 1)
     assert [step for step, _ in known._meter.steps] == [0, 1, 2]
     assert known._meter.steps[0][1] == [(3, 2), (3,)]
+
+
+@pytest.mark.parametrize("meter", [KnownMeter, lambda: None])
+def test_who_asks_is_told_whether_a_phase_is_measured(clock, meter):
+    known = PhaseClock(torch.device("cpu"), meter())
+    with known.phase("forward") as before:
+        pass
+    known.begin_step(0, MODEL, None)
+    with known.phase("forward") as outer, known.phase("scoring") as inner:
+        pass
+    assert (before, outer, inner) == (False, True, False)
 
 
 def test_an_end_without_a_beginning_counts_nothing(clock):
@@ -234,6 +247,7 @@ def ticked(tmp_path_factory):
     settings = {"gradient_accumulation_steps": 2, "logging_steps": 2, "num_iterations": 2}
     with pytest.MonkeyPatch.context() as patch, memhead_trl.install():
         patch.setattr(phases, "time", Ticking())
+        patch.setattr(tracker_module, "time", SimpleNamespace(time=lambda: 1234.5678))
         trainer = tiny_trainer(folder.path / "checkpoints", steps=5, logging_first_step=True, **settings)
         tracking = TrackingConfig(logging_every=2, completions_sample=3, memory_every=4)
         tracker = track(trainer, folder, tracking, progress=False)
@@ -256,6 +270,79 @@ def test_a_records_seconds_are_means_over_its_steps(ticked):
     assert records[0]["time"]["generation"] == records[0]["time"]["rewards"] == 1.0
     assert "generation" not in records[1]["time"]
     assert records[2]["time"]["generation"] == 0.5
+
+
+def test_a_record_says_where_and_when_and_of_one_process_nothing_apart(ticked):
+    folder, tracker = ticked
+    for record in logged_steps(folder.metrics.read()):
+        assert (record["device"], record["at"]) == ("cpu", 1234.6)
+        assert "memory_by_process" not in record
+    assert tracker._progress is None  # none was asked for
+
+
+def test_a_log_that_is_no_new_steps_is_no_record(ticked, monkeypatch):
+    folder, tracker = ticked
+    trainer, before = tracker._trainer, folder.metrics.read()
+    trainer.log({"loss": 9.0})  # of a step that is recorded
+    monkeypatch.setattr(trainer.state, "global_step", 6)
+    trainer.log({"eval_reward": 9.0})
+    assert folder.metrics.read() == before
+
+
+def test_a_record_has_trls_figures_by_our_names_and_the_rest_by_its_own():
+    ours = {
+        "reward": 1.0, "reward_std": 2.0, "entropy": 3.0, "kl": 4.0, "step_time": 8.0, "loss": 9.0, "grad_norm": 10.0,
+        "learning_rate": 11.0, "epoch": 12.0, "bad_step": 13.0,
+    }  # fmt: skip
+    renamed = {
+        "completions/mean_length": ("completion_length", 5.0),
+        "completions/clipped_ratio": ("clipped_share", 6.0),
+        "frac_reward_zero_std": ("zero_std_share", 7.0),
+    }
+    tokens = {
+        "step/tokens_computed": ("computed", 14.0),
+        "step/tokens_real": ("real", 15.0),
+        "step/left_out": ("left_out_share", 16.0),
+        "step/tokens_per_second": ("per_second", 17.0),
+    }
+    rest = {"rewards/one/std": 19.0, "num_tokens": 20.0}
+    logs = {
+        **ours, **rest, **{name: value for name, (_, value) in (renamed | tokens).items()}, "rewards/one/mean": 18.0,
+        "step": 3, "time/forward": 21.0, "memory/forward/resident_mib": 22.0, "mismatch/total": 23.0,
+    }  # fmt: skip
+    assert tracker_module._record(3, logs) == {
+        "step": 3,
+        **ours,
+        **dict(renamed.values()),
+        "tokens": dict(tokens.values()),
+        "rewards": {"one": 18.0},
+        "trl": rest,
+        "mismatch": {"total": 23.0},
+    }
+    assert tracker_module._record(4, {}) == {"step": 4, "rewards": {}, "trl": {}}
+
+
+def test_a_share_in_words_has_two_digits_below_a_tenth():
+    shares = {
+        None: "–",
+        0.0: "0 %",
+        0.00123: "0.12 %",
+        0.0123: "1.2 %",
+        0.1: "10 %",
+        0.456: "46 %",
+        1.0: "100 %",
+    }
+    assert {share: percent(share) for share in shares} == shares
+
+
+def test_of_several_processes_the_highest():
+    one = {"forward": {"tensor_peak_mib": 0.25, "resident_mib": 90.0}, "rewards": {"resident_mib": 7.0}}
+    other = {"forward": {"tensor_peak_mib": 0.5, "resident_mib": 80.0}, "scoring": {"resident_mib": 0.5}}
+    assert highest([one, other]) == {
+        "forward": {"tensor_peak_mib": 0.5, "resident_mib": 90.0},
+        "rewards": {"resident_mib": 7.0},
+        "scoring": {"resident_mib": 0.5},
+    }
 
 
 def test_summary_report_and_records_agree(ticked):
@@ -354,6 +441,14 @@ def test_a_meter_of_tensors_counts_every_output_of_an_operator():
         values, places = torch.arange(12).float().view(3, 4).max(1)  # 12 int64, 12 float32; then 3 and 3
         assert meter.live_bytes == values.nbytes + places.nbytes == 12 + 24
         assert meter.peak_bytes == 96 + 48
+
+
+def test_a_meter_of_tensors_counts_dense_ones_in_main_memory():
+    meter = TensorMeter()
+    with meter:
+        elsewhere, sparse = torch.empty(1000, device="meta"), torch.eye(2).to_sparse()
+        assert (elsewhere.device.type, sparse.layout) == ("meta", torch.sparse_coo)
+        assert meter.live_bytes == 0
 
 
 def test_a_meter_that_no_step_has_begun_counts_no_tensors():

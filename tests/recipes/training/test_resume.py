@@ -3,18 +3,27 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 from tiny import made_up_checkpoint
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.callbacks import BypassGuard, Interruption
-from recipes.training.resume import is_finished, model_to_load, require_same
+from recipes.training.callbacks import BypassGuard, Interruption, sigterm_as_ctrl_c
+from recipes.training.resume import (
+    apply_settings,
+    is_finished,
+    is_trained,
+    model_to_load,
+    require_same,
+    what_changed,
+)
 
 
 @pytest.fixture
@@ -52,6 +61,94 @@ def test_steps_batches_and_what_concerns_memory_may_change(begun):
     memory = ["model.gradient_checkpointing=true", "model.attn_implementation=eager"]
     more = ["grpo.learning_rate=1e-3", "run.save_every=1", *memory]
     require_same(configured(*more), folder)
+
+
+def of_steps(config, *counts):
+    """The configuration with other numbers of steps; its checkpoint is after two."""
+    return (config.model_copy(update={"grpo": {**config.grpo, "max_steps": count}}) for count in counts)
+
+
+def test_a_run_is_trained_and_finished_after_its_last_step(begun):
+    """Where epochs decide, only the trainer knows which is the last."""
+    configured, folder = begun
+    configs = list(of_steps(configured(), -1, 0, 1, 2, 3))
+    after_last = [False, False, True, True, False]
+    assert [is_trained(config, folder) for config in configs] == after_last
+    folder.final.mkdir()
+    (folder.path / "report.html").touch()
+    assert not any(
+        is_finished(config, folder) for config in configs
+    )  # nothing says which step the model is of
+    folder.write_json("finished.json", {"step": 2})
+    assert [is_finished(config, folder) for config in configs] == after_last
+    folder.final.rmdir()
+    assert not any(is_finished(config, folder) for config in configs)
+
+
+def test_fewer_steps_than_were_taken_are_refused(begun):
+    configured, folder = begun
+    fewer, *others = of_steps(configured(), 1, -1, 0, 2, 3)
+    for config in others:
+        require_same(config, folder)
+    with pytest.raises(ConfigError) as error:
+        require_same(fewer, folder)
+    assert error.value.lines == [
+        f"grpo.max_steps: 1 is fewer than the 2 steps that {folder.checkpoint} has taken; give as many at least"
+    ]
+
+
+def test_what_this_session_sees_otherwise(begun):
+    configured, folder = begun
+    assert what_changed(configured(), folder) == []
+    now = configured("grpo.learning_rate=0.25", "run.save_every=7").model_copy(update={"processes": 2})
+    processes = "sampling goes on from the seed, the data after as many batches of this size"
+    rate, every, _ = lines = what_changed(now, folder)
+    assert rate.startswith("grpo.learning_rate: 0.25 from here on, ")
+    assert every.startswith("run.save_every: 7 from here on, ")
+    assert lines[2:] == [f"processes: 2 from here on, 1 before: {processes}"]
+    folder.write_json("environment.json", {"processes": 2})
+    assert len(what_changed(now, folder)) == 2
+    assert what_changed(configured(), folder) == [f"processes: 1 from here on, 2 before: {processes}"]
+
+
+def optimizer_of(kind, **settings):
+    """Two groups, each with a weight decay of its own."""
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [w], "weight_decay": d} for w, d in zip(weights, (0.5, 0.25), strict=True)]
+    return kind(groups, **settings)
+
+
+def test_a_configurations_values_are_put_over_a_checkpoints():
+    """Each group's rate is what its own schedule says of the fourth step."""
+    optimizer = optimizer_of(torch.optim.AdamW, lr=0.5, betas=(0.5, 0.75), eps=0.125)
+    scheduler = LambdaLR(optimizer, [lambda step: 1 - step / 8, lambda step: 1 - step / 16])
+    settings = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:  # as another configuration left them
+        group.update(lr=0.0, initial_lr=9.0, betas=(0.9, 0.9), eps=1.0, weight_decay=9.0)
+    scheduler.base_lrs, scheduler.last_epoch = [9.0, 9.0], 4
+    apply_settings(optimizer, scheduler, settings)
+    names = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+    assert [tuple(group[name] for name in names) for group in optimizer.param_groups] == [
+        (0.25, 0.5, (0.5, 0.75), 0.125, 0.5),
+        (0.375, 0.5, (0.5, 0.75), 0.125, 0.25),
+    ]
+    assert (scheduler.base_lrs, scheduler.get_last_lr()) == ([0.5, 0.5], [0.25, 0.375])
+    with pytest.raises(ValueError, match="zip"):
+        apply_settings(optimizer, scheduler, settings[:1])
+    scheduler.lr_lambdas.pop()
+    with pytest.raises(ValueError, match="zip"):
+        apply_settings(optimizer, scheduler, settings)
+
+
+def test_a_rate_that_a_metric_decides_stays_the_checkpoints():
+    optimizer = optimizer_of(torch.optim.RMSprop, lr=0.5, alpha=0.5, momentum=0.25, foreach=True)
+    scheduler = ReduceLROnPlateau(optimizer)
+    settings = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(lr=0.125, alpha=0.9, momentum=0.9, foreach=None)
+    apply_settings(optimizer, scheduler, settings)
+    for group in optimizer.param_groups:
+        assert [group[name] for name in ("lr", "alpha", "momentum", "foreach")] == [0.125, 0.5, 0.25, True]
 
 
 def test_a_refused_resume_leaves_the_folder_alone(begun, tmp_path, capsys):
@@ -195,6 +292,26 @@ def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_stop_waits_for_the_end_of_a_generation():
+    """Of four micro-batches, two a step, used twice: four steps from one end to the next."""
+    arguments = SimpleNamespace(gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2)
+    stop, found = Interruption(), []
+    for step in range(1, 10):
+        stop.asked = stop.asked or step == 3
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        stop.on_step_end(arguments, SimpleNamespace(global_step=step), control)
+        assert control.should_save is control.should_training_stop
+        found += [step] if control.should_save else []
+    assert found == [4, 8]
+
+
+def test_sigterm_before_the_steps_is_a_ctrl_c():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

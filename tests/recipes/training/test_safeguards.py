@@ -13,8 +13,10 @@ from memhead.integrations.handle import Handle, HeadBypassed
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
+from recipes.models.generation import encode
 from recipes.models.precision import Precision
 from recipes.tasks.countdown import Countdown
+from recipes.tracking.phases import phase_of
 from recipes.tracking.run_folder import RunFolder
 from recipes.training import evaluation, head_check
 from recipes.training.callbacks import AccuracyEvery, BypassGuard
@@ -122,6 +124,29 @@ def test_it_leaves_the_models_mode_and_gradients_alone(loaded):
         check_head(model, tokenizer, ["357>26="])
         assert model.training is mode
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_check_keeps_no_graph_of_the_model(loaded):
+    model, tokenizer = loaded
+    hidden, targets = head_check._real_rows(model, encode(tokenizer, ["357>26="]), 3)
+    assert (hidden.shape, targets.shape, hidden.requires_grad) == ((3, 32), (3,), False)
+
+
+def test_the_check_takes_four_prompts_and_what_fails_in_it_says_so(tmp_path, monkeypatch):
+    asked = []
+
+    def fails(model, tokenizer, prompts, **options):
+        asked.extend(prompts)
+        raise MemoryError
+
+    monkeypatch.setattr(head_check, "check_head", fails)
+    config = load_config(short(tmp_path)[1], short(tmp_path)[2:])
+    task = Countdown(Countdown.Options(), 0)
+    session = SimpleNamespace(config=config, model=None, tokenizer=None, task=task, precision=None)
+    with pytest.raises(MemoryError) as caught:
+        head_check.require_exact_head(session)
+    assert phase_of(caught.value) == "the check of the head"
+    assert asked == task.held_out["prompt"][:4]
 
 
 def test_a_head_that_fails_its_check_ends_the_run_before_anything_is_trained(tmp_path, capsys, monkeypatch):

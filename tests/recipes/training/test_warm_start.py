@@ -364,6 +364,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_it_when_in_a_row(steps_ta
     assert model.calls == 5
     assert len(steps_taken[1]) == 2  # the first and the third
     assert model.weight.isfinite().all()
+    model = Slope(math.nan)
+    with pytest.raises(Diverged, match="3 steps in a row were not finite"):
+        start(model, settings(steps=9))  # three, unless told otherwise
 
 
 class Ticking:
@@ -384,6 +387,7 @@ def test_a_runs_warm_start_is_recorded_saved_and_where_adapters_look_for_their_b
     kept = [setting for setting in TINY if not setting.startswith("run.warm_start.steps")]
     config = load_config(CONFIG_FILE, [*kept, f"run.output_root={tmp_path}", *given])
     monkeypatch.setattr("recipes.training.warm_start.time", Ticking())
+    monkeypatch.delattr("recipes.training.warm_start.load")  # the process that trains has the model already
     session = train_grpo.begin(config, resume=False)
     place = tmp_path / "tiny"
     lines = [line["warm_start"] for line in session.folder.metrics.read()]
