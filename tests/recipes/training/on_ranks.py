@@ -64,7 +64,7 @@ WITH_ENTROPY = {
     "entropy, whole head": Case("packed", BINS | {"entropy_coef": 0.1}),
     "entropy, split head": Case("packed", BINS | {"entropy_coef": 0.1}, vocabulary=True),
 }
-# Rounded to bfloat16, in whatever order it comes: those in parts are compared with the whole model in as many processes.
+# Rounded to bfloat16, in whatever order it comes: parts are compared with the whole model in as many processes.
 HALF = {"bf16": True, "lora": True}
 IN_HALF = {
     f"{step}, bfloat16{', sharded' * sharded}": Case(step, HALF | bins, sharded=sharded)
