@@ -602,10 +602,10 @@ SERVER = ["grpo.use_vllm=true", "grpo.vllm_mode=server", "step.ahead=true"]
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["step.ahead=true"], "step.ahead: what samples on this card cannot do so while it trains (value True)"),
+        (["step.ahead=true"], "step.ahead: what samples on this card cannot do so while it trains (value true)"),
         (["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "step.ahead=true"], "step.ahead: what samples on this"),
         ([*SERVER, "grpo.vllm_importance_sampling_correction=false"],
-         "grpo.vllm_importance_sampling_correction: step.ahead samples from weights of before (value False)"),
+         "grpo.vllm_importance_sampling_correction: step.ahead samples from weights of before (value false)"),
         ([*SERVER, "grpo.top_p=0.9"], "step.ahead: under grpo.top_k, top_p or min_p "),
         ([*SERVER, "grpo.steps_per_generation=3", "grpo.gradient_accumulation_steps=2"],
          "grpo.steps_per_generation: step.ahead begins a rollout with an update (value 3)"),
