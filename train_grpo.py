@@ -149,7 +149,13 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
     from recipes.training.memory import plan_of, write_plan
-    from recipes.training.resume import is_finished, model_to_load, require_same, what_changed
+    from recipes.training.resume import (
+        is_finished,
+        model_to_load,
+        require_same,
+        require_same_spread,
+        what_changed,
+    )
     from recipes.training.rewards import prepare
     from recipes.training.session import Session
     from recipes.training.warm_start import begin_supervised
@@ -162,6 +168,7 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
         if is_finished(config, begun):
             print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
             return None
+        require_same_spread(begun)
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.packed_gpu import CHECKPOINTING, MODELS, SHAPES, SIZE, TOY_SHAPES, Shape, make_model, rollout
 from recipes import processes
+from recipes.training.sharding import gather_once, keep_precision
 
 GIB = 2**30
 GROUPS = {"llama-1b": 16, "llama-8b": 4, "toy": 4}  # of the rollout, all processes together
@@ -82,6 +83,7 @@ def make_trainer(way: Way, stage: str, name: str, shape: Shape, toy: bool) -> An
     trainer.wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     if stage == "fsdp2":
         trainer.model = trainer.wrapped
+        gather_once(trainer.model)
     trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
     trainer.model.train()
     trainer.fed = share(rollout(shape, MODELS[name]["vocab_size"], 0.0, trainer.accelerator.device))
@@ -92,8 +94,6 @@ def shard(trainer: Any, toy: bool) -> None:
     """FSDP2 by accelerate, as its launcher asks for it; said here, because on a CPU it would quietly take DDP."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
-
-    from recipes.training.sharding import keep_precision
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

@@ -52,6 +52,8 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
         yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
     yield from _check_engine(model, lora, grpo)
+    if sections["step"].ahead:
+        yield from _check_ahead(model, grpo)
     if sections["head"].impl == "memhead" and model.loader != "unsloth":
         yield from _check_truncation(grpo)
     yield from _check_lengths(model, grpo)
@@ -167,6 +169,30 @@ def _check_truncation(grpo: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "keep one of the two"
         yield Problem(
             "grpo.min_p", "vLLM applies it before top_p and top_k, transformers after", grpo["min_p"], remedy
+        )
+
+
+def _check_ahead(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """Where the next rollout cannot be sampled while this one trains, or nothing would correct that."""
+    if model.loader == "unsloth":
+        yield Problem("step.ahead", "Unsloth samples where it trains", True, "set it to false")
+    elif not grpo["use_vllm"] or grpo["vllm_mode"] != "server":
+        remedy = "set grpo.use_vllm: true and grpo.vllm_mode: server, or set it to false"
+        yield Problem("step.ahead", "what samples on this card cannot do so while it trains", True, remedy)
+    elif not grpo["vllm_importance_sampling_correction"]:
+        remedy = "set it to true, or step.ahead: false"
+        key = "grpo.vllm_importance_sampling_correction"
+        yield Problem(key, "step.ahead samples from weights of before", False, remedy)
+    elif grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]:
+        message = (
+            "under grpo.top_k, top_p or min_p the sampler's weights have another support than the trainer's"
+        )
+        yield Problem("step.ahead", message, True, "set it to false, or take those out")
+    steps, window = grpo["steps_per_generation"], grpo["gradient_accumulation_steps"]
+    if steps is not None and steps * grpo["num_iterations"] % window:
+        remedy = f"set it to a multiple of grpo.gradient_accumulation_steps {window}, or step.ahead: false"
+        yield Problem(
+            "grpo.steps_per_generation", "step.ahead begins a rollout with an update", steps, remedy
         )
 
 

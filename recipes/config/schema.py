@@ -133,6 +133,11 @@ class StepConfig(Section):
         description="tokens of one forward and backward pass, prompts counted once (packed only): lower needs less "
         "memory; null: as many as keep the device at work, within the memory at hand",
     )
+    ahead: bool = Field(
+        False,
+        description="let a vLLM server (grpo.vllm_mode: server) sample the next rollout while this one trains: every "
+        "rollout but the first comes from the weights of one rollout before, which the importance ratio corrects",
+    )
 
 
 class TaskConfig(Section):

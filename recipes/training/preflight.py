@@ -45,6 +45,7 @@ class Machine:
     bfloat16: bool
     packages: frozenset[str]
     vllm: str | None = None  # its version, where it is known
+    deepspeed: bool = False  # asked for by accelerate's launcher
     processes_here: int = 1  # as the launcher announces them
     gpus: int = 1
     no_gpu: str = "there is none"
@@ -61,6 +62,7 @@ class Machine:
             packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
             vllm=_version("vllm"),
             processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            deepspeed=os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
             gpus=torch.cuda.device_count(),
             no_gpu="" if cuda else why_no_gpu(torch.version.cuda),
         )
@@ -103,6 +105,10 @@ def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         remedy = "set model.loader: transformers, or start one process: python train_grpo.py --config …"
         message = f"with Unsloth {config.processes} processes have not been tried"
         yield Problem("model.loader", message, "unsloth", remedy)
+    if machine.deepspeed and config.run.warm_start is not None:
+        message = "one process alone trains and samples there, and under ZeRO-3 transformers' sampling waits for all"
+        remedy = "take fsdp2.yaml, or run it first by itself and give its warm_start/ folder as model.name"
+        yield Problem("run.warm_start", message, remedy=remedy)
     if machine.cuda and not config.grpo["use_cpu"] and machine.processes_here > machine.gpus:
         message = (
             f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"

@@ -12,6 +12,7 @@ from recipes.models.generation import token_ids
 from recipes.plan.plan import RESERVE, Plan, token_budget
 from recipes.problems import ConfigError, Problem
 from recipes.processes import first, smallest
+from recipes.training.ahead import ahead
 from recipes.training.checkpoints import guarded
 from recipes.training.ratios import measured
 from recipes.training.session import Session
@@ -37,6 +38,8 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     trainer_class = measured(
         supported(trl.GRPOTrainer, truncation_of(config)), config.tracking.mismatch_every
     )
+    if config.step.ahead:
+        trainer_class = ahead(trainer_class)
     if config.step.impl == "trl":
         _keep(session, {"impl": "trl"})
         return guarded(trainer_class)(**given)

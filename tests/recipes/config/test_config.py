@@ -594,3 +594,27 @@ def test_train_grpo_exits_with_2_before_anything_is_loaded(good):
     expected = "command line: grpo.learning_rte: unknown key (value 2e-5); did you mean grpo.learning_rate?"
     assert result.stderr.strip() == expected
     assert not re.search(r"Traceback|Loading", result.stderr + result.stdout)
+
+
+SERVER = ["grpo.use_vllm=true", "grpo.vllm_mode=server", "step.ahead=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["step.ahead=true"], "step.ahead: what samples on this card cannot do so while it trains (value true)"),
+        (["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "step.ahead=true"], "step.ahead: what samples on this"),
+        ([*SERVER, "grpo.vllm_importance_sampling_correction=false"],
+         "grpo.vllm_importance_sampling_correction: step.ahead samples from weights of before (value false)"),
+        ([*SERVER, "grpo.top_p=0.9"], "step.ahead: under grpo.top_k, top_p or min_p "),
+        ([*SERVER, "grpo.steps_per_generation=3", "grpo.gradient_accumulation_steps=2"],
+         "grpo.steps_per_generation: step.ahead begins a rollout with an update (value 3)"),
+    ],
+)  # fmt: skip
+def test_sampling_ahead_where_it_would_not_be_right(good, overrides, line):
+    assert line in str(error_of(good, *overrides))
+
+
+def test_sampling_ahead_on_a_server(good):
+    more = ["grpo.steps_per_generation=4", "grpo.gradient_accumulation_steps=2"]
+    assert load_config(good, [*SERVER, *more]).step.ahead

@@ -23,6 +23,7 @@ from memhead.integrations import trl as memhead_trl
 from recipes import processes
 from recipes.models.tokenizers import character_tokenizer
 from recipes.training.checkpoints import guarded
+from recipes.training.sharding import keep_precision
 
 ROWS, STEPS = 16, 3  # of one process and generation; optimizer steps
 PER_PROCESS = 4  # micro-batches
@@ -63,6 +64,14 @@ WITH_ENTROPY = {
     "entropy, whole head": Case("packed", BINS | {"entropy_coef": 0.1}),
     "entropy, split head": Case("packed", BINS | {"entropy_coef": 0.1}, vocabulary=True),
 }
+# Rounded to bfloat16, in whatever order it comes: parts are compared with the whole model in as many processes.
+HALF = {"bf16": True, "lora": True}
+IN_HALF = {
+    f"{step}, bfloat16{', sharded' * sharded}": Case(step, HALF | bins, sharded=sharded)
+    for step, bins in {"trl": {}, "packed": BINS}.items()
+    for sharded in (False, True)
+}
+TOGETHER = WITH_ENTROPY | IN_HALF  # compared with each other, not with one process
 
 
 def global_rollout(world: int) -> dict[str, Any]:
@@ -93,8 +102,9 @@ def train(case: Case, fed: dict[str, Any], folder: Path) -> dict[str, Any]:
         "beta": 0.0, "max_steps": STEPS, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant",
         "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5, "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    model = model_of("llama")
     trainer = guarded(PackedFed if case.packed else Fed)(
-        model=model_of("llama"),
+        model=model.bfloat16() if settings.get("bf16") else model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(**{**arguments, **settings}),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 64}),
@@ -141,6 +151,9 @@ def shard(trainer: Any) -> None:
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate leaves it
     trainer.is_fsdp_enabled = True
+    if trainer.args.bf16:
+        trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")  # as accelerate does, too
+    keep_precision(trainer)
 
 
 def whole(parameter: Any) -> torch.Tensor:
@@ -161,7 +174,7 @@ def results(fed: dict[str, Any], folder: Path, cases: dict[str, Case]) -> dict[s
 def main(folder: Path, names: list[str]) -> None:
     GRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none")  # makes the group
     fed = global_rollout(processes.count())
-    cases = {name: (CASES | WITH_ENTROPY)[name] for name in names}
+    cases = {name: (CASES | TOGETHER)[name] for name in names}
     found = results(share(fed, processes.rank()), folder, cases)
     torch.save(found, folder / f"rank-{processes.rank()}.pt")
     processes.end()

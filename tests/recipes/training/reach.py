@@ -195,7 +195,7 @@ def _trainer(session: Session, patch: Any, found: dict[str, Any]) -> None:
             for name in ("model", "processing_class", "args", "train_dataset", "reward_funcs"):
                 given.pop(name)
             found.update({f"trainer.{name}": value for name, value in given.items()})
-            return SimpleNamespace()
+            return SimpleNamespace(accelerator=SimpleNamespace(state=None))
 
         return make
 
@@ -205,6 +205,7 @@ def _trainer(session: Session, patch: Any, found: dict[str, Any]) -> None:
     patch.setattr(recipes.training.packed_support, "half_precision", lambda *_: False)
     patch.setattr(recipes.training.packed_attention, "varlen_available", lambda *_, **__: False)
     patch.setattr(step_choice, "measured", lambda kind, every: found.update({"ratios.every": every}) or kind)
+    patch.setattr(step_choice, "ahead", lambda kind: found.update({"ahead": True}) or kind)
     patch.setattr(step_choice, "_check", lambda *_: None)
     trainer.make_trainer(session)
 

@@ -31,6 +31,8 @@ BASES = {
     "bpe": "model: {loader: scratch, tokenizer: bpe}\nrun: {name: a}\n",
     "hub": "model: {loader: transformers, name: some/model}\nrun: {name: a}\nlora: {}\n",
     "whole": "model: {loader: transformers, name: some/model}\nrun: {name: a}\n",
+    "server": "model: {loader: transformers, name: some/model}\nrun: {name: a}\nlora: {}\n"
+    "grpo: {use_vllm: true, vllm_mode: server}\n",
     "unsloth": "model: {loader: unsloth, name: some/model}\nrun: {name: a}\nlora: {}\n",
     "vllm": "model: {loader: unsloth, name: some/model, fast_inference: true}\nrun: {name: a}\nlora: {}\n",
 }  # fmt: skip
@@ -109,6 +111,7 @@ CASES: dict[str, list[Case]] = {
     "head.parallel": [Case("hub", "vocabulary", {"head.vocab_parallel": True}, False)],
     "step.impl": [Case("hub", "trl", {"trainer": "trl", "trainer.token_budget": GONE})],
     "step.token_budget": [Case("hub", "900", {"trainer.token_budget": 900})],
+    "step.ahead": [Case("server", "true", {"ahead": True})],
     # task: by the tasks' own table below
     "task.name": [],
     # lora

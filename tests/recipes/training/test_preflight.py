@@ -359,3 +359,12 @@ def test_an_upload_is_checked_before_training(configured, hub, tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"grpo\.push_to_hub: nobody is logged in to the hub"):
         check(config, CPU)
+
+
+def test_deepspeed_takes_no_warm_start(configured, monkeypatch):
+    """One process's sampling would wait for the others for ever (seen with deepspeed 0.19.8)."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    config = configured("run.warm_start.steps=3", "model.dtype=auto", name=".")
+    with pytest.raises(ConfigError, match=r"run.warm_start: one process alone .* take fsdp2.yaml"):
+        check(config, Machine.here())

@@ -60,3 +60,51 @@ def test_a_run_samples_and_evaluates_on_the_server_with_its_own_weights(tmp_path
     assert (
         server.paths.count("/start_weight_update") == server.paths.count("/finish_weight_update") == updates
     )
+
+
+def run_ahead(root, server, ahead, *more):
+    """Four steps on the server; the requests of training, and the records of the steps."""
+    kept = [setting for setting in TINY if not setting.startswith(("run.warm_start.", "grpo.max_steps"))]
+    changes = ["grpo.use_vllm=true", "grpo.vllm_mode=server", f"grpo.vllm_server_base_url={server.url}"]
+    changes += [
+        "run.warm_start=null",
+        "grpo.learning_rate=3e-2",
+        "grpo.warmup_steps=0",
+        f"run.output_root={root}",
+    ]
+    changes += [
+        "grpo.lr_scheduler_type=constant", "grpo.entropy_coef=1.0",
+        "grpo.vllm_importance_sampling_mode=token_truncate", "grpo.vllm_importance_sampling_clip_max=1000.0",
+        f"step.ahead={ahead}",
+    ]  # fmt: skip
+    steps = [] if any(setting.startswith("grpo.max_steps") for setting in more) else ["grpo.max_steps=4"]
+    server.asked.clear()
+    first = server.updates
+    assert train_grpo.main(["--config", CONFIG, *kept, *changes, *steps, *more]) == 0
+    asked = [request for request in server.asked if request["temperature"] == 1]
+    for request in asked:
+        request["versions"] = tuple(version - first for version in request["versions"])
+    records = RunFolder(root / "tiny").metrics.read()
+    return asked, [record for record in records if record["step"] > 0]
+
+
+@pytest.mark.parametrize("step", ["packed", "trl"])
+def test_ahead_samples_from_the_weights_of_one_rollout_before(tmp_path, server, step):
+    impl = f"step.impl={step}"
+    now, records = run_ahead(tmp_path / "now", server, "false", impl)
+    before, others = run_ahead(tmp_path / "ahead", server, "true", impl, "run.save_every=2")
+    assert [request["versions"] for request in now] == [(n, n) for n in (1, 2, 3, 4)]
+    assert [request["versions"] for request in before] == [(n, n) for n in (1, 1, 2, 3)]
+    assert [request["prompt"] for request in before] == [request["prompt"] for request in now]
+    assert before[0]["choices"] == now[0]["choices"]
+    assert others[0]["loss"] == records[0]["loss"]
+
+    gap, ratio = "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/mean"
+    assert all(record["trl"][gap] < 1e-4 for record in [*records, others[0]])
+    assert all(record["trl"][gap] > 1e-2 for record in others[1:])
+    assert all(abs(record["trl"][ratio] - 1) > 1e-5 for record in others[1:])
+
+    resumed, more = run_ahead(tmp_path / "ahead", server, "true", impl, "grpo.max_steps=6", "--resume")
+    assert [record["step"] for record in more] == [1, 2, 3, 4, 5, 6]
+    assert [request["versions"] for request in resumed] == [(1, 1), (1, 1)]
+    assert more[4]["trl"][gap] < 1e-4 < 1e-2 < more[5]["trl"][gap]

@@ -30,6 +30,7 @@ class StandIn(ThreadingHTTPServer):
         self.sent: Queue = Queue()  # what stands for NCCL: tensors by name
         self.asked: list[dict[str, Any]] = []  # requests for completions
         self.paths: list[str] = []
+        self.updates = 0  # of the weights, so far
 
     @property
     def url(self) -> str:
@@ -75,6 +76,7 @@ class StandIn(ThreadingHTTPServer):
             sent, value = self.sent.get(timeout=30)
             assert (sent, list(value.shape)) == (name, shape)
             weights[name].copy_(value)
+        self.updates += 1
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -93,8 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         self.server.paths.append(self.path)
         if self.path == "/v1/completions":
-            self.server.asked.append(body)
-            self._answer({"choices": self.server.complete(body)})
+            before = self.server.updates
+            choices = self.server.complete(body)
+            versions = (before, self.server.updates)  # of the weights, at its beginning and end
+            self.server.asked.append(body | {"versions": versions, "choices": choices})
+            self._answer({"choices": choices})
             return
         if self.path == "/update_weights":
             self.server.receive(body["update_info"])
