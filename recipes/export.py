@@ -45,7 +45,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 
     base: hub id or path of the weights to merge into, in place of those that the adapter names.
 
-    Raises ExportError: no adapter there, weights equal to the base, or logits that differ. ConfigError: it is not whole.
+    Raises ExportError: no adapter there, weights equal to the base, or logits that differ; ConfigError: not whole.
     """
     from transformers import AutoTokenizer
 
