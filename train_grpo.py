@@ -188,7 +188,7 @@ def optimise(session: Session) -> Trained:
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
-    from recipes.training.memory import explain
+    from recipes.training.memory import explain, save_last_step
     from recipes.training.resume import is_trained, restore
     from recipes.training.session import RunError, Trained
     from recipes.training.trainer import count_calls, install_head, make_trainer
@@ -202,6 +202,8 @@ def optimise(session: Session) -> Trained:
         evaluate = evaluator(config, session.task, by_trainer(trainer))
         for callback in (BypassGuard(handle), interruption, SaySigns()):
             trainer.add_callback(callback)
+        for reward in session.rewards.functions:
+            reward.keep = partial(save_last_step, trainer, "rewards")
         if config.run.evaluation.every is not None:
             trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
         finished = False
