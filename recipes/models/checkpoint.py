@@ -32,6 +32,8 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
 
 def is_adapter(place: Path) -> bool:
     """Whether a folder holds an adapter, rather than whole weights. Raises ConfigError if it holds neither."""
+    if not place.is_dir():
+        raise unusable(str(place), "there is no such folder", REMEDY)
     file = next((place / name for name in (ADAPTER_CONFIG, "config.json") if (place / name).is_file()), None)
     if file is None:
         raise unusable(str(place), f"holds neither config.json nor {ADAPTER_CONFIG}", REMEDY)

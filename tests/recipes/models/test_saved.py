@@ -64,6 +64,7 @@ def on_no_base(place):
 
 
 FAULTS = [
+    ("whole", shutil.rmtree, "there is no such folder"),
     ("whole", gone("config.json"), "holds neither config.json nor adapter_config.json"),
     ("whole", gone("model.safetensors"), "holds no weights (model.safetensors)"),
     ("whole", in_parts, "holds no model-00002-of-00002.safetensors, a part of its weights"),
