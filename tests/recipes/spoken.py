@@ -25,3 +25,8 @@ def work_until_interrupted(begun):
 def say(arguments):
     print(*arguments)
     return 0
+
+
+def fail(arguments):
+    print(f"command line: {arguments[-1]} is refused", file=sys.stderr)
+    return 2
