@@ -118,7 +118,7 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     session = None
     try:
         with explained(config), sigterm_as_ctrl_c():
-            session = begin(config, resume=resume)
+            session = begin(config, resume=resume, pilot=pilot)
         if session is None:
             return 0
         with explained(config):
@@ -140,8 +140,11 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return 1
 
 
-def begin(config: RunConfig, *, resume: bool) -> Session | None:
-    """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already."""
+def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | None:
+    """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already.
+
+    pilot: nothing is said of the folder, which does not outlast it.
+    """
     from recipes.models import load
     from recipes.models.prompts import check_problems
     from recipes.processes import by_main
@@ -167,7 +170,8 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     check_problems(config, task)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
-    print(f"Everything is kept in {folder.path}", flush=True)
+    if not pilot:
+        print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
