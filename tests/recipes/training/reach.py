@@ -195,7 +195,7 @@ def _trainer(session: Session, patch: Any, found: dict[str, Any]) -> None:
             for name in ("model", "processing_class", "args", "train_dataset", "reward_funcs"):
                 given.pop(name)
             found.update({f"trainer.{name}": value for name, value in given.items()})
-            return SimpleNamespace()
+            return SimpleNamespace(accelerator=SimpleNamespace(state=None))
 
         return make
 
