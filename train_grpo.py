@@ -118,7 +118,7 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     session = None
     try:
         with explained(config), sigterm_as_ctrl_c():
-            session = begin(config, resume=resume)
+            session = begin(config, resume=resume, pilot=pilot)
         if session is None:
             return 0
         with explained(config):
@@ -140,8 +140,11 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return 1
 
 
-def begin(config: RunConfig, *, resume: bool) -> Session | None:
-    """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already."""
+def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | None:
+    """Task, rewards, run folder and model, warm-started and checked; None for a run that is finished already.
+
+    pilot: nothing is said of the folder, which does not outlast it.
+    """
     from recipes.models import load
     from recipes.models.prompts import check_problems
     from recipes.processes import by_main
@@ -174,7 +177,8 @@ def begin(config: RunConfig, *, resume: bool) -> Session | None:
     check_problems(config, task)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
-    print(f"Everything is kept in {folder.path}", flush=True)
+    if not pilot:
+        print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
@@ -195,7 +199,7 @@ def optimise(session: Session) -> Trained:
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
-    from recipes.training.memory import explain
+    from recipes.training.memory import explain, save_last_step
     from recipes.training.resume import is_trained, restore
     from recipes.training.session import RunError, Trained
     from recipes.training.trainer import count_calls, install_head, make_trainer
@@ -209,6 +213,8 @@ def optimise(session: Session) -> Trained:
         evaluate = evaluator(config, session.task, by_trainer(trainer))
         for callback in (BypassGuard(handle), interruption, SaySigns()):
             trainer.add_callback(callback)
+        for reward in session.rewards.functions:
+            reward.keep = partial(save_last_step, trainer, "rewards")
         if config.run.evaluation.every is not None:
             trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
         finished = False

@@ -359,13 +359,18 @@ def main(argv: list[str] | None = None) -> None:
     if options.stage == "head":
         head_alone(options)
     else:
-        for name in options.models:
-            for way in ways(options.stage, options.toy):
-                if processes.anywhere(time.time() > options.until):
-                    break
-                with freed():
-                    step(way, name, options)
+        steps(options)
     processes.end()
+
+
+def steps(options: argparse.Namespace) -> None:
+    """The rows of a stage, in the group of processes that is there."""
+    for name in options.models:
+        for way in ways(options.stage, options.toy):
+            if processes.anywhere(time.time() > options.until):
+                return
+            with freed():
+                step(way, name, options)
 
 
 def step(way: Way, name: str, options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from recipes.config.load import RunConfig, load_config
 from recipes.models.checkpoint import WARM_START, load_checkpoint
 from recipes.models.generation import Sampling, by_transformers, token_ids
 from recipes.models.precision import Precision
+from recipes.models.saved import unusable
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
@@ -69,7 +70,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
     """The question as the model sees it, and its answers, under "question", "before training", "after training".
 
     question: replaces that of a held-out problem; "" asks the first held-out problem itself, and then each answer's
-    name says whether it is right. Raises FileNotFoundError if the run has no final model.
+    name says whether it is right. Raises ConfigError if the run has no final model.
     """
     task = config.make_task()
     row = task.held_out[0]
@@ -89,7 +90,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
 def answerers(config: RunConfig, run: RunFolder, task: Task, *, base: bool) -> Iterator[tuple[str, Answerer]]:
     """The trained model and, with `base`, the one that GRPO started from, each with its name.
 
-    Of a whole model the second is loaded only when it is asked for. Raises FileNotFoundError without a final model.
+    Of a whole model the second is loaded only when it is asked for. Raises ConfigError without a final model.
     """
     model, tokenizer = load_checkpoint(run.final, config.model)
     precision = Precision.of(config.grpo_config(run.path))
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if not (options.run / "config.yaml").is_file():
-            raise FileNotFoundError(f"{options.run} holds no config.yaml; give the folder of a run")
+            raise unusable(str(options.run), "holds no config.yaml", "give the folder of a run")
         config = load_config(options.run / "config.yaml")
         silence_bars()
         task = config.make_task()

@@ -10,6 +10,7 @@ Every value of the columns is checked when it is read: a wrong one is one line w
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,10 +225,15 @@ def _lines(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _read_hub(dataset: str, split: str, config: str | None) -> _Source:
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)  # a line for each of its attempts says no more than the last error
     try:
         rows = load_dataset(dataset, config, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
         raise ConfigError([_hub_problem(dataset, split, config, error)]) from error
+    finally:
+        client.setLevel(level)
     return _Source(f"{dataset}, split {split}", list(enumerate(rows, 1)))
 
 
@@ -238,7 +244,8 @@ def _hub_problem(dataset: str, split: str, config: str | None, error: Exception)
         message = "needs a configuration" if config is None else f"has no configuration {config!r}"
         value = ABSENT if config is None else config
         return Problem("task.config", f"{dataset} {message}", value, f"set it to {names}")
-    message = f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
+    message = "there is no such folder here, and "
+    message += f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
     remedy = f"check the network and the id, or give a folder with {split}.jsonl"
     return Problem("task.dataset", message, dataset, remedy)
 

@@ -25,10 +25,11 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
-from recipes.models.checkpoint import require_base, with_adapter
-from recipes.models.foreign import no_foreign_code
-from recipes.problems import ConfigError, visible
+from recipes.models.checkpoint import REMEDY, is_adapter, with_adapter
+from recipes.models.saved import readable, unusable
+from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.report.model_card import model_card
+from recipes.tracking.terminal import silence_bars
 
 # As a share of the largest logit, by the weights' dtype.
 LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -44,19 +45,18 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 
     base: hub id or path of the weights to merge into, in place of those that the adapter names.
 
-    Raises ExportError: no adapter there, weights equal to the base, or logits that differ.
+    Raises ExportError: no adapter there, weights equal to the base, or logits that differ; ConfigError: not whole.
     """
     from transformers import AutoTokenizer
 
     final, place = run / "final", run / "merged"
-    if not (final / "adapter_config.json").is_file():
+    if not is_adapter(final):
         raise ExportError(f"{final} holds no adapter to merge; a run without lora has its whole model there")
-    if base is None:
-        require_base(final)
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
-    with no_foreign_code("", base or str(final)):
-        model = _with_adapter(final, base).eval()
+    with readable("tokenizer", str(final), REMEDY):
+        tokenizer = AutoTokenizer.from_pretrained(final, trust_remote_code=False)
+    model = _with_adapter(final, base).eval()
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         raise ExportError("the base is quantised; name the unquantised one that it was made from with --base")
     tokens = torch.arange(32)[None] % model.config.vocab_size
@@ -69,7 +69,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     changed = sum(not torch.equal(weight, after[name]) for name, weight in before.items())
     dtype = str(merged.dtype).removeprefix("torch.")
     merged.save_pretrained(place)
-    AutoTokenizer.from_pretrained(final, trust_remote_code=False).save_pretrained(place)
+    tokenizer.save_pretrained(place)
     proof = {
         "adapted_weights": len(before),
         "changed_weights": changed,
@@ -114,8 +114,10 @@ def _with_adapter(final: Path, base: str | None) -> Any:
 
     if base is None:
         return with_adapter(final)
-    unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-    return PeftModel.from_pretrained(unquantised, final)
+    with readable("model", base, "give --base a whole model"):
+        unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    with readable("adapter", str(final), REMEDY):
+        return PeftModel.from_pretrained(unquantised, final)
 
 
 def _fault(proof: dict[str, Any]) -> str:
@@ -172,7 +174,7 @@ def gguf(run: Path, outtype: str = "f16") -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Run from the command line. Exit status: 0 done, 1 not possible."""
+    """Run from the command line. Exit status: 0 done, 1 not possible, 2 a folder that is not one of a run's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,9 +188,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
     options = parser.parse_args(arguments)
+    silence_bars()
     try:
         if not (options.run / "final").is_dir():
-            raise ExportError(f"{options.run} holds no folder final; give the folder of a finished run")
+            raise unusable(str(options.run), "holds no folder final", "give the folder of a finished run")
         if options.merge and options.saver == "unsloth":
             print(merge_by_unsloth(options.run))
         elif options.merge:
@@ -198,7 +201,10 @@ def main(arguments: list[str]) -> int:
             (place / "README.md").write_text(model_card(options.run), encoding="utf-8")
         if options.gguf:
             print(gguf(options.run))
-    except (ConfigError, ExportError, OSError) as error:
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
+    except (ExportError, OSError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 1
     return 0

@@ -7,77 +7,107 @@ from pathlib import Path
 from typing import Any
 
 from recipes.config.schema import ModelConfig
-from recipes.models.foreign import no_foreign_code
-from recipes.models.load import quantisation, to_gpu
+from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
+from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 
 WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
+REMEDY = "give a whole checkpoint, or a run's final folder"
 
 
 def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
     """Model and tokenizer of a folder with whole weights, or with an adapter and the name of its base.
 
     trained: the run's model section. An adapter's base is quantised as in training; Unsloth's is by its name.
-    Raises OSError if the folder is no checkpoint, ConfigError if it would take code of the model's own.
+    Raises ConfigError for a folder that is no checkpoint, is not whole, or would take code of the model's own.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    adapter = (place / "adapter_config.json").is_file()
-    if not adapter and not (place / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{place} holds neither config.json nor adapter_config.json; give a checkpoint or a run's final folder"
-        )
-    read_object(place / ("adapter_config.json" if adapter else "config.json"))
-    options = quantisation(trained) if trained.loader == "transformers" else {}
-    with no_foreign_code("", str(place)):
-        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", trust_remote_code=False)
-        if adapter:
-            require_base(place)
-            model = with_adapter(place, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto", trust_remote_code=False)
+    adapter = is_adapter(place)
+    with readable("tokenizer", str(place), REMEDY):
+        tokenizer = pretrained_tokenizer(str(place))
+    if adapter:
+        model = with_adapter(place, **(quantisation(trained) if trained.loader == "transformers" else {}))
+    else:
+        model = _whole(place)
     return to_gpu(model), tokenizer
+
+
+def is_adapter(place: Path) -> bool:
+    """Whether a folder holds an adapter, rather than whole weights. Raises ConfigError if it holds neither."""
+    if not place.is_dir():
+        raise unusable(str(place), "there is no such folder", REMEDY)
+    file = next((place / name for name in (ADAPTER_CONFIG, "config.json") if (place / name).is_file()), None)
+    if file is None:
+        raise unusable(str(place), f"holds neither config.json nor {ADAPTER_CONFIG}", REMEDY)
+    read_object(file)
+    if missing := without_weights(place):
+        raise unusable(str(place), f"holds {missing}", REMEDY)
+    return file.name == ADAPTER_CONFIG
+
+
+def _whole(place: Path) -> Any:
+    """The model of a folder. transformers would draw what is missing in its weights at random."""
+    from transformers import AutoModelForCausalLM
+
+    with readable("model", str(place), REMEDY):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype="auto",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    drawn = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if drawn:
+        more = f" and {len(drawn) - 1} more" if drawn[1:] else ""
+        message = f"its weights lack {drawn[0]}{more}, or have another shape than config.json says"
+        raise unusable(str(place), message, REMEDY)
+    return model
 
 
 def with_adapter(place: Path, **options: Any) -> Any:
     """The model of the adapter in `place`, on its base; options are for the base's `from_pretrained`.
 
     A base that the run's warm start left is looked for in the run folder: the path on record is of where it was then.
+    Raises ConfigError for an adapter or a base that cannot be loaded.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
+    base = _require_base(place)
     options |= {"dtype": "auto", "trust_remote_code": False}
-    started = _own_warm_start(place)
-    if started is None:
-        return AutoPeftModelForCausalLM.from_pretrained(place, **options)
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(started, **options), place)
+    started = _own_warm_start(place, base)
+    if started is None and Path(base).is_absolute() and not Path(base).exists():
+        remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}"
+        raise unusable(str(place), f"its base {base} is not there", remedy)
+    with readable(f"adapter on {base}", str(place), REMEDY):
+        if started is None:
+            return AutoPeftModelForCausalLM.from_pretrained(place, **options)
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(started, **options), place)
 
 
-def _own_warm_start(place: Path) -> Path | None:
+def _own_warm_start(place: Path, base: str) -> Path | None:
     """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base."""
-    config = read_object(place / "adapter_config.json")
-    if Path(config["base_model_name_or_path"]).name != WARM_START:
+    if Path(base).name != WARM_START:
         return None
     around = [folder / WARM_START for folder in place.resolve().parents[:2]]
     return next((folder for folder in around if (folder / "config.json").is_file()), None)
 
 
-def require_base(place: Path) -> None:
-    """Raises FileNotFoundError if the adapter in `place` does not say what it belongs to."""
-    config = read_object(place / "adapter_config.json")
-    if not config.get("base_model_name_or_path"):
-        raise FileNotFoundError(
-            f"{place / 'adapter_config.json'}: base_model_name_or_path is empty, as it is after training an adapter "
-            "on a model made from nothing; save that model and write its folder there, or train without lora"
-        )
+def _require_base(place: Path) -> str:
+    """What the adapter in `place` belongs to. Raises ConfigError if it does not say."""
+    base = read_object(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        remedy = "save that model and write its folder there, or train without lora"
+        message = "base_model_name_or_path is empty, as it is after training an adapter on a model made from nothing"
+        raise unusable(str(place / ADAPTER_CONFIG), message, remedy)
+    return base
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises OSError, naming the file, for anything else."""
+    """A JSON object. Raises ConfigError, naming the file, for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise OSError(f"{file} is no JSON object: it was cut off or overwritten; give another checkpoint")
+        raise unusable(str(file), "is no JSON object: it was cut off or overwritten", REMEDY)
     return found

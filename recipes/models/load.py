@@ -22,6 +22,7 @@ from transformers import (
 from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
 from recipes.models.foreign import no_foreign_code
+from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
 
@@ -79,7 +80,7 @@ def _from_scratch(
     if config.tokenizer == "bpe":
         tokenizer: PreTrainedTokenizerBase = bpe_tokenizer(task.corpus(), shape.vocabulary)
     elif config.tokenizer is not None:
-        tokenizer = _pretrained_tokenizer(config.tokenizer, None)
+        tokenizer = _named_tokenizer(config)
     else:
         tokenizer = character_tokenizer(task.characters)
     model = scratch_llama(shape, tokenizer, seed)
@@ -104,7 +105,7 @@ def _from_pretrained(
     options |= quantisation(config)
     with no_foreign_code("model.name", config.name):
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
-    return model, _pretrained_tokenizer(config.tokenizer or config.name, config.revision)
+    return model, _named_tokenizer(config)
 
 
 def quantisation(config: ModelConfig) -> dict[str, Any]:
@@ -128,13 +129,26 @@ def to_gpu(model: PreTrainedModel) -> PreTrainedModel:
     return model.to(torch.device("cuda", own))
 
 
-def _pretrained_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A saved tokenizer, set to pad on the left; one without a padding token pads with the end token."""
+def _named_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """That of `model.tokenizer`, or of `model.name`."""
+    key = "model.name" if config.tokenizer is None else "model.tokenizer"
+    name = str(config.tokenizer or config.name)
+    with readable("tokenizer", name, "name a model with its tokenizer", key):
+        return pretrained_tokenizer(name, None if config.loader == "scratch" else config.revision)
+
+
+def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A saved tokenizer, set to pad on the left; one without a padding token pads with the end token.
+
+    Raises ValueError if it has neither.
+    """
     tokenizer = AutoTokenizer.from_pretrained(
         name, revision=revision, padding_side="left", trust_remote_code=False
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("it has no end token, as without its tokenizer_config.json")
     return tokenizer
 
 

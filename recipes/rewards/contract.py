@@ -16,8 +16,9 @@ import asyncio
 import functools
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ from recipes.rewards.call import (
     said,
     show,
 )
+from recipes.rewards.stuck import nothing_to_keep, watched
 
 FIRST_VERDICT = 64  # a share of failures is taken of at least this many completions
 
@@ -142,19 +144,27 @@ def check(
     columns = _columns(rows)
     given: dict[str, list[float | None]] = {}
     for name, function in functions.items():
-        found = _now(function, call, call_async)(function, completions, columns, seconds)
-        if isinstance(found, list):
-            given[name] = found
-            continue
-        if found.index is None:  # find out which completion it was
-            alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
-            faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
-            found = faults[0] if faults else found
-        which = "first completion" if found.index is None else "completion"
-        raise RewardError(
-            f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
-        )
+        with watched(f"reward {name}", 2 * seconds):
+            found = _checked(function, completions, columns, seconds)
+        if isinstance(found, Fault):
+            which = "first completion" if found.index is None else "completion"
+            raise RewardError(
+                f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
+            )
+        given[name] = found
     return given
+
+
+def _checked(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
+) -> Values | Fault:
+    """The values of a batch, or what is wrong and, if it can be found out, with which completion."""
+    found = _now(function, call, call_async)(function, completions, columns, seconds)
+    if isinstance(found, list) or found.index is not None:
+        return found
+    alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
+    faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
+    return faults[0] if faults else found
 
 
 def _now(function: Reward, plain: Any, waiting: Any) -> Any:
@@ -193,7 +203,8 @@ class Guarded:
     """A reward function whose failures cost single completions: None for those, until too many fail.
 
     `scored` and `failed` count completions. None makes TRL leave this function out of the completion's sum, and a
-    completion with nothing but None out of its group.
+    completion with nothing but None out of its group. A call that nothing ends ends the run, after `keep`, which saves
+    what there is and returns a sentence about it.
     """
 
     def __init__(self, name: str, function: Reward, seconds: float, share: float) -> None:
@@ -201,13 +212,18 @@ class Guarded:
         self.__name__ = name  # what TRL logs it as
         self._function, self._seconds, self._share = function, seconds, share
         self.scored = self.failed = 0
+        self.keep: Callable[[], str] = nothing_to_keep
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return watched(f"reward {self.__name__}", 2 * self._seconds, self.keep)
 
     def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""
-        found = call(self._function, completions, columns, self._seconds)
-        if isinstance(found, Fault):
-            alone = isolate(self._function, completions, columns, self._seconds)
-            return self._settle(completions, alone, columns)
+        found: Values | Fault | list[float | Fault | None]
+        with self._watched():
+            found = call(self._function, completions, columns, self._seconds)
+            if isinstance(found, Fault):
+                found = isolate(self._function, completions, columns, self._seconds)
         return self._settle(completions, found, columns)
 
     def _settle(
@@ -238,10 +254,11 @@ class AsyncGuarded(Guarded):
 
     async def __call__(self, completions: list[Any], **columns: Any) -> Values:  # type: ignore[override]
         """The batch at once; one by one only if that fails."""
-        found = await call_async(self._function, completions, columns, self._seconds)
-        if isinstance(found, Fault):
-            alone = await isolate_async(self._function, completions, columns, self._seconds)
-            return self._settle(completions, alone, columns)
+        found: Values | Fault | list[float | Fault | None]
+        with self._watched():
+            found = await call_async(self._function, completions, columns, self._seconds)
+            if isinstance(found, Fault):
+                found = await isolate_async(self._function, completions, columns, self._seconds)
         return self._settle(completions, found, columns)
 
 

@@ -9,8 +9,8 @@ expression, keeps the timer waiting. Code that sets its own alarm replaces that 
         verdict = judge(text)
 
 Code that swallows the exception again and again, as a loop of retries with a bare `except` does, is interrupted at its
-next line, which is that of its handler, outside of its `try`. One call inside C that never looks for signals cannot be
-ended this way.
+next line, which is that of its handler, outside of its `try`. What catches that too, in a loop around its loop, and a
+call inside C that never looks for signals, cannot be ended this way: recipes.rewards.stuck.
 """
 
 from __future__ import annotations

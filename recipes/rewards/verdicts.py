@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from recipes.rewards.call import show
 from recipes.rewards.contract import RewardError, RewardOptions, too_many
+from recipes.rewards.stuck import watched
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
 
 Verdict = TypeVar("Verdict")
@@ -27,17 +28,17 @@ def judge_all(
     """
     found: list[Verdict | bool] = []
     late = 0
+    name, seconds = getattr(judge, "__name__", "the judge"), options.reward_seconds
     for completion, row in zip(completions, rows, strict=True):
         try:
-            with time_limit(options.reward_seconds):
+            with watched(f"{name} on {show(completion)}", seconds), time_limit(seconds):
                 found.append(judge(completion, row))
         except TimeLimitReached as error:
             found.append(False)
             late += 1
             if too_many(late, len(found), options.reward_failures):
-                name = getattr(judge, "__name__", "the judge")
                 raise RewardError(
-                    f"{name}: did not return within {options.reward_seconds:g} s (task.reward_seconds) on {late} of "
+                    f"{name}: did not return within {seconds:g} s (task.reward_seconds) on {late} of "
                     f"{len(found)} completions, more than task.reward_failures {options.reward_failures:g} allows; "
                     f"the last was {show(completion)}"
                 ) from error

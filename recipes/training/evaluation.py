@@ -30,6 +30,7 @@ from recipes.models.precision import Precision
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
+from recipes.tracking.terminal import silence_bars
 from recipes.training.session import RunError
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
 
 def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
+    silence_bars()
     try:
         found = evaluate_checkpoint(config, Path(place))
         if processes.is_main():

@@ -5,10 +5,14 @@
                                           -> the same by full logits in the run's own precision, as a yardstick
 
 memhead's error may be three times that of the plain computation in the same precision, plus 1e-5.
+
+The rows tell one thing more: a model that finds its own prompts far less likely than a guess would has weights that are
+finite, and far too large. Such a run is not stopped; a sentence says it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +31,7 @@ from recipes.tracking.phases import in_phase
 from recipes.training.session import RunError, Session
 
 ALLOWANCE, FLOOR = 3.0, 1e-5
+LOST = 10.0  # times log(vocabulary), which is what a guess costs a token; a trained model may well cost twice that
 
 # Log-probabilities (N,) and their gradient with respect to hidden (N, H), both float64.
 Result = tuple[Tensor, Tensor]
@@ -56,6 +61,20 @@ def require_exact_head(session: Session) -> None:
     path = session.folder.write_json("head_check.json", found)
     if not found["passed"]:
         raise RunError(f"memhead disagrees with full logits in float64 on this model; {path} has the figures")
+    if sentence := lost(found):
+        print(sentence, flush=True)
+
+
+def lost(found: Mapping[str, Any]) -> str:
+    """What to say of a model whose weights seem far too large, by `check_head`'s figures; "" of others."""
+    guess = math.log(found["vocabulary"])
+    if found["prompt_nats"] <= LOST * guess:
+        return ""
+    return (
+        f"The model gives its own prompts {found['prompt_nats']:.0f} nats a token, where guessing among "
+        f"{found['vocabulary']} costs {guess:.1f}: its weights are finite, but look far too large (a wrong scale or "
+        "dtype, or a training that diverged); nothing may be learned from them"
+    )
 
 
 def check_head(
@@ -108,9 +127,17 @@ def check_head(
         **{name: value for name, value in options.items() if name != "bias"},
         "memhead": ours,
         "full_logits": theirs,
+        "prompt_nats": float(-_plainly(hidden, weight, targets, options).mean()),
         "allowed": {name: ALLOWANCE * error + FLOOR for name, error in theirs.items()},
         "passed": all(ours[name] <= ALLOWANCE * theirs[name] + FLOOR for name in ours),
     }
+
+
+@torch.no_grad()
+def _plainly(hidden: Tensor, weight: Tensor, targets: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Log-probabilities in float64 (N,), at temperature 1."""
+    plain = {**options, "temperature": 1.0}
+    return full_logprobs(hidden.double(), weight, targets, dtype=torch.float64, **plain).logprobs
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def explain(
     phase = phase_of(error) or ("training" if trainer is not None else "loading the model")
     free, asked = _free(), _asked(str(error))
     traceback.clear_frames(error.__traceback__)  # which hold the tensors of the pass that failed
-    saved = "" if trainer is None else _checkpoint(trainer, phase)
+    saved = "" if trainer is None else save_last_step(trainer, phase)
     after = "" if trainer is None else f" after step {trainer.state.global_step}"
     lines = [
         f"out of memory in the phase {phase!r}{after}",
@@ -203,7 +203,7 @@ def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
     return [f"  {'phase':<28}{'planned':>12}{'measured':>12}", *rows]
 
 
-def _checkpoint(trainer: Any, phase: str) -> str:
+def save_last_step(trainer: Any, phase: str) -> str:
     """Saves the state after the last whole step, and says where. Not within the optimizer, whose update is partial."""
     step, place = trainer.state.global_step, Path(trainer.args.output_dir)
     path = place / f"checkpoint-{step}"

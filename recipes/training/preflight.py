@@ -20,6 +20,7 @@ from recipes.config.schema import ModelConfig
 from recipes.config.unsloth import import_unsloth
 from recipes.machine import why_no_gpu
 from recipes.models.checkpoint import read_object
+from recipes.models.saved import without_weights
 from recipes.problems import ConfigError, Problem, see
 from recipes.tracking.reporters import missing as missing_tracker
 
@@ -250,9 +251,12 @@ def _checkpoint(key: str, name: str, revision: str | None, file: str) -> Iterato
             return
         try:
             read_object(place / file)
-        except OSError:
+        except ConfigError:
             message = f"holds a {file} that is no JSON object: it was cut off or overwritten"
             yield Problem(key, message, name, "give the folder of a saved model, or a hub id")
+            return
+        if key == "model.name" and (missing := without_weights(place)):
+            yield Problem(key, f"holds {missing}", name, "give the folder of a whole model, or a hub id")
     elif place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         yield Problem(key, "there is no such folder", name, "give a local folder that exists, or a hub id")
     else:

@@ -111,16 +111,11 @@ def test_step_gpu(tmp_path):
     assert "| 2 × 16 | **memhead** |" in path.with_suffix(".md").read_text()
 
 
-@pytest.mark.slow
-def test_two_processes_beside_one(tmp_path):
-    """All stages but for FSDP2, whose numbers tests/recipes/training/test_processes.py compares."""
-    path = multi_gpu.main(["--toy", "--output", str(tmp_path), "--stages", "one", "ddp", "head"])
+def test_two_processes_are_started_for_the_head_alone(tmp_path):
+    """The steps of one and of two processes are compared by tests/recipes/training/test_processes.py."""
+    path = multi_gpu.main(["--toy", "--output", str(tmp_path), "--stages", "head"])
     results = json.loads(path.read_text())
     assert results["failed"] == {}
-    one, two = ([row for row in results["rows"] if row["stage"] == stage] for stage in ("one", "ddp"))
-    assert [row["step"] for row in one] == ["packed", "trl", "full"]
-    assert [row["step"] for row in two] == ["packed", "packed", "trl", "full"]
-    for row in [*one[1:], *two]:
-        assert row["gradient_error"] < 1e-5
-        assert row["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
-    assert path.with_suffix(".md").read_text().count("| toy | 2 | ddp: ") == len(two)
+    assert len(results["rows"]) == 6
+    assert all(row["ms"] > 0 for row in results["rows"])
+    assert path.with_suffix(".md").read_text().count("\n| ") == 1 + len(results["rows"])

@@ -1,14 +1,16 @@
 """docs/rewards.md opens with a whole reward and its command: they are followed to the letter, in few steps."""
 
+import contextlib
+import io
 import json
-import os
 import shlex
-import subprocess
 import sys
 
 import pytest
 from published import ROOT, blocks
 
+import train_grpo
+from recipes import ask
 from recipes.models.manifest import damage
 
 TINY = [
@@ -30,11 +32,15 @@ def followed(tmp_path_factory):
     python, script, *words = shlex.split(blocks(page, "")[0])
     assert (python, script) == ("python", "train_grpo.py")
     (place / "configs").symlink_to(ROOT / "configs")
-    call = [sys.executable, str(ROOT / script), *words, *TINY]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(call, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    return place / "runs" / "quickstart", ran.stdout
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(place)
+        patch.setattr(
+            sys, "path", [*sys.path]
+        )  # the folder comes first in it: my_rewards is imported from there
+        patch.setitem(sys.modules, "unsloth", None)
+        assert train_grpo.main([*words, *TINY]) == 0
+    assert sys.modules.pop("my_rewards").__file__ == str(place / "my_rewards.py")
+    return place / "runs" / "quickstart", printed.getvalue()
 
 
 def test_the_rewards_are_weighed_in(followed):
@@ -86,20 +92,16 @@ def test_checkpoints_and_the_final_model_carry_our_card(followed):
     assert damage(folder / "checkpoints" / "checkpoint-2") == ""  # the card is among what was summed
 
 
-def test_the_model_is_asked_as_the_last_line_says(followed):
+def test_the_model_is_asked_as_the_last_line_says(followed, monkeypatch, capsys):
     folder, _ = followed
-
-    def ask(*words, typed=""):
-        call = [sys.executable, "-m", "recipes.ask", str(folder), *words]
-        return subprocess.run(call, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=300)
-
-    both = ask("357>26=", "--base")
-    assert both.returncode == 0, both.stderr
-    assert [line for line in both.stdout.splitlines() if line.startswith("──")] == [
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    assert ask.main([str(folder), "357>26=", "--base"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("──")] == [
         "── after training",
         "── before training",
     ]
-    talked = ask(typed="123>06=\nhello\n\n")
-    assert talked.returncode == 0
-    assert talked.stdout.count("> ") == 3
-    assert talked.stdout.count("no token for some of that") == 1  # of hello
+    monkeypatch.setattr("sys.stdin", io.StringIO("123>06=\nhello\n\n"))
+    assert ask.main([str(folder)]) == 0
+    talked = capsys.readouterr().out
+    assert talked.count("> ") == 3
+    assert talked.count("no token for some of that") == 1  # of hello

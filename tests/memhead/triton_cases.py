@@ -19,6 +19,11 @@ from memhead.summed_op import summed_logprobs_op
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What the kernels of memhead.backends.hopper_* take; on a CPU, a half is widened before a product.
 FUSED = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# Of the larger cases: several blocks of a kernel and several tiles of a sweep on both devices. The interpreter runs
+# each program of a launch in Python.
+VOCABULARY = 900 if DEVICE == "cuda" else 360
+ROWS = 40 if DEVICE == "cuda" else 17
+WHOLE = (19, 403) if DEVICE == "cuda" else (11, 303)
 # One unit in the last place: the interpreter truncates to half precision where a GPU rounds. In
 # float32, exp(z) of |z| <= 80 magnifies the last place of z to 80 of its own.
 ULP = {torch.float32: 80 * 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -138,7 +143,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), (19, 403), (0, 11)])
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 1), (7, 11), WHOLE, (0, 11)])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -202,18 +207,19 @@ def test_a_row_does_not_depend_on_its_tile(kernels: None, entropy: bool) -> None
 
     (Rows stay where they are: at another place in a block the interpreter's own product has other bits.)
     """
-    hidden, weight = (_tile(40, 16, 4) / 2).to(FUSED), (_tile(900, 16, 5) / 2).to(FUSED)
-    targets = torch.arange(40, device=DEVICE) * 20
+    hidden, weight = (_tile(ROWS, 16, 4) / 2).to(FUSED), (_tile(VOCABULARY, 16, 5) / 2).to(FUSED)
+    targets = torch.arange(ROWS, device=DEVICE) * 20
 
     def run(rows: int, chunk: tuple[int, int] | None, gradient: bool) -> tuple[Tensor, ...]:
         x = hidden[:rows].clone().requires_grad_(gradient)
         out = linear_logprobs(x, weight, targets[:rows], entropy=entropy, chunk=chunk, backend="triton")
         return (out.logprobs, *([] if out.entropy is None else [out.entropy]))
 
-    whole = run(40, None, False)
-    for rows, chunk, gradient in itertools.product(
-        (1, 17, 40), ((40, 900), (40, 64), (40, 300)), (False, True)
+    whole = run(ROWS, None, False)
+    for rows, columns, gradient in itertools.product(
+        sorted({1, 17, ROWS}), (VOCABULARY, 64, VOCABULARY // 3), (False, True)
     ):
+        chunk = ROWS, columns
         for ours, first in zip(run(rows, chunk, gradient), whole, strict=True):
             assert torch.equal(ours, first[:rows]), (rows, chunk, gradient)
 
@@ -229,9 +235,10 @@ def test_without_gradient_the_vocabulary_is_one_tile(
     calls = []
     original = hopper_fold.fold_product
     monkeypatch.setattr(hopper_fold, "fold_product", lambda *args: calls.append(1) or original(*args))
-    hidden, weight = _tile(40, 16, 4).to(FUSED).requires_grad_(gradient), _tile(900, 16, 5).to(FUSED)
-    targets = torch.arange(40, device=DEVICE)
-    linear_logprobs(hidden, weight, targets, chunk=(20, 256), backend="triton")
+    rows, vocabulary, chunk = (40, 900, (20, 256)) if DEVICE == "cuda" else (8, 200, (4, 64))
+    hidden, weight = _tile(rows, 16, 4).to(FUSED).requires_grad_(gradient), _tile(vocabulary, 16, 5).to(FUSED)
+    targets = torch.arange(rows, device=DEVICE)
+    linear_logprobs(hidden, weight, targets, chunk=chunk, backend="triton")
     assert len(calls) == folds
 
 
@@ -240,13 +247,14 @@ def test_without_gradient_the_vocabulary_is_one_tile(
 @pytest.mark.parametrize("jump", [-60.0, 60.0])
 def test_logits_of_any_level(level: float, jump: float) -> None:
     """The reference starts from a guess and follows the maximum from tile to tile, up and down."""
-    hidden, weight = _tile(6, 16, 4) / 8, _tile(900, 16, 5) / 8
-    bias = torch.where(torch.arange(900, device=DEVICE) < 400, level, level + jump)
-    bias[:300:7] = float("-inf")
-    targets = torch.tensor([3, 1, 399, 400, 899, 500], device=DEVICE)
+    tile, middle = VOCABULARY // 3, VOCABULARY * 4 // 9
+    hidden, weight = _tile(6, 16, 4) / 8, _tile(VOCABULARY, 16, 5) / 8
+    bias = torch.where(torch.arange(VOCABULARY, device=DEVICE) < middle, level, level + jump)
+    bias[:tile:7] = float("-inf")
+    targets = torch.tensor([3, 1, middle - 1, middle, VOCABULARY - 1, middle + tile // 3], device=DEVICE)
     exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    out = linear_logprobs(*ours[:2], targets, bias=ours[2], entropy=True, chunk=(4, 300), backend="triton")
+    out = linear_logprobs(*ours[:2], targets, bias=ours[2], entropy=True, chunk=(4, tile), backend="triton")
     expected, entropy, *_ = full_logprobs(*exact[:2], targets, bias=exact[2], entropy=True)
     torch.testing.assert_close(out.logprobs.double(), expected, rtol=1e-5, atol=1e-5 * (1 + abs(level)))
     torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-4, atol=1e-3)
@@ -309,9 +317,9 @@ def test_a_bad_row_spoils_itself_alone(bad: float, where: int) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_summed_cross_entropy_of_a_trainable_head(softcap: float) -> None:
     """Three products: the tiles of a block of rows are kept, and their references move in between."""
-    hidden, weight = _tile(12, 16, 4) / 8, _tile(900, 16, 5) / 8
-    bias = torch.where(torch.arange(900, device=DEVICE) < 400, 0.0, 60.0)
-    targets = torch.arange(12, device=DEVICE) * 70
+    hidden, weight = _tile(12, 16, 4) / 8, _tile(VOCABULARY, 16, 5) / 8
+    bias = torch.where(torch.arange(VOCABULARY, device=DEVICE) < VOCABULARY * 4 // 9, 0.0, 60.0)
+    targets = torch.arange(12, device=DEVICE) * (VOCABULARY // 12)
     mask = torch.arange(12, device=DEVICE) != 4
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     arguments = (targets, leaves[2], mask, [0.5, softcap], [True, True], 5, "triton", torch.float32)

@@ -124,7 +124,7 @@ def test_the_base_may_be_named(tmp_path, capsys):
 
 
 def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     assert "holds no folder final" in capsys.readouterr().err
     run = run_folder(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -138,7 +138,7 @@ def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
     run = run_folder(tmp_path)
     place = run / "final" / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "base_model_name_or_path": None}))
-    assert main([str(run), "--merge"]) == 1
+    assert main([str(run), "--merge"]) == 2
     assert "base_model_name_or_path is empty" in capsys.readouterr().err
 
 

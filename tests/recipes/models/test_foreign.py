@@ -107,7 +107,7 @@ def test_export_and_ask_refuse_a_models_own_code(tmp_path, model, mark, without_
         shutil.copy(file, run / "final")
     make_foreign(model, mark)
     for more in ([], ["--base", str(model)]):
-        assert export.main([str(run), "--merge", *more]) == 1
+        assert export.main([str(run), "--merge", *more]) == 2
         refused(capsys.readouterr().err, mark)
     with pytest.raises(ConfigError) as error:
         ask(load_config(CONFIG), RunFolder(run))

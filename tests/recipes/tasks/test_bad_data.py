@@ -1,6 +1,7 @@
 """Data that a run would fail on is one line before anything is loaded: file, row, column, value, remedy; status 2."""
 
 import json
+import logging
 from fractions import Fraction
 
 import pytest
@@ -192,6 +193,26 @@ def test_a_hub_name_that_needs_a_configuration(tmp_path, monkeypatch):
     ):
         read_rows("some/data", "train", "x")
     assert read_rows("some/data", "train", "socratic") == [{"question": "socratic"}]
+
+
+def test_a_folder_that_is_not_there_is_asked_of_the_hub_without_a_word(monkeypatch, caplog):
+    """A name without a slash may be either. The error is the real one of a hub that is switched off."""
+    load = recipes.data.load_dataset
+
+    def with_retries(*what, **how):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        return load(*what, **how)
+
+    monkeypatch.setattr(recipes.data, "load_dataset", with_retries)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(
+        ConfigError,
+        match=r"task\.dataset: there is no such folder here, and split 'train' cannot be loaded from",
+    ):
+        read_rows("my_problems", "train")
+    assert not caplog.records
+    assert logging.getLogger("huggingface_hub").level == before
 
 
 def test_the_plan_asks_no_hub(tmp_path, without_unsloth, monkeypatch):

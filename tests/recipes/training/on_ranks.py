@@ -5,8 +5,10 @@ Every case is a few steps of a trainer on its share of one rollout; its results 
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from recipes.training.sharding import keep_precision
 
 ROWS, STEPS = 16, 3  # of one process and generation; optimizer steps
 PER_PROCESS = 4  # micro-batches
+BENCHMARK = "benchmark"
 
 
 class Case(NamedTuple):
@@ -171,10 +174,28 @@ def results(fed: dict[str, Any], folder: Path, cases: dict[str, Case]) -> dict[s
     return found
 
 
+def benchmark(folder: Path, stage: str) -> None:
+    """The rows of a stage of benchmarks.multi_gpu on its toy, added to multi.json."""
+    from benchmarks import multi_gpu_rank
+
+    multi_gpu_rank.steps(
+        SimpleNamespace(
+            stage=stage,
+            results=folder / "multi.json",
+            scratch=folder,
+            until=math.inf,
+            models=["toy"],
+            toy=True,
+        )
+    )
+
+
 def main(folder: Path, names: list[str]) -> None:
     GRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none")  # makes the group
+    if BENCHMARK in names:
+        benchmark(folder, "ddp")
     fed = global_rollout(processes.count())
-    cases = {name: (CASES | TOGETHER)[name] for name in names}
+    cases = {name: (CASES | TOGETHER)[name] for name in names if name != BENCHMARK}
     found = results(share(fed, processes.rank()), folder, cases)
     torch.save(found, folder / f"rank-{processes.rank()}.pt")
     processes.end()

@@ -1,15 +1,18 @@
 """Stops, kills, moves and changed settings of whole runs."""
 
+import logging
 import os
 import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from children import start, wait_for
 from test_finite import command
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import train_grpo
 from recipes.export import merge
@@ -60,6 +63,19 @@ def test_an_extended_run_takes_the_rate_of_its_step_and_what_else_changed(tmp_pa
     state = torch.load(folder.checkpoint / "optimizer.pt", weights_only=True)
     assert {group["weight_decay"] for group in state["param_groups"]} == {0.05, 0.0}  # norms have none
     assert {tuple(group["betas"]) for group in state["param_groups"]} == {(0.8, 0.95)}
+
+
+def test_a_changed_setting_is_said_once():
+    """By the run's own lines: transformers has a table of them, by the trainer's names."""
+    said = logging.Handler()
+    said.emit = lambda record: pytest.fail(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(said)
+    arguments = SimpleNamespace(save_steps=3, per_device_train_batch_size=4, n_gpu=1)
+    try:
+        compare_trainer_and_checkpoint_args(arguments, SimpleNamespace(save_steps=4, train_batch_size=8))
+    finally:
+        logger.removeHandler(said)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from recipes.models.finite import first_not_finite, why_unusable
 from recipes.models.generation import encode
 from recipes.models.load import load
 from recipes.models.manifest import damage
+from recipes.tasks.countdown import Countdown
 from recipes.tracking.files import LinesFile
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.finite import BadSteps, Diverged
+from recipes.training.head_check import check_head, lost
 
 
 def command(tmp_path, *more):
@@ -220,6 +222,44 @@ def test_a_base_model_that_is_of_no_use_is_called_that(unusable, tmp_path, capsy
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {place} cannot be trained: {reason}")
     assert "memhead" not in error
+
+
+def test_weights_that_are_far_too_large_are_said(tmp_path, capsys):
+    """They read their prompts, and give them less than a guess would; a run goes on, and says so once."""
+    model, tokenizer = load(load_config(CONFIG, TINY).model, Countdown(Countdown.Options(), 0), 0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    prompts = ["357>26=", "123>6="]
+    batch = encode(tokenizer, prompts)
+    assert why_unusable(model, batch) is None
+    with torch.no_grad():
+        logprobs = model(**batch).logits.double().log_softmax(-1)[:, :-1]
+    real = batch["attention_mask"][:, :-1].bool()
+    nats = -logprobs.gather(-1, batch["input_ids"][:, 1:, None])[..., 0][real].mean()
+    found = check_head(model, tokenizer, prompts, temperature=0.5)
+    assert found["passed"]
+    assert found["prompt_nats"] == pytest.approx(float(nats), rel=1e-5)
+
+    model.save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{loader: transformers, name: {tmp_path / 'large'}}}\ntask: {{name: countdown}}\n"
+        "run: {evaluation: {size: 4}}\n"
+        "grpo: {max_steps: 1, per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 6}\n"
+    )
+    assert train_grpo.main(["--config", str(path), f"run.output_root={tmp_path}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "nats a token" in line]
+    assert line.startswith("The model gives its own prompts ")
+    assert "where guessing among 20 costs 3.0: its weights are finite, but look far too large" in line
+
+
+@pytest.mark.parametrize(
+    ("nats", "vocabulary", "is_said"),
+    [(29.9, 20, False), (30.0, 20, True), (117, 128_256, False), (118, 128_256, True)],
+)  # fmt: skip
+def test_ten_times_the_cost_of_a_guess_is_far_too_much(nats, vocabulary, is_said):
+    assert bool(lost({"prompt_nats": nats, "vocabulary": vocabulary})) == is_said
 
 
 def test_a_model_that_is_of_no_use_is_not_evaluated(unusable, capsys):

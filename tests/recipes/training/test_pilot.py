@@ -74,4 +74,5 @@ def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):
         r"completions: \d+\.\d % end, \d+\.\d % are cut off at 6 tokens; mean \d, prompts \d", shown
     )
     assert "TFLOP/s (measured here)" in shown
+    assert "is kept" not in shown
     assert not list(tmp_path.iterdir())  # no run folder is left

@@ -156,15 +156,18 @@ def test_a_configuration_that_is_none(configured, tmp_path, text, capsys):
     run.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
     (tmp_path / "adapter_config.json").write_text(text)
     for file in ("adapter_config.json", "config.json"):
-        assert train_grpo.main(["--config", str(run), "--evaluate", str(tmp_path)]) == 1
+        assert train_grpo.main(["--config", str(run), "--evaluate", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {tmp_path / file} is no JSON object: it was cut off")
+        assert line.startswith(f"{tmp_path / file}: is no JSON object: it was cut off")
         (tmp_path / file).unlink()
 
 
 def test_a_folder_needs_no_hub(configured, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.name: holds no weights \(model\.safetensors\)"):
+        check(configured(name=str(tmp_path)), GPU)
+    (tmp_path / "model.safetensors").touch()
     check(configured(name=str(tmp_path)), GPU)
     with pytest.raises(ConfigError, match=r"model\.tokenizer: holds no tokenizer_config\.json"):
         check(configured(f"model.tokenizer={tmp_path}", name=str(tmp_path)), GPU)
@@ -333,6 +336,7 @@ ME = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": 
 
 def uploaded(configured, tmp_path, *more):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     return configured("grpo.push_to_hub=true", *more, name=str(tmp_path))
 
 

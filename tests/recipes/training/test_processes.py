@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
 
 import train_grpo
+from benchmarks import multi_gpu
 from recipes.models.manifest import damage
 from recipes.tracking.run_folder import RunFolder
 
@@ -32,8 +33,11 @@ def run_cases(world, folder, names):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    names = [*on_ranks.CASES, *on_ranks.TOGETHER]
-    return run_cases(2, tmp_path_factory.mktemp("two"), names)
+    names = [*on_ranks.CASES, *on_ranks.TOGETHER, on_ranks.BENCHMARK]
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "multi.json").write_text('{"rows": [], "failed": {}}')
+    on_ranks.benchmark(folder, "one")  # which the other compares with
+    return run_cases(2, folder, names)
 
 
 @pytest.mark.parametrize("case", on_ranks.CASES)
@@ -58,6 +62,18 @@ def compare(together, alone, case):
         for name in ("loss", "grad_norm"):
             assert log[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7), name
         assert log.get("step/tokens_real") == one.get("step/tokens_real")
+
+
+def test_the_benchmark_compares_two_processes_with_one(ranks):
+    """The stages of benchmarks.multi_gpu but for FSDP2, on a toy."""
+    found = json.loads((ranks[2] / "multi.json").read_text())
+    one, two = ([row for row in found["rows"] if row["stage"] == stage] for stage in ("one", "ddp"))
+    assert [row["step"] for row in one] == ["packed", "trl", "full"]
+    assert [row["step"] for row in two] == ["packed", "packed", "trl", "full"]
+    for row in [*one[1:], *two]:
+        assert row["gradient_error"] < 1e-5
+        assert row["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
+    assert multi_gpu.tables(found).count("| toy | 2 | ddp: ") == len(two)
 
 
 def test_steps_change_the_weights(ranks):

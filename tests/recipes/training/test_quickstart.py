@@ -45,6 +45,7 @@ def whole(tmp_path_factory):
 
 def test_leaves_a_whole_run_folder(whole):
     root, printed = whole
+    assert "nats a token" not in printed  # its weights are of the usual size
     folder = root / "tiny"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     started = [line.pop("warm_start") for line in lines if "warm_start" in line]

@@ -1,0 +1,126 @@
+"""A folder that is no whole checkpoint: evaluating, asking and exporting say so in one line, with status 2."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import saved_llama
+from transformers import AutoModelForCausalLM
+
+import train_grpo
+from recipes import ask, export
+from recipes.models.saved import without_weights
+
+RUN = """
+model: {loader: scratch}
+task: {name: countdown}
+run: {evaluation: {size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A whole model, and an adapter on it, in folders of their names."""
+    root = tmp_path_factory.mktemp("saved")
+    tokenizer = saved_llama(root / "whole")
+    model = AutoModelForCausalLM.from_pretrained(root / "whole")
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(root / "adapter")
+    tokenizer.save_pretrained(root / "adapter")
+    return root
+
+
+def gone(*names):
+    return lambda place: [(place / name).unlink() for name in names]
+
+
+def cut(name):
+    return lambda place: (place / name).write_bytes((place / name).read_bytes()[:-100])
+
+
+def without_norm(place):
+    weights = load_file(place / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "model.norm.weight"},
+              place / "model.safetensors", {"format": "pt"})  # fmt: skip
+
+
+def of_another_shape(place):
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+
+
+def in_parts(place):
+    gone("model.safetensors")(place)
+    parts = {"model.norm.weight": "model-00002-of-00002.safetensors"}
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+
+
+def on_no_base(place):
+    config = json.loads((place / "adapter_config.json").read_text())
+    base = str(place.parent / "gone")
+    (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+
+
+FAULTS = [
+    ("whole", shutil.rmtree, "there is no such folder"),
+    ("whole", gone("config.json"), "holds neither config.json nor adapter_config.json"),
+    ("whole", gone("model.safetensors"), "holds no weights (model.safetensors)"),
+    ("whole", in_parts, "holds no model-00002-of-00002.safetensors, a part of its weights"),
+    ("whole", cut("model.safetensors"), "its model cannot be loaded (Error while deserializing header"),
+    ("whole", without_norm, "its weights lack model.norm.weight, or have another shape"),
+    ("whole", of_another_shape, "its weights lack model.layers.0.mlp.down_proj.weight and 5 more, or have"),
+    ("whole", gone("tokenizer.json"), "its tokenizer cannot be loaded (there is no tokenizer.json)"),
+    ("whole", gone("tokenizer_config.json"), "its tokenizer cannot be loaded (it has no end token"),
+    ("adapter", gone("adapter_model.safetensors"), "holds no weights (adapter_model.safetensors)"),
+    ("adapter", cut("adapter_model.safetensors"), "its adapter on "),
+    ("adapter", gone("tokenizer.json"), "its tokenizer cannot be loaded (there is no tokenizer.json)"),
+    ("adapter", on_no_base, "its base "),
+]
+REMEDIES = {on_no_base: "/gone is not there; put it back, or write where it is now into adapter_config.json"}
+
+
+@pytest.mark.parametrize(("kind", "harm", "words"), FAULTS)
+def test_what_is_missing_is_one_line(saved, tmp_path, capsys, kind, harm, words):
+    run, place = tmp_path, tmp_path / "final"
+    shutil.copytree(saved / kind, place)
+    harm(place)
+    (run / "config.yaml").write_text(RUN)
+    commands = [
+        lambda: train_grpo.main(["--config", str(run / "config.yaml"), "--evaluate", str(place)]),
+        lambda: ask.main([str(run), "1+1>2="]),
+    ]
+    if kind == "adapter":
+        commands.append(lambda: export.main([str(run), "--merge"]))
+    for command in commands:
+        capsys.readouterr()
+        assert command() == 2
+        said = capsys.readouterr()
+        (line,) = said.err.splitlines()
+        assert line.startswith(f"{place}: {words}")
+        assert line.endswith(REMEDIES.get(harm, "; give a whole checkpoint, or a run's final folder"))
+        assert not said.out
+
+
+def test_a_folder_that_is_no_runs_is_one_line(tmp_path, capsys):
+    for main, lacks in ((ask.main, "config.yaml"), (export.main, "folder final")):
+        assert main([str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{tmp_path}: holds no {lacks}; give the folder of a")
+
+
+def test_whole_ones_are_read(saved, tmp_path, capsys):
+    """Pickled weights and weights in several files too."""
+    assert [without_weights(saved / kind) for kind in ("whole", "adapter")] == [None, None]
+    model = AutoModelForCausalLM.from_pretrained(saved / "whole")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert without_weights(tmp_path / "parts") is None
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert without_weights(tmp_path) is None
+    (tmp_path / "run.yaml").write_text(RUN)
+    for kind in ("whole", "adapter"):
+        command = ["--config", str(tmp_path / "run.yaml"), "--evaluate", str(saved / kind)]
+        assert train_grpo.main(command) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy_problems"] == 4

@@ -1,0 +1,32 @@
+"""What test_notebook.py has other processes do. They import this file, so it imports next to nothing."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def speak(status):
+    print("out ×")
+    print("err", file=sys.stderr)
+    os.system("echo from below")
+    return status
+
+
+def work_until_interrupted(begun):
+    try:
+        Path(begun).touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("finishing the step")
+    return 130
+
+
+def say(arguments):
+    print(*arguments)
+    return 0
+
+
+def fail(arguments):
+    print(f"command line: {arguments[-1]} is refused", file=sys.stderr)
+    return 2
