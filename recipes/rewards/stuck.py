@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PATIENCE = 60.0  # seconds past every limit: what is merely slow to come to an end is waited for
-_WAITS = (
-    6  # in which they are spent, so that time in which this thread was held up counts as one of them at most
-)
+_WAITS = 6  # in which they are spent: time in which this thread was held up counts as one of them at most
 _SAVING = 1800.0  # seconds for what `keep` does; the code may hold a lock that it needs
 
 
