@@ -7,13 +7,12 @@ query head, and its kernel is made for many queries: 80 % of a decoding step of 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from recipes.models.attention import put_before
 
 PREFIX = "decoding_"
 # All but the first are in the mask, or no matter of attention.
@@ -22,31 +21,14 @@ _UNDERSTOOD = {"scaling", "sliding_window", "is_causal", "position_ids", "use_ca
 
 def use_for_decoding(model: Any) -> None:
     """Let ``model``'s attention take single queries by :func:`decode`; every other call goes to what it had."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        before = config._attn_implementation
-        if before.startswith(PREFIX) or before not in ALL_MASK_ATTENTION_FUNCTIONS:
-            continue
-        ALL_ATTENTION_FUNCTIONS.register(PREFIX + before, _decoding_or(before))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
-        config._attn_implementation = PREFIX + before
+    put_before(model, PREFIX, _decoding)
 
 
-def _decoding_or(before: str) -> Any:
-    def attention(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if _one_masked_query(query, attention_mask) and _plain(options):
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
-            return decode(query, key, value, attention_mask, scale).transpose(1, 2), None
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(before, _eager(module))
-        return own(module, query, key, value, attention_mask, **options)
-
-    return attention
+def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
+    if not (_one_masked_query(query, mask) and _plain(options)):
+        return None
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return decode(query, key, value, mask, scale).transpose(1, 2)
 
 
 def _one_masked_query(query: Tensor, mask: Any) -> bool:
@@ -63,11 +45,6 @@ def _plain(options: dict[str, Any]) -> bool:
     """Whether nothing is asked for beyond softmax(scale · query · key) · value: no dropout, softcap or sinks."""
     others = (value for name, value in options.items() if name not in _UNDERSTOOD)
     return all(value is None or (isinstance(value, float | bool) and not value) for value in others)
-
-
-def _eager(module: torch.nn.Module) -> Any:
-    """The plain attention in the file of the model's own code."""
-    return getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from recipes.models.adapters import without_adapters
+from recipes.models.mode import in_evaluation_mode
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -65,12 +66,8 @@ def _last_logits(model: Any, batch: Any) -> Tensor:
     """(B, V), after each prompt: of a whole prompt they might not fit."""
     plain = without_adapters(model)
     short = "logits_to_keep" in inspect.signature(plain.forward).parameters
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         return model(**batch, **({"logits_to_keep": 1} if short else {})).logits[:, -1]
-    finally:
-        model.train(was_training)
 
 
 def _same_for_all(logits: Tensor, prompts: Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from recipes.models.mode import in_evaluation_mode
 from recipes.models.precision import AS_WEIGHTS, Precision
 from recipes.models.static_cache import rows_by_graphs
 
@@ -57,13 +58,8 @@ def by_transformers(
         if kept_rows is not None and len(prompts) <= kept_rows // sampling.samples:
             config.cache_implementation = "static"
             encoded = _filled(encoded, kept_rows // sampling.samples)
-        was_training = model.training
-        model.eval()
-        try:
-            with precision.autocast(model.device):
-                tokens = model.generate(**encoded, generation_config=config, streamer=streamer)
-        finally:
-            model.train(was_training)
+        with in_evaluation_mode(model), precision.autocast(model.device):
+            tokens = model.generate(**encoded, generation_config=config, streamer=streamer)
         asked = len(prompts) * sampling.samples
         answers = tokens[:asked, encoded["input_ids"].shape[1] :]  # (prompts × samples, completion)
         return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)

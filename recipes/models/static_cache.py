@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from recipes.models.decoding_attention import use_for_decoding
+from recipes.models.mode import in_evaluation_mode
 
 ROUND_TO = 64  # tokens: a slightly longer prompt than ever before need not compile anew
 
@@ -65,12 +66,8 @@ def sample_in_evaluation_mode(model: Any) -> None:
 
     @wraps(generate)
     def sampled(*args: Any, **options: Any) -> Any:
-        was_training = model.training
-        model.eval()
-        try:
+        with in_evaluation_mode(model):
             return generate(*args, **options)
-        finally:
-            model.train(was_training)
 
     model.generate = sampled
 

@@ -25,6 +25,7 @@ from memhead.integrations.transformers import head_options
 from memhead.reference import full_logprobs
 from recipes.models.adapters import without_adapters
 from recipes.models.generation import NO_CHAT, encode
+from recipes.models.mode import in_evaluation_mode
 from recipes.models.precision import AS_WEIGHTS, Precision
 from recipes.processes import by_main
 from recipes.tracking.phases import in_phase
@@ -143,12 +144,9 @@ def _plainly(hidden: Tensor, weight: Tensor, targets: Tensor, options: Mapping[s
 @torch.no_grad()
 def _real_rows(model: PreTrainedModel, batch: Any, rows: int) -> tuple[Tensor, Tensor]:
     """What the head receives, (N, H), and the tokens that follow, (N,), for up to `rows` tokens without padding."""
-    was_training = model.training
-    model.eval()
-    try:  # the model without its head: Unsloth's forward multiplies with the weight and never calls the module
+    with in_evaluation_mode(model):
+        # The model without its head: Unsloth's forward multiplies with the weight and never calls the module.
         hidden = without_adapters(model).base_model(**batch).last_hidden_state
-    finally:
-        model.train(was_training)
     real = (batch["attention_mask"][:, :-1] * batch["attention_mask"][:, 1:]).bool()
     hidden = hidden.to(model.get_output_embeddings().weight.dtype)
     return hidden[:, :-1][real][:rows], batch["input_ids"][:, 1:][real][:rows]

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recipes.models.attention import put_before, take_away
 from recipes.training.packing import Packed, VarlenKeys
 
 PREFIX = "packed_"
@@ -38,26 +37,12 @@ def varlen_available(device: torch.device, *, half: bool) -> bool:
 
 def use_varlen(model: Any) -> None:
     """Let ``model``'s attention take packed rows; every other call goes to the attention it had."""
-    for config in _configs(model):
-        before = config._attn_implementation
-        if before.startswith(PREFIX):
-            continue
-        name = PREFIX + before
-        ALL_ATTENTION_FUNCTIONS.register(name, _attention_or(before))
-        if before in ALL_MASK_ATTENTION_FUNCTIONS:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
-        config._attn_implementation = name
+    put_before(model, PREFIX, _packed)
 
 
 def leave_varlen(model: Any) -> None:
     """Undo :func:`use_varlen`."""
-    for config in _configs(model):
-        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
-
-
-def _configs(model: Any) -> list[Any]:
-    """The model's configuration and that of its text model, which may be the same."""
-    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
+    take_away(model, PREFIX)
 
 
 def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
@@ -94,27 +79,9 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
-def _attention_or(before: str) -> Any:
-    def attention(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        keys = options.pop(PACKED_ARGUMENT, None)
-        if keys is not None:
-            return varlen_attention(query, key, value, keys, **options), None
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(before, _eager(module))
-        return own(module, query, key, value, attention_mask, **options)
-
-    return attention
-
-
-def _eager(module: torch.nn.Module) -> Any:
-    """The plain attention in the file of the model's own code."""
-    return getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
+def _packed(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
+    keys = options.pop(PACKED_ARGUMENT, None)
+    return None if keys is None else varlen_attention(query, key, value, keys, **options)
 
 
 def varlen_attention(
