@@ -15,6 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # (B, L, heads, D), or None for a call that is not its own. It may take options that are its own away.
 Way = Callable[[Tensor, Tensor, Tensor, Any, dict[str, Any]], Tensor | None]
 
+_BEFORE: dict[
+    str, str
+] = {}  # by the name of an attention that something was put before, that of the attention
+
 
 def put_before(model: Any, prefix: str, way: Way) -> None:
     """Ask ``way`` first; what it does not compute goes to the attention that the model had. Twice is once.
@@ -29,7 +33,16 @@ def put_before(model: Any, prefix: str, way: Way) -> None:
         ALL_ATTENTION_FUNCTIONS.register(name, _first(way, before))
         if before in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+        _BEFORE[name] = before
         config._attn_implementation = name
+
+
+def underlying(config: Any) -> str:
+    """The name of the attention that a configuration had before anything was put before it: whose masks it takes."""
+    name: str = config._attn_implementation
+    while name in _BEFORE:
+        name = _BEFORE[name]
+    return name
 
 
 def take_away(model: Any, prefix: str) -> None:

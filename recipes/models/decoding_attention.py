@@ -32,11 +32,12 @@ def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dic
 
 
 def _one_masked_query(query: Tensor, mask: Any) -> bool:
-    """Without a gradient, with a mask of booleans."""
+    """Without a gradient, with sdpa's mask: booleans, four dimensions (flash attention's has two)."""
     return (
         query.shape[2] == 1
         and isinstance(mask, Tensor)
         and mask.dtype == torch.bool
+        and mask.ndim == 4
         and not torch.is_grad_enabled()
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from recipes.models.attention import put_before, take_away
+from recipes.models.attention import put_before, take_away, underlying
 from recipes.training.packing import Packed, VarlenKeys
 
 PREFIX = "packed_"
@@ -59,7 +59,7 @@ def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
     sees = same & (slot[:, None] >= slot[None, :])  # (R, L, L): query, key
 
     def ready(sees: Tensor) -> Tensor:
-        if config._attn_implementation == "eager":
+        if underlying(config) == "eager":
             return torch.zeros((), dtype=dtype).masked_fill(~sees[:, None], torch.finfo(dtype).min)
         return sees[:, None]
 

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from recipes.models.decoding_attention import PREFIX, decode, use_for_decoding
+from recipes.models.decoding_attention import PREFIX, _one_masked_query, decode, use_for_decoding
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (5, 1)])
@@ -102,3 +102,7 @@ def test_what_it_cannot_do_goes_to_the_attention_of_before(calls):
     use_for_decoding(plain)
     assert torch.equal(complete(plain), before)  # whose mask is added, not of booleans
     assert not calls
+    with torch.no_grad():
+        flat = torch.ones(3, 11, dtype=torch.bool)  # as flash attention takes it: a row's padding
+        assert not _one_masked_query(torch.ones(3, 4, 1, 8), flat)
+        assert _one_masked_query(torch.ones(3, 4, 1, 8), flat[:, None, None])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from rollouts import rollout
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes.training.packed_attention import gather
+from recipes.models.decoding_attention import use_for_decoding
+from recipes.training.packed_attention import gather, masks, use_varlen
 from recipes.training.packing import VarlenKeys, measure, pack
 from recipes.training.rollout import padded
 
@@ -51,3 +54,18 @@ def test_their_gradient_is_rounded_once():
 
     assert gradient.dtype == torch.bfloat16
     assert off(gradient) <= 2**-8 < off(in_sixteen)
+
+
+@pytest.mark.parametrize(("own", "dtype"), [("eager", torch.float32), ("sdpa", torch.bool)])
+def test_a_mask_is_the_kind_that_the_models_own_attention_takes_whatever_is_put_before_it(own, dtype):
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = LlamaForCausalLM._from_config(LlamaConfig(vocab_size=9, **shape), attn_implementation=own)
+    batch = padded(rollout("shared", "none", size=8))
+    lengths = measure(batch)
+    packed = pack(batch, lengths, lengths.completion.nonzero()[:, 0].tolist(), one_row=False)
+    expected = masks(packed, model.config, torch.float32)
+    assert expected.dtype == dtype
+    for put_before in (use_varlen, use_for_decoding):
+        put_before(model)
+        assert torch.equal(masks(packed, model.config, torch.float32), expected)
+    assert model.config._attn_implementation == f"decoding_packed_{own}"
