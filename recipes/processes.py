@@ -47,6 +47,14 @@ def is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
 
 
+def spread() -> str:
+    """What keeps the model in parts, FSDP or DeepSpeed, by what accelerate's launcher says; "" where it is whole."""
+    for name in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            return name
+    return ""
+
+
 def by_main(action: Callable[[], T]) -> T:
     """What `action` returns in the main process, which alone calls it; the others get a copy.
 

@@ -22,6 +22,7 @@ from recipes.machine import why_no_gpu
 from recipes.models.checkpoint import read_object
 from recipes.models.saved import without_weights
 from recipes.problems import ConfigError, Problem, see
+from recipes.processes import spread
 from recipes.tracking.reporters import missing as missing_tracker
 
 CUDA_SET = "install it: pip install -r requirements-cuda.lock"
@@ -63,7 +64,7 @@ class Machine:
             packages=frozenset(name for name in _LOOKED_FOR if importlib.util.find_spec(name) is not None),
             vllm=_version("vllm"),
             processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            deepspeed=os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
+            deepspeed=spread() == "DeepSpeed",
             gpus=torch.cuda.device_count(),
             no_gpu="" if cuda else why_no_gpu(torch.version.cuda),
         )

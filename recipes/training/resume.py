@@ -6,7 +6,6 @@ changed is applied (`apply_settings`), or refused by name where the checkpoint h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.manifest import STATE
 from recipes.problems import ConfigError, Problem, join, show
+from recipes.processes import spread
 from recipes.tracking.run_folder import RunFolder
 
 FINISHED = "finished.json"  # written last of all, with the step whose model is in final/
@@ -70,7 +70,7 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
 def require_same_spread(folder: RunFolder) -> None:
     """Raises ConfigError if the checkpoint's weights and optimizer were kept in parts and this session's are not, or
     the other way round: accelerate and deepspeed each read their own files alone."""
-    before, now = _spread_of(folder.checkpoint), _spread_here()
+    before, now = _spread_of(folder.checkpoint), spread()
     if before != now:
         how = {"": "whole in each process", "FSDP": "in parts by FSDP", "DeepSpeed": "in parts by DeepSpeed"}
         message = (
@@ -82,19 +82,11 @@ def require_same_spread(folder: RunFolder) -> None:
 
 def _spread_of(checkpoint: Path | None) -> str:
     if checkpoint is None:
-        return _spread_here()  # nothing to go on from but the warm start, which is whole
+        return spread()  # nothing to go on from but the warm start, which is whole
     names = [path.name for path in checkpoint.iterdir()]
     if any(name.startswith("pytorch_model_fsdp") for name in names):
         return "FSDP"
     return "DeepSpeed" if any(name.startswith("global_step") for name in names) else ""
-
-
-def _spread_here() -> str:
-    """As accelerate's launcher says before there is a trainer."""
-    for name in ("FSDP", "DeepSpeed"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-            return name
-    return ""
 
 
 def what_changed(config: RunConfig, folder: RunFolder) -> list[str]:
