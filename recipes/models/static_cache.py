@@ -16,6 +16,7 @@ from transformers import StaticCache
 
 from recipes.models.decoding_attention import use_for_decoding
 from recipes.models.mode import in_evaluation_mode
+from recipes.models.precision import Precision
 
 ROUND_TO = 64  # tokens: a slightly longer prompt than ever before need not compile anew
 
@@ -51,22 +52,25 @@ def keep_cache(model: Any) -> None:
 def sample_by_graphs(trainer: Any, model: Any) -> None:
     """Let TRL's trainer sample so. model: the causal language model that it trains, without wrappers.
 
-    TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew. It
-    samples with the model in training mode, which evaluations leave: another compilation, and dropout where there is.
+    TRL makes the configuration with `disable_compile`: a new cache for every call would compile and capture anew.
     """
     keep_cache(model)
     use_for_decoding(model)
-    sample_in_evaluation_mode(model)
+    sample_as_evaluations_do(model, Precision.of(trainer.args))
     trainer.generation_config.disable_compile = False
 
 
-def sample_in_evaluation_mode(model: Any) -> None:
-    """Let every `model.generate` be without dropout, as other engines sample; the mode is put back."""
+def sample_as_evaluations_do(model: Any, precision: Precision) -> None:
+    """Let every `model.generate` be in evaluation mode and within the run's autocast; the mode is put back.
+
+    TRL samples in training mode, with dropout where there is any, and enters autocast in each forward pass. To
+    torch.compile and to the kept cache either is another case: an evaluation had its own steps and its own cache.
+    """
     generate = model.generate
 
     @wraps(generate)
     def sampled(*args: Any, **options: Any) -> Any:
-        with in_evaluation_mode(model):
+        with in_evaluation_mode(model), precision.autocast(model.device):
             return generate(*args, **options)
 
     model.generate = sampled

@@ -5,6 +5,8 @@ import torch
 from tiny import tiny_trainer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from memhead.integrations.trl import install
+from recipes.models import static_cache
 from recipes.models.decoding_attention import decode, use_for_decoding
 from recipes.models.generation import Sampling, by_trainer
 from recipes.models.static_cache import ROUND_TO, keep_cache, rows_by_graphs, sample_by_graphs
@@ -110,3 +112,23 @@ def test_an_evaluation_uses_the_cache_of_training(tmp_path, monkeypatch):
     assert {shape[0] for shape in shapes} == {3 * rows}  # more than that: once, with a growing cache
     twice = by_trainer(trainer)(prompts, Sampling(5, samples=2, temperature=1.0))
     assert [len(texts) for texts in twice] == [2, 2, 2]
+
+
+def test_one_cache_for_training_and_evaluations_under_autocast(tmp_path, monkeypatch):
+    made = []
+
+    class Counted(static_cache.OneDtypeCache):
+        def __init__(self, **options):
+            made.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(static_cache, "OneDtypeCache", Counted)
+    trainer = tiny_trainer(tmp_path, cache_implementation="static", bf16=True, steps=2)
+
+    sample_by_graphs(trainer, trainer.model)
+    evaluate = by_trainer(trainer)
+    evaluate(["01>", "42>"], Sampling(5))
+    with install():
+        trainer.train()
+    evaluate(["01>", "42>"], Sampling(5))
+    assert len(made) == 1
