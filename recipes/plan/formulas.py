@@ -161,7 +161,10 @@ def layer_bytes(hidden: int, layer: LayerShape, precision: Precision, batch: Bat
     keys = batch.keys * e * 2 * (query if batch.repeated and layer.kv_heads > 1 else layer.kv_width)
     mlp = e * 3 * i  # gate, silu(gate), up
     if not r:
-        inputs = e * (4 * h + i)  # each norm's output before and after its weight; the product
+        # Each norm's output before and after its weight; the product. Under autocast float32 norms stay so, and each
+        # of the five projections of a norm's output casts it anew.
+        wide = precision.autocast and precision.weights == 4
+        inputs = 4 * 2 * h + e * (5 * h + i) if wide else e * (4 * h + i)
         inputs += e * (query + layer.kv_width) if layer.head_norms else 0
     else:
         # PEFT casts each adapted linear's input to the adapter's dtype: six of hidden width, one of the MLP's.

@@ -235,7 +235,7 @@ def test_parts_and_phases_the_other_way():
         kept_cache=True,
     )
     found, given = measure(whole), measure(SETTING)
-    one = 14 * (56 + 64 + 60 + 68) + 14 * 48 + 14 * 7 * 2
+    one = 14 * (56 + 64 + 60 + 128) + 14 * 48 + 14 * 7 * 2
     ends = 14 * 48 + 2 * 2 * 3 * 7 + 14 * 2 * 42
     full = 8 * 101 * 14
     assert found.parts == {

@@ -436,6 +436,15 @@ def test_a_bin_against_what_an_h100_measured(prompt, completion, tokens, measure
     assert peak == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize(("tokens", "measured"), [(10397, 17150), (16216, 22354)])
+def test_a_bin_of_a_model_in_float32_against_what_an_h100_measured(tokens, measured):
+    """benchmarks/results/char_count_h100.md: SmolLM2 under autocast, every weight trained, MiB in the backward."""
+    path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+    s = replace(plan(load_config(path), 80 * GIB).setting, bin_tokens=tokens)
+    planned = measure(s).phases["forward, loss and backward"]
+    assert planned / 2**20 == pytest.approx(measured, rel=0.05)
+
+
 def test_a_bin_of_as_many_tokens_takes_no_more_than_a_padded_batch():
     padded = in_bins(None)
     packed = replace(padded, bin_tokens=padded.sequences * padded.length)

@@ -146,9 +146,7 @@ def test_known_totals():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table[name]))
         assert model.num_parameters() == total
-    ours = {
-        yaml.safe_load(path.read_text())["model"].get("name") for path in (ROOT / "configs").glob("*.yaml")
-    }
+    ours = {load_config(path).model.name for path in (ROOT / "configs").glob("*.yaml")}
     assert ours - {None} <= set(table)
 
 
