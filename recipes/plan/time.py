@@ -20,10 +20,11 @@ from recipes.plan.work import Flow, Work
 _SEEN_AT = 8e14  # operations a second of the card on which the shares were seen
 _FULL_SHARE = 0.5  # the most of the matrix rate that a pass through layers was seen to reach
 _HIDDEN = 10_000  # of hidden width: below half of it the share falls in proportion, at that card's rate
+_UNSLOTH = 1.25  # times that share, in its layers
 _NO_GRADIENT = 1.2  # times that share, where nothing is kept for a backward
 _LAYER_PASS = 0.006  # seconds that a layer's launches take, forward and backward, however few the tokens
 _LAUNCHING = 0.15  # of a bin's arithmetic: launches that take no more than that are not worth more memory
-_VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token: scheduling, log-probabilities
+_VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token, beside the device: scheduling, log-probabilities
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
 _VLLM_STEP = 0.003  # a token of every sequence
 _VLLM_START = 100.0  # seconds until the engine stands
@@ -131,7 +132,10 @@ class _Clock:
     @property
     def share(self) -> float:
         """Of the matrix rate, that a pass through the layers reaches."""
-        return _CPU_SHARE if self.s.device_type == "cpu" else _share(self.s, self.rate.operations)
+        if self.s.device_type == "cpu":
+            return _CPU_SHARE
+        gain = _UNSLOTH if self.config.model.loader == "unsloth" else 1.0
+        return gain * _share(self.s, self.rate.operations)
 
     @property
     def layers(self) -> float:
@@ -166,16 +170,29 @@ class _Clock:
         arithmetic = operations / (self.rate.operations * self.share)
         if self.s.device_type == "cpu":
             return arithmetic + self.s.completion * self.layers
-        weights = weight_bytes(self.s.shape, self.s.precision) / (_MEMORY_SHARE * self.rate.bandwidth)
-        if not self.vllm:
-            step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
-            if self.s.kept_cache:
-                step = _GRAPH_STEP + self.reading()
-            return self.s.completion * max(step, weights) + arithmetic
+        if self.vllm:
+            return self.by_vllm(sequences, arithmetic)
+        weights = self.moving(weight_bytes(self.s.shape, self.s.precision))
+        step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
+        if self.s.kept_cache:
+            step = _GRAPH_STEP + self.reading()
+        return self.s.completion * max(step, weights) + arithmetic
+
+    def by_vllm(self, sequences: int, arithmetic: float) -> float:
+        """The slower of its host and the device, which work beside each other."""
         text = (self.grpo["generation_kwargs"] or {}).get("detokenize", True)
-        token = _VLLM_TOKEN + (_VLLM_TEXT if text else 0.0)
-        steps = self.s.completion * (_VLLM_STEP + weights)
-        return steps + sequences * self.completion * token + arithmetic
+        host = sequences * self.completion * (_VLLM_TOKEN + (_VLLM_TEXT if text else 0.0))
+        held = weight_bytes(self.s.shape, self.s.precision)
+        if self.s.precision.quantised.startswith(
+            "4bit"
+        ):  # made bfloat16 in memory, and read again, in every step
+            held += 2 * 2 * self.s.shape.linear
+        reading = self.s.completion * self.moving(held)
+        return max(host, self.s.completion * _VLLM_STEP + max(reading, arithmetic))
+
+    def moving(self, size: float) -> float:
+        """Seconds in which as many bytes are read."""
+        return size / (_MEMORY_SHARE * self.rate.bandwidth)
 
     def reading(self) -> float:
         """Seconds in which attention reads the kept cache once."""
@@ -185,7 +202,7 @@ class _Clock:
     def optimizer(self) -> float:
         """Weights, gradients and two moments read and written once."""
         trained = self.s.trained.adapters + self.s.trained.whole
-        return trained * 4 * 7 / (_MEMORY_SHARE * self.rate.bandwidth)
+        return self.moving(trained * 4 * 7)
 
 
 def filling_tokens(s: Setting) -> int | None:

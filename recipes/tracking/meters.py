@@ -1,7 +1,8 @@
 """Meters of memory, each named for what it measures. All figures are MiB (2**20 bytes).
 
 On CUDA, per phase: `allocated_peak_mib` and `reserved_peak_mib`, the caching allocator's own peaks, and
-`device_in_use_mib`, what the device reports in use at the phase's end, other processes and vLLM included.
+`device_in_use_mib`, what the device reports in use at the phase's end, other processes and vLLM included. The first two
+are without what a sleeping vLLM has given back, which is `asleep_mib`.
 
 On CPU, per phase: `tensor_peak_mib`, the peak of the bytes of all live tensor storages, and `resident_mib`, the
 process's resident memory at the phase's end. PyTorch's CPU allocator keeps no statistics, so the first is counted by
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes.tracking.asleep import Asleep
 
 MIB = 2**20
 
@@ -115,6 +118,7 @@ class CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.asleep = Asleep(device)
 
     def begin_step(self, step: int, persistent: Iterable[torch.Tensor]) -> None:
         """Does nothing: the allocator keeps its own statistics."""
@@ -123,11 +127,15 @@ class CudaMeter:
     def measure(self, figures: dict[str, float]) -> Iterator[None]:
         """Puts `allocated_peak_mib`, `reserved_peak_mib` and `device_in_use_mib` into `figures`."""
         torch.cuda.reset_peak_memory_stats(self._device)
+        self.asleep.begin()
         yield
         free, total = torch.cuda.mem_get_info(self._device)
-        figures["allocated_peak_mib"] = torch.cuda.max_memory_allocated(self._device) / MIB
-        figures["reserved_peak_mib"] = torch.cuda.max_memory_reserved(self._device) / MIB
+        asleep = self.asleep.least
+        figures["allocated_peak_mib"] = (torch.cuda.max_memory_allocated(self._device) - asleep) / MIB
+        figures["reserved_peak_mib"] = (torch.cuda.max_memory_reserved(self._device) - asleep) / MIB
         figures["device_in_use_mib"] = (total - free) / MIB
+        if self.asleep.now:
+            figures["asleep_mib"] = self.asleep.now / MIB
 
 
 def make_meter(device: torch.device, every: int | None) -> Meter:
@@ -152,6 +160,7 @@ MEANING = {
     "allocated_peak_mib": "peak of the CUDA allocator",
     "reserved_peak_mib": "peak reserved by the CUDA allocator",
     "device_in_use_mib": "in use on the device, all processes",
+    "asleep_mib": "given back by a sleeping vLLM",
     "tensor_peak_mib": "peak of live tensor bytes",
     "resident_mib": "resident memory of the process",
 }

@@ -22,7 +22,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from recipes.config.schema import TrackingConfig
 from recipes.processes import gathered
 from recipes.tracking import reporters as trackers
-from recipes.tracking.meters import HEADLINE, make_meter
+from recipes.tracking.asleep import sleeping_engine
+from recipes.tracking.meters import HEADLINE, CudaMeter, make_meter
 from recipes.tracking.phases import PhaseClock, attach, attach_optimizer
 from recipes.tracking.ratios import PREFIXES, from_logs
 from recipes.tracking.run_folder import RunFolder
@@ -88,6 +89,9 @@ class Tracker:
         self._tracking = tracking
         self._device = trainer.accelerator.device
         meter = make_meter(self._device, tracking.memory_every) if tracking.memory else None
+        engine = sleeping_engine(trainer)
+        if isinstance(meter, CudaMeter) and engine is not None:
+            meter.asleep.watch(engine)
         self._clock = PhaseClock(self._device, meter)
         self._progress = Progress(console) if progress and trainer.is_world_process_zero() else None
         self._session_steps = 0

@@ -72,14 +72,24 @@ def write_plan(planned: Plan | None, folder: RunFolder) -> None:
 
 
 def write_measured(folder: RunFolder, summary: dict[str, Any]) -> list[str]:
-    """Adds the measured peaks, in bytes by the plan's phases, to plan.json. Returns a line per phase: both in GiB."""
+    """Adds the measured peaks, in bytes by the plan's phases, to plan.json. Returns a line per phase: both in GiB.
+
+    What a vLLM that sleeps takes while it samples is the user's choice (`gpu_memory_utilization`), of which the plan
+    counts what one batch needs: where it was seen, it is a part of its own.
+    """
     planned, peaks = folder.read_json(PLAN_FILE), _measured(summary)
     if planned is None or not peaks:
         return []
-    folder.write_json(PLAN_FILE, planned | {"measured": peaks, "measured_figure": summary["memory_figure"]})
+    cache = round(max(figures.get("asleep_mib", 0.0) for figures in summary["memory"].values()) * MIB)
+    phases = dict(planned["phases"])
+    if cache:
+        phases["generation"] += cache - planned["parts"]["KV cache and sampling"]
+        planned["parts"]["vLLM's cache, as seen"] = cache
+    found = {"phases": phases, "measured": peaks, "measured_figure": summary["memory_figure"]}
+    folder.write_json(PLAN_FILE, planned | found)
     return [
-        f"memory  {phase}: planned {_gib(planned['phases'][phase])}, measured {_gib(peaks[phase])}"
-        for phase in planned["phases"]
+        f"memory  {phase}: planned {_gib(phases[phase])}, measured {_gib(peaks[phase])}"
+        for phase in phases
         if phase in peaks
     ]
 

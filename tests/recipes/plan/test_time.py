@@ -79,6 +79,20 @@ def test_a_rollout_of_smollm2(cache, generation, rest):
     assert planned.step * 8 == pytest.approx(rest + generation, rel=WITHIN)
 
 
+@pytest.mark.parametrize(("place", "name"), enumerate(["llama3.1_8b_gsm8k", "llama3.1_8b_gsm8k_16bit"]))
+def test_a_step_under_unsloth_and_vllm(place, name):
+    """benchmarks/results/flagship_h100.md: the third step, the first two compile."""
+    run = json.loads((RESULTS / "flagship_h100.json").read_text())["runs"][place]
+    assert Path(run["config"]).stem == name
+    seconds = run["steps"][2]["time"]
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    planned = plan_time(config, Setting.of(config, device=True), H100, (108, 768)).phases
+    assert planned["generation"] == pytest.approx(seconds["generation"], rel=WITHIN)
+    assert planned["forward and backward"] == pytest.approx(
+        seconds["forward"] + seconds["backward"], rel=WITHIN
+    )
+
+
 def test_the_padded_step_of_the_8b_model():
     """benchmarks/results/step_h100.md, TRL and transformers, memhead: one sequence of 16,384 tokens."""
     page = (RESULTS / "step_h100.md").read_text()

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -12,15 +13,18 @@ from rich.console import Console
 from tiny import made_up_checkpoint, tiny_trainer
 from transformers import TrainerCallback
 
+from recipes.config.load import load_config
 from recipes.config.schema import LoraSection, TrackingConfig
 from recipes.tracking import reporters as trackers
 from recipes.tracking.files import LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, main_figures, summarize
-from recipes.tracking.terminal import Progress
+from recipes.tracking.terminal import Progress, opening
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.callbacks import AccuracyEvery
+
+ROOT = Path(__file__).parents[3]
 
 
 def recorded_run(root, *, steps=4, tracking=None, **overrides):
@@ -350,3 +354,11 @@ def test_a_resumed_bar_keeps_the_last_accuracy():
         "step 4/6: reward 0.500  accuracy 0.250  peak –",
         "after GRPO: accuracy 0.375",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("llama3.1_8b_gsm8k", "Unsloth's"), ("llama3.2_1b_gsm8k", "packed")]
+)
+def test_the_first_line_names_the_step_that_runs(name, step):
+    line = opening(load_config(ROOT / "configs" / f"{name}.yaml"), "a card")
+    assert line.endswith(f" by GRPO; head memhead, step {step}, on a card")
