@@ -12,6 +12,7 @@ import pytest
 from published import ROOT, blocks, name, text
 
 import train_grpo
+from benchmarks.every_command import make_model
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"(?:^|\s)(python (?:-m )?[\w./]+[^`]*)")
@@ -27,6 +28,16 @@ TOY = [
     "run.warm_start.batch_size=8",
     "run.evaluation.size=8",
     "run.evaluation.samples=0",
+]
+TOY_OF_A_REAL_MODEL = [  # its weights are not here: a tiny model stands in their place
+    "model.name=model",
+    "task.train_size=64",
+    "task.held_out=8",
+    "grpo.gradient_accumulation_steps=1",
+    "grpo.steps_per_generation=1",
+    "grpo.warmup_steps=0",
+    "grpo.entropy_coef=1.0",
+    "run.evaluation.batch_size=8",
 ]
 OF_OTHER_TESTS = {  # what a page's own test follows to the letter
     "my_rewards.": "test_rewards_page.py",
@@ -70,6 +81,7 @@ def place(tmp_path_factory):
     rows = [json.dumps({"question": f"{n} nuts?", "answer": f"#### {n}"}) for n in range(24)]
     for split in ("train", "test"):
         (root / f"{split}.jsonl").write_text("\n".join(rows))
+    make_model(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for run, more in (
@@ -93,6 +105,8 @@ def words_of(command, root):
             words += (
                 [word.replace("max_steps=2", "max_steps=4") for word in TOY] if "--resume" in words else TOY
             )
+            if "smollm2" in command:
+                words = [word for word in words if "scratch" not in word] + TOY_OF_A_REAL_MODEL
             words += [f"task.dataset={root}"] if "gsm8k_scratch" in command else []
     return words
 
