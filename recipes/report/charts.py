@@ -7,12 +7,13 @@ its own, coloured by run. A chart whose figures were never logged is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES, PLANNED
+from recipes.tracking.rates import rollouts, together
 from recipes.tracking.ratios import labels
 from recipes.tracking.speed import TRAINING, WHOLE
 from recipes.tracking.summary import summarize
@@ -141,7 +142,14 @@ def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list
     records = [record for run in runs.values() for record in run]
     quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
     ratios = _ratios(records) if len(runs) == 1 else ()
-    return [*_drawn(runs, quantities), *ratios, *_times(runs), *_memory(runs, plan), *_drawn(runs, _tokens())]
+    by_rollout = {name: [together(group) for group in rollouts(run)] for name, run in runs.items()}
+    return [
+        *_drawn(runs, quantities),
+        *ratios,
+        *_times(runs),
+        *_memory(runs, plan),
+        *_drawn(by_rollout, _tokens()),
+    ]
 
 
 _Quantity = tuple[str, str, str, list[_Series]]  # title, note, unit, lines
@@ -175,6 +183,8 @@ def _accuracies(records: Records) -> Iterator[_Quantity]:
         for key in record
         if key.startswith(("accuracy", "pass@", "maj@")) and not key.endswith(("_interval", "_problems"))
     )
+    if all(_same(record.get("accuracy"), record.get("accuracy_lenient")) for record in records):
+        evaluated.pop("accuracy_lenient", None)  # one line over the other
     lines = [
         _Series(
             key.replace("accuracy_", ""),
@@ -208,14 +218,15 @@ def _policy() -> Iterator[_Quantity]:
 def _tokens() -> Iterator[_Quantity]:
     yield (
         "Tokens a second",
-        "real ones, from sampling to backward",
+        "real ones, over whole rollouts",
         "",
         [_Series("tokens/s", _at("tokens", "per_second"))],
     )
-    phases = ("generation", "scoring", TRAINING)
-    rates = [_Series(phase, _at("speed", phase, "per_second")) for phase in phases]
+    phases = {"generation": "generation", "scoring": "scoring", "training": TRAINING}
+    rates = [_Series(name, _at("speed", phase, "per_second")) for name, phase in phases.items()]
     yield "Tokens a second by phase", "sampled; scored; trained on", "", rates
-    shares = [_Series(phase, _at("speed", phase, "share")) for phase in (*phases, WHOLE)]
+    phases["whole step"] = WHOLE
+    shares = [_Series(name, _at("speed", phase, "share")) for name, phase in phases.items()]
     yield "Share of the floor", "of the device's matrix rate, measured at the start", "%", shares
     kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
     yield "Tokens a step", "of all rows; computed with a gradient", "", kinds
@@ -252,10 +263,17 @@ def _ratios(records: Records) -> Iterator[Bars]:
             yield Bars(f"Ratios, {kind}", f"{note}; share of tokens", labels(), shares)
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred means over about a tenth of the points; as many points as before."""
+    half = len(values) // 20
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def _times(runs: dict[str, Records]) -> list[Areas]:
     stacks = {name: _stack(records) for name, records in runs.items()}
-    totals = [sum(values) for _, seconds in stacks.values() for values in zip(*seconds.values())]
-    top = 1.05 * max(totals, default=0.0)
+    totals = [[sum(values) for values in zip(*seconds.values())] for _, seconds in stacks.values()]
+    top = 1.05 * max((value for total in totals for value in smooth(total)), default=0.0)
     return [
         Areas(
             "Time by phase" if len(runs) == 1 else f"Time by phase: {name}",

@@ -17,11 +17,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from recipes import escape
 from recipes.problems import visible
-from recipes.report.charts import Areas, Bars, Chart, Line, Lines, Peaks
+from recipes.report.charts import Areas, Bars, Chart, Line, Lines, Peaks, smooth
 from recipes.tracking.phases import PHASES
 from recipes.tracking.summary import format_mib
 
@@ -32,6 +32,7 @@ _FONT = 8.0  # units of the SVG; the page shows a chart at 1.25 to 1.4 times its
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.115, 0.805, 0.95, 0.13
 _LEFT_OF_NAMES = 0.21
 _WIDTH = 1.5  # of a line
+_LEAST = 1e-5  # share of the tokens at which a histogram's axis begins
 _LABEL = 11  # characters that fit to the right of the axes
 _INK, _MUTED, _GRID, _SURFACE = "#a1b2c0", "#a1b2c1", "#a1b2c2", "#a1b2c3"
 _STAND_INS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _SURFACE: "surface"}
@@ -80,13 +81,6 @@ def draw(chart: Chart, name: str) -> Markup:
     return Markup(_inline(file.getvalue(), f"{chart.title}: {chart.note}"))
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over about a tenth of the points; as many points as before."""
-    half = len(values) // 20
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
 def _draw_lines(axes: Axes, chart: Lines) -> None:
     percent = chart.unit == "%"
     ends = []
@@ -108,7 +102,7 @@ def _draw_lines(axes: Axes, chart: Lines) -> None:
     axes.set_xlim(*_span([step for line in chart.lines for step in line.steps]))
     _steps_axis(axes)
     _numbers(axes.yaxis, _percent(axes.get_ylim()) if percent else None)
-    labels = [_end_label(line, percent, chart.named) for line in chart.lines]
+    labels = [_end_label(line.name, end, percent, chart.named) for line, end in zip(chart.lines, ends)]
     colours = [_MUTED if line.aside else _colour(line.colour) for line in chart.lines]
     _label_ends(axes, ends, labels, colours)
 
@@ -195,7 +189,10 @@ def _draw_peaks(axes: Axes, chart: Peaks) -> None:
 
 
 def _draw_bars(axes: Axes, chart: Bars) -> None:
-    """A row a bin; of two steps the later one below the earlier. Their names stand at their largest bars."""
+    """A row a bin; of two steps the later one below the earlier. Their names stand at their largest bars.
+
+    Shares on a logarithmic axis: nearly all tokens are in one bin, and the others are what one looks for.
+    """
     rows, thick = range(len(chart.bins)), 0.8 / len(chart.shares)
     heights, colours = [], []
     for number, values in enumerate(chart.shares.values()):
@@ -204,12 +201,15 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
         heights.append(places[values.index(max(values))])
         colours.append(_colour(number))
     axes.set_ylim(len(chart.bins) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
+    axes.set_xscale("log")
+    axes.set_xlim(_LEAST, 1)
     axes.set_yticks(rows, chart.bins)
     axes.tick_params("y", labelcolor=_INK)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
-    _numbers(axes.xaxis, _percent(axes.get_xlim()))
+    axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in range(-5, 1)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     _label_ends(axes, heights, list(chart.shares), colours)
 
 
@@ -230,7 +230,7 @@ def _beside_the_ticks(axes: Axes, text: str) -> None:
         text,
         (1, 0),
         xycoords="axes fraction",
-        xytext=(10, -3.5),
+        xytext=(14, -3.5),
         textcoords="offset points",
         va="top",
         ha="left",
@@ -302,14 +302,13 @@ def _percent(limits: tuple[float, float]) -> Callable[[float], str]:
     return lambda value: f"{100 * value:.{digits}f} %"
 
 
-def _end_label(line: Line, percent: bool, named: bool) -> str:
-    """The name with the last value, shortened to the room there is."""
-    value = line.values[-1]
+def _end_label(name: str, value: float, percent: bool, named: bool) -> str:
+    """The name with the value at which the line ends, shortened to the room there is."""
     digits = 2 if named else 3
     figure = f"{_number(100 * value, digits)} %" if percent else _number(value, digits)
     if not named:
         return figure
-    return both if len(both := f"{line.name} {figure}") <= _LABEL else line.name
+    return both if len(both := f"{name} {figure}") <= _LABEL else name
 
 
 def _inline(svg: str, description: str) -> str:

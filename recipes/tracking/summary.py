@@ -8,6 +8,7 @@ from typing import Any
 from recipes.table import Table
 from recipes.tracking.meters import HEADLINE, MEANING
 from recipes.tracking.phases import PHASES
+from recipes.tracking.rates import rollouts, tokens_of
 from recipes.tracking.speed import TRAINING, WHOLE, of_all
 
 _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's figures begin
@@ -27,8 +28,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     before and after: all figures of the evaluation before training, and of the last one. reward_first and reward_last:
     means over a tenth of the logged steps that have a reward (at least one), since a single batch says little. seconds:
     summed by phase over all steps. memory: MiB by phase and figure, the peak over the run. tokens: those of a step
-    (computed, real, per_second) and the share of completions left out, as means over all steps, and over the first and
-    last as above; empty where TRL's step ran. speed: as `recipes.tracking.speed.of_all` gives it.
+    (computed, real), the share of completions left out and real tokens a second, over all steps, and over the rollouts
+    of the first and last as above; empty where TRL's step ran. speed: as `recipes.tracking.speed.of_all` gives it.
     """
     logged = logged_steps(records)
     rewarded = [record for record in logged if record.get("reward") is not None]
@@ -58,9 +59,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "reward_window": few,
         "rewards_first": _means([record.get("rewards") or {} for record in first]),
         "rewards_last": _means([record.get("rewards") or {} for record in last]),
-        "tokens": _mean_tokens(logged),
-        "tokens_first": _mean_tokens(first),
-        "tokens_last": _mean_tokens(last),
+        "tokens": tokens_of(logged),
+        "tokens_first": tokens_of(_of_rollouts(logged, first)),
+        "tokens_last": tokens_of(_of_rollouts(logged, last)),
         "speed": of_all(logged),
         "seconds": {phase: value for phase, value in seconds.items() if value},
         "seconds_total": sum(seconds.values()),
@@ -74,8 +75,10 @@ def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.startswith(_EVALUATED)}
 
 
-def _mean_tokens(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    return _means([record.get("tokens") or {} for record in records])
+def _of_rollouts(logged: list[dict[str, Any]], some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every step of the rollouts that `some` of the logged steps belong to."""
+    steps = {record["step"] for record in some}
+    return [r for group in rollouts(logged) if any(r["step"] in steps for r in group) for r in group]
 
 
 def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from recipes import escape
 from recipes.config.load import RunConfig
+from recipes.tracking.rates import rollouts, together
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.speed import WHOLE
 from recipes.tracking.summary import (
@@ -59,6 +60,8 @@ class Progress:
         self._reward = self._accuracy = self._memory = "–"
         self._peak = 0.0
         self._tokens = self._floor = ""
+        self._steps: list[dict[str, Any]] = []  # logged ones of the rollout that runs
+        self._whole: list[dict[str, Any]] = []  # and of the one before
 
     def start(self, step: int, total: int, accuracy: float | None = None) -> None:
         """Begins at `step` of `total` optimizer steps; accuracy: the last that was measured before."""
@@ -99,17 +102,27 @@ class Progress:
             self._reward = f"{record['reward']:.3f}"
         self._peak = max([self._peak, *(peak for peak in peaks if peak is not None)])
         self._memory = format_mib(self._peak) if self._peak else "–"
-        if tokens := tokens_in_words(record.get("tokens") or {}):
-            rate, left_out = tokens.values()
-            self._tokens = f"  {rate} tokens/s  {left_out} left out"
-        if share := (record.get("speed") or {}).get(WHOLE):
-            self._floor = f"  {percent(share['share'])} of the matrix rate"
+        self._steps.append(record)
+        *whole, last = rollouts(self._steps) or [[]]
+        if whole:
+            self._steps = last
+        # The last whole rollout; the first as far as it goes, and one of a single step at once.
+        self._whole = whole[-1] if whole else self._whole
+        if shown := self._whole if len(self._whole) > 1 else last:
+            self._speed(together(shown))
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures())
         elif step % max(1, self._total // _PLAIN_LINES) == 0 or step == self._total:
             self._console.print(
                 f"step {step}/{self._total}: {self._figures()}", highlight=False, soft_wrap=True
             )
+
+    def _speed(self, rollout: dict[str, Any]) -> None:
+        if tokens := tokens_in_words(rollout.get("tokens") or {}):
+            rate, left_out = tokens.values()
+            self._tokens = f"  {rate} tokens/s  {left_out} left out"
+        if share := (rollout.get("speed") or {}).get(WHOLE):
+            self._floor = f"  {percent(share['share'])} of the matrix rate"
 
     def stop(self) -> None:
         """Leaves the bar where it is."""

@@ -52,7 +52,6 @@ _TOKENS = {  # the packed step's name of a metric -> ours, below "tokens"
     "step/tokens_computed": "computed",
     "step/tokens_real": "real",
     "step/left_out": "left_out_share",
-    "step/tokens_per_second": "per_second",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from recipes.processes import gathered
@@ -12,7 +11,6 @@ from recipes.processes import gathered
 class StepMeter:
     """Counts over one accumulation window of this process."""
 
-    began: float | None = None
     computed: int = 0  # tokens of packed forwards with a gradient
     real: int = 0  # prompt and completion tokens of all rows, a prompt counted for each of its completions
     rows: int = 0
@@ -20,7 +18,6 @@ class StepMeter:
 
     def begin(self) -> None:
         """A window begins."""
-        self.began = time.perf_counter()
         self.computed = self.real = self.rows = self.left_out = 0
 
     def add(self, *, computed: int, real: int, rows: int, left_out: int) -> None:
@@ -31,18 +28,11 @@ class StepMeter:
         self.left_out += left_out
 
     def metrics(self) -> dict[str, float]:
-        """Of all processes together.
-
-        Seconds run from the first micro-batch to the last backward, sampling included, the optimizer not.
-        """
-        assert self.began is not None
-        seconds = time.perf_counter() - self.began
-        own = self.computed, self.real, self.rows, self.left_out, seconds
-        *counts, seconds_by_process = zip(*gathered(own), strict=True)
-        computed, real, rows, left_out = map(sum, counts)
+        """Of all processes together."""
+        own = self.computed, self.real, self.rows, self.left_out
+        computed, real, rows, left_out = map(sum, zip(*gathered(own), strict=True))
         return {
             "step/tokens_computed": float(computed),
             "step/tokens_real": float(real),
             "step/left_out": left_out / max(1, rows),
-            "step/tokens_per_second": real / max(seconds_by_process),
         }

@@ -14,6 +14,15 @@ def memhead_in_trl():
         yield handle
 
 
+@pytest.fixture(autouse=True)
+def unsloth_stays_out():
+    """Importing it replaces TRL for the rest of the process: a test that does so by the way is told at once."""
+    yield
+    assert sys.modules.get("unsloth") is None, (
+        "the test imported unsloth; it needs without_unsloth, or a process"
+    )
+
+
 @pytest.fixture
 def without_unsloth(monkeypatch):
     """Reads configs as a machine without Unsloth does: importing it would replace TRL for the rest of the suite."""

@@ -126,7 +126,7 @@ def test_what_a_cache_keeps():
     assert CacheLayer(width=0, fixed=5).elements(20) == 5
 
 
-def test_known_totals():
+def test_known_totals(without_unsloth):
     """Parameters as the model cards and the checkpoints' metadata give them, from the table alone."""
     table = yaml.safe_load((ROOT / "recipes" / "plan" / "model_shapes.yaml").read_text())
     known = {

@@ -80,7 +80,7 @@ def test_a_rollout_of_smollm2(cache, generation, rest):
 
 
 @pytest.mark.parametrize(("place", "name"), enumerate(["llama3.1_8b_gsm8k", "llama3.1_8b_gsm8k_16bit"]))
-def test_a_step_under_unsloth_and_vllm(place, name):
+def test_a_step_under_unsloth_and_vllm(without_unsloth, place, name):
     """benchmarks/results/flagship_h100.md: the third step, the first two compile."""
     run = json.loads((RESULTS / "flagship_h100.json").read_text())["runs"][place]
     assert Path(run["config"]).stem == name

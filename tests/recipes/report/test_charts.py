@@ -47,7 +47,7 @@ def test_every_figure_of_one_run_is_drawn(records):
         0.36,
         True,
     )
-    assert found["Tokens a second"].lines[0].values == [14_000.0] * 40
+    assert found["Tokens a second"].lines[0].values == [pytest.approx(131_000 / 10.31)] * 40
 
 
 def test_a_function_that_is_the_whole_reward_is_not_drawn_twice():

@@ -303,7 +303,6 @@ def test_a_record_has_trls_figures_by_our_names_and_the_rest_by_its_own():
         "step/tokens_computed": ("computed", 14.0),
         "step/tokens_real": ("real", 15.0),
         "step/left_out": ("left_out_share", 16.0),
-        "step/tokens_per_second": ("per_second", 17.0),
     }
     rest = {"rewards/one/std": 19.0, "num_tokens": 20.0}
     logs = {

@@ -275,20 +275,48 @@ def test_a_step_with_a_null_reward_keeps_its_seconds_and_memory():
 
 
 def test_the_packed_steps_tokens_are_in_the_table_of_the_run_and_of_several():
-    def step(number, rate, share):
-        tokens = {"computed": 600.0, "real": 1000.0, "left_out_share": share, "per_second": rate}
-        return {"step": number, "reward": 0.5, "time": {"forward": 2.0}, "tokens": tokens}
+    def step(number, share):
+        """Every other step samples; only it has a reward, and it takes nine times as long."""
+        tokens = {"computed": 600.0, "real": 1000.0 * number, "left_out_share": share}
+        first = {"reward": 0.5} if number % 2 else {}
+        seconds = {"generation": 8.0, "forward": 1.0} if number % 2 else {"forward": 1.0}
+        return {"step": number, **first, "time": seconds, "tokens": tokens}
 
-    records = [{"step": 0}, *(step(n, 1000.0 * n, 0.04 * n) for n in range(1, 21))]
+    records = [{"step": 0}, *(step(n, 0.02 * n) for n in range(1, 41))]
     summary = summarize(records)
     rows = {name: cells for name, *cells in before_and_after(summary).rows}
-    assert rows["tokens a second"] == ["1,500", "19,500"]
-    assert rows["completions left out"] == ["6 %", "78 %"]
+    assert rows["tokens a second"] == [
+        "500",
+        "7,700",
+    ]  # 1,000 + 2,000 + 3,000 + 4,000 in 20 s; 37,000 + … + 40,000
+    assert rows["completions left out"] == ["5 %", "77 %"]
     without = summarize([{"step": 1, "reward": 0.5, "time": {"forward": 2.0}}])
     assert not any("tokens" in name for name, *_ in before_and_after(without).rows)
     both = {name: cells for name, *cells in main_figures([("packed", summary), ("trl", without)]).rows}
-    assert both["tokens a second"] == ["10,500", "–"]
-    assert both["completions left out"] == ["42 %", "–"]
+    assert both["tokens a second"] == ["4,100", "–"]
+    assert both["completions left out"] == ["41 %", "–"]
+
+
+def test_the_terminal_tells_the_speed_of_whole_rollouts():
+    shown, console = [], Console(file=io.StringIO(), width=200)
+    progress = Progress(console)
+    progress.start(0, 6)
+    for number, seconds in enumerate([{"generation": 8.0, "forward": 1.0}, {"forward": 1.0}] * 3, 1):
+        tokens = {"computed": 600.0, "real": 1000.0 * number, "left_out_share": 0.5}
+        progress.logged(number, {"step": number, "time": seconds, "tokens": tokens}, [])
+        shown.append(console.file.getvalue().rsplit("step ", 1)[1].split("  ")[3])
+    # The first rollout as far as it goes; from then on the last whole one: 3,000 and 7,000 tokens in 10 s.
+    assert shown == [f"{rate} tokens/s" for rate in (111, 300, 300, 300, 700, 700)]
+
+
+def test_the_terminal_tells_the_speed_of_a_rollout_of_one_step_at_once():
+    console = Console(file=io.StringIO(), width=200)
+    progress = Progress(console)
+    progress.start(0, 3)
+    for number in (1, 2, 3):
+        tokens = {"computed": 600.0, "real": 1000.0 * number, "left_out_share": 0.5}
+        progress.logged(number, {"step": number, "time": {"generation": 2.0}, "tokens": tokens}, [])
+    assert "1,500 tokens/s" in console.file.getvalue().splitlines()[-1]
 
 
 # Trackers
@@ -359,6 +387,6 @@ def test_a_resumed_bar_keeps_the_last_accuracy():
 @pytest.mark.parametrize(
     ("name", "step"), [("llama3.1_8b_gsm8k", "Unsloth's"), ("llama3.2_1b_gsm8k", "packed")]
 )
-def test_the_first_line_names_the_step_that_runs(name, step):
+def test_the_first_line_names_the_step_that_runs(without_unsloth, name, step):
     line = opening(load_config(ROOT / "configs" / f"{name}.yaml"), "a card")
     assert line.endswith(f" by GRPO; head memhead, step {step}, on a card")

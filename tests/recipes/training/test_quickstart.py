@@ -57,7 +57,7 @@ def test_leaves_a_whole_run_folder(whole):
     assert set(lines[1]["rewards"]) == {"correct", "well_formed"}
     for line in lines[1:]:
         tokens = line["tokens"]
-        assert set(tokens) == {"computed", "real", "left_out_share", "per_second"}
+        assert set(tokens) == {"computed", "real", "left_out_share"}
         assert 0 < tokens["computed"] <= tokens["real"]
         assert not any(name.startswith("step/") for name in line["trl"])
     assert load_config(folder / "config.yaml").to_yaml() == (folder / "config.yaml").read_text()
