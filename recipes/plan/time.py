@@ -28,6 +28,8 @@ _VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token, beside the device: schedu
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
 _VLLM_STEP = 0.003  # a token of every sequence
 _VLLM_START = 100.0  # seconds until the engine stands
+_GRAPH_START = 46.0  # until transformers' sampling step is compiled
+_START = 25.0  # imports, weights, the checks before the first step
 _GENERATE_STEP, _GENERATE_LAYER = 0.010, 0.0014  # transformers' generate, a token of every sequence
 _GRAPH_STEP = 0.005  # where such a step is one CUDA graph: what is around it
 _CACHE_SHARE = 0.5  # of the bandwidth, there: attention reads the whole cache in every step
@@ -84,12 +86,10 @@ def plan_time(
     steps = config.grpo["max_steps"]
     total = None
     if steps > 0:
-        run, every = config.run.evaluation, config.run.evaluation.every
+        every = config.run.evaluation.every
         looks = 2 + (0 if every is None else max(0, ceil(steps / every) - 1))
-        whole, rest = divmod(run.size, run.batch_size)
-        sizes = [run.batch_size] * whole + ([rest] if rest else [])
-        start = _VLLM_START if clock.vllm else 0.0
-        total = steps * sum(phases.values()) + looks * sum(clock.sampling(n) for n in sizes) + start
+        around = clock.starting() + clock.supervised() + looks * clock.looking()
+        total = steps * sum(phases.values()) + around
     return TimePlan(phases, total, clock.prompt, clock.completion, rate)
 
 
@@ -193,6 +193,27 @@ class _Clock:
     def moving(self, size: float) -> float:
         """Seconds in which as many bytes are read."""
         return size / (_MEMORY_SHARE * self.rate.bandwidth)
+
+    def looking(self) -> float:
+        """Seconds of one evaluation."""
+        run = self.config.run.evaluation
+        whole, rest = divmod(run.size, run.batch_size)
+        return whole * self.sampling(run.batch_size) + (self.sampling(rest) if rest else 0.0)
+
+    def supervised(self) -> float:
+        """Seconds of the warm start, with its looks at the accuracy, if it takes all its steps."""
+        start = self.config.run.warm_start
+        if start is None:
+            return 0.0
+        operations = _training(self.work, self.flow(start.batch_size, shared=False), self.s)
+        step = max(operations / (self.rate.operations * self.share), self.layers)
+        return start.steps * step + start.steps // start.check_every * self.looking()
+
+    def starting(self) -> float:
+        """Seconds until the first step, beside the evaluation: the process, the engine or the compiled sampling."""
+        if self.s.device_type == "cpu":
+            return 0.0
+        return _START + (_VLLM_START if self.vllm else _GRAPH_START if self.s.kept_cache else 0.0)
 
     def reading(self) -> float:
         """Seconds in which attention reads the kept cache once."""

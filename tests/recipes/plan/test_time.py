@@ -121,6 +121,21 @@ def test_hours_grow_with_steps_and_evaluations():
     assert total("grpo.max_steps=-1", "grpo.num_train_epochs=1").total is None
 
 
+def test_a_whole_run_of_smollm2():
+    """benchmarks/results/char_count_h100.md: 10.7 minutes with the supervised start and three evaluations."""
+    path = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
+
+    def planned(*overrides):
+        config = load_config(path, ["run.evaluation.every=560", *overrides])
+        setting = in_bins(config, Setting.of(config, device=True), 16_384)
+        return plan_time(config, setting, H100, (62, 70))
+
+    whole, without = planned(), planned("run.warm_start=null")
+    assert whole.total == pytest.approx(10.7 * 60, rel=0.1)
+    assert whole.total - without.total == pytest.approx(50, rel=0.5)
+    assert without.total - 1120 * without.step > 46  # seconds until the first step
+
+
 def test_every_card_of_the_memory_plan_has_a_rate():
     assert all(published(card) is not None for card in CARDS)
     assert published("24 GiB") is None
