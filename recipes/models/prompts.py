@@ -2,7 +2,7 @@
 
 check_problems(config, task)      ConfigError: too few for a batch, or prompts that the template cannot render or cuts
 
-`--plan` uses only what is on this machine: `check_problems(config, task, network=False)`.
+`--plan` uses only what is on this machine: `check_problems(config, task, network=False)`, `mean_prompt(config, task)`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
 from recipes.models.foreign import no_foreign_code
+from recipes.models.generation import token_ids
+from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError, Problem
 from recipes.tasks import Task
+
+_LOOKED_AT = 256  # problems, for a mean
 
 
 def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> list[str]:
@@ -27,6 +31,22 @@ def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> li
         return [f"NOT looked at: the problems of {dataset}, which are on the hub"]
     _check_number(config, task)
     return _check_template(config, task.train[0]["prompt"], network)
+
+
+def mean_prompt(config: RunConfig, task: Task) -> int | None:
+    """Tokens of a prompt, the mean of the first problems; None where their tokenizer is not on this machine."""
+    name = config.model.tokenizer or config.model.name
+    if name == "bpe":  # trained when the run begins
+        return None
+    try:
+        tokenizer = (
+            character_tokenizer(task.characters) if name is None else _tokenizer(config, str(name), False)
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # the run, which needs it, says what is wrong
+        return None
+    prompts = [row["prompt"] for row in task.train.select(range(min(_LOOKED_AT, len(task.train))))]
+    ids = token_ids(tokenizer, prompts, config.chat_template_kwargs)
+    return max(1, round(sum(map(len, ids)) / len(ids)))
 
 
 def _check_number(config: RunConfig, task: Task) -> None:

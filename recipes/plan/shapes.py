@@ -181,7 +181,7 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
     from transformers import AutoConfig
 
     if config.model.loader == "scratch":
-        return _scratch(config)
+        return _scratch(config, network)
     name = config.model.name or ""
     try:
         with no_foreign_code("model.name", name):
@@ -204,8 +204,8 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
     raise ConfigError([Problem("model.name", "no config.json of it on this machine", name, remedy)])
 
 
-def _scratch(config: RunConfig) -> PretrainedConfig:
-    """The configuration of the model that will be made, without a tokenizer."""
+def _scratch(config: RunConfig, network: bool) -> PretrainedConfig:
+    """The configuration of the model that will be made."""
     from recipes.config.schema import ScratchConfig
     from recipes.models.load import scratch_config
     from recipes.tasks import get_task
@@ -214,13 +214,22 @@ def _scratch(config: RunConfig) -> PretrainedConfig:
     if config.model.tokenizer == "bpe":
         vocab = made.vocabulary
     elif config.model.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        name = config.model.tokenizer
-        vocab = len(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False))
+        vocab = len(_tokenizer(config.model.tokenizer, network))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
     return scratch_config(made, vocab, eos_token_id=None)
+
+
+def _tokenizer(name: str, network: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with no_foreign_code("model.tokenizer", name):
+            return AutoTokenizer.from_pretrained(name, local_files_only=not network, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        remedy = f"fetch it: hf download {name}, or give a local folder with a tokenizer"
+        problem = Problem("model.tokenizer", "cannot be loaded on this machine", name, remedy)
+        raise ConfigError([problem]) from error
 
 
 def _layer_shape(text: PretrainedConfig) -> LayerShape | None:

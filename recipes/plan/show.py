@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from recipes.config.load import EXIT_STATUS, RunConfig
-from recipes.models.prompts import check_problems
+from recipes.models.prompts import check_problems, mean_prompt
 from recipes.plan.plan import Plan, parse_device, plan
 from recipes.plan.processes import by_way
 from recipes.plan.rate import Rate, published, rate_here
@@ -30,9 +30,11 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
     try:
         mean = None if lengths is None else parse_lengths(lengths)
         found = plan(config, None if device is None else parse_device(device))
-        unseen = check_problems(config, config.make_task(), network=False)
+        task = config.make_task()
+        unseen = check_problems(config, task, network=False)
         replace(found, notes=[*found.notes, *unseen]).print()
-        lines = _time(config, found, device, mean)
+        prompt = None if mean or unseen else mean_prompt(config, task)
+        lines = _time(config, found, device, mean, prompt)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
@@ -51,15 +53,21 @@ def parse_lengths(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _time(config: RunConfig, found: Plan, device: str | None, mean: tuple[int, int] | None) -> list[str]:
+def _time(
+    config: RunConfig, found: Plan, device: str | None, mean: tuple[int, int] | None, prompt: int | None
+) -> list[str]:
+    """mean: tokens of a prompt and a completion; without it, prompt: those of a prompt, where they were seen."""
     rate = _rate(found, device)
     if rate is None:
         return ["time is not planned: name a card, --device H100"]
-    planned = plan_time(config, found.setting, rate, mean)
+    s = found.setting
+    planned = plan_time(config, s, rate, mean or (None if prompt is None else (prompt, s.completion)))
     if planned is None:
         return [f"time is not planned: a token's way through {found.setting.shape.kind} is not known"]
-    longest = "the longest possible: --lengths would say the mean ones"
-    return planned.lines() if mean else [*planned.lines(), f"note: these lengths are {longest}"]
+    if mean:
+        return planned.lines()
+    which = "these lengths are" if prompt is None else "the prompts are this task's; completions are"
+    return [*planned.lines(), f"note: {which} the longest possible: --lengths would say the mean ones"]
 
 
 def _rate(found: Plan, device: str | None) -> Rate | None:

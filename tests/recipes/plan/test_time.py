@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from recipes.config.load import load_config
+from recipes.models.prompts import mean_prompt
 from recipes.plan.plan import CARDS, in_bins
 from recipes.plan.rate import Rate, published
 from recipes.plan.setting import Setting
-from recipes.plan.show import parse_lengths
+from recipes.plan.show import parse_lengths, show
 from recipes.plan.time import plan_time
 from recipes.problems import ConfigError
 
@@ -146,3 +147,38 @@ def test_lengths_that_are_none(text):
     with pytest.raises(ConfigError, match="--lengths"):
         parse_lengths(text)
     assert parse_lengths(" 40 + 100 ") == (40, 100)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asked", "told", "note"),
+    [
+        # d>tt= and the begin token beside the digits and the target: as the quickstart's tokenizer writes it
+        ([], None, "7 + 6 tokens", "the prompts are this task's"),
+        ([], "40+5", "40 + 5 tokens", None),
+        (["model.tokenizer=bpe"], None, "58 + 6 tokens", "these lengths are the longest"),
+    ],
+)
+def test_the_prompts_of_a_task_on_this_machine_are_measured(
+    capsys, monkeypatch, overrides, asked, told, note
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+    assert show(config, None, asked) == 0
+    shown = capsys.readouterr().out
+    assert f"time is planned for mean lengths of {told} and " in shown
+    assert (note in shown) if note else ("note: these" not in shown and "note: the prompts" not in shown)
+
+
+def test_a_tokenizer_that_is_not_here(capsys, tmp_path):
+    """Of a new model the plan cannot do without it; of another it says that prompts were not looked at."""
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["model.tokenizer=nowhere/to-be-found"])
+    assert show(config, None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "model.tokenizer: cannot be loaded on this machine (value 'nowhere/to-be-found'); fetch it"
+    )
+    config = load_config(
+        ROOT / "configs" / "smollm2_135m_char_count.yaml",
+        [f"model.name={tmp_path}", "task.held_out=8", "task.train_size=64"],
+    )
+    assert mean_prompt(config, config.make_task()) is None
