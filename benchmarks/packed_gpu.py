@@ -9,7 +9,9 @@ window, forward and backward; `scoring`, timed once, is the pass for old log-pro
 samples, and that the packed step does not need. Groups without advantage cost TRL as much as others, so they are
 measured for the packed step alone. That runs in bins of as many tokens as a padded micro-batch has slots, and in those
 that `step.token_budget: null` gives a run on this card, or in each of `--budget`. Under `agreement`: gradients against
-those of TRL's way, and of TRL's way in float32 where the model is small enough.
+those of TRL's way, and of TRL's way in float32 where the model is small enough. `share`: the time that the arithmetic a
+way cannot do without would take at the card's measured matrix rate, of the time it took; TRL's way computes a prompt
+once a completion, and recomputation and padding count for nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recipes.plan.rate import matrix_rate
+from recipes.plan.shapes import sizes
+from recipes.plan.work import Flow, Work
 from recipes.training.packed_attention import PREFIX
 from recipes.training.packed_step import PackedStep, packed
 
@@ -148,6 +153,22 @@ def use_liger(model: Any) -> None:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+
+
+def arithmetic(model: Any) -> Work:
+    """Of the benchmark's model, adapters included."""
+    shape, trained = sizes(model.get_base_model().config, model.peft_config["default"])
+    work = Work.of(shape, trained)
+    assert work is not None  # these are models that the plan covers
+    return work
+
+
+def flow_of(trainer: Any, way: str) -> Flow:
+    """What went through the model in the window before."""
+    if way == "packed":
+        return trainer.take_flow()
+    prompts, completions = (trainer.fed[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion"))
+    return Flow.of_lengths(prompts, completions, range(len(prompts)))
 
 
 def planned_budget(name: str, shape: Shape) -> int:
@@ -285,6 +306,10 @@ def measure(
     budgets = options.budget or ([] if options.toy else [planned_budget(name, shape)])
     stock = "full" if options.toy else "trl"  # TRL 1.15 has no head for a CPU
     gradients: dict[str, Tensor] = {}
+    work, rate = (
+        arithmetic(model),
+        matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32),
+    )
     contestants = [
         ("packed", "memhead", 0.0, 0),
         *(("packed", "memhead", 0.0, budget) for budget in budgets),
@@ -311,6 +336,7 @@ def measure(
                 trainer = make_trainer(kind, model, options.toy, shape, budget=budget, **checkpointing)
                 trainer.fed = rollout(shape, vocab_size, zeros, device)
                 row["loss"] = window(trainer)
+                needed = work.training(flow_of(trainer, way)) / rate  # seconds
                 if zeros == 0.0:
                     gradients[f"{way} {head}"] = gradient(trainer).cpu()
                 trainer.model.zero_grad(set_to_none=True)
@@ -326,6 +352,7 @@ def measure(
                 slots = trainer.fed["prompt_mask"].numel() + trainer.fed["completion_mask"].numel()
                 computed = trainer._metrics["train"].get("step/tokens_computed", [slots])[-1]
                 row |= {"real": real, "computed": computed, "real_per_second": real / row["seconds"]}
+                row["share"] = needed / row["seconds"]
         except torch.OutOfMemoryError as error:
             row["error"] = f"out of memory: {error}".splitlines()[0][:120]
         except Exception as error:
@@ -361,8 +388,8 @@ def table(rows: list[dict]) -> str:
     """Markdown: seconds as a share of TRL's own, with and without its scoring pass."""
     lines = [
         "| model | shape | way | bins of | zero groups | seconds | scoring | of TRL's loss | of TRL's with scoring |"
-        " peak GiB | tokens computed | real tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " peak GiB | tokens computed | real tokens/s | share of the matrix rate |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     stock = {
         (r["model"], r["shape"]): r
@@ -376,7 +403,7 @@ def table(rows: list[dict]) -> str:
             f"| {r['model']} | {r['shape']} | {r['way']}, {r['head']} | {r['budget']} | {r['zeros']:.0%} |"
         )
         if "seconds" not in r:
-            lines.append(f"{start} {r.get('error', '')} |||||||")
+            lines.append(f"{start} {r.get('error', '')} ||||||||")
             continue
         base = stock.get((r["model"], r["shape"]))
         scoring = r.get("scoring", 0.0)
@@ -386,7 +413,7 @@ def table(rows: list[dict]) -> str:
         )  # fmt: skip
         lines.append(
             f"{start} {r['seconds']:.3f} | {scoring:.3f} | {shares[0]} | {shares[1]} | {r['peak_mib'] / 1024:.1f} |"
-            f" {r['computed']:.0f} | {r['real_per_second']:.0f} |"
+            f" {r['computed']:.0f} | {r['real_per_second']:.0f} | {r['share']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
