@@ -6,7 +6,7 @@
 A time limit raises in the code, and code may catch everything, in loops within loops; an `async def` that never awaits
 keeps the loop from which it would be cancelled; a call inside C may wait for ever without looking for signals. A thread
 beside them needs the interpreter for a moment only, which all of these give it. A call inside C that keeps the
-interpreter itself is out of its reach.
+interpreter itself is out of its reach, and left to a process beside: recipes.rewards.outside.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from recipes.rewards.outside import seen_from_outside
 
 PATIENCE = 60.0  # seconds past every limit: what is merely slow to come to an end is waited for
 _WAITS = 6  # in which they are spent: time in which this thread was held up counts as one of them at most
@@ -36,17 +38,25 @@ def watched(whose: str, seconds: float, keep: Callable[[], str] = nothing_to_kee
     keep: saves what can be saved, in a thread of its own, and returns a sentence about it.
     """
     back = threading.Event()
-    beside = threading.Thread(target=_watch, args=(back, whose, seconds, keep), daemon=True)
-    beside.start()
-    try:
-        yield
-    finally:
-        back.set()
+    with seen_from_outside(whose, seconds + 2 * PATIENCE) as relieve:  # later than the thread, which can save
+
+        def late() -> None:
+            relieve()
+            _end(whose, seconds, keep)
+
+        threading.Thread(target=_watch, args=(back, seconds, late), daemon=True).start()
+        try:
+            yield
+        finally:
+            back.set()
 
 
-def _watch(back: threading.Event, whose: str, seconds: float, keep: Callable[[], str]) -> None:
-    if back.wait(seconds) or any(back.wait(PATIENCE / _WAITS) for _ in range(_WAITS)):
-        return
+def _watch(back: threading.Event, seconds: float, late: Callable[[], None]) -> None:
+    if not (back.wait(seconds) or any(back.wait(PATIENCE / _WAITS) for _ in range(_WAITS))):
+        late()
+
+
+def _end(whose: str, seconds: float, keep: Callable[[], str]) -> None:
     _say(
         f"error: {whose} has not come back after {seconds + PATIENCE:g} s, and no exception ends it: the run ends. "
         "`except:` and `except BaseException:` catch its time limit, `except Exception:` lets it pass; "
