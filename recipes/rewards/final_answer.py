@@ -5,11 +5,11 @@ r"""Reading the final answer out of a completion, as exact numbers: in the form 
 
 Numbers are compared as fractions: 3.0 is 3, 1,000 is 1000 and 0.5 is 1/2, and nothing is rounded. What is read:
 
-    digits        18, 1,234.50, 1,00,000, 1 000, 1'000, 1_000, 1{,}000, .5      ASCII digits only
-    fractions     1/2, 1 / 2, 3 1/2, 3½, \frac{1}{2}, \frac12, 2\frac{1}{2}
+    digits        18, 1,234.50, 1,00,000, 1 000, 1'000, 1_000, 1{,}000, .5 and 0,5     ASCII digits only
+    fractions     1/2, 1 / 2, 3 1/2, 3½, 3 and a half, \frac{1}{2}, \frac12, 2\frac{1}{2}, 1 \over 2
     powers        1e3, 5\times10^3, 5 × 10³, 10^2                               not the exponent of a unit: m^2
-    magnitudes    5k, 1.2M, 1.2 million
-    signs         -5, −5, minus 5, - $5                                         not between two numbers: 10 - 15
+    magnitudes    5k, 1.2M, 1.2 million, 3 hundred thousand, 2 lakh
+    signs         -5, −5, minus 5, - $5, -(5)                                     not between two numbers: 10 - 15
 
 Every step takes time in proportion to the text: no pattern here backtracks (`++`, `*+`); what it has matched is judged
 afterwards.
@@ -34,6 +34,8 @@ _VULGAR = {
     character: unicodedata.normalize("NFKC", character).replace("\u2044", "/")
     for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"
 }
+_SUNK = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
 _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\\?+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
 
 
@@ -50,19 +52,36 @@ def _fraction(match: re.Match[str]) -> str:
 
 _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Markdown → what _NUMBER knows
     (re.compile(f"[{''.join(_VULGAR)}]"), lambda match: f" {_VULGAR[match[0]]}"),
+    (
+        re.compile("(?<![⁰¹²³⁴⁵⁶⁷⁸⁹])([⁰¹²³⁴⁵⁶⁷⁸⁹]++)\u2044([₀₁₂₃₄₅₆₇₈₉]++)"),
+        lambda match: f" {match[1].translate(_LOWERED)}/{match[2].translate(_SUNK)}",
+    ),
     (re.compile(r"[\u2044\u2215]"), "/"),
-    (re.compile(f"[{_MINUS}]"), "-"),
+    (re.compile(f"[{_MINUS}]|(?<![^\\s>$=(])[\u2014\u2015](?=[$€£¥₹.0-9])"), "-"),
+    (
+        re.compile(rf"(?<=[0-9]) and an?[ -]({'|'.join(_PARTS)})(?![\w-])"),
+        lambda match: f" 1/{_PARTS[match[1]]}",
+    ),
+    (re.compile(r"(?<=[0-9]) and (?=[1-9]/[1-9][0-9]?+(?![\w/]))"), " "),
     (re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|boldsymbol|bm|mbox)\s*+\{([^{}]*+)\}"), r" \1 "),
     (re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
     (re.compile(rf"(?<=[0-9])(?:\{{,\}}(?:\\!)?+|,?+\\[,;:! ]|~|[{_BLANK}])(?=[0-9]{{3}}(?![0-9]))"), ","),
     (re.compile(rf"\\[,;:! ]|~|[{_BLANK}]"), " "),
     (
         re.compile(
-            r"\\[dtc]?frac\s*+(?:\{(?P<above>[^{}]*+)\}|(?P<above_digit>[0-9]))"
+            r"\\(?:[dtcs]|nice)?frac\s*+(?:\{(?P<above>[^{}]*+)\}|(?P<above_digit>[0-9]))"
             r"\s*+(?:\{(?P<below>[^{}]*+)\}|(?P<below_digit>[0-9]))"
         ),
         _fraction,
     ),
+    (re.compile(r"(?<=[0-9}])\s*+\\over(?![A-Za-z])\s*+(?=[0-9{])"), "/"),
+    (
+        re.compile(
+            r"(?:(?<![\^A-Za-z_}{])|(?<=\\times)|(?<=\\cdot))\{\s*+([0-9][0-9,.]*+(?:/[0-9]++)?+)\s*+\}"
+        ),
+        r" \1",
+    ),
+    (re.compile(r"(?<=[-+])\s?\(\s?([0-9][0-9,.]*+(?:/[0-9]++)?+)\s?\)"), r"\1"),
     (re.compile(r"(?<=[\w)])\*\*(?=-?[0-9]{1,4}(?![\w*.,]))"), "^"),  # Python's power; other `**` are bold
     (re.compile(r"(?<![A-Za-z0-9_])__?(?=[-+$€£¥.0-9])|(?<=[0-9.%])__?(?![A-Za-z0-9_])"), " "),  # bold, too
     (re.compile(r"\\[$%]|\\[(\[)\]]|\*\*"), " "),
@@ -81,19 +100,20 @@ _NUMBER = re.compile(
     (?: {_POWER.format("power")}
       | (?P<raised> [{_RAISED}]++ )
       | [eE] (?P<e> [-+]?[0-9]++ ) (?!\w)
-      | \s{{0,2}}+ (?: \\times | \\cdot | [×·*x] ) \s{{0,2}}+ 10
+      | \s{{0,2}}+ (?: \\times | \\cdot | [×·⋅*xX] ) \s{{0,2}}+ 10
         (?: {_POWER.format("ten")} | (?P<ten_raised> [{_RAISED}]++ ) )
       | (?: [ ]{{1,4}}+ (?P<numerator> [0-9]++ ) )?+
         [ ]?+ / [ ]?+ (?P<denominator> [0-9]++ (?: ,[0-9]{{3}} (?![0-9]) )*+ (?: \.[0-9]++ )?+ )
     )?+
     (?P<more> (?: [./][0-9]++ )*+ )                              # a date, a version
-    (?: (?(currency) [ ]?+ ) (?P<letter> [kKMBT] | bn ) (?!\w)
-      | \s{{1,4}}+ (?P<name> (?i: hundred | thousand | million | billion | trillion ) ) s?+ (?![\w-]) )?+
+    (?: (?(currency) [ ]?+ ) (?P<letter> [kKMBT] | [ ]?+ bn ) (?!\w)
+      | (?P<name> (?: \s{{1,4}}+
+            (?i: hundred | thousand | lakh | million | crore | billion | trillion ) s?+ (?![\w-]) )++ ) )?+
     """,
     re.VERBOSE,
 )
 _MAGNITUDES = {"hundred": 2, "k": 3, "thousand": 3, "m": 6, "million": 6, "b": 9, "bn": 9, "billion": 9}
-_MAGNITUDES |= {"t": 12, "trillion": 12}
+_MAGNITUDES |= {"t": 12, "trillion": 12, "lakh": 5, "crore": 7}
 # Between a number and the sign that subtracts from it: nothing, or its unit.
 _UNIT = re.compile(r"[\s$%°)\]}]*+(?P<word>[A-Za-z]++(?:\^\{?+-?+[0-9]++\}?+|[²³])?+[\s$)\]}]*+)?+")
 _NOUN = re.compile(r"[A-Za-z]\s*+$")
@@ -161,6 +181,8 @@ def _ungrouped(run: str) -> list[str]:
         return [run]
     if len(separators) == 1:
         first, *middle, last = whole.split(separators.pop())
+        if first == "0" and "," in whole and not middle and not dot:
+            return [f"0.{last}"]  # no thousands begin with 0: a decimal comma
         thousands = len(first) <= 3 and all(len(group) == 3 for group in middle)
         lakhs = "," in whole and len(first) <= 2 and all(len(group) == 2 for group in middle)
         if len(last) == 3 and (thousands or lakhs) and not (" " in whole and first[0] == "0"):
@@ -192,7 +214,8 @@ def _value(match: re.Match[str], digits: str) -> Fraction | None:
         return None
     if denominator:
         value = value + above / over if numerator else value / over
-    magnitude = _MAGNITUDES.get((match["letter"] or match["name"] or "").lower(), 0)
+    words = (match["letter"] or match["name"] or "").lower().split()
+    magnitude = sum(_MAGNITUDES[word if word in _MAGNITUDES else word.rstrip("s")] for word in words)
     return value**power * Fraction(10) ** (shift + magnitude)
 
 
