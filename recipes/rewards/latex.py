@@ -24,8 +24,14 @@ _WRAPPERS = re.compile(
     r"\{([^{}]*+)\}"
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUNK = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0])}"),
+    (
+        re.compile("(?<![⁰¹²³⁴⁵⁶⁷⁸⁹])([⁰¹²³⁴⁵⁶⁷⁸⁹]++)\u2044([₀₁₂₃₄₅₆₇₈₉]++)"),
+        lambda match: f" {match[1].translate(_RAISED)}/{match[2].translate(_SUNK)}",
+    ),
     (re.compile("\u2044"), "/"),
     (re.compile(r"[\u2010-\u2015\u2212\ufe63\uff0d]"), "-"),
     (re.compile(r"\s*+(?:°|º|\^\s*+(?:\{\s*+)?\\(?:circ|degree)(?:\s*+\})?|\\degree(?![A-Za-z]))"), " "),
@@ -41,12 +47,23 @@ _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
         for sign, command in {
             "×": "times",
             "[·⋅]": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm",
+            "≈": "approx", "∅": "emptyset",
         }.items()
     ),
 )  # fmt: skip
 _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<=[\w)}\]])\*\*(?=[-({]?[0-9a-zA-Z])"), "^"),  # Python's power; other `**` are bold
-    (re.compile(r"\*\*"), " "),
+    (re.compile(r"\*\*|`++|(?<![A-Za-z0-9_}])__(?=[-0-9A-Za-z(])|(?<=[0-9A-Za-z)])__(?![A-Za-z0-9_{])"), " "),
+    (re.compile("[€£¥₹]"), " "),
+    (re.compile(r"\\(?:nice|s)frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset "),
+    (re.compile(r"\\mid(?![A-Za-z])"), "|"),
+    (re.compile(r"\{:\}"), ":"),
+    (re.compile(r"\\(?:text|mathrm|operatorname)\s?\{\s?([0-9]{1,40}+|[ie])\s?\}"), r" \1 "),
+    (
+        re.compile(rf"(?<=[0-9])(?:\s|\\ |~){{1,3}}+({'|'.join(_POWERS)})s?+(?![A-Za-z])", re.IGNORECASE),
+        lambda match: rf"\cdot10^{{{_POWERS[match[1].lower()]}}}",
+    ),
     (re.compile(r"\\(?:displaystyle|textstyle|bf|rm)(?![A-Za-z])"), " "),
     (re.compile(r"(?<!\\)\\[\[\]()]"), " "),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
@@ -56,6 +73,11 @@ _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 _MIXED = re.compile(
     r"(?<![\w.,/^{-])(-?+)([0-9]{1,40}+)(?:\s|\\ |\\,|~){1,3}+([0-9]{1,40}+)\s?+/\s?+([0-9]{1,40}+)(?![\w/]|\.[0-9])"
+)
+_LAKHS = re.compile(r"(?<![\w.,^])[1-9][0-9]?+(?:,[0-9]{2}){1,6},[0-9]{3}(?![0-9,])")
+_NEGATIVE = re.compile(r"(?<![A-Za-z\\])(?:negative|minus)\s{1,3}+(?=[$\\]?[0-9(\\])", re.IGNORECASE)
+MONTH = re.compile(
+    r"(?<![A-Za-z\\])(?:January|February|March|April|May|June|July|August|September|October|November|December)(?![a-z])"
 )
 _GROUPED = re.compile(
     r"(?<![\w.^])[1-9][0-9]{0,2}"
@@ -80,9 +102,10 @@ _WORD = re.compile(
     r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+|[23])?+"
     r"(?!\s*+[+*=^_<>{]|\s*+/|[(\[\w'-]|(?<!\bis)(?<!\bare)(?<!\bbe)\s+[(\[-])"  # f (x), but: is (C), is -5
 )
-# (1), part (b):, \text{(ii)}, ③
+# (1), 1), part (b):, \text{(ii)}, ③
 _LABEL = re.compile(
-    r"(?:\\text\s?\{\s?)?+(?:[Pp]art\s)?+\(\s?([1-9]|[ivx]{1,4}|[a-h])\s?\)(?:\s?\})?+:?+|([\u2460-\u2468])"
+    r"(?:\\text\s?\{\s?)?+(?:[Pp]art\s)?+(?:\(\s?|(?<![\w(.,^{+*/-]))([1-9]|[ivx]{1,4}|[a-h])\s?\)(?:\s?\})?+:?+"
+    "|([\u2460-\u2468])"
 )
 _COUNTS = (tuple("123456789"), tuple("abcdefgh"), ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii"))
 _JOIN = re.compile(r"\s*+(?:,?\s*+(?:and|or)|[;,.]|)\s*+", re.IGNORECASE)
@@ -113,7 +136,17 @@ def parts(text: str) -> list[str]:
     text = (inner if inner is not None else text).strip()
     if len(text) > MAX_ANSWER:
         return [text]
-    return [clean for part in _split(text) if (clean := _clean(part))]
+    return [clean for part in _split(text) if (clean := _both_signs(_clean(part)))]
+
+
+def _both_signs(text: str) -> str:
+    r"""Both values of a ± inside braces, where it is not understood: \frac{1\pm\sqrt5}{2}."""
+    if r"\pm" not in text or text.count("{", 0, text.index(r"\pm")) <= text.count("}", 0, text.index(r"\pm")):
+        return text
+    name, equals, value = text.rpartition("=")
+    upper = value.replace(r"\pm", "+").replace(r"\mp", "-")
+    lower = value.replace(r"\pm", "-").replace(r"\mp", "+")
+    return f"{name}{equals}{upper}, {name}{equals}{lower}"
 
 
 def _split(text: str) -> list[str]:
@@ -189,7 +222,13 @@ def plain(text: str) -> str:
     for pattern, latex in _TYPOGRAPHY:
         text = pattern.sub(latex, text)
     text = _MIXED.sub(_improper, text)
-    return _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
+    text = _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
+    return _LAKHS.sub(_lakhs, text)
+
+
+def _lakhs(match: re.Match[str]) -> str:
+    """12,05,000 as 1205000. Without a group that begins with 0 it may be a list."""
+    return match[0].replace(",", "") if ",0" in match[0] else match[0]
 
 
 def _periodic(whole: str, before: str, period: str) -> str:
@@ -211,7 +250,9 @@ def _clean(text: str) -> str:
     bare = text
     for _ in range(3):  # wrappers inside wrappers
         bare = _WRAPPERS.sub(r" \1 ", bare)
-    bare = bare.strip()
+    bare = _NEGATIVE.sub("-", bare.strip())
+    if MONTH.search(bare):
+        return " ".join(re.findall("[0-9A-Za-z]+", bare))
     if not bare.endswith((r"\right.", r"\left.")):
         bare, text = bare.rstrip(". "), text.strip().rstrip(". ")
     core = _without_words(_MIXED.sub(_improper, re.sub(r"\\[ ,;:!]|~", " ", bare)))

@@ -5,17 +5,36 @@ Only the process of `math_verifier` imports this: a comparison may take forever,
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import And, Basic, Eq, FiniteSet, Interval, MatrixBase, Rational, Tuple, UnevaluatedExpr
+from sympy import (
+    And,
+    Basic,
+    Eq,
+    FiniteSet,
+    I,
+    Interval,
+    MatrixBase,
+    Ne,
+    Or,
+    Rational,
+    Set,
+    Symbol,
+    Tuple,
+    UnevaluatedExpr,
+)
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from recipes.rewards.latex import split_outside
+from recipes.rewards.latex import MONTH, split_outside
 
 _ANYWHERE = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _OPTIONS: dict[str, Any] = {"parsing_timeout": None}  # its alarms do not end what hangs; the kill does
+_BASE = re.compile(r"(?P<digits>[0-9A-Z]{1,100})_(?P<brace>\{)?(?P<base>[0-9]{1,2})(?(brace)\})")
+_EXPONENT = re.compile(r"\^\s*\{?\s*-?[0-9]+")
+_LOOSE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _CLOSE = 1e-3  # relative; math-verify rounds to 6 places, which leaves nothing of 1/30!
 
 
@@ -36,9 +55,22 @@ def _name(part: str) -> str:
 
 def same(gold: str, given: str) -> bool:
     """Whether two LaTeX expressions are equal."""
-    if gold == given:
+    if _LOOSE.sub("", gold) == _LOOSE.sub("", given):
         return True
+    if MONTH.search(gold) or MONTH.search(given):  # of a date no number is taken by itself
+        return gold.lower() == given.lower()
+    bases = [_BASE.fullmatch(part.replace(" ", "")) for part in (gold, given)]
+    if bases[0] and bases[1]:
+        return _digits(bases[0]) == _digits(bases[1])
     return _same_expressions(_known(gold), _parse(given))
+
+
+def _digits(match: re.Match[str]) -> int | str:
+    """The value of 101_2, or what is written if its digits are none of that base."""
+    try:
+        return int(match["digits"], int(match["base"]))
+    except ValueError:
+        return match[0]
 
 
 def same_in_text(gold: list[str], text: str) -> bool:
@@ -57,18 +89,58 @@ def _known(gold: str) -> list[Any]:
 
 def _parse(latex: str) -> list[Any]:
     parsed: list[Any] = parse(f"${latex}$", extraction_config=_ANYWHERE, **_OPTIONS)
-    return parsed
+    read = parsed[-1] if parsed else ""
+    # Of 5\text{ hours }30\text{ minutes} it reads the 5.
+    return parsed if not isinstance(read, str) or _digit_count(read) >= _digit_count(latex) else []
+
+
+def _digit_count(latex: str) -> int:
+    """Digits outside of exponents, which units may have."""
+    return sum(character in "0123456789" for character in _EXPONENT.sub("", latex))
 
 
 def _same_expressions(gold: list[Any], given: list[Any]) -> bool:
-    if not gold or not given or not verify(gold, given, timeout_seconds=None):
+    if not gold or not given:
         return False
+    if any(isinstance(values[0], (Relational, And, Or)) for values in (gold, given)):
+        solved = [_solutions(values[0]) for values in (gold, given)]
+        if None not in solved:
+            return bool(solved[0] == solved[1])
+    if not verify(gold, given, timeout_seconds=None):
+        return _names_i(gold[0], given[0]) and _same_expressions(*([_with_i(v[0])] for v in (gold, given)))
     known, found = gold[0], given[0]
     if not isinstance(known, (Relational, And)):
         sides = _claimed(found)
         if len(sides) > 1:  # 6=5 does not say 5
             return all(_same_expressions([known], [side]) for side in sides)
     return not _apart(known, found)
+
+
+def _solutions(value: Any) -> Any:
+    """The numbers that an inequality in one unknown, or several, or a set stand for; None for anything else."""
+    if isinstance(value, Set) and not isinstance(value, FiniteSet):
+        return value
+    inequalities = isinstance(value, (And, Or, Relational)) and not value.has(Eq, Ne)
+    if not inequalities or len(value.free_symbols) != 1:
+        return None
+    (unknown,) = value.free_symbols
+    try:
+        return value.subs(unknown, Symbol("x", real=True)).doit().as_set()
+    except (NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _names_i(*values: Any) -> bool:
+    return any(
+        named.name == "i" for value in values if isinstance(value, Basic) for named in value.free_symbols
+    )
+
+
+def _with_i(value: Any) -> Any:
+    """i as the imaginary unit, which the parser takes for a name like any other."""
+    if not isinstance(value, Basic):
+        return value
+    return value.subs({named: I for named in value.free_symbols if named.name == "i"}).doit()
 
 
 def _claimed(found: Any) -> list[Any]:
