@@ -51,20 +51,27 @@ _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
         }.items()
     ),
 )  # fmt: skip
-_MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
+_MARKUP: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"(?<=[\w)}\]])\*\*(?=[-({]?[0-9a-zA-Z])"), "^"),  # Python's power; other `**` are bold
     (re.compile(r"\*\*|`++|(?<![A-Za-z0-9_}])__(?=[-0-9A-Za-z(])|(?<=[0-9A-Za-z)])__(?![A-Za-z0-9_{])"), " "),
     (re.compile("[€£¥₹]"), " "),
     (re.compile(r"\\(?:nice|s)frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset "),
     (re.compile(r"\\mid(?![A-Za-z])"), "|"),
-    (re.compile(r"\{:\}"), ":"),
+    (re.compile(r"\{:\}|\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"(?<=[0-9])\s?[xX]\s?(?=10\s?\^)"), r"\\times "),
+    (re.compile(r"\\(?:text)?color\s?\{[A-Za-z!0-9]*+\}"), " "),
     (re.compile(r"\\(?:text|mathrm|operatorname)\s?\{\s?([0-9]{1,40}+|[ie])\s?\}"), r" \1 "),
     (
         re.compile(rf"(?<=[0-9])(?:\s|\\ |~){{1,3}}+({'|'.join(_POWERS)})s?+(?![A-Za-z])", re.IGNORECASE),
         lambda match: rf"\cdot10^{{{_POWERS[match[1].lower()]}}}",
     ),
-    (re.compile(r"\\(?:displaystyle|textstyle|bf|rm)(?![A-Za-z])"), " "),
+    (
+        re.compile(
+            r"\\(?:displaystyle|textstyle|bf|rm|it|tt|sf|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
+        ),
+        " ",
+    ),
     (re.compile(r"(?<!\\)\\[\[\]()]"), " "),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)h?+|cot|sec|csc|log|ln|exp)(?![A-Za-z])"), r"\\\1 "),
@@ -102,12 +109,16 @@ _WORD = re.compile(
     r"(?<![\\A-Za-z_^{])(?P<word>[A-Za-z]++)(?P<per>/[A-Za-z]++)?+(?P<power>\s*+\^\s*+(?:\{\s*+)?-?[0-9](?:\s*+\})?+|[23])?+"
     r"(?!\s*+[+*=^_<>{]|\s*+/|[(\[\w'-]|(?<!\bis)(?<!\bare)(?<!\bbe)\s+[(\[-])"  # f (x), but: is (C), is -5
 )
-# (1), 1), part (b):, \text{(ii)}, ③
+# (1), 1), part (b):, Part 2:, 3., \text{(ii)}, ③
 _LABEL = re.compile(
-    r"(?:\\text\s?\{\s?)?+(?:[Pp]art\s)?+(?:\(\s?|(?<![\w(.,^{+*/-]))([1-9]|[ivx]{1,4}|[a-h])\s?\)(?:\s?\})?+:?+"
-    "|([\u2460-\u2468])"
+    r"(?:\\text\s?\{\s?)?+(?:[Pp]art\s)?+(?:\(\s?|(?<![\w(.,^{+*/-]))(?P<in>[1-9]|[ivx]{1,4}|[IVX]{1,4}|[a-hA-H])\s?\)(?:\s?\})?+:?+"
+    r"|(?<!\S)(?P<before>[1-9])\.(?=\s)|[Pp]art\s(?P<part>[1-9a-hA-H])\s?:|(?P<circled>[\u2460-\u2468])"
 )
-_COUNTS = (tuple("123456789"), tuple("abcdefgh"), ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii"))
+_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
+_COUNTS = (tuple("123456789"), tuple("abcdefgh"), tuple("ABCDEFGH"), _ROMAN, tuple(map(str.upper, _ROMAN)))
+_FULL_WIDTH = str.maketrans(
+    {**dict(zip("；，（）：", ";,():")), "。": ". ", "、": ", ", "Ⅰ": "I", "Ⅱ": "II", "Ⅲ": "III", "Ⅳ": "IV"}
+)
 _JOIN = re.compile(r"\s*+(?:,?\s*+(?:and|or)|[;,.]|)\s*+", re.IGNORECASE)
 _END = re.compile(r"[\s.$]*+$")
 MAX_PROSE = 100  # letters around an answer; with more it is a text, not an answer
@@ -133,7 +144,7 @@ def gold_text(value: Any) -> str:
 def parts(text: str) -> list[str]:
     """The parts of an answer, each as LaTeX without `$`; most have one. Unknown forms stay as they are."""
     inner = boxed(text)
-    text = (inner if inner is not None else text).strip()
+    text = (inner if inner is not None else text).strip().translate(_FULL_WIDTH)
     if len(text) > MAX_ANSWER:
         return [text]
     return [clean for part in _split(text) if (clean := _both_signs(_clean(part)))]
@@ -162,7 +173,7 @@ def _split(text: str) -> list[str]:
 def _labelled(text: str) -> list[str]:
     """The texts after the labels (1), (2) … of a text that begins with them, in order; else nothing."""
     labels = list(_LABEL.finditer(text))
-    names = tuple(match[1] or str(int(unicodedata.digit(match[2]))) for match in labels)
+    names = tuple(_name_of(match) for match in labels)
     counted = len(names) > 1 and any(names == count[: len(names)] for count in _COUNTS)
     if not counted or text[: labels[0].start()].strip(" $"):
         return []
@@ -171,6 +182,11 @@ def _labelled(text: str) -> list[str]:
         text[match.end() : end].replace(r"\quad", " ").strip(" ;,.\n") for match, end in zip(labels, ends)
     ]
     return found if all(found) else []
+
+
+def _name_of(label: re.Match[str]) -> str:
+    circled = label["circled"]
+    return str(unicodedata.digit(circled)) if circled else label["in"] or label["before"] or label["part"]
 
 
 def _formulas(pieces: list[str]) -> list[str]:
@@ -215,6 +231,15 @@ def split_outside(text: str, separators: str) -> list[str]:
             found.append(text[start:place].strip())
             start = place + 1
     return [*found, text[start:].strip()]
+
+
+def words(text: str) -> str:
+    """An answer without wrappers and without more than one blank between words; in small letters if it is prose."""
+    bare = text
+    for _ in range(3):
+        bare = _WRAPPERS.sub(r"\1", bare)
+    bare = " ".join(bare.split()).strip(" .")
+    return bare.lower() if bare != text or " " in bare else bare
 
 
 def plain(text: str) -> str:

@@ -15,24 +15,29 @@ from sympy import (
     Eq,
     FiniteSet,
     I,
+    Intersection,
     Interval,
     MatrixBase,
     Ne,
     Or,
     Rational,
+    S,
     Set,
     Symbol,
     Tuple,
     UnevaluatedExpr,
+    Union,
 )
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from recipes.rewards.latex import MONTH, split_outside
+from recipes.rewards.latex import MONTH, split_outside, words
 
 _ANYWHERE = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _OPTIONS: dict[str, Any] = {"parsing_timeout": None}  # its alarms do not end what hangs; the kill does
 _BASE = re.compile(r"(?P<digits>[0-9A-Z]{1,100})_(?P<brace>\{)?(?P<base>[0-9]{1,2})(?(brace)\})")
+_POINT = re.compile(r"(?:\\left)?\(")
+_SET = re.compile(r"(?:\\left)?\\\{(?!\s*(?:\\left)?\()")
 _EXPONENT = re.compile(r"\^\s*\{?\s*-?[0-9]+")
 _LOOSE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _CLOSE = 1e-3  # relative; math-verify rounds to 6 places, which leaves nothing of 1/30!
@@ -57,8 +62,12 @@ def same(gold: str, given: str) -> bool:
     """Whether two LaTeX expressions are equal."""
     if _LOOSE.sub("", gold) == _LOOSE.sub("", given):
         return True
+    if words(gold) in (words(given), given.lower()) or words(given) == gold.lower():
+        return True
     if MONTH.search(gold) or MONTH.search(given):  # of a date no number is taken by itself
-        return gold.lower() == given.lower()
+        return False
+    if (_POINT.match(gold) and _SET.match(given)) or (_SET.match(gold) and _POINT.match(given)):
+        return False
     bases = [_BASE.fullmatch(part.replace(" ", "")) for part in (gold, given)]
     if bases[0] and bases[1]:
         return _digits(bases[0]) == _digits(bases[1])
@@ -102,12 +111,14 @@ def _digit_count(latex: str) -> int:
 def _same_expressions(gold: list[Any], given: list[Any]) -> bool:
     if not gold or not given:
         return False
-    if any(isinstance(values[0], (Relational, And, Or)) for values in (gold, given)):
+    if any(_is_inequality(values[0]) for values in (gold, given)):
         solved = [_solutions(values[0]) for values in (gold, given)]
         if None not in solved:
             return bool(solved[0] == solved[1])
     if not verify(gold, given, timeout_seconds=None):
-        return _names_i(gold[0], given[0]) and _same_expressions(*([_with_i(v[0])] for v in (gold, given)))
+        if _names_i(gold[0], given[0]):
+            return _same_expressions(*([_with_i(values[0])] for values in (gold, given)))
+        return _same_curve(gold[0], given[0])
     known, found = gold[0], given[0]
     if not isinstance(known, (Relational, And)):
         sides = _claimed(found)
@@ -116,9 +127,20 @@ def _same_expressions(gold: list[Any], given: list[Any]) -> bool:
     return not _apart(known, found)
 
 
+def _is_inequality(value: Any) -> bool:
+    some = value.args if isinstance(value, FiniteSet) else (value,)
+    return any(isinstance(one, (Relational, And, Or)) for one in some)
+
+
 def _solutions(value: Any) -> Any:
     """The numbers that an inequality in one unknown, or several, or a set stand for; None for anything else."""
-    if isinstance(value, Set) and not isinstance(value, FiniteSet):
+    if isinstance(value, Eq) and isinstance(value.rhs, Set):  # x ∈ [0, 1]
+        value = value.rhs
+    if isinstance(value, FiniteSet):  # x < 1 or x > 2; others may be meant together
+        each = [_solutions(inequality) for inequality in value.args]
+        apart = len(each) == 2 and None not in each and Intersection(*each) is S.EmptySet
+        return Union(*each) if apart else None
+    if isinstance(value, Set):
         return value
     inequalities = isinstance(value, (And, Or, Relational)) and not value.has(Eq, Ne)
     if not inequalities or len(value.free_symbols) != 1:
@@ -128,6 +150,19 @@ def _solutions(value: Any) -> Any:
         return value.subs(unknown, Symbol("x", real=True)).doit().as_set()
     except (NotImplementedError, TypeError, ValueError):
         return None
+
+
+def _same_curve(known: Any, found: Any) -> bool:
+    """Whether equations say the same of several unknowns: their differences are multiples of each other."""
+    if not (isinstance(known, Eq) and isinstance(found, Eq)) or len(known.free_symbols) < 2:
+        return False
+    if isinstance(known.lhs, Symbol) or known.free_symbols != found.free_symbols:
+        return False
+    try:
+        factor = ((known.lhs - known.rhs) / (found.lhs - found.rhs)).doit().simplify()
+    except (TypeError, AttributeError):
+        return False
+    return bool(factor.is_number and factor.is_finite and not factor.is_zero)
 
 
 def _names_i(*values: Any) -> bool:
@@ -162,6 +197,8 @@ def _apart(known: Any, found: Any) -> bool:
         return any(all(_apart(one, other) for other in there) for here, there in both for one in here)
     if len(inside := _inside(known)) == len(_inside(found)) and inside:
         return any(_apart(*pair) for pair in zip(inside, _inside(found)))
+    if isinstance(known, Eq) and isinstance(found, Eq) and known.lhs != found.lhs:
+        return False
     known, found = (value.rhs if isinstance(value, Eq) else value for value in (known, found))
     pair = [value for value in (known, found) if isinstance(value, Basic)]
     if len(pair) < 2 or any(value.free_symbols or value.has(UnevaluatedExpr) for value in pair):
