@@ -146,7 +146,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
-    from recipes.models.prompts import check_problems
+    from recipes.models.prompts import check_longest, check_problems
     from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
@@ -183,6 +183,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
+    check_longest(config, task, model, tokenizer)
     require_finite(session)
     if config.run.warm_start is not None and folder.checkpoint is None:
         session = begin_supervised(session, config.run.warm_start)

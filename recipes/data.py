@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,18 @@ from recipes.problems import ABSENT, ConfigError, Problem, one_of
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
 _KINDS = (".jsonl", ".json", ".parquet")
+MAX_TEXT = 1_000_000  # characters of one value: a book, or a mistake
+_ARCHIVES = {  # what a file of another kind begins with
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 class BadValue(ValueError):
@@ -81,8 +94,10 @@ def text(value: Any) -> str:
         raise BadValue("is null", "fill it in or take the row out")
     if not isinstance(value, str):
         raise BadValue(f"is {kind_of(value)}", "write it as text")
-    if not value.strip():
+    if not any(unicodedata.category(character)[0] not in "ZC" for character in value):  # blanks, zero width
         raise BadValue("is empty", "fill it in or take the row out")
+    if len(value) > MAX_TEXT:
+        raise BadValue(f"has {len(value):,} characters", f"take the row out, or cut it to {MAX_TEXT:,}")
     if re.search("[\ud800-\udfff]", value):
         raise BadValue("holds half a surrogate pair", "write the character whole")
     return value
@@ -181,14 +196,37 @@ def _read_file(file: Path) -> _Source:
     try:
         if file.suffix == ".parquet":
             return _Source(str(file), list(enumerate(_parquet(file), 1)))
+        _require_text(file)
         with file.open(encoding="utf-8-sig") as lines:
             listed = _listed(lines.read()) if file.suffix == ".json" else None
             lines.seek(0)
             rows = list(enumerate(listed, 1)) if listed is not None else list(_lines(file, lines))
             return _Source(str(file), rows)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _refused("task.dataset", str(file), *_not_utf8(file, error)) from error
+    except OSError as error:
         remedy = "mend it: text in UTF-8, or parquet"
         raise ConfigError([Problem("task.dataset", f"cannot be read: {error}", str(file), remedy)]) from error
+
+
+def _require_text(file: Path) -> None:
+    with file.open("rb") as opened:
+        begins = opened.read(8)
+    for mark, kind in _ARCHIVES.items():
+        if begins.startswith(mark):
+            remedy = "save it as UTF-8" if kind == "UTF-16" else "unpack it, or name it by its kind"
+            raise ConfigError([Problem("task.dataset", f"is {kind}, no text in UTF-8", str(file), remedy)])
+
+
+def _not_utf8(file: Path, error: UnicodeDecodeError) -> tuple[int, str, bytes, str]:
+    """The row of the first byte that is not UTF-8, what is wrong, the bytes there and the remedy."""
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as found:
+            around = line[max(0, found.start - 20) : found.start + 20]
+            return number, "is no text in UTF-8", around, "save the file as UTF-8"
+    return 1, f"is no text in UTF-8 ({error.reason})", error.object[:20], "save the file as UTF-8"
 
 
 def _parquet(file: Path) -> Rows:
@@ -197,15 +235,28 @@ def _parquet(file: Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        table = pyarrow.parquet.ParquetFile(file).read()
+        twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+        if twice:
+            raise OSError(f"it has several columns {min(twice)!r}")
+        return table.to_pylist()
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that occurs twice, of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _listed(text: str) -> list[Any] | None:
     """The rows of a file that is one list; None for a file of lines."""
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
     return whole if isinstance(whole, list) else None
@@ -217,7 +268,7 @@ def _lines(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             reason = str(error) or "too deeply nested"
             fault = f"is no JSON ({reason})"
@@ -272,6 +323,9 @@ def _local_files(dataset: str, split: str) -> list[Path]:
                 [Problem("task.dataset", f"is none of {', '.join(_KINDS)}", dataset, "convert it")]
             )
         return [place]
+    if place.exists() or place.is_symlink():
+        kind = "is a link that leads nowhere" if place.is_symlink() else "is neither a file nor a folder"
+        raise ConfigError([Problem("task.dataset", kind, dataset, "name a file or a folder")])
     if _looks_local(dataset):
         remedy = "correct the path, or give an id of the hub such as openai/gsm8k"
         raise ConfigError([Problem("task.dataset", "no such file or folder", dataset, remedy)])

@@ -46,8 +46,9 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if lora is not None and isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules:
         remedy = "remove 'lm_head' from it: TRL does not train an adapter there"
         yield Problem("lora.target_modules", "adapts the head", lora.target_modules, remedy)
-    if run.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
-        yield Problem("run.name", "is no folder name", run.name, "use letters, digits, '.', '_' and '-'")
+    if run.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
+        remedy = "use at most 200 letters, digits, '.', '_' and '-'"
+        yield Problem("run.name", "is no folder name", run.name, remedy)
     if grpo["warmup_steps"] and grpo["lr_scheduler_type"] == "constant":
         remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
         yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
@@ -56,6 +57,7 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _check_ahead(model, grpo)
     if sections["head"].impl == "memhead" and model.loader != "unsloth":
         yield from _check_truncation(grpo)
+    yield from _check_steps(grpo)
     yield from _check_lengths(model, grpo)
     yield from _check_task_fits(sections)
 
@@ -194,6 +196,13 @@ def _check_ahead(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Proble
         yield Problem(
             "grpo.steps_per_generation", "step.ahead begins a rollout with an update", steps, remedy
         )
+
+
+def _check_steps(grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """transformers takes 0 and everything below it for -1."""
+    if (steps := grpo["max_steps"]) < 1 and steps != -1:
+        remedy = "set it to 1 or more, or to -1 for grpo.num_train_epochs"
+        yield Problem("grpo.max_steps", "is no number of steps", steps, remedy)
 
 
 def _check_lengths(model: ModelConfig, grpo: Mapping[str, Any]) -> Iterator[Problem]:

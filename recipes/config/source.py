@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -260,7 +260,14 @@ def read_overrides(overrides: list[str]) -> Document:
                 "", "not an override", override, "write section.key=value, such as grpo.learning_rate=2e-5"
             )
             raise ConfigError([wrong], {}, OVERRIDE)
-        data = read_text(f"value: {text}", OVERRIDE).data
+        try:
+            data = read_text(f"value: {text}", OVERRIDE).data
+        except ConfigError as error:  # what it calls the value is the key
+            named = [
+                replace(wrong, key=join(key, wrong.key.removeprefix("value").lstrip(".")))
+                for wrong in error.problems
+            ]
+            raise ConfigError(named, {}, OVERRIDE) from error
         if list(data) != ["value"]:  # a line break, and another key after it
             raise ConfigError([Problem(key, "is more than one value", override)], {}, OVERRIDE)
         target = document.data

@@ -7,18 +7,21 @@ check_problems(config, task)      ConfigError: too few for a batch, or prompts t
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
 from recipes.models.foreign import no_foreign_code
-from recipes.models.generation import token_ids
+from recipes.models.generation import encode, token_ids
 from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError, Problem
+from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
 
 _LOOKED_AT = 256  # problems, for a mean
+LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
 
 
 def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> list[str]:
@@ -47,6 +50,29 @@ def mean_prompt(config: RunConfig, task: Task) -> int | None:
     prompts = [row["prompt"] for row in task.train.select(range(min(_LOOKED_AT, len(task.train))))]
     ids = token_ids(tokenizer, prompts, config.chat_template_kwargs)
     return max(1, round(sum(map(len, ids)) / len(ids)))
+
+
+def check_longest(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> None:
+    """Raises ConfigError if the longest prompt and its completion are more than the positions that the model has."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not known:
+        return
+    scaled = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    positions = int(known * max(1.0, scaled.get("factor") or 1.0))
+    length = config.grpo["max_completion_length"]
+    for problems in (task.train, task.held_out):
+        longest = heapq.nlargest(LONGEST, problems["prompt"], key=lambda prompt: len(str(prompt)))
+        encoded = encode(tokenizer, longest, config.chat_template_kwargs)["attention_mask"].sum(1)
+        tokens, prompt = int(encoded.max()), longest[int(encoded.argmax())]
+        if tokens + length > positions:
+            message = (
+                f"a prompt of {tokens:,} tokens and grpo.max_completion_length {length:,} are more than the "
+                f"{positions:,} positions of the model"
+            )
+            remedy = "take it out, or lower grpo.max_completion_length"
+            if config.model.loader == "scratch":
+                remedy += ", or raise model.scratch.max_positions"
+            raise ConfigError([Problem("task", message, last_words(prompt), remedy)])
 
 
 def _check_number(config: RunConfig, task: Task) -> None:

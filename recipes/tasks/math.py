@@ -20,7 +20,7 @@ from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of,
 from recipes.rewards.call import Reward
 from recipes.rewards.contract import ColumnNames, RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
-from recipes.rewards.latex import gold_text, parts
+from recipes.rewards.latex import MAX_ANSWER, gold_text, parts
 from recipes.rewards.math_verifier import Verifier
 from recipes.tasks import Row, Task
 
@@ -156,6 +156,11 @@ def _gold(value: Any) -> str:
     found = boxed(answer)
     if (found is None and boxes(answer)) or not parts(text(answer)):  # an empty box, $$: nothing equals it
         raise BadValue("holds no answer", "write it out or take the row out")
+    if len(found or answer) > MAX_ANSWER:
+        remedy = (
+            r"name the column that holds it in task.columns.answer, put it into \boxed{}, or take the row out"
+        )
+        raise BadValue(f"has {len(found or answer):,} characters, and no final answer has", remedy)
     return found or answer
 
 

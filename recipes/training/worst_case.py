@@ -17,12 +17,12 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.models.generation import encode
+from recipes.models.prompts import LONGEST
 from recipes.tracking.phases import in_phase
 from recipes.training.memory import PLAN_FILE
 from recipes.training.session import Session
 
 PHASE = "a worst-case step before the first: forward"
-LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
 # Attributes of TRL's trainer and of the packed step that one step leaves for the next.
 STATE = (
     "_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap", "_ratios", "_flow", "_even_bins",

@@ -321,6 +321,11 @@ MISTAKES = {
     "task.eval_problems=0": "task.eval_problems: out of range (value 0); must be >= 1",
     "run.warm_start.target_accuracy=1.5": "must be <= 1",
     "run.name=a/b": "run.name: is no folder name (value 'a/b')",
+    "run.name=" + 201 * "a": "run.name: is no folder name (value 'aaaa",
+    "grpo.max_steps=-5": "grpo.max_steps: is no number of steps (value -5); set it to 1 or more, or to -1",
+    "grpo.max_steps=0": "grpo.max_steps: is no number of steps (value 0)",
+    "task.rewards={correct: 1.0, correct: 2.0}": "command line: task.rewards.correct: written twice",
+    "run.name=!!python/name:os.system": "command line: run.name: the YAML tag tag:yaml.org,2002:python/name:os.system",
     # fields that TRL no longer has, that are ours, that are refused
     "grpo.max_prompt_length=256": "no longer exists in the installed TRL (value 256); prompts are no longer truncated",
     "grpo.warmup_ratio=0.1": "set grpo.warmup_steps: a value below 1 is a share of all steps",

@@ -1,7 +1,9 @@
 """Data that a run would fail on is one line before anything is loaded: file, row, column, value, remedy; status 2."""
 
+import gzip
 import json
 import logging
+import os
 from fractions import Fraction
 
 import pytest
@@ -56,6 +58,7 @@ BAD = [
     ("math", 2, "answer", "$$", "holds no answer (value '$$'); write it out or take the row out"),
     ("math", 2, "answer", r"So $\boxed{}$", "holds no answer"),
     ("math", 2, "answer", r"So \boxed{5", "holds no answer"),
+    ("math", 2, "answer", "x" * 1001, "has 1,001 characters, and no final answer has"),
     ("math", 7, "problem", " ", "is empty"),
     ("countdown_tinyzero", 1, "target", "12", "is a text (value '12'); write a whole number"),
     ("countdown_tinyzero", 8, "target", 2**70, "is too large"),
@@ -145,7 +148,16 @@ def test_math_takes_a_small_number_for_what_it_is(tmp_path, without_unsloth):
         (b'{"a": "x"}\n[1]\n', r"row 2: is a list"),
         (b'{"a": "x"}\n{"b": 1}\n', r"row 2: lacks 'a', has b; rename one"),
         (b"[" * 100_000, r"row 1: is no JSON"),
-        (b'{"a": "\xff"}\n', r"cannot be read: .*utf-8"),
+        (b'{"a": "x"}\n{"a": "caf\xe9"}\n', r"row 2: is no text in UTF-8 .*caf.*; save the file as UTF-8"),
+        (b'{"a": "x", "a": "y"}\n', r"row 1: is no JSON \('a' is there twice\)"),
+        (b'{"a": "\xe2\x80\x8b \xef\xbb\xbf"}\n', r"row 1: column 'a' is empty"),
+        (
+            b'{"a": "' + b"x" * 1_000_001 + b'"}\n',
+            r"row 1: column 'a' has 1,000,001 characters .*; take the row out",
+        ),
+        (gzip.compress(b'{"a": "x"}\n'), r"is gzip, no text in UTF-8 .*; unpack it"),
+        (b"PAR1\0\0PAR1", r"is Parquet, no text"),
+        ('{"a": "x"}\n'.encode("utf-16"), r"is UTF-16, no text in UTF-8 .*; save it as UTF-8"),
     ],
 )
 def test_a_file_that_is_no_table(tmp_path, content, said):
@@ -153,6 +165,23 @@ def test_a_file_that_is_no_table(tmp_path, content, said):
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         read_rows(str(file), "train", None, [Column("a", text)])
+
+
+def test_what_is_neither_file_nor_folder(tmp_path):
+    link, pipe = tmp_path / "link.jsonl", tmp_path / "pipe.jsonl"
+    link.symlink_to(tmp_path / "gone")
+    os.mkfifo(pipe)
+    for place, said in ((link, "is a link that leads nowhere"), (pipe, "is neither a file nor a folder")):
+        with pytest.raises(ConfigError, match=said):
+            read_rows(str(place), "train")
+
+
+def test_a_prompt_that_the_model_has_no_positions_for(tmp_path, without_unsloth, capsys):
+    path = _write(tmp_path, "gsm8k", changed=[(3, "question", "How many? " * 500)])
+    assert train_grpo.main(["--config", path, "model.scratch.max_positions=256"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("task: a prompt of ")
+    assert "are more than the 256 positions of the model (value 'How many? How many?" in line
 
 
 def test_other_files(tmp_path):
@@ -165,6 +194,10 @@ def test_other_files(tmp_path):
     assert read_rows(str(listed), "train") == [{"n": 1}, {"n": 2}]
     with pytest.raises(ConfigError, match=r"rows\.parquet, row 2: column 'n' is null"):
         read_rows(str(file), "train", None, [Column("n", whole_number)])
+    twice = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["n", "n"])
+    pyarrow.parquet.write_table(twice, file)
+    with pytest.raises(ConfigError, match=r"it has several columns 'n'"):
+        read_rows(str(file), "train")
     file.write_bytes(b"PAR1 cut off")
     with pytest.raises(ConfigError, match=r"cannot be read"):
         read_rows(str(file), "train")
