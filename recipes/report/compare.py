@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from recipes import escape
+from recipes.config.source import read_file
 from recipes.problems import visible
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
@@ -83,9 +83,7 @@ def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
 
 def config_differences(names: Sequence[str], paths: Sequence[Path]) -> Table:
     """The keys in which configurations differ, with their values, a column per run."""
-    flat = [
-        _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {} for path in paths
-    ]
+    flat = [_flatten(read_file(path).data) if path.is_file() else {} for path in paths]
     keys = dict.fromkeys(key for data in flat for key in data if key != "run.name")
     rows = [(key, *(str(data.get(key, "–")) for data in flat)) for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]
@@ -109,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     try:
         page = compare(options.runs, options.out)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(visible(str(error)), file=sys.stderr)
         return 2
     if page is not None:

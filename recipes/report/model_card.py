@@ -11,16 +11,25 @@ from typing import Any
 import yaml
 
 from recipes import escape
+from recipes.config.source import read_file
+from recipes.problems import ConfigError, Problem
 from recipes.tracking.environment import environment_table
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, by_phase, summarize
 
 
 def model_card(run: Path) -> str:
-    """The card of the run in that folder, as Markdown with the hub's front matter."""
+    """The card of the run in that folder, as Markdown with the hub's front matter.
+
+    Raises ConfigError if a file that it reads is damaged.
+    """
     folder = RunFolder(run)
+    config = read_file(run / "config.yaml").data
+    for section in ("model", "task", "run", "head"):
+        if not isinstance(config.get(section), dict):
+            remedy = "put that of the run there"
+            raise ConfigError([Problem(section, "is missing", remedy=remedy)], file=str(run / "config.yaml"))
     text = (run / "config.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(text)
     parts = [
         _front_matter(config),
         f"# {escape.markdown(run.name)}",

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.problems import visible
+from recipes.problems import ConfigError, visible
 from recipes.report.advice import advice
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
 from recipes.report.verdict import verdict
 from recipes.tracking.environment import environment_table
+from recipes.tracking.files import write_whole
 from recipes.tracking.meters import MEANING
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import (
@@ -59,11 +60,10 @@ def write_report(folder: RunFolder) -> Path:
         ],
         samples=list(_samples(folder.completions.read())),
         environment=environment_table(folder.read_json("environment.json") or {}),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
     path = folder.path / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_whole(path, page)
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -113,6 +113,7 @@ class Text:
 
 def _samples(records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Completions of the first, a middle and the last step that have some."""
+    records = [record for record in records if record.keys() >= {"step", "prompt", "completion", "rewards"}]
     steps = sorted({record["step"] for record in records})
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]) if steps else {}
     names = ["First", "Middle", "Last"] if len(chosen) == 3 else ["First", "Last"]
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in arguments:
         try:
             print(write_report(RunFolder(path)))
-        except FileNotFoundError as error:
+        except (ConfigError, OSError) as error:
             print(visible(str(error)), file=sys.stderr)
             return 2
     return 0

@@ -7,16 +7,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _NEXT_TO_NOTHING = 2**20  # bytes: with less, whatever failed in writing failed by that
 
 
 class LinesFile:
     """A file with one JSON object per line, each written through to the file system at once."""
+
+    kinds: ClassVar[Mapping[str, Any]] = {}  # of a record's values; a line with another was overwritten
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +52,7 @@ class LinesFile:
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             if line:
-                yield _record(line)
+                yield _record(line, self.kinds)
 
     def rewrite(self, records: list[dict[str, Any]]) -> None:
         """Replaces the file by these records, whole or not at all."""
@@ -69,6 +71,13 @@ class LinesFile:
 
 class MetricsFile(LinesFile):
     """Lines with a `step`, one for each step: a record for the last line's step is merged into it."""
+
+    kinds: ClassVar[Mapping[str, Any]] = {
+        "step": int,
+        **dict.fromkeys(("loss", "reward", "reward_std", "grad_norm", "learning_rate"), (int, float)),
+        **dict.fromkeys(("entropy", "kl", "accuracy", "completion_length", "step_time", "at"), (int, float)),
+        **dict.fromkeys(("rewards", "time", "memory", "tokens", "trl", "warm_start"), dict),
+    }
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -121,12 +130,15 @@ def naming_what_failed(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def _record(line: str, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    right = all(record[key] is None or isinstance(record[key], kinds[key]) for key in kinds.keys() & record)
+    return record if right and record.get("step", 0) is not None else None
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,17 @@ class RunFolder:
         return write_whole(self.path / name, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote, or None if there is no such file."""
+        """What `write_json` wrote, or None if there is no such file. Raises ConfigError for one that was cut off."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, str(error)) from error
+        if not isinstance(found, dict):
+            raise _damaged(path, "no object")
+        return found
 
     def _keep(self, name: str) -> None:
         """Moves a file of an earlier session aside."""
@@ -157,6 +166,11 @@ class RunFolder:
         if path.is_file():
             count = len(list(self.path.glob(f"{path.stem}.*{path.suffix}")))
             path.rename(path.with_name(f"{path.stem}.{count + 1}{path.suffix}"))
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    remedy = "put a whole one there, or delete it to go on without what it says"
+    return ConfigError([Problem("", f"is damaged ({reason})", remedy=remedy)], file=str(path))
 
 
 def _number(checkpoint: Path) -> int:
@@ -173,7 +187,15 @@ def existing(root: Path, name: str) -> list[Path]:
         suffix = path.name.removeprefix(f"{name}-")
         if path.is_dir() and suffix.isdecimal() and int(suffix) > 1:
             numbered.append((int(suffix), path))
-    return [path for _, path in sorted(numbered) if _recorded_name(path) in (name, None)]
+    return [path for _, path in sorted(numbered) if _is_run(path, name)]
+
+
+def _is_run(path: Path, name: str) -> bool:
+    """Whether a folder is a run of that name: by what it has recorded, or renamed to it by hand."""
+    recorded = _recorded_name(path)
+    if recorded in (name, None):
+        return True
+    return path.name == name and not re.fullmatch(rf"{re.escape(recorded)}-[0-9]+", name)
 
 
 def _recorded_name(folder: Path) -> str | None:
@@ -182,7 +204,8 @@ def _recorded_name(folder: Path) -> str | None:
         run = read_file(folder / "config.yaml").data.get("run")
     except ConfigError:
         return None
-    return run.get("name") if isinstance(run, dict) else None
+    name = run.get("name") if isinstance(run, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _make_next(root: Path, name: str, taken: int) -> Path:

@@ -136,3 +136,26 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     path = str(folder_of(tmp_path, "one", "memhead").path)
     assert compare_module.main([path, path, path]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_damaged_files_of_a_run_are_named_or_left_out(tmp_path, capsys):
+    folder, other = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
+    lines = ['{"step": 11, "reward": NaN}', '{"step": "x", "reward": 1}', '{"step": null}', "[1]"]
+    with folder.metrics.path.open("a") as metrics:
+        metrics.write("\n".join([*lines, '{"step": 12, "rewards": 5, "time": "x"}', '{"step": 13, "rew']))
+    with folder.completions.path.open("a") as completions:
+        completions.write('{"a": 1}\n"x"\n')
+    assert [record["step"] for record in folder.metrics.read()][-2:] == [10, 11]
+    assert folder.metrics.unreadable() == [13, 14, 15, 16, 17]
+    assert report_module.main([str(folder.path)]) == 0
+    for name, text in (("environment.json", '{"cpu": '), ("plan.json", "5")):
+        kept = (folder.path / name).read_text() if (folder.path / name).exists() else "{}"
+        (folder.path / name).write_text(text)
+        assert report_module.main([str(folder.path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{folder.path / name}: is damaged (" in line
+        assert "delete it" in line
+        (folder.path / name).write_text(kept)
+    (folder.path / "config.yaml").write_text("head: [")
+    assert compare_module.main([str(folder.path), str(other.path)]) == 2
+    assert f"{folder.path / 'config.yaml'}:1: not valid YAML" in capsys.readouterr().err

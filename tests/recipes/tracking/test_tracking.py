@@ -222,6 +222,8 @@ def test_the_recorded_name_says_whose_run_a_folder_is(tmp_path):
     (tmp_path / "llama-4" / "checkpoints" / "checkpoint-1" / "trainer_state.json").unlink()
     latest = {name: RunFolder.to_resume(tmp_path, name).path.name for name in ("llama", "llama-3", "llama-2")}
     assert latest == {"llama": "llama-2", "llama-3": "llama-3-2", "llama-2": "llama-2-2"}
+    (tmp_path / "llama-2").rename(tmp_path / "moved")
+    assert RunFolder.to_resume(tmp_path, "moved").path.name == "moved"  # renamed by hand
 
 
 def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):
