@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from recipes.config.load import RunConfig, load_config
+from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.processes import is_first_here
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from recipes.training.session import Session, Trained
 
 
+@lasting_output()
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
     parser = argparse.ArgumentParser(
@@ -272,7 +276,8 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
         write_report(folder)
     if folder.final.is_dir():
-        (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
+        with suppress(ConfigError):  # the run's config.yaml was taken away: saving the model has said so
+            (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
     print_summary(trained.tracker.summary(), folder)
     records = folder.metrics.read()
     outcome = verdict(records)
@@ -301,9 +306,12 @@ def _say_once(error: ConfigError) -> None:
 
 
 def _save(trainer: Any, place: Path) -> None:
-    """The model as safetensors with its tokenizer."""
-    trainer.save_model(str(place))
-    trainer.processing_class.save_pretrained(str(place))
+    """The model as safetensors with its tokenizer. Raises CannotWrite."""
+    from recipes.tracking.files import naming_what_failed
+
+    with naming_what_failed(place):
+        trainer.save_model(str(place))
+        trainer.processing_class.save_pretrained(str(place))
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -314,4 +322,6 @@ def _command(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written: one more Ctrl-C ends nothing sooner
+    sys.exit(status)

@@ -25,6 +25,7 @@ from recipes.models.checkpoint import WARM_START, load_checkpoint
 from recipes.models.generation import Sampling, by_transformers, token_ids
 from recipes.models.precision import Precision
 from recipes.models.saved import unusable
+from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
@@ -138,6 +139,7 @@ def _typed() -> Iterator[str]:
         print()
 
 
+@lasting_output()
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 not possible, 2 a mistake in the command or configuration."""
     parser = argparse.ArgumentParser(

@@ -27,6 +27,7 @@ from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
 from recipes.models.checkpoint import REMEDY, is_adapter, with_adapter
 from recipes.models.saved import readable, unusable
+from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.report.model_card import model_card
 from recipes.tracking.terminal import silence_bars
@@ -173,6 +174,7 @@ def gguf(run: Path, outtype: str = "f16") -> Path:
     return target
 
 
+@lasting_output()
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 not possible, 2 a folder that is not one of a run's."""
     parser = argparse.ArgumentParser(

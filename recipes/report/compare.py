@@ -17,6 +17,7 @@ from rich.console import Console
 
 from recipes import escape
 from recipes.config.source import read_file
+from recipes.output import lasting_output
 from recipes.problems import visible
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
@@ -99,6 +100,7 @@ def _flatten(data: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
+@lasting_output()
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report.compare", description="runs side by side")

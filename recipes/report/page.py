@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.output import lasting_output
 from recipes.problems import ConfigError, visible
 from recipes.report.advice import advice
 from recipes.report.html import figures, render
@@ -145,6 +146,7 @@ def _text(value: Any) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
 
 
+@lasting_output()
 def main(arguments: Sequence[str]) -> int:
     """`python -m recipes.report RUN …`; returns the exit status."""
     if not arguments:

@@ -18,7 +18,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,8 +214,11 @@ class Guarded:
         self.scored = self.failed = 0
         self.keep: Callable[[], str] = nothing_to_keep
 
-    def _watched(self) -> AbstractContextManager[None]:
-        return watched(f"reward {self.__name__}", 2 * self._seconds, self.keep)
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        # Back where it was: a run's own paths may be relative.
+        with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), chdir("."):
+            yield
 
     def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""

@@ -109,6 +109,19 @@ def write_whole(path: Path, text: str) -> Path:
     return path
 
 
+_MAKE_ROOM = "make room, or move the run to another disk (run.output_root)"
+_REMEDIES = {
+    errno.ENOENT: "its folder was moved or deleted while the run was at work: put it back",
+    errno.EISDIR: "a folder is in its place: move it away",
+    errno.ENOTDIR: "a file is in the place of its folder: move it away",
+    errno.EEXIST: "a file is in the place of its folder: move it away",
+    errno.EACCES: "allow writing there",
+    errno.EPERM: "allow writing there",
+    errno.EROFS: "its disk takes no writing any more: mount it anew",
+    errno.EFBIG: "a file may not be so large (ulimit -f, or the disk's own limit)",
+}
+
+
 class CannotWrite(OSError):
     """A file could not be written; the message says which, why, and what to do."""
 
@@ -124,9 +137,10 @@ def naming_what_failed(place: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(path for path in place.absolute().parents if path.exists())).free
         if not isinstance(error, OSError) and free > _NEXT_TO_NOTHING and "I/O" not in str(error):
             raise
+        remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, _MAKE_ROOM)
         raise CannotWrite(
-            f"{place} could not be written, {free / 2**20:,.1f} MiB are free there: {error}; make room, or move the "
-            "run to another disk (run.output_root); --resume goes on from the last whole checkpoint"
+            f"{place} could not be written, {free / 2**20:,.1f} MiB are free there: {error}; {remedy}; "
+            "--resume goes on from the last whole checkpoint"
         ) from error
 
 

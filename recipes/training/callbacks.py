@@ -3,7 +3,9 @@ order, the accuracy is measured now and then, and what a step's figures mean is 
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +17,8 @@ from memhead.integrations.handle import Handle
 from recipes.processes import anywhere
 from recipes.rewards.signs import Signs
 from recipes.training.checkpoints import steps_of_generation
+
+_IN_ORDER = 2.0  # seconds after "at once" in which one more Ctrl-C does not cut short what is being closed
 
 
 class BypassGuard(TrainerCallback):
@@ -34,20 +38,27 @@ class BypassGuard(TrainerCallback):
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """What comes before the trainer's steps ends by SIGTERM as by Ctrl-C, in order; it would die on the spot."""
+    """What comes before the trainer's steps ends by SIGTERM and the like as by Ctrl-C; it would die on the spot."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in _announcing_the_end()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _announcing_the_end() -> list[signal.Signals]:
+    """SIGTERM; SIGHUP of a terminal that is closed, which nohup ignores; SIGXCPU of a limit on processor time."""
+    known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGXCPU")]
+    return [number for number in known if number is not None and signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C or SIGTERM lets the current step end, saves a checkpoint and stops; a Ctrl-C after it stops at once.
+    """Ctrl-C, SIGTERM or SIGHUP lets the current step end, saves a checkpoint and stops; a Ctrl-C then stops at once.
 
     Where a generation serves several steps it goes on to the generation's end, where a checkpoint can be written.
 
@@ -57,10 +68,11 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self._at_once = -math.inf  # when
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *_announcing_the_end()):
             self._previous[number] = signal.signal(number, self._interrupt)
         return self
 
@@ -72,7 +84,8 @@ class Interruption(TrainerCallback):
         if not self.asked:
             self.asked = True
             print("\nStopping after this step (Ctrl-C from now on: at once).", flush=True)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and time.monotonic() > self._at_once + _IN_ORDER:
+            self._at_once = time.monotonic()
             raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from recipes.models.finite import first_not_finite
 from recipes.models.manifest import condemn, seal
+from recipes.problems import ConfigError
 from recipes.processes import first
 from recipes.tracking.files import naming_what_failed
 from recipes.training.resume import apply_settings
@@ -88,9 +89,15 @@ class WholeCheckpoints(_Trainer):
             self._write_card(Path(self.args.output_dir))
 
     def _write_card(self, place: Path) -> None:
-        if self.card is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "README.md").write_text(self.card(), encoding="utf-8")
+        if self.card is None:
+            return
+        try:
+            card = self.card()
+        except ConfigError as error:  # somebody changed the run's files; its weights do not depend on them
+            self._say(f"{place} is left without a model card: {error}")
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "README.md").write_text(card, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         settings = [dict(group) for group in self.optimizer.param_groups]

@@ -24,6 +24,7 @@ from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.load import load
 from recipes.models.precision import Precision
 from recipes.processes import by_main, is_main
+from recipes.tracking.files import naming_what_failed
 from recipes.tracking.phases import in_phase
 from recipes.training.evaluation import evaluator
 from recipes.training.finite import BadSteps, Diverged, unusable_for
@@ -169,8 +170,9 @@ def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
         raise Diverged(f"the warm start has diverged: of its model, {reason}; {_REMEDY}")
     folder.write_json("warm_start.json", asdict(result) | {"seconds": time.perf_counter() - started})
     place = folder.path / WARM_START
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    with naming_what_failed(place):
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     # An adapter remembers its base by this name.
     model.name_or_path = model.config._name_or_path = str(place.resolve())
 

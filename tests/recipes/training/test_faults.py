@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,26 @@ def test_ctrl_c_for_the_whole_group_of_a_math_run_ends_it_in_order(tmp_path):
     assert "To go on: python train_grpo.py" in output
     folder = RunFolder.to_resume(tmp_path, "math")
     assert folder.step >= 10
+
+
+def test_a_terminal_that_is_closed_ends_the_run_in_order(tmp_path):
+    """Nobody reads what it prints, in a locale without its characters; then SIGHUP comes."""
+    poor = "import os, sys\nsys.stdout.reconfigure(encoding='ascii')\n"
+    run = start(command(tmp_path, "grpo.max_steps=100000", "run.checks=false"), poor)
+    try:
+        wait_for(run, "Reading")
+        run.stdout.close()
+        metrics = tmp_path / "tiny" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.is_file() and '"reward"' in metrics.read_text()):
+            time.sleep(0.1)
+        os.kill(run.pid, signal.SIGHUP)
+        errors = run.stderr.read()
+        assert run.wait(60) == 130, errors
+    finally:
+        run.kill()
+    assert "Traceback" not in errors
+    assert RunFolder(tmp_path / "tiny").step >= 1
 
 
 def test_sigterm_in_the_warm_start_is_orderly(tmp_path):

@@ -1,0 +1,67 @@
+"""Output that costs no run: `| head`, a terminal that is closed, a locale without this character.
+
+    with lasting_output():
+        print("46 → 63 %")
+
+All that is printed is also in the run folder, so a run goes on without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class _Lasting:
+    """A stream whose writes do not fail: once nobody reads it any more, they go nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Of all that was written, as a stream says it."""
+        with self._in_any_case():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """What is left in the buffer goes the same way."""
+        with self._in_any_case():
+            self._stream.flush()
+
+    @contextmanager
+    def _in_any_case(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # a closed pipe or terminal, or a stream that was closed
+            with suppress(OSError, ValueError, AttributeError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())  # for whoever writes past this, too
+                os.close(nowhere)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Standard output and error do not fail in the body, and the first files it opens are not taken for them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed before the start: the next file that is opened would get its number
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    for stream in filter(None, before):
+        with suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = (_Lasting(stream) if stream else stream for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before

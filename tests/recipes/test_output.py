@@ -1,0 +1,47 @@
+"""Output that nobody reads, or that a locale has no characters for, costs no run."""
+
+import io
+import os
+import subprocess
+import sys
+
+from recipes.output import lasting_output
+
+
+def test_a_pipe_that_is_closed_is_written_to_in_vain(monkeypatch):
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_output():
+        print("heard", flush=True)
+        assert os.read(read, 100) == b"heard\n"
+        os.close(read)
+        for _ in range(3):
+            print("unheard", flush=True)
+            os.write(write, b"whoever writes past it")
+        assert sys.stdout.isatty() is False
+    assert sys.stdout is stream
+    stream.close()  # nothing is left in it that could fail now
+
+
+def test_characters_that_a_locale_lacks_are_replaced(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with lasting_output():
+        print("46 \u2192 63 %")
+    assert raw.getvalue() == b"46 ? 63 %\n"
+
+
+def test_the_first_file_is_not_taken_for_closed_output(tmp_path):
+    script = (
+        "import os\nfor number in range(3): os.close(number)\n"
+        "from recipes.output import lasting_output\n"
+        f"with lasting_output():\n    file = open({str(tmp_path / 'metrics')!r}, 'w'); os.write(1, b'x'); print('y')\n"
+        "assert file.fileno() > 2"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+    )
+    assert (tmp_path / "metrics").read_text() == ""
