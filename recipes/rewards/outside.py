@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-TICK = 1.0  # seconds; time in which the process beside was held up itself counts as one of them
+TICK = 0.25  # seconds; time in which the process beside was held up itself counts as one of them
 _END = getattr(signal, "SIGUSR2", signal.SIGTERM)  # faulthandler's on its way to the default, which ends
 
 
@@ -129,7 +129,7 @@ def _end(run: psutil.Process, call: _Call) -> None:
     with suppress(OSError):  # nobody may be reading
         os.write(2, text.encode())
     run.send_signal(_END)
-    time.sleep(TICK)
+    time.sleep(1.0)  # to print it
     run.kill()
 
 

@@ -147,7 +147,7 @@ def test_a_run_that_is_suspended_is_not_late():
     try:
         wait_for(process, "now")
         process.send_signal(signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(3.3)
         process.send_signal(signal.SIGCONT)
         assert "[1.0]" in process.communicate(timeout=60)[0]
     finally:
