@@ -23,18 +23,18 @@ _BEFORE: dict[
 def put_before(model: Any, prefix: str, way: Way) -> None:
     """Ask ``way`` first; what it does not compute goes to the attention that the model had. Twice is once.
 
-    prefix: of the attention's name in the model's configuration from then on; :func:`take_away` has the same.
+    prefix: of the attention's name in the text model's configuration from then on; :func:`take_away` has the same.
     """
-    for config in _configs(model):
-        before = config._attn_implementation
-        if before.startswith(prefix):
-            continue
-        name = prefix + before
-        ALL_ATTENTION_FUNCTIONS.register(name, _first(way, before))
-        if before in ALL_MASK_ATTENTION_FUNCTIONS:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
-        _BEFORE[name] = before
-        config._attn_implementation = name
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before.startswith(prefix):
+        return
+    name = prefix + before
+    ALL_ATTENTION_FUNCTIONS.register(name, _first(way, before))
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    _BEFORE[name] = before
+    config._attn_implementation = name
 
 
 def underlying(config: Any) -> str:
@@ -47,13 +47,8 @@ def underlying(config: Any) -> str:
 
 def take_away(model: Any, prefix: str) -> None:
     """Undo :func:`put_before`, if nothing else has been put before it since."""
-    for config in _configs(model):
-        config._attn_implementation = config._attn_implementation.removeprefix(prefix)
-
-
-def _configs(model: Any) -> list[Any]:
-    """The model's configuration and that of its text model, which may be the same."""
-    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
+    config = model.config.get_text_config()
+    config._attn_implementation = config._attn_implementation.removeprefix(prefix)
 
 
 def _first(way: Way, before: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from recipes.models.precision import Precision
 from recipes.plan.rate import matrix_rate
 from recipes.plan.work import Flow, Work
 from recipes.tracking.run_folder import RunFolder
@@ -32,9 +33,7 @@ TIMED = {  # phase of the clock -> phase here
 
 def compute_dtype(trainer: Any) -> torch.dtype:
     """In which the trainer's products run."""
-    if trainer.args.bf16 or trainer.args.fp16:
-        return torch.bfloat16 if trainer.args.bf16 else torch.float16
-    return trainer.model.dtype
+    return Precision.of(trainer.args).products or trainer.model.dtype
 
 
 class Speed:

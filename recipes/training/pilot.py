@@ -134,7 +134,8 @@ def show(session: Session) -> int:
 def sample(session: Session, trainer: Any) -> Pilot:
     """Samples and judges, in the one process that there is."""
     train, group = session.task.train, trainer.num_generations
-    chosen = [train[index * len(train) // PROMPTS] for index in range(min(PROMPTS, len(train)))]
+    count = min(PROMPTS, len(train))
+    chosen = [train[index * len(train) // count] for index in range(count)]
     each = -(-SAMPLES // group) * group
     rows = [row for row in chosen for _ in range(each)]
     at_once = max(

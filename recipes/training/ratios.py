@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memhead.integrations.trl import installed
 from recipes.tracking.ratios import EDGES, KINDS, as_metrics
+from recipes.tracking.speed import compute_dtype
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Trainer
@@ -150,9 +151,7 @@ def sampler_dtype(trainer: Any) -> torch.dtype:
     llm = getattr(trainer.vllm_generation, "llm", None)
     if llm is not None:
         return llm.llm_engine.model_config.dtype
-    if trainer.args.bf16 or trainer.args.fp16:
-        return torch.bfloat16 if trainer.args.bf16 else torch.float16
-    return trainer.model.dtype
+    return compute_dtype(trainer)
 
 
 def measured(trainer_class: type, every: int | None) -> type:

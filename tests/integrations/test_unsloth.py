@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +55,28 @@ def test_unsloth(cases, variables, tmp_path):
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("entropy_coef", 0.01),
+        ("entropy_coef", -0.01),
+        ("top_entropy_quantile", 0.2),
+        ("use_adaptive_entropy", True),
+    ],
+)
+def test_what_the_generated_trainer_computes_without_memhead_is_refused(monkeypatch, option, value):
+    usual = {"entropy_coef": 0.0, "top_entropy_quantile": 1.0, "use_adaptive_entropy": False}
+    for generated in (True, False):
+        monkeypatch.setattr(memhead_unsloth, "generates_trainers", lambda generated=generated: generated)
+        memhead_unsloth.refuse_bypasses(SimpleNamespace(**usual))
+        with (
+            pytest.raises(ValueError, match=rf"grpo\.{option}={value} .*set it to {usual[option]}")
+            if generated
+            else nullcontext()
+        ):
+            memhead_unsloth.refuse_bypasses(SimpleNamespace(**usual | {option: value}))
 
 
 def test_before_unsloth_is_imported():

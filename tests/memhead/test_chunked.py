@@ -88,6 +88,20 @@ def gradients(result, upstream, leaves):
     return torch.autograd.grad((result * upstream).sum(), [x for x in leaves if x.requires_grad])
 
 
+@pytest.mark.parametrize(("chunk", "rows"), [(1, 1), (4, 4), (1000, 61)])
+def test_no_more_rows_than_asked_for(chunk, rows):
+    seen = []
+
+    def transform(logits, targets):
+        seen.append(len(logits))
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    head = make_head(61, 32)
+    chunked_linear(head.hidden, head.weight, transform, head.targets, chunk=chunk)
+    assert max(seen) == rows
+    assert sum(seen) >= 61
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("chunk", [None, 1, 8])

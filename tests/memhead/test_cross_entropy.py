@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memhead import linear_cross_entropy
+from memhead import chunked_linear, linear_cross_entropy
 from tests.memhead.reference import double, full_logits, make_head, relative_error
 
 OPTIONS = {
@@ -210,3 +210,20 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = {"hidden": head.hidden, "weight": head.weight, "targets": head.targets} | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(("chunk", "rows"), [(None, None), (5, 5), ((6, 7), 6)])
+def test_what_runs_in_torch_holds_as_many_rows_as_are_asked_for(monkeypatch, chunk, rows):
+    held = []
+
+    def recorded(hidden, weight, transform, *row_args, **options):
+        def seen(logits, *given):
+            held.append(len(logits))
+            return transform(logits, *given)
+
+        return chunked_linear(hidden, weight, seen, *row_args, **options)
+
+    monkeypatch.setattr("memhead.cross_entropy.chunked_linear", recorded)
+    head = make_head(12, 20, 4)
+    linear_cross_entropy(head.hidden, head.weight, head.targets, label_smoothing=0.1, chunk=chunk)
+    assert held == ([12] if rows is None else [min(rows, 12 - start) for start in range(0, 12, rows)])

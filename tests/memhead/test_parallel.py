@@ -84,9 +84,11 @@ def work(rank: int, world: int, store: str) -> None:
     head = make_head(4, 11)
     with pytest.raises(ValueError, match=f"targets contains {11 * world}, outside the vocabulary"):
         vocab_parallel_logprobs(head.hidden, head.weight, torch.full((4,), 11 * world))
-    with pytest.raises(ValueError, match=rf"sizes=\[7, 11.*11 at place {rank}; leave it out"):
-        vocab_parallel_logprobs(head.hidden, head.weight, head.targets, sizes=[7, 11, 11, 11])
+    for sizes in ([7, 11, 11, 11], [7, 12, 13][:world]):  # too many; rows that are not there
+        with pytest.raises(ValueError, match=rf"sizes=\[7, 1.*11 at place {rank}; leave it out"):
+            vocab_parallel_logprobs(head.hidden, head.weight, head.targets, sizes=sizes)
     compare_told_sizes(rank, world)
+    gradients_add_up_wide()
     dist.destroy_process_group()
 
 
@@ -105,6 +107,22 @@ def compare_told_sizes(rank: int, world: int) -> None:
     assert sum(told["sizes"]) == VOCAB
     assert torch.equal(found.logprobs, asked.logprobs)
     assert torch.equal(loss, asked_loss)
+
+
+def gradients_add_up_wide() -> None:
+    """Those of hidden states in half precision are rounded once, after the sum over the processes."""
+    head, reduced, all_reduce = make_head(20, VOCAB, dtype=torch.bfloat16), [], dist.all_reduce
+    hidden = head.hidden.clone().requires_grad_()
+
+    def recorded(x, *given, **options):
+        reduced.append((x.shape, x.dtype))
+        return all_reduce(x, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", recorded)
+        vocab_parallel_logprobs(hidden, head.weight[part_of(VOCAB)], head.targets).logprobs.sum().backward()
+    assert (hidden.shape, torch.float32) in reduced
+    assert hidden.grad.dtype == torch.bfloat16
 
 
 def compare(name: str, mine: slice, trainable: bool, dtype: torch.dtype, rows: int = 50) -> None:
@@ -174,6 +192,19 @@ def gathered_sizes(part: slice) -> list[int]:
     sizes = [None] * dist.get_world_size()
     dist.all_gather_object(sizes, part.stop - part.start)
     return sizes
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "sizes"), [(103, [35, 34, 34]), (104, [35, 35, 34]), (105, [35] * 3), (2, [1, 1, 0])]
+)
+def test_parts_are_as_even_as_they_can_be(monkeypatch, vocabulary, sizes):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    assert even_sizes(vocabulary) == sizes
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        parts += range(vocabulary)[part_of(vocabulary)]
+    assert parts == list(range(vocabulary))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -32,7 +32,8 @@ def test_agrees_with_is_top1_and_keeps_the_shape():
     assert not linear_logprobs(hidden, head.weight, others, extra_outputs=["is_top1"]).is_top1.any()
 
 
-def test_the_first_of_equals_and_no_rows():
+def test_the_first_of_equals_and_no_rows(monkeypatch):
+    monkeypatch.setattr(predicted, "default_tile", lambda *_: planning.Chunk(64, 50))  # equals in ten tiles
     weight = torch.ones(500, 8)
     assert not predicted_tokens(torch.ones(5, 8), weight).any()
     assert predicted_tokens(torch.ones(0, 8), weight).shape == (0,)

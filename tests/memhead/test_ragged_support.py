@@ -7,6 +7,7 @@ import torch
 
 from memhead import ragged_support as ragged
 from memhead import supported_logprobs, truncation_support
+from memhead.integrations.handle import Truncated
 from memhead.ragged_support import Support, Truncation
 from tests.memhead.reference import make_head
 
@@ -17,6 +18,34 @@ def peaked(rows=60, vocab=211):
     """Rows from nearly certain to nearly flat."""
     head = make_head(rows, vocab)
     return head._replace(hidden=head.hidden * torch.linspace(0.01, 6.0, rows)[:, None])
+
+
+def test_a_row_is_looked_for_with_little_room_first(monkeypatch):
+    """A rectangle over the whole vocabulary is made for those alone that need it."""
+    head, rooms, search = peaked(rows=3), [], ragged.truncation_support
+
+    def recorded(*given, max_size, **options):
+        rooms.append(max_size)
+        return search(*given, max_size=max_size, **options)
+
+    monkeypatch.setattr(ragged, "truncation_support", recorded)
+    Support.find(head.hidden, head.weight, head.targets, Truncation(top_k=3))
+    assert rooms == [1024]
+
+
+def test_calls_of_the_head_take_their_rows_in_turn():
+    head, truncation = peaked(), Truncation(top_k=5)
+    whole = Support.find(head.hidden, head.weight, head.targets, truncation)
+    expected = whole.logprobs(head.hidden, head.weight, head.targets)
+    parts = [slice(0, 7), slice(7, 19), slice(19, 60)]
+    finding, given = Truncated(truncation), Truncated(truncation, whole)
+    for calls in (finding, given):
+        found = [
+            calls.score(head.hidden[p], head.weight, head.targets[p], entropy=False).logprobs for p in parts
+        ]
+        torch.testing.assert_close(torch.cat(found), expected.logprobs)
+    assert [len(support.size) for support in finding.found] == [7, 12, 41]
+    assert not given.found
 
 
 def test_found_in_parts_and_with_more_room(monkeypatch):
@@ -33,6 +62,19 @@ def test_found_in_parts_and_with_more_room(monkeypatch):
         assert set(ids[ids >= 0].tolist()) == set(expected[expected >= 0].tolist())
     assert found.size.min() <= 2  # the likeliest, and the one drawn
     assert found.size.max() > 6
+
+
+def test_joined_and_scattered_by_hand():
+    def of(*rows):
+        size = torch.tensor([len(row) for row in rows])
+        tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+        return Support(tokens, size.cumsum(0) - size, size)
+
+    whole = Support.joined([of([5], [7, 8]), of([1, 2, 3]), of([9], [4, 6])])
+    assert whole.padded().tolist() == [[5, -1, -1], [7, 8, -1], [1, 2, 3], [9, -1, -1], [4, 6, -1]]
+    assert whole.rows(slice(1, 3)).padded().tolist() == [[7, 8, -1], [1, 2, 3]]
+    placed = of([5], [7, 8]).scattered(torch.tensor([2, 0]), 4)
+    assert placed.padded().tolist() == [[7, 8], [-1, -1], [5, -1], [-1, -1]]
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -89,6 +89,26 @@ def test_what_no_tile_helps_is_the_callers():
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_every_way_to_say_that_memory_is_out(error):
+    with pytest.warns(RuntimeWarning, match="repeated with a smaller one"):
+        assert in_smaller_tiles(8, lambda n: n // 2, lambda n: fail(error) if n > 2 else n) == 2
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not fit"), ValueError("out of memory"), KeyError("x")]
 )
 def test_other_errors_are_not_tried_again(error):

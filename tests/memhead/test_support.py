@@ -152,6 +152,20 @@ def test_bytes_as_drawn_tokens():
     assert torch.equal(*supports)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_temperature_is_no_parameter(supported):
+    """It has no gradient, and by itself makes nothing of a graph."""
+    head = make_head(7, 30, 5)
+    temperature = torch.full((7,), 0.8, requires_grad=True)
+    support = torch.arange(30).expand(7, 30)
+    score, rest = (supported_logprobs, (support,)) if supported else (linear_logprobs, ())
+    for hidden in (head.hidden.detach(), head.hidden.detach().requires_grad_()):
+        found = score(hidden, head.weight.detach(), head.targets, *rest, temperature=temperature).logprobs
+        assert found.requires_grad == hidden.requires_grad
+    found.sum().backward()
+    assert temperature.grad is None
+
+
 def test_temperatures_of_rows_are_positive():
     head = make_head(3, 31)
     support = truncation_support(head.hidden, head.weight, top_k=2, include=head.targets)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import processes
 from recipes.machine import Card, cards, missing, too_old, why_no_gpu
 
 SMI = """#!/bin/sh
@@ -69,3 +70,24 @@ def test_it_needs_nothing_installed():
         [sys.executable, "-I", "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert "GiB of disk free" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "first"), [("0", "0", True), ("8", "0", True), ("9", "1", False), ("0", "-1", True)]
+)
+def test_of_each_machine_the_first_process_speaks_before_they_know_each_other(
+    monkeypatch, rank, local, first
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert processes.is_first_here() is first
+
+
+@pytest.mark.parametrize(
+    ("items", "shares"), [("abcd", ["ad", "bd", "cd"]), ("abcdef", ["ad", "be", "cf"]), ("a", ["a"] * 3)]
+)
+def test_where_processes_do_not_divide_the_items_the_last_comes_more_than_once(monkeypatch, items, shares):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    for place, share in enumerate(shares):
+        monkeypatch.setattr(processes, "rank", lambda place=place: place)
+        assert "".join(processes.mine(items)) == share

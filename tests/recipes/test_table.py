@@ -51,9 +51,9 @@ def test_html_has_no_tag_from_outside():
 
 
 def test_markdown_keeps_its_columns_and_has_no_tag_from_outside():
-    *_, rule, row = Table(("name", "n"), [("a|b\n<c> _d_ e_f [g](h)", "1")]).markdown().splitlines()
+    *_, rule, row = Table(("name", "n"), [("a|b\n<c> &amp; _d_ e_f [g](h)", "1")]).markdown().splitlines()
     assert rule == "| --- | ---: |"
-    assert row == r"| a\|b<br>&lt;c&gt; \_d\_ e_f [g\](h) | 1 |"
+    assert row == r"| a\|b<br>&lt;c&gt; &amp;amp; \_d\_ e_f [g\](h) | 1 |"
 
 
 def test_a_table_has_as_many_cells_as_headings():

@@ -1,6 +1,7 @@
 """The configuration: what it accepts, and that each mistake is one readable line and exit status 2."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 import yaml
 
 from recipes.config import load
+from recipes.config.checks import _check_lengths
 from recipes.config.grpo import GONE, OWNED, REFUSED, defaults, grpo_section, import_grpo_config, loss_types
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
+from recipes.config.schema import ModelConfig
 from recipes.config.source import dump, read_text
 from recipes.problems import visible
 from recipes.tasks.gsm8k import Gsm8k
@@ -133,6 +136,15 @@ def test_grpo_config_of_the_complete_section_is_that_of_the_given_fields(good, t
 
 
 # base: files
+
+
+def test_a_mistake_is_where_it_was_written_last(good, tmp_path):
+    """In the file that replaces the key; what is right there is no mistake of the file below."""
+    child = write(tmp_path, "child.yaml", "base: good.yaml\n\n\ngrpo:\n  learning_rate: -1\n")
+    assert str(error_of(child)).startswith(f"{child}:5: grpo.learning_rate: out of range")
+    grandchild = write(tmp_path, "grandchild.yaml", "base: child.yaml\ngrpo: {learning_rate: 1e-6}\n")
+    assert load_config(grandchild).grpo["learning_rate"] == 1e-6
+    assert str(error_of(grandchild, "grpo.learning_rate=-2")).startswith("command line: grpo.learning_rate")
 
 
 def test_base_is_merged_and_the_child_says_what_differs(good, tmp_path):
@@ -402,6 +414,13 @@ def test_mistakes(good, override):
     assert "\n" not in error.lines[0]
 
 
+def test_a_length_that_unsloth_takes_where_none_is_given():
+    model = ModelConfig(loader="unsloth", name="x")  # of itself: reading a whole one would import Unsloth
+    (found,) = _check_lengths(model, {"max_completion_length": 2048})
+    assert found.message == "leaves no room for a prompt within model.max_seq_length 2048"
+    assert not list(_check_lengths(model, {"max_completion_length": 2047}))
+
+
 def test_every_problem_is_listed_one_a_line(good):
     error = error_of(good, "grpo.learning_rte=1", "model.loader=hf", "run.seed=-1", "x=1")
     assert len(error.lines) == 4
@@ -467,12 +486,29 @@ def test_which_batches_are_good(good, overrides, expected, tmp_path):
         assert expected in str(error_of(good, *given))
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("-007", -7), ("0x1F", 31), ("0o17", 15), ("5e-6", 5e-6), (".5", 0.5), ("1.", 1.0), ("no", "no"),
+        ("on", "on"), ("True", True), ("~", None), ("", None), ("2026-01-01", "2026-01-01"), ("1_000", "1_000"),
+        ("12:30", "12:30"), (".inf", math.inf),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    found = read_text(f"a: {text}", "x.yaml").data["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
 def test_batch_counts_processes(good, monkeypatch):
     load_config(good, ["grpo.per_device_train_batch_size=4", "grpo.num_generations=4"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     load_config(good, ["grpo.per_device_train_batch_size=2", "grpo.num_generations=4"])
     line = str(error_of(good, "grpo.per_device_train_batch_size=1", "grpo.num_generations=4"))
     assert "1 × gradient_accumulation_steps 1 × 2 process(es)" in line
+    told = ["grpo.per_device_train_batch_size=8", "grpo.num_generations=4", "grpo.generation_batch_size=24"]
+    line = str(error_of(good, *told))
+    assert "not a multiple of per_device_train_batch_size 8 × 2 process(es)" in line
+    assert "set generation_batch_size to 16 or 32" in line
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

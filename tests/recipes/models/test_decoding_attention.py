@@ -1,17 +1,22 @@
 """One query over a static cache: torch's own attention, for every kind of heads and masks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GenerationConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
 )
 
+from recipes.models.attention import take_away
 from recipes.models.decoding_attention import PREFIX, _one_masked_query, decode, use_for_decoding
 
 
@@ -47,6 +52,7 @@ MODELS = {
     "Llama": LlamaConfig(**SMALL),
     "Mistral, window of 5": MistralConfig(**SMALL, sliding_window=5),
     "Qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "Granite, scores by a factor of its own": GraniteConfig(**SMALL, attention_multiplier=0.9),
 }
 
 
@@ -82,8 +88,20 @@ def test_greedy_completions_stay(name, calls):
     assert model.config._attn_implementation == f"{PREFIX}sdpa"
     assert torch.equal(complete(model), before)
     assert len(calls) == 2 * 11  # layers × decoding steps; the prompts take the attention of before
-    assert model(input_ids=before[:, :1], attention_mask=torch.ones(3, 1)).logits.requires_grad  # as before
+    padding = torch.tensor([[1], [0], [1]])  # one query under a mask, but with a gradient: as before
+    assert model(input_ids=before[:, :1], attention_mask=padding).logits.requires_grad
     assert len(calls) == 2 * 11
+
+
+def test_of_a_model_that_sees_too_the_text_alone_has_another_attention():
+    config = Gemma3Config()
+    config._attn_implementation = {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}
+    model = SimpleNamespace(config=config)
+    use_for_decoding(model)
+    assert config.text_config._attn_implementation == f"{PREFIX}sdpa"
+    assert config.vision_config._attn_implementation == "eager"
+    take_away(model, PREFIX)
+    assert config.text_config._attn_implementation == "sdpa"
 
 
 def test_what_it_cannot_do_goes_to_the_attention_of_before(calls):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import tiny_trainer
+from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -65,9 +66,27 @@ def test_every_token_that_the_model_declares_ends_a_completion(loaded):
 
 
 def test_the_same_tokens_with_and_without_padding(loaded):
+    loaded[
+        1
+    ].padding_side = "right"  # as many a saved tokenizer has it; a completion follows its prompt all the same
     batch = encode(loaded[1], PROMPTS)
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1, 1]
     kept = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
     assert token_ids(loaded[1], PROMPTS) == kept
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_prompt_begins_once(plain):
+    """A tokenizer that begins every text with a token of its own does not where the chat template writes it."""
+    tokenizer = character_tokenizer("0123456789+-*=>^")
+    begin = tokenizer.convert_tokens_to_ids("^")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="^ $A", special_tokens=[("^", begin)]
+    )
+    tokenizer.chat_template = "^{{ messages[0].content }}"
+    prompt = "1>" if plain else [{"role": "user", "content": "1>"}]
+    expected = [begin, *tokenizer("1>", add_special_tokens=False).input_ids]
+    assert token_ids(tokenizer, [prompt]) == [expected] == encode(tokenizer, [prompt])["input_ids"].tolist()
 
 
 def test_a_trainer_without_vllm_generates_with_its_model(memhead_in_trl, tmp_path):

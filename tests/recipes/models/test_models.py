@@ -1,5 +1,7 @@
 """Loaders: the character tokenizer, the model from scratch, and that what is saved loads as any checkpoint does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,6 +45,23 @@ def test_the_seed_gives_the_weights_and_leaves_the_random_state():
     other, _ = models.load(SCRATCH, TASK, seed=2)
     assert torch.equal(first.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+    """The third machine's second process; a quantised model is where it belongs already."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"LOCAL_RANK": "1", "RANK": "17"}.items():
+        monkeypatch.setenv(name, value)
+    plain = SimpleNamespace(to=lambda device: device)
+    assert models.to_gpu(plain) == torch.device("cuda", 1)
+    quantised = SimpleNamespace(hf_quantizer=object())
+    assert models.to_gpu(quantised) is quantised
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("float16", torch.float16), ("auto", torch.bfloat16)])
+def test_quantised_weights_compute_in_the_models_dtype(dtype, computed):
+    asked = ModelConfig(loader="transformers", name="a/b", load_in_4bit=True, dtype=dtype)
+    assert models.quantisation(asked)["quantization_config"].bnb_4bit_compute_dtype == computed
 
 
 def test_saved_and_loaded_by_the_other_loader(tmp_path):

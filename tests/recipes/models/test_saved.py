@@ -9,10 +9,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import saved_llama
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import train_grpo
 from recipes import ask, export
-from recipes.models.saved import without_weights
+from recipes.config.schema import ModelConfig
+from recipes.models.checkpoint import load_checkpoint, with_adapter
+from recipes.models.saved import readable, without_weights
+from recipes.problems import ConfigError
 
 RUN = """
 model: {loader: scratch}
@@ -101,6 +105,58 @@ def test_what_is_missing_is_one_line(saved, tmp_path, capsys, kind, harm, words)
         assert line.startswith(f"{place}: {words}")
         assert line.endswith(REMEDIES.get(harm, "; give a whole checkpoint, or a run's final folder"))
         assert not said.out
+
+
+@pytest.mark.parametrize(
+    "form", ["model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"]
+)
+def test_of_weights_in_several_files_every_one_is_looked_for(tmp_path, form):
+    if form.startswith("adapter"):
+        (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / f"{form}.index.json").write_text(json.dumps({"weight_map": {"a": "1", "b": "2", "c": "1"}}))
+    (tmp_path / "1").touch()
+    assert without_weights(tmp_path) == "no 2, a part of its weights"
+    (tmp_path / "2").touch()
+    assert without_weights(tmp_path) is None
+
+
+@readable("model", "a/b", "take another")
+def fail_quietly(error):
+    assert logging.get_verbosity() == logging.ERROR
+    raise error
+
+
+def test_what_is_no_fault_of_the_folder_passes_and_the_log_is_as_loud_as_before():
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        for error, kind in (
+            (torch.OutOfMemoryError("no room"), RuntimeError),
+            (OSError("gone"), ConfigError),
+        ):
+            with pytest.raises(kind) as raised:
+                fail_quietly(error)
+            assert logging.get_verbosity() == logging.INFO
+            assert (raised.value is error) == (kind is RuntimeError)
+    finally:
+        logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("where", ["final", "checkpoints/checkpoint-2"])
+def test_the_base_that_a_warm_start_left_is_found_where_the_run_folder_is_now(saved, tmp_path, where):
+    shutil.copytree(saved / "whole", tmp_path / "warm_start")
+    shutil.copytree(saved / "adapter", tmp_path / where)
+    file = tmp_path / where / "adapter_config.json"
+    moved = {"base_model_name_or_path": "/before/it/was/moved/warm_start"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | moved))
+    weights = load_file(tmp_path / "warm_start" / "model.safetensors")
+    found = with_adapter(tmp_path / where).get_base_model().state_dict()
+    assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"])
+
+
+def test_an_adapter_is_loaded_on_a_base_that_is_quantised_as_in_training(saved):
+    trained = ModelConfig(loader="transformers", name="a/b", load_in_4bit=True)
+    assert load_checkpoint(saved / "adapter", trained)[0].get_base_model().is_loaded_in_4bit
 
 
 def test_a_folder_that_is_no_runs_is_one_line(tmp_path, capsys):

@@ -1,5 +1,9 @@
 """The kept static cache: the same completions as the growing one, one allocation for many calls."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_trainer
@@ -55,7 +59,11 @@ def test_one_dtype_under_autocast(model):
         tokens, cache = complete(model, 11, **STATIC)
     assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.bfloat16
     assert cache.layers[0].keys[:, :, :30].abs().sum() > 0
+    held = weakref.ref(cache)
+    del cache
     assert complete(model, 11, **STATIC)[1].layers[0].keys.dtype == torch.float32
+    gc.collect()
+    assert held() is None  # there is room for one
     assert tokens.shape == (4, 31)
 
 
@@ -112,6 +120,14 @@ def test_an_evaluation_uses_the_cache_of_training(tmp_path, monkeypatch):
     assert {shape[0] for shape in shapes} == {3 * rows}  # more than that: once, with a growing cache
     twice = by_trainer(trainer)(prompts, Sampling(5, samples=2, temperature=1.0))
     assert [len(texts) for texts in twice] == [2, 2, 2]
+    twice = by_trainer(trainer)(prompts * 2, Sampling(5, samples=2, temperature=1.0))
+    assert [len(texts) for texts in twice] == [2] * 6  # more than it has room for twice
+
+
+def test_each_process_keeps_a_cache_of_its_own_completions():
+    arguments = SimpleNamespace(generation_batch_size=64, world_size=4)
+    by_graphs = SimpleNamespace(generation_config=SimpleNamespace(disable_compile=False), args=arguments)
+    assert rows_by_graphs(by_graphs) == 16
 
 
 def test_one_cache_for_training_and_evaluations_under_autocast(tmp_path, monkeypatch):

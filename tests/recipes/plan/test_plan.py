@@ -22,6 +22,7 @@ from recipes.plan.plan import (
     parse_device,
     plan,
     plan_token_budget,
+    token_budget,
     tokens_as_padded,
     usable,
 )
@@ -353,6 +354,9 @@ def test_the_token_budget_has_bounds():
     s = in_bins(None)
     assert plan_token_budget(s, 80 * GIB) == 4 * (256 + 8 * 511)  # all that is sampled
     assert plan_token_budget(s, 3 * GIB) == 0
+    assert (
+        token_budget(load_config(ONE_B), s, 3 * GIB) == 256 + 8 * 511
+    )  # a micro-batch, which is never divided
     with pytest.raises(ValueError, match=r"gpt2; set step\.token_budget"):
         plan_token_budget(replace(s, shape=replace(s.shape, layer=None, kind="gpt2")), 80 * GIB)
 
@@ -424,6 +428,16 @@ def test_a_bin_is_one_micro_batch_where_nothing_can_be_planned(tmp_path):
     quickstart = plan(load_config(QUICKSTART)).setting
     assert quickstart.bin_tokens == quickstart.sequences * quickstart.length
     assert bin_of(80 * GIB, "model.attn_implementation=eager") == 8 * 768
+
+
+def test_unsloth_raises_a_micro_batch_to_one_group():
+    sizes = {}
+    for loader in ("transformers", "unsloth"):
+        few = ["grpo.per_device_train_batch_size=2", "grpo.num_generations=8", f"model.loader={loader}"]
+        few += ["model.name=unsloth/Llama-3.2-1B-Instruct", "grpo.gradient_accumulation_steps=4"]
+        found = setting.Setting.of(load_config(ONE_B, few), device=True)
+        sizes[loader] = found.sequences, found.sampled
+    assert sizes == {"transformers": (2, 8), "unsloth": (8, 32)}
 
 
 @pytest.mark.parametrize(

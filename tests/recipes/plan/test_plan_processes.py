@@ -4,8 +4,9 @@ import pytest
 
 import train_grpo
 from recipes.config.load import load_config
-from recipes.plan.plan import plan
+from recipes.plan.plan import GIB, plan
 from recipes.plan.processes import ddp, sharded
+from recipes.plan.setting import Setting
 
 RUN = """\
 model: {loader: scratch, scratch: {hidden_size: 64, layers: 4, heads: 4, intermediate_size: 128}}
@@ -36,6 +37,40 @@ def test_fsdp_rests_in_parts_and_computes_with_two_whole_layers(found):
     whole = 4 * (2 * layer + 2 * vocabulary * 64 + (2 * 4 + 1) * 64)  # with embedding, head and every norm
     assert before["optimizer"] - phases["optimizer"] == (parameters + adam + gradients) * 3 // 4
     assert before["generation"] - phases["generation"] == (parameters + adam) * 3 // 4 - whole
+
+
+def test_on_a_gpu_what_fsdp_gathers_is_what_autocast_would_cast(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    found = plan(load_config(path, processes=4), 8 * GIB)
+    phases, before = sharded(found.setting, found.memory, 4), found.memory.phases
+    parameters, layer = 4 * found.setting.shape.parameters, 4 * 64 * 64 + 3 * 64 * 128
+    parts = parameters * 4 * 3 // 4  # weights, two moments, gradients: three quarters are elsewhere
+    whole = 2 * (2 * layer + 2 * found.setting.shape.vocab * 64 + (2 * 4 + 1) * 64)  # now in half precision
+    copies = 2 * 4 * layer
+    backward = "forward, loss and backward"
+    assert found.memory.parts["weights cast by autocast"] == copies
+    assert before[backward] - phases[backward] == parts + copies - whole
+
+
+@pytest.mark.parametrize(
+    ("told", "sampled"), [("generation_batch_size=64", 16), ("steps_per_generation=3", 24)]
+)
+def test_each_process_samples_its_part_of_a_generation(tmp_path, told, sampled):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    config = load_config(path, [f"grpo.{told}"], processes=4)
+    assert Setting.of(config, device=False).sampled == sampled
+
+
+def test_what_a_plan_could_not_look_at_is_said(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    model = "{loader: scratch, tokenizer: bpe, scratch: {hidden_size: 64, layers: 1, heads: 4}}"
+    path.write_text(f"model: {model}\ntask: {{name: gsm8k}}\n")
+    assert train_grpo.main(["--config", str(path), "--plan"]) == 0
+    assert (
+        "note: NOT looked at: the problems of openai/gsm8k, which are on the hub" in capsys.readouterr().out
+    )
 
 
 def test_the_command_line_shows_both_and_counts_whole_groups_over_all(tmp_path, capsys):

@@ -4,13 +4,15 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from recipes.config.load import load_config
 from recipes.models.prompts import mean_prompt
 from recipes.plan.plan import CARDS, in_bins
-from recipes.plan.rate import Rate, published
+from recipes.plan.rate import _SIZES, Rate, matrix_rate, published
 from recipes.plan.setting import Setting
 from recipes.plan.show import parse_lengths, show
 from recipes.plan.time import plan_time
@@ -111,15 +113,59 @@ def test_the_padded_step_of_the_8b_model():
     assert planned["scoring"] == pytest.approx(scoring, rel=WITHIN)
 
 
+def test_the_rate_is_that_of_the_best_round(monkeypatch):
+    def read():
+        reads.append(clock[0])
+        clock[0] += next(seconds) if len(reads) % 2 else 100.0  # what lies between two rounds is not counted
+        return reads[-1]
+
+    reads, clock, seconds = [], [0.0], iter([2.0, 0.5, 1.0])
+    monkeypatch.setattr("recipes.plan.rate.time", SimpleNamespace(perf_counter=read))
+    monkeypatch.setitem(_SIZES, "cpu", 64)
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 2 * 64**3 / 0.5
+
+
 def test_hours_grow_with_steps_and_evaluations():
     def total(*overrides):
         config = load_config(ROOT / "configs" / "smollm2_135m_char_count_published.yaml", overrides)
         return plan_time(config, Setting.of(config, device=True), H100)
 
-    one, two = total("grpo.max_steps=560"), total()
-    assert two.total - one.total == pytest.approx(560 * two.step, rel=0.3)
-    assert total("run.evaluation.every=40").total > two.total
+    assert total("grpo.max_steps=560").total < total().total
+    for vllm, start in (("false", 25 + 46), ("true", 25 + 100)):  # seconds until the first step
+        by = (f"grpo.use_vllm={vllm}", "run.warm_start=null")
+        ends, often = total(*by, "run.evaluation.every=null"), total(*by, "run.evaluation.every=40")
+        look = (often.total - ends.total) / 27  # after 40, 80, … 1080 of 1,120 steps
+        assert look > 0
+        assert ends.total == pytest.approx(1120 * ends.step + 2 * look + start)
     assert total("grpo.max_steps=-1", "grpo.num_train_epochs=1").total is None
+
+
+@pytest.mark.parametrize(
+    ("impl", "settings", "passes"),
+    [
+        ("trl", {}, 0.0),
+        ("trl", {"beta": 0.04}, 1.0),  # the reference's
+        ("trl", {"num_iterations": 2}, 0.5),  # one of the old policy serves two updates
+        ("trl", {"num_iterations": 2, "beta": 0.04}, 1.0),
+        ("trl", {"steps_per_generation": 8}, 1.0),
+        ("packed", {"beta": 0.04}, 1.0),
+        ("packed", {"num_iterations": 2, "beta": 0.04}, 0.5),
+        ("packed", {"steps_per_generation": 8}, 0.5),  # of the later half alone
+        ("packed", {"steps_per_generation": 8, "num_iterations": 2}, 0.25),
+    ],
+)
+def test_how_often_a_steps_tokens_are_scored(impl, settings, passes):
+    path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+
+    def scoring(**grpo):
+        given = {"gradient_accumulation_steps": 4, "steps_per_generation": 4, "num_iterations": 1, **grpo}
+        config = load_config(
+            path, [f"step.impl={impl}", *(f"grpo.{key}={value}" for key, value in given.items())]
+        )
+        setting = in_bins(config, Setting.of(config, device=True), 16_384)
+        return plan_time(config, setting, H100, (60, 71)).phases["scoring"]
+
+    assert scoring(**settings) == pytest.approx(passes * scoring(beta=0.04))
 
 
 def test_a_whole_run_of_smollm2():

@@ -13,6 +13,8 @@ def records(count=60, **figures):
 def test_each_cause_is_named_and_the_likeliest_first():
     (cut,) = advice(records(clipped_share=0.7))
     assert cut.startswith("70 % of the completions were cut off")
+    (most,) = advice(records(clipped_share=0.97))
+    assert most.startswith("97 % of the completions were cut off")
     (never,) = advice(records(clipped_share=1.0))
     assert "end token" in never
     (equal,) = advice(records(zero_std_share=0.9))

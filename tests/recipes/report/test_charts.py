@@ -182,4 +182,15 @@ def test_labels_are_pushed_apart_no_more_than_need_be():
 def test_smoothing_keeps_length_and_mean_of_a_constant():
     assert smooth([2.0] * 100) == [2.0] * 100
     assert smooth([1.0]) == [1.0]
+    assert smooth([0.0] * 20 + [1.0] * 20)[16:24] == [
+        0,
+        0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+        1,
+        1,
+    ]  # a tenth of forty and one
+    assert smooth([0.0, 1.0] * 9) == [0.0, 1.0] * 9  # of fewer than twenty each is its own
     assert smooth([]) == []

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from recipes.report import compare as compare_module
 from recipes.report import page as report_module
+from recipes.report.model_card import _front_matter, model_card
 from recipes.tracking.run_folder import RunFolder
 
 
@@ -159,3 +160,30 @@ def test_damaged_files_of_a_run_are_named_or_left_out(tmp_path, capsys):
     (folder.path / "config.yaml").write_text("head: [")
     assert compare_module.main([str(folder.path), str(other.path)]) == 2
     assert f"{folder.path / 'config.yaml'}:1: not valid YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.44, "59.4 s"), (65.4, "1 min 05 s"), (3599.6, "1 h 00 min"), (3 * 3600 + 5 * 60 + 47, "3 h 05 min")],
+)
+def test_how_long_in_words(seconds, text):
+    assert report_module.duration(seconds) == text
+
+
+def test_the_card_names_the_problems_of_the_last_evaluation(tmp_path):
+    folder = run_folder(tmp_path)
+    last = folder.metrics.read()[-1]
+    folder.metrics.write({"step": last["step"] + 1, "accuracy": 0.5, "accuracy_problems": 77})
+    (folder.path / "config.yaml").write_text("model: {}\ntask: {name: a}\nrun: {}\nhead: {impl: memhead}\n")
+    assert "greedy accuracy on 77 problems" in model_card(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("org/model", True), ("model", False), ("home/me/model", False), ("/model", False), ("./model", False),
+     ("~/model", False), (None, False)],
+)  # fmt: skip
+def test_a_card_names_what_lies_on_the_hub_and_no_path_of_this_machine(name, named):
+    text = _front_matter({"model": {"name": name}, "task": {"dataset": name}})
+    assert ("base_model: org/model" in text, "- org/model" in text) == (named, named)
+    assert named or "model\n" not in text

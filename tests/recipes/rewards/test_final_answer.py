@@ -57,7 +57,8 @@ def test_one_number_however_it_is_written(text, value):
         ("9 minus 4", [9, 4]),
         ("9 apples - 4 apples", [9, 4]), ("10 m^2 - 4 m^2", [10, 4]), ("from 10 to -5", [10, -5]),
         ("3 * -5", [3, -5]),
-        ("---\n18", [18]), ("1,2", [1, 2]), ("1,234,5", [1, 234, 5]), ("2020 100", [2020, 100]), ("0 500", [0, 500]),
+        ("---\n18", [18]), ("1,2", [1, 2]), ("1,234,5", [1, 234, 5]), ("100,23,456", [100, 23, 456]),
+        ("2020 100", [2020, 100]), ("0 500", [0, 500]),
         ("3 200-gram bars", [3, 200]), ("5'11", [5, 11]), ("18, 20 and 22", [18, 20, 22]),
         ("20 hundred-dollar bills", [20]), ("9-(4)", [9, 4]), ("the total—5 apples", [5]), ("3 and 4", [3, 4]),
         ("3 apples and 1/2 of a pear", [3, Fraction(1, 2)]), ("1,0", [1, 0]),
@@ -66,7 +67,7 @@ def test_one_number_however_it_is_written(text, value):
         ("0x1F", []), ("0b11", []), ("12/25/2020", []), ("1.2.3", []), ("1/0", []), ("0^{-1}", []),
         ("10^999999999", []),
         ("1e999", []), ("H2O", []), ("x_1", []), ("٣٤", []), ("３４", []), (r"\frac{x}{2}", []), ("9" * 41, []),
-        ("e^{5}", []),
+        ("e^{5}", []), ("-10,20", [-10, 20]), ("-1,2,3", [-1, 2, 3]), ("-1,000", [-1000]), ("-1 20", [-1, 20]),
     ],
 )  # fmt: skip
 def test_several_numbers_or_none(text, values):
@@ -157,3 +158,16 @@ def test_the_cases_beside_this_checkout():
         judges = {"strict": GSM8K.is_correct, "lenient": GSM8K.is_correct_lenient}
         for name, judge in judges.items():
             assert name not in case or judge(case["completion"], row) is case[name], case
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<answer>1</answer> #### 2 \\boxed{3} and 4", 3),
+        ("<answer>1</answer> and 4\n#### 2", 2),
+        ("<answer>1</answer> and 4", 1),
+        ("1 and 4", 4),
+    ],
+)
+def test_of_several_forms_the_plainest_is_the_answer(text, value):
+    assert lenient_answer(text) == value

@@ -165,6 +165,8 @@ def test_answers_as_people_write_them(verifier, gold, given, same):
         ("-5", "The answer is –5.", True),
         ("$5$;$10$", "The answers are $5$ and $10$.", True), ("$5$;$10$", "The answer is $10$.", False),
         ("5", r"Thus $\boxed{5}$." + " I look at it once more." * 400, True),
+        ("5", "The sum of 3 and 4 comes first." + " I look at it once more." * 400 + " The answer is 5.", True),
+        ("7", "The answer is 7." + " I look at it once more." * 400 + " The answer is 5.", False),
     ],
 )  # fmt: skip
 def test_answers_without_the_form(verifier, gold, text, same):

@@ -11,7 +11,7 @@ import pytest
 import recipes.data
 import train_grpo
 from recipes.config.load import load_config
-from recipes.data import Column, read_rows, text, whole_number
+from recipes.data import BadValue, Column, _local_files, read_rows, text, whole_number
 from recipes.models.prompts import check_problems
 from recipes.problems import ConfigError
 
@@ -253,3 +253,26 @@ def test_the_plan_asks_no_hub(tmp_path, without_unsloth, monkeypatch):
     config = load_config(_write(tmp_path, "gsm8k"), ["task.dataset=some/data"])
     (note,) = check_problems(config, config.make_task(), network=False)
     assert "some/data" in note
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(True, "is true or false"), (None, "is null"), (3.0, "is a number"), ("3", "is a text"), (2**63, "is too large"),
+     (-(2**63), "is too large"), ([3], "is a list")],
+)  # fmt: skip
+def test_what_is_no_whole_number(value, said):
+    with pytest.raises(BadValue, match=said):
+        whole_number(value)
+
+
+@pytest.mark.parametrize("value", [0, -7, 2**63 - 1])
+def test_whole_numbers_stay(value):
+    assert whole_number(value) == value
+
+
+def test_of_a_folder_as_the_hub_lays_it_out_a_split_is_read_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / "data" / f"{name}.parquet").write_bytes(b"")
+    assert [file.name[:11] for file in _local_files(str(tmp_path), "train")] == ["train-00000", "train-00001"]
+    assert [file.name[:10] for file in _local_files(str(tmp_path), "test")] == ["test-00000"]

@@ -205,3 +205,8 @@ def test_columns_of_another_name(tmp_path):
         ValueError, match=r"task\.columns\.question: .* lacks 'question', has problem, solution; set"
     ):
         _ = Gsm8k(Gsm8k.Options(dataset=str(file), held_out=2), 0).train
+
+
+def test_each_note_of_the_calculator_is_left_out_by_itself():
+    text = gsm8k.solution_text("He has 2+3=<<2+3=5>>5 and 5*2=<<5*2=10>>10.\n#### 10")
+    assert "\nHe has 2+3=5 and 5*2=10.\n" in text

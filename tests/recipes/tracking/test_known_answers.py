@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 from types import SimpleNamespace
 
 import psutil
@@ -31,6 +32,7 @@ from recipes.tracking.summary import (
 )
 from recipes.tracking.tracker import Tracker, highest, last_completions, track
 from recipes.training import memory
+from recipes.training.step_metrics import StepMeter
 
 
 class Clock:
@@ -640,6 +642,87 @@ def test_a_sample_is_spread_over_the_batch():
         )
         found[count] = [int(line["completion"]) for line in Tracker._sample(sampled)]
     assert found == {0: [], 1: [0], 3: [0, 3, 6], 10: list(range(10)), 40: list(range(10))}
+
+
+def test_a_commit_is_modified_where_a_file_of_it_is(tmp_path, monkeypatch):
+    """Not where a file lies beside them, such as a run's."""
+
+    def git(*given):
+        call = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *given]
+        return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "code.py").write_text("1")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "code.py"))
+    git("init"), git("add", "."), git("commit", "-m", "a")
+    (tmp_path / "run.json").touch()
+    assert environment._git() == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    (tmp_path / "code.py").write_text("2")
+    assert environment._git()["modified"] is True
+
+
+def test_processes_are_those_of_all_machines(monkeypatch):
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert environment.environment()["processes"] == 16
+
+
+def test_what_was_computed_before_the_first_step_is_in_no_figure_of_it():
+    """The evaluation before training, and a step of the worst case."""
+    calls = []
+    session = SimpleNamespace(
+        _session_steps=0,
+        _speed=SimpleNamespace(begin=lambda: calls.append("forget")),
+        _clock=SimpleNamespace(begin_step=lambda step, *_: calls.append(step)),
+        _trainer=SimpleNamespace(model=None, optimizer=None),
+    )
+    for session._session_steps in range(3):
+        Tracker.begin_step(session)
+    assert calls == ["forget", 0, 1, 2]
+
+
+def test_without_a_terminal_a_run_is_about_twenty_lines_and_its_last_step(capsys):
+    from recipes.tracking.terminal import Progress
+
+    for total, expected in ((3, [1, 2, 3]), (45, [*range(2, 45, 2), 45]), (1000, list(range(50, 1001, 50)))):
+        progress = Progress(Console(width=200))
+        progress.start(0, total)
+        for step in range(1, total + 1):
+            progress.logged(step, {"reward": 0.5}, [])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in lines] == [f"step {step}/{total}" for step in expected]
+
+
+def test_a_resumed_run_shows_the_accuracy_that_was_measured_last(tmp_path):
+    folder, shown = RunFolder.create(tmp_path, "run"), []
+    for record in (
+        {"step": 0, "accuracy": 0.2},
+        {"step": 2, "accuracy": 0.43},
+        {"step": 3, "accuracy": None},
+    ):
+        folder.metrics.write(record)
+    begun = SimpleNamespace(
+        folder=folder, _clock=None, _trainer=SimpleNamespace(is_world_process_zero=lambda: True),
+        _progress=SimpleNamespace(start=lambda *given: shown.append(given)), drop_after=shown.append,
+        _last_accuracy=lambda: Tracker._last_accuracy(begun),
+    )  # fmt: skip
+    optimizer = SimpleNamespace(step=SimpleNamespace(on_a_clock=True))
+    Tracker.begin_training(begun, 4, 9, optimizer)
+    Tracker.begin_training(begun, 0, 9, optimizer)
+    assert shown == [4, (4, 9, 0.43), (0, 9, 0.43)]
+
+
+def test_a_steps_tokens_are_those_of_all_processes(monkeypatch):
+    monkeypatch.setattr("recipes.training.step_metrics.gathered", lambda own: [own, (10, 300, 8, 8)])
+    window = StepMeter()
+    window.add(computed=999, real=999, rows=999, left_out=999)  # of the window before
+    window.begin()
+    window.add(computed=70, real=100, rows=16, left_out=2)
+    window.add(computed=20, real=100, rows=8, left_out=2)
+    assert window.metrics() == {
+        "step/tokens_computed": 100.0,
+        "step/tokens_real": 500.0,
+        "step/left_out": 12 / 32,
+    }
 
 
 def test_measured_beside_planned_in_bytes_and_the_higher_of_two_phases():

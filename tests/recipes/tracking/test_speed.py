@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from recipes.plan.shapes import ModelShape, Trained
 from recipes.plan.work import Flow, Work
 from recipes.report.charts import charts
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.speed import TRAINING, WHOLE
+from recipes.tracking.speed import TRAINING, WHOLE, compute_dtype
 from recipes.tracking.summary import by_speed, summarize
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.packed_step import packed
+from recipes.training.ratios import sampler_dtype
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,22 @@ def run(tmp_path_factory):
         tracker.close()
         print_summary(tracker.summary(), folder, console)
     return folder, work, [(found[0], found[1]) for found in seen], console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "weights", "products"),
+    [
+        (True, False, torch.float32, torch.bfloat16),
+        (False, True, torch.float32, torch.float16),
+        (False, False, torch.float32, torch.float32),
+        (False, False, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_rate_is_that_of_the_products_dtype(bf16, fp16, weights, products):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(bf16=bf16, fp16=fp16), model=SimpleNamespace(dtype=weights), vllm_generation=None
+    )
+    assert compute_dtype(trainer) == sampler_dtype(trainer) == products
 
 
 def test_tokens_are_those_that_were_sampled(run):

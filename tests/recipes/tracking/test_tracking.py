@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from recipes.config.load import load_config
 from recipes.config.schema import LoraSection, TrackingConfig
 from recipes.tracking import reporters as trackers
-from recipes.tracking.files import LinesFile, MetricsFile
+from recipes.tracking.files import CannotWrite, LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, main_figures, summarize
@@ -370,6 +371,21 @@ def test_completions_are_printed_once_a_logged_step(memhead_in_trl, tmp_path, ca
     assert [shown.count(f" Step {step} ") for step in (1, 2, 3)] == [1, 1, 1]
     for word in ("Prompt", "Completion", "digits_reward", "Advantage"):
         assert shown.count(word) == 3
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_the_others_whole(tmp_path):
+    """A limit on a file's size stands for the full disk: the write comes back half done."""
+    file, before = LinesFile(tmp_path / "x.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.append({"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(CannotWrite, match=r"x\.jsonl could not be written"):
+            file.append({"step": 2, "text": "a" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.append({"step": 3})
+    assert file.read() == [{"step": 1}, {"step": 3}]
+    assert file.unreadable() == []
 
 
 def test_a_resumed_bar_keeps_the_last_accuracy():

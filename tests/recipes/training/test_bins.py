@@ -9,8 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from rollouts import rollout
 
-from recipes.training.packing import Lengths, even_bins, fill_bins
+from recipes.training.packing import Lengths, PaddedBatch, even_bins, fill_bins, measure
+from recipes.training.rollout import Bin, Rollout, padded
 
 
 def window(seed: int, count: int = 7) -> tuple[Lengths, list[list[int]], list[int]]:
@@ -54,6 +56,45 @@ def test_a_short_last_bin_is_filled_up():
     assert fill_bins(lengths, rows, 60) == [range(3), range(3, 4)]
     assert even_bins(lengths, rows, 60) == [range(2), range(2, 4)]
     assert even_bins(lengths, rows, 5) == fill_bins(lengths, rows, 5) == [range(i, i + 1) for i in range(4)]
+
+
+def test_a_group_is_of_the_same_prompt_padding_aside():
+    """Whatever numbers stand in the padding; and a prompt may begin with the token that pads."""
+    ids = torch.tensor([[0, 0, 5, 7], [0, 0, 5, 8], [3, 9, 5, 7], [0, 0, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 1, 1]])
+    found = measure(PaddedBatch(ids, mask, completion_width=1))
+    assert found.group.tolist() == [0, 1, 0, 2]
+    assert (found.prompt.tolist(), found.completion.tolist()) == ([1, 2, 1, 1], [1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_nothing_has_an_advantage_the_shortest_completion_is_computed(count):
+    fed = rollout("shared", "all")
+    fed["completion_mask"][0] = 0  # which leaves nothing of it
+    torch.manual_seed(0)
+    made = Rollout.shuffled(fed, count, True, 10_000)
+    for index in range(count):
+        (bin_,) = made.cut(range(index, index + 1))
+        rows = slice(bin_.start * made.size, bin_.stop * made.size)
+        assert made.lengths.completion[rows][made.live[rows]].tolist() == [1]
+
+
+def test_what_a_bin_counts_for_the_log():
+    """A prompt as often as it has completions; rows without a token, and those left out."""
+    fed = rollout("shared", "some")
+    fed["completion_mask"][15] = 0
+    made = Rollout.shuffled(fed, 2, True, 10_000)
+    (bin_,) = made.cut(range(2))
+    rows = fed["prompt_mask"].sum(1) + fed["completion_mask"].sum(1)
+    assert Bin(made, bin_).counts() == {"real": int(rows.sum()), "rows": 16, "left_out": 4}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_untold_a_bin_holds_what_a_padded_micro_batch_has_slots(count):
+    fed = rollout("shared", "none")  # 16 rows
+    slots = 16 // count * padded(fed).input_ids.shape[1]
+    assert Rollout.shuffled(fed, count, False, None).budget == slots
+    assert Rollout.shuffled(fed, count, False, 7).budget == 7
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import train_grpo
 from recipes.models.manifest import condemn, damage, seal
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.callbacks import BypassGuard
+from recipes.training.checkpoints import _publish, steps_of_generation
 
 KILLED_IN_A_WRITE = """
 import os, signal, torch
@@ -33,15 +35,17 @@ torch.save = half
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before_and_the_same_run(tmp_path, capsys):
-    settings = command(tmp_path, "grpo.max_steps=5", "run.save_every=2")
+    settings = command(tmp_path, "grpo.max_steps=5", "run.save_every=2", "grpo.save_total_limit=2")
     assert start(settings, KILLED_IN_A_WRITE).wait(120) == -signal.SIGKILL
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (checkpoints / "unfinished" / "checkpoint-4" / "optimizer.pt").is_file()  # it was a real half
     assert train_grpo.main([*settings, "--resume"]) == 0
     assert f"Resuming from {checkpoints / 'checkpoint-2'}" in capsys.readouterr().out
-    assert {p.name for p in checkpoints.iterdir()} >= {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
-    assert not (checkpoints / "unfinished").exists()
+    assert {p.name for p in checkpoints.iterdir() if p.is_dir()} == {
+        "checkpoint-4",
+        "checkpoint-5",
+    }  # the last two
 
     whole = [s.replace("run.name=tiny", "run.name=whole") for s in settings]
     assert train_grpo.main(whole) == 0
@@ -64,12 +68,27 @@ def nan_weights(place):
     seal(place)
 
 
+def nan_in_a_later_part(place):
+    save_file({"head": torch.ones(2)}, place / "model-00001-of-00002.safetensors")
+    save_file({"norm": torch.tensor([float("inf")])}, place / "model-00002-of-00002.safetensors")
+    seal(place)
+
+
 def without(name):
     def remove_before_the_manifest(place):
         (place / name).unlink()
         seal(place)
 
     return remove_before_the_manifest
+
+
+def without_a_part_in_a_folder(place):
+    """As DeepSpeed keeps an optimizer."""
+    part = place / "global_step4" / "optim_states.pt"
+    part.parent.mkdir()
+    part.touch()
+    seal(place)
+    part.unlink()
 
 
 FAULTS = {
@@ -90,9 +109,14 @@ FAULTS = {
     "no random state": (lambda place: (place / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "never an optimizer": (without("optimizer.pt"), "it was written without its optimizer"),
     "never a random state": (without("rng_state.pth"), "it was written without its random state"),
+    "no part of an optimizer": (without_a_part_in_a_folder, "global_step4/optim_states.pt is missing"),
     "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
     "half a manifest": (lambda place: half(place / "manifest.json"), "manifest.json cannot be read"),
     "NaN": (nan_weights, "model.safetensors: head holds NaN or infinity"),
+    "infinity in a later part": (
+        nan_in_a_later_part,
+        "model-00002-of-00002.safetensors: norm holds NaN or infinity",
+    ),
     "diverged": (lambda place: condemn(place, "the run diverged from there"), "the run diverged from there"),
 }
 
@@ -112,6 +136,31 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, fault):
     found.begin_session()
     assert not late.exists()  # out of the way of the next one of step 4
     assert (late.parent / "damaged-checkpoint-4").is_dir()
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_a_session_before(tmp_path):
+    place, written = tmp_path / "checkpoint-4", tmp_path / "unfinished" / "checkpoint-4"
+    for folder, text in ((place, "before"), (written, "now")):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(text)
+    (place / "optimizer.pt").touch()
+    _publish(written, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert {path.name for path in place.iterdir()} == {"weights", "manifest.json"}
+    assert (place / "weights").read_text() == "now"
+
+
+@pytest.mark.parametrize(
+    ("generation", "iterations", "window", "steps"),
+    [(1, 1, 1, 1), (4, 1, 2, 2), (4, 2, 2, 4), (2, 1, 4, 1), (3, 1, 2, 3), (1, 3, 2, 3), (4, 3, 8, 3)],
+)
+def test_steps_from_one_end_of_a_generation_to_the_next(generation, iterations, window, steps):
+    """Counted one micro-batch at a time: where an update and a generation end together."""
+    arguments = SimpleNamespace(
+        steps_per_generation=generation, num_iterations=iterations, gradient_accumulation_steps=window
+    )
+    ends = [n // window for n in range(1, 200) if n % window == 0 and n % (generation * iterations) == 0]
+    assert steps_of_generation(arguments) == steps == ends[0]
 
 
 def test_a_checkpoint_in_a_generation_is_put_off_to_its_end(tmp_path, capsys):

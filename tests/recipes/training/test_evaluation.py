@@ -193,7 +193,7 @@ def configured(tmp_path, *overrides):
     return load_config(path, list(overrides))
 
 
-def test_an_evaluation_asks_for_what_the_configuration_says(tmp_path):
+def test_an_evaluation_asks_for_what_the_configuration_says(tmp_path, monkeypatch):
     settings = [
         "run.evaluation.size=10", "run.evaluation.batch_size=4", "run.evaluation.samples=2", "grpo.temperature=0.6",
         "grpo.max_completion_length=9", "run.seed=3",
@@ -213,6 +213,11 @@ def test_an_evaluation_asks_for_what_the_configuration_says(tmp_path):
     torch.manual_seed(99)
     measure()
     assert engine.draws[3:] == first  # the same draws at every call, whatever was drawn before
+    engine.draws.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.processes.rank", lambda: 1)
+        evaluator(config, task, engine)()
+    assert engine.draws[3:] != first  # each process draws for itself
     engine.asked.clear()
     assert "pass@1" not in measure(sampled=False)
     assert engine.asked == [(4, greedy), (4, greedy), (2, greedy)]

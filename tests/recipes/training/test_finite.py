@@ -60,18 +60,26 @@ def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_no
 
 
 def test_checkpoints_from_which_no_finite_step_was_taken_are_condemned(memhead_in_trl, tmp_path):
-    trainer = tiny_trainer(tmp_path / "checkpoints", steps=9, save_strategy="steps", save_steps=1)
-    computed = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (
-        computed(model, inputs) * (math.nan if trainer.state.global_step >= 2 else 1.0)
-    )
+    def diverging(step):
+        trainer = tiny_trainer(tmp_path / "checkpoints", steps=9, save_strategy="steps", save_steps=1)
+        computed = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (
+            computed(model, inputs) * (math.nan if trainer.state.global_step >= step else 1.0)
+        )
+        return trainer
+
     with pytest.raises(Diverged, match="3 steps in a row were not finite"):
-        trainer.train()
+        diverging(2).train()
     bad = LinesFile(tmp_path / "bad_steps.jsonl").read()
     assert [(line["step"], line["phase"]) for line in bad] == [(3, "forward"), (4, "forward"), (5, "forward")]
     found = {n: damage(tmp_path / "checkpoints" / f"checkpoint-{n}") for n in (1, 2)}
     assert not found[1]
     assert found[2].startswith("the run diverged from there")
+
+    # A session that takes no finite step at all condemns what it began with, and nothing earlier.
+    with pytest.raises(Diverged, match="3 steps in a row were not finite"):
+        diverging(0).train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+    assert not damage(tmp_path / "checkpoints" / "checkpoint-1")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -104,15 +112,31 @@ def test_one_bad_gradient_changes_nothing_and_the_run_goes_on(memhead_in_trl, tm
     assert {"prompt", "completion", "rewards", "advantage"} <= set(line["completions"][0])
 
 
-def test_a_loss_that_is_nan_is_told_from_a_gradient_that_is(memhead_in_trl, tmp_path, capsys):
-    trainer = tiny_trainer(tmp_path / "checkpoints", steps=2)
-    computed = trainer._compute_loss
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_loss_that_is_nan_is_told_from_a_gradient_that_is(memhead_in_trl, tmp_path, capsys, bad):
+    """In whichever micro-batch."""
+    trainer = tiny_trainer(
+        tmp_path / "checkpoints", steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=4
+    )
+    computed, calls = trainer._compute_loss, []
     trainer._compute_loss = lambda model, inputs: (
-        computed(model, inputs) * (math.nan if trainer.state.global_step == 0 else 1.0)
+        computed(model, inputs) * (math.nan if len(calls) == bad else 1.0) + 0.0 * len([calls.append(1)])
     )
     trainer.train()
+    assert len(calls) == 4
     assert "step 1, forward: the loss is not finite (nan)" in capsys.readouterr().out
     assert trainer.bad_steps.total == 1
+
+
+def test_an_optimizer_that_is_not_finite_is_not_saved(memhead_in_trl, tmp_path, capsys):
+    """Its weights may be: they would be lost at the next step."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    trainer.train()
+    list(trainer.optimizer.state.values())[2]["exp_avg_sq"][0] = math.inf
+    trainer._save_checkpoint(trainer.model, trial=None)
+    said = capsys.readouterr().out
+    assert "step 1: no checkpoint is written: the optimizer's exp_avg_sq of parameter 2 is not finite" in said
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
 
 
 def test_weights_lost_in_an_update_stop_the_run_at_once(memhead_in_trl, tmp_path):
@@ -270,12 +294,20 @@ def test_a_model_that_is_of_no_use_is_not_evaluated(unusable, capsys):
     assert f"cannot be evaluated: {reason}" in printed.err
 
 
+def test_a_process_without_a_part_of_a_weight_finds_nothing_in_it():
+    nothing, fine, bad = torch.empty(0), torch.ones(3), torch.tensor([1.0, math.inf])
+    assert first_not_finite([("a", nothing)]) is None
+    assert first_not_finite([("a", nothing), ("b", fine), ("numbers", torch.tensor([2]))]) is None
+    assert first_not_finite([("a", nothing), ("b", fine), ("c", bad)]) == "c"
+
+
 def test_a_head_of_zeros_is_no_fault():
     """As a new model may begin: its logits are the same for every prompt, its gradient is not."""
     config = load_config(CONFIG, TINY)
     model, tokenizer = load(config.model, config.make_task(), 0)
     batch = encode(tokenizer, ["357>26=", "123>6="])
     assert why_unusable(model, batch) is None
+    assert why_unusable(model, encode(tokenizer, ["357>26="] * 2)) is None  # data that asks the same twice
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert why_unusable(model, batch) is None

@@ -5,17 +5,22 @@ The allocations that fail here fail for real: more bytes are asked of the alloca
 
 import json
 import re
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 import train_grpo
 from recipes.config.load import load_config
+from recipes.models.tokenizers import character_tokenizer
 from recipes.plan.plan import plan
 from recipes.problems import ConfigError
-from recipes.training.memory import _asked, explain, plan_of, remedies
+from recipes.training.memory import _asked, _free, explain, plan_of, remedies
 from recipes.training.packed_step import PackedStep
+from recipes.training.worst_case import longest_prompt
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 TINY = [
@@ -83,6 +88,22 @@ def test_a_step_without_memory_is_one_page_and_a_checkpoint(tmp_path, capsys, fa
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_weights_that_may_be_half_updated_are_not_kept(tmp_path, capsys, monkeypatch):
+    stepped = torch.optim.AdamW.step
+
+    def step(optimizer, *given):
+        if optimizer.state:  # the second one
+            torch.empty(TOO_MUCH, dtype=torch.uint8)
+        return stepped(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "out of memory in the phase 'optimizer' after step 1" in said
+    assert "The weights may be half updated and are not saved; there is no checkpoint" in said
+    assert not list((tmp_path / "tiny").glob("checkpoints/*"))
+
+
 def test_what_does_not_fit_fails_before_the_first_step(tmp_path, capsys, fail):
     def is_longest(trainer, inputs):
         return bool(inputs.run) and inputs.batch.completion_width == trainer.args.max_completion_length
@@ -124,6 +145,7 @@ def test_the_checks_change_nothing_but_can_be_left_out(tmp_path, capsys):
             assert a == b, key
     plan = json.loads((tmp_path / "tiny" / "plan.json").read_text())
     assert plan["measured"].keys() <= plan["phases"].keys()
+    assert plan["measured_figure"] == "tensor_peak_mib"
     highest = metrics(tmp_path)[1]["memory"]["backward"]["tensor_peak_mib"] * 2**20
     assert plan["measured"]["forward, loss and backward"] >= highest > 2**16
     assert "memory  forward, loss and backward: planned" in checked
@@ -178,6 +200,30 @@ def test_no_bin_smaller_than_a_micro_batch_is_advised(without_unsloth, budget, a
 )
 def test_how_much_was_asked_for(message, size):
     assert _asked(message) == size
+
+
+def test_what_is_free_is_no_more_than_this_process_may_have():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    may = psutil.Process().memory_info().vms + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (may, before[1]))
+    try:
+        free = _free()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert re.match(r"(1\.00 GiB|9\d\d\.\d\d MiB|0\.9\d GiB) of ", free), free
+
+
+def test_the_worst_case_is_of_the_prompt_with_the_most_tokens():
+    """Not of the one with the most characters: some tokens are long."""
+    tokenizer = character_tokenizer("0123456789")
+    tokenizer.add_tokens(["<equals>"])
+    prompts = ["1", "12345" * 3, "<equals>" * 4, *["12"] * 30, "123"]
+    session = SimpleNamespace(
+        task=SimpleNamespace(train={"prompt": prompts}),
+        tokenizer=tokenizer,
+        config=SimpleNamespace(chat_template_kwargs={}),
+    )
+    assert longest_prompt(session).tolist() == tokenizer("12345" * 3).input_ids
 
 
 def test_other_errors_stay_what_they_are():

@@ -16,8 +16,9 @@ from rollouts import Fed, PackedFed, Step, model_of, rollout, run, trainer_of, v
 
 from memhead.integrations import trl as memhead_trl
 from recipes.models.tokenizers import character_tokenizer
+from recipes.plan.work import Flow
 from recipes.training.packed_attention import use_varlen
-from recipes.training.rollout import Rollout
+from recipes.training.rollout import Rollout, padded
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 TOLERANCE = 1e-10
@@ -201,6 +202,53 @@ def test_token_budget_changes_nothing_but_the_bins(pairs, budget):
     compare(pair, rollout("shared", "some"), windows=1)
 
 
+def test_the_entropy_is_that_of_the_completions_that_are_computed(pairs):
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=1, steps_per_generation=1)
+    fed = rollout("shared", "some")
+    batch, live = padded(fed), (fed["advantages"] != 0)[:, None] & fed["completion_mask"].bool()
+    arguments = batch.input_ids, batch.attention_mask, batch.completion_width
+    with torch.no_grad():
+        found = pair.trl._get_per_token_logps_and_entropies(pair.trl.model, *arguments, compute_entropy=True)
+    (step,) = run(pair.packed, fed, windows=1)
+    assert step.metrics["step/left_out"] == 5 / 16
+    assert step.metrics["entropy"] == pytest.approx(float(found[1][live].mean()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(None, 4), (None, None), (40, 4)])
+def test_scoring_is_cut_as_a_loss_is(pairs, budget, rows):
+    """By the token budget; without one, by the slots of as many padded rows as TRL scores at a time, if it says so."""
+    pair = pairs("llama")
+    trainer, batch = pair.packed, padded(rollout("single", "none"))
+    trainer._token_budget, trainer._flow = budget, Flow()
+    seen = []
+    right = trainer._score
+
+    def score(*given, **options):
+        found = right(*given, **options)
+        seen.append(found.tokens)
+        return found
+
+    trainer._score = score
+    try:
+        arguments = trainer.model, batch.input_ids, batch.attention_mask, batch.completion_width
+        with torch.no_grad():
+            found, entropies, _ = trainer._get_per_token_logps_and_entropies(*arguments, rows, True)
+            expected, others, _ = pair.trl._get_per_token_logps_and_entropies(*arguments, rows, True)
+    finally:
+        del trainer._score
+    real = batch.attention_mask[:, batch.prompt_width :]
+    torch.testing.assert_close(found, expected * real, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(entropies, others * real, rtol=TOLERANCE, atol=TOLERANCE)
+    limit = budget or (rows or len(batch.input_ids)) * batch.input_ids.shape[1]
+    tokens = int(batch.attention_mask.sum()) - len(
+        batch.input_ids
+    )  # a completion's last one predicts nothing
+    assert sum(seen) == tokens
+    assert max(seen) <= limit
+    assert len(seen) <= 2 * tokens / limit + 1
+
+
 def test_entropy_bonus_and_quantile(pairs):
     pair = pairs("llama")
     pair.set(entropy_coef=0.1)
@@ -296,9 +344,13 @@ def test_one_row_with_variable_length_attention(pairs, monkeypatch, name, prompt
     pair = pairs(name)
     config = pair.packed.model.config
     monkeypatch.setattr(pair.packed, "_varlen", True)
+    pair.set(beta=0.04 if prompts == "partly" else 0.0)
+    models = pair.packed._causal_models()  # the reference too
     before = config._attn_implementation
-    use_varlen(pair.packed.model)
+    for model in models:
+        use_varlen(model)
     try:
-        compare(pair, rollout(prompts, "some"), windows=1, left_out=True)
+        compare(pair, rollout(prompts, "some"), windows=1, left_out=prompts != "partly")
     finally:
-        config._attn_implementation = before
+        for model in models:
+            model.config._attn_implementation = before

@@ -35,6 +35,11 @@ def a_model(name: str, attention: str = "sdpa", **settings: Any) -> Any:
     return SimpleNamespace(config=config)
 
 
+def with_adapter(**settings: Any) -> Any:
+    """One that came with the model, as from a checkpoint."""
+    return SimpleNamespace(config=configurations()["llama"], peft_config={"default": LoraConfig(**settings)})
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("name", configurations())
 def test_every_tested_architecture_is_packed(name, varlen):
@@ -58,6 +63,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"peft_config": LoraConfig(lora_dropout=0.05)}, "lora.dropout is 0.05"),
         ({"peft_config": LoraConfig(use_dora=True)}, "DoRA has not been tested"),
         ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
+        ({"model": with_adapter(lora_dropout=0.1)}, "lora.dropout is 0.1"),
         ({"args": SimpleNamespace(n_gpu=4)}, "one process with 4 GPUs"),
         ({"args": SimpleNamespace(n_gpu=1, deepspeed_plugin=ZERO_3)}, "ZeRO-3 takes the model apart"),
         ({"tools": [print]}, "tools writes tokens"),
@@ -85,3 +91,5 @@ def test_what_is_not_packed_is_named(changes, reason):
 def test_what_variable_length_attention_does_not_compute_is_named(model, reason):
     assert re.match(reason, why_not(given(model=model), varlen=True))
     assert why_not(given(model=model), varlen=False) is None
+    largest = a_model(transformers.LlamaConfig(**SMALL, head_dim=256))
+    assert why_not(given(model=largest), varlen=True) is None

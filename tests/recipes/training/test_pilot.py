@@ -3,11 +3,14 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from datasets import Dataset
 
 import train_grpo
-from recipes.training.pilot import Pilot, chance_of_equal
+from recipes.training.pilot import Pilot, chance_of_equal, sample
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -52,6 +55,42 @@ def test_the_length_that_holds_nearly_all():
     assert cut.completion_length is None
     assert "grpo.max_completion_length=128, and another pilot" in cut.lines()[2]
     assert "98.0 % end, 2.0 % are cut off at 64 tokens" in cut.lines()[0]
+
+
+@pytest.mark.parametrize(("problems", "group", "each"), [(640, 8, 32), (10, 12, 36)])
+def test_what_is_sampled_and_counted_by_hand(problems, group, each):
+    """Prompts spread over the data; whole groups; each completion as long as its place, every third without an end."""
+    asked, made = [], itertools.count()
+
+    def generate(prompts):
+        asked.append(prompts)
+        ids = [[5] * (n % 4 + 1) + [9 if n % 3 else 5] for n in itertools.islice(made, len(prompts))]
+        return [[1] * (2 + int(prompt) % 2) for prompt in prompts], ids, None, prompts
+
+    def rewards(rows, prompts, texts, ids):
+        right = torch.tensor([float(row["prompt"]) for row in rows])
+        return torch.stack([right, torch.full_like(right, float("nan")), torch.ones_like(right)], 1)
+
+    trainer = SimpleNamespace(
+        num_generations=group, model=torch.nn.Linear(1, 1).eval(), _generate=generate, _calculate_rewards=rewards,
+        args=SimpleNamespace(per_device_train_batch_size=group, steps_per_generation=10),
+        reward_weights=torch.tensor([2.0, 5.0, 0.5]), eos_token_ids=[9],
+        processing_class=SimpleNamespace(pad_token_id=0),
+    )  # fmt: skip
+    task = SimpleNamespace(train=Dataset.from_dict({"prompt": [str(n) for n in range(problems)]}))
+    session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6))
+    found = sample(session, trainer)
+    chosen = list(range(0, problems, 10 if problems > 64 else 1))
+    assert [prompt for part in asked for prompt in part] == [str(n) for n in chosen for _ in range(each)]
+    assert {len(part) for part in asked[:-1]} == {
+        10 * group // each * each
+    }  # as many at a time as a rollout has
+    assert found.rewards == [[2.0 * n + 0.5] * each for n in chosen]
+    count = len(chosen) * each
+    assert found.lengths == [n % 4 + 2 for n in range(count)]
+    assert found.ended == [n % 3 != 0 for n in range(count)]
+    assert found.prompt_tokens == pytest.approx(sum(2 + n % 2 for n in chosen) / len(chosen))
+    assert found.longest == 6
 
 
 def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):

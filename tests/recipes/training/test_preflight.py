@@ -14,7 +14,7 @@ from huggingface_hub.utils import hf_raise_for_status
 
 import train_grpo
 from recipes.config.load import ConfigError, load_config
-from recipes.training.preflight import Machine, check, explain, missing
+from recipes.training.preflight import Machine, _head, _older, check, explain, missing
 
 ALL = frozenset({"unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3"})
 GPU = Machine(cuda=True, bfloat16=True, packages=ALL)
@@ -86,6 +86,7 @@ MISSING = [
         "pip install flash-attn",
     ),
     (CPU, ["grpo.optim=paged_adamw_8bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
+    (CPU, ["grpo.optim=paged_adamw_32bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
     (BARE, ["grpo.optim=adamw_8bit"], "grpo.optim: bitsandbytes is not installed", "requirements-cuda.lock"),
     (CPU, ["head.impl=trl"], "head.impl: TRL's needs a GPU", "set it to memhead or full"),
     (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
@@ -106,6 +107,12 @@ def test_what_the_machine_lacks(configured, machine, overrides, what, remedy):
     assert remedy in line
     assert overrides[0].partition("=")[2] in line
     assert "\n" not in line
+
+
+def test_unsloths_own_head_runs_on_a_cpu(configured):
+    trls = configured("head.impl=trl")
+    assert [problem.key for problem in _head(trls, CPU)] == ["head.impl"]
+    assert not list(_head(configured("head.impl=trl", "model.loader=unsloth"), CPU))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +278,16 @@ def test_more_processes_than_gpus_are_refused(tmp_path):
     config = load_config(path, processes=4)
     with pytest.raises(ConfigError, match=r"4 processes here, and there are 2 GPUs; .*--nproc-per-node 2 "):
         check(config, dataclasses.replace(GPU, processes_here=4, gpus=2))
+    check(config, dataclasses.replace(GPU, processes_here=2, gpus=2))  # of four, on two machines
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [("0.9.1", True), ("0.20.1+cu130", True), ("0.21.0", False), ("0.21.0rc1", False), ("0.100.0", False),
+     ("1.0", False), (None, False)],
+)  # fmt: skip
+def test_which_releases_are_older_than_0_21(version, older):
+    assert _older(version, "0.21.0") is older
 
 
 def test_unsloth_in_several_processes_is_refused(tmp_path, without_unsloth):

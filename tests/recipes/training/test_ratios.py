@@ -15,8 +15,9 @@ from recipes.report.svg import draw
 from recipes.tracking.ratios import EDGES, from_logs, labels, outside
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
+from recipes.training.importance import Correction, SamplingGap
 from recipes.training.packed_step import packed
-from recipes.training.ratios import RatioMeter, measured, rounded_logprobs
+from recipes.training.ratios import RatioMeter, RoundedHead, measured, rounded_logprobs
 from recipes.training.truncation import supported
 
 ALONE = SimpleNamespace(reduce=lambda value, _: value, device=torch.device("cpu"))
@@ -61,9 +62,12 @@ def test_another_cause_is_the_rest(saved, tmp_path, wrap):  # noqa: F811
 
 
 @WAYS
-def test_histograms_hold_every_token(saved, tmp_path, wrap):  # noqa: F811
-    settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "learning_rate": 2e-2}
-    found = entries(saved, tmp_path, wrap, every=None, **settings)
+def test_histograms_hold_every_token(saved, tmp_path, monkeypatch, wrap):  # noqa: F811
+    settings = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "learning_rate": 2e-2}
+    take, taken = RatioMeter.take, []
+    monkeypatch.setattr(RatioMeter, "take", lambda *given: taken.append(1) or take(*given))
+    found = entries(saved, tmp_path, wrap, every=None, per_device_train_batch_size=32, **settings)
+    assert len(taken) == len(found) == 4  # of a whole update at once, not the mean of its micro-batches
     assert all("mismatch" not in entry for entry in found)
     for number, entry in enumerate(found):
         assert all(sum(shares) == pytest.approx(1.0) for shares in entry["ratios"].values())
@@ -77,6 +81,45 @@ def test_truncated_sampling_is_not_taken_apart(saved, tmp_path):  # noqa: F811
         found = entries(saved, tmp_path, wrap, truncation=CUT["top_p"], top_p=0.8, max_steps=1)
         assert "mismatch" not in found[0]
         assert "sampler" in found[0]["ratios"]
+
+
+ENDS = {
+    ("token_truncate", 1.0, 3.0): [1.0, 1.0, 3.0, 3.0, 1.0],
+    ("token_truncate", None, 1.0): [0.5, 1.0, 1.0, 1.0, 1.0],
+    ("token_mask", 1.0, 3.0): [0.0, 1.0, 0.0, 0.0, 1.0],  # a ratio at an end is inside
+    ("token_mask", None, 1.0): [0.5, 1.0, 0.0, 0.0, 1.0],
+    ("token_mask", 1.0, None): [0.0, 1.0, 4.0, 8.0, 1.0],
+    ("sequence_truncate", None, 10.0): [10.0],
+    ("sequence_mask", None, 10.0): [0.0],
+    ("sequence_mask", None, None): [16.0],
+}
+
+
+@pytest.mark.parametrize(("correction", "expected"), ENDS.items())
+def test_importance_ratios_by_hand(correction, expected):
+    """Of four tokens, a fifth of which the sampler told nothing, and one of padding."""
+    old = torch.tensor([[0.5, 1.0, 4.0, 8.0, 5.0, 7.0]], dtype=torch.float64).log()
+    sampled = torch.tensor([[0.0, 0.0, 0.0, 0.0, float("nan"), 0.0]], dtype=torch.float64)
+    ratio = Correction(*correction).ratio(old, sampled, torch.tensor([[1, 1, 1, 1, 1, 0]]))
+    assert ratio[0, : len(expected)].tolist() == pytest.approx(expected)
+    assert ratio.shape[1] == (1 if correction[0].startswith("sequence") else 6)
+
+
+def test_the_gap_is_over_what_was_added_since_it_was_taken_and_over_all_processes():
+    def other(value):  # of a process beside this one, whose figures are three times as large
+        return torch.stack([value, 3 * value])
+
+    gap, nan = SamplingGap(), float("nan")
+    beside = SimpleNamespace(gather=other)
+    assert gap.take(beside) == {}
+    for differences, ratios, expected in (
+        ([[0.5, nan], [1.5]], [[0.5, 2.0], [3.5]], (2.0, 4.5, 0.5, 4.0, 10.5)),
+        ([[nan]], [[1.0]], (0.0, 0.0, 1.0, 2.0, 3.0)),
+    ):
+        for difference, ratio in zip(differences, ratios, strict=True):
+            gap.add(torch.tensor(difference), torch.tensor(ratio))
+        assert tuple(gap.take(beside).values()) == pytest.approx(expected)
+    assert gap.take(beside) == {}
 
 
 def test_counts_by_hand():
@@ -110,7 +153,7 @@ def test_the_parts_add_up():
 def test_when_it_is_due():
     meter = RatioMeter(every=10)
     due = []
-    for step in (0, 4, 8, 12, 16, 24):
+    for step in (0, 4, 8, 12, 20, 24):
         meter.begin_rollout(step)
         due.append(meter.due)
     assert due == [True, False, False, True, False, True]
@@ -125,6 +168,18 @@ def test_a_rounded_head_against_plain_logits():
     logits = (hidden.bfloat16() @ weight.bfloat16().T + bias.bfloat16()).float() * 1.2
     logits = 5.0 * torch.tanh(logits / 5.0) / 0.7
     torch.testing.assert_close(found, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+
+
+def test_of_a_quantised_head_nothing_is_told():
+    listener, hidden, targets = (
+        RoundedHead(torch.bfloat16),
+        torch.randn(3, 4),
+        torch.zeros(3, dtype=torch.long),
+    )
+    options = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
+    for dtype, calls in ((torch.int8, 0), (torch.uint8, 0), (torch.float16, 1)):
+        listener(hidden, torch.ones(5, 4).to(dtype), None, targets, **options)
+        assert len(listener.found) == calls
 
 
 def test_in_the_record_and_the_report(saved, tmp_path):  # noqa: F811

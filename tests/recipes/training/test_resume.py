@@ -22,6 +22,7 @@ from recipes.training.resume import (
     is_trained,
     model_to_load,
     require_same,
+    restore,
     what_changed,
 )
 
@@ -222,6 +223,15 @@ def test_a_finished_run_whose_last_checkpoint_is_an_early_one_is_finished_too(be
     assert not is_finished(configured(), folder)
 
 
+def test_a_run_that_was_to_be_longer_has_taken_every_step_of_a_shorter_one(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 9}')
+    read = []
+    trainer = SimpleNamespace(_load_from_checkpoint=read.append, args=SimpleNamespace(max_steps=2))
+    restore(trainer, tmp_path)
+    assert read == [str(tmp_path)]
+    assert (trainer.state.global_step, trainer.state.max_steps) == (2, 2)
+
+
 def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsys, monkeypatch):
     ended = BypassGuard.on_step_end
 
@@ -305,6 +315,17 @@ def test_a_stop_waits_for_the_end_of_a_generation():
         assert control.should_save is control.should_training_stop
         found += [step] if control.should_save else []
     assert found == [4, 8]
+
+
+def test_one_process_that_is_asked_stops_all_of_them(monkeypatch):
+    monkeypatch.setattr("recipes.training.callbacks.anywhere", lambda here: True)
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    arguments = SimpleNamespace(gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1)
+    stop = Interruption()
+    stop.on_step_end(arguments, SimpleNamespace(global_step=1), control)
+    assert stop.asked
+    assert control.should_save
+    assert control.should_training_stop
 
 
 def test_sigterm_before_the_steps_is_a_ctrl_c():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_finite import command
+from test_quickstart import CONFIG, TINY
 
 import train_grpo
 from memhead.integrations import trl as memhead_trl
@@ -206,6 +207,15 @@ def test_a_run_that_goes_past_the_head_from_its_second_step_on_ends_there(tmp_pa
     assert folder.read_json("head.json")["calls"] > 0
     assert not folder.final.exists()
     assert not (folder.path / "finished.json").exists()
+
+
+@pytest.mark.parametrize(("status", "left"), [(0, True), (2, True), (130, True), (1, False)])
+def test_the_group_of_processes_is_left_unless_the_others_may_be_anywhere(monkeypatch, status, left):
+    ends = []
+    monkeypatch.setattr("recipes.processes.end", lambda: ends.append(1))
+    monkeypatch.setattr(train_grpo, "_run", lambda *given, **options: status)
+    assert train_grpo.train(load_config(CONFIG, TINY)) == status
+    assert bool(ends) is left
 
 
 def test_calls_of_all_sessions_are_added_up(tmp_path):

@@ -45,6 +45,8 @@ def test_it_passes(trainer):
     assert not trainer.model.training
     assert (found["rows"], found["tokens"]) == (6, 3 * (7 + 3) + 2 * sum(COMPLETIONS))
     exact = not trainer.args.bf16
+    for name, allowed in found["allowed"].items():
+        assert allowed == pytest.approx(3 * found["row_by_row"][name] + (0.001 if exact else 0.05)), name
     assert found["packed"]["logprob_error"] < (1e-5 if exact else 0.05)
     assert found["packed"]["gradient_error"] < (1e-5 if exact else 0.05)
     assert all(p.grad is None for p in trainer.model.parameters())

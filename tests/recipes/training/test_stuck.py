@@ -70,8 +70,9 @@ def test_a_reward_that_nothing_ends_ends_the_run_which_goes_on_without_it(tmp_pa
 
 
 ALONE = f"""
-import asyncio, itertools, re, time
+import asyncio, itertools, multiprocessing, re, time
 from recipes.rewards.contract import RewardOptions, check, guard
+from recipes.rewards.stuck import watched
 from recipes.rewards.verdicts import judge_all
 {SOON}
 {NESTED}
@@ -92,11 +93,17 @@ def sums(completion, row):
 options = RewardOptions(reward_seconds=0.2, reward_failures=1.0)
 rows, texts = [{{"prompt": "a"}}], ["b"]
 assert guard({{"late": late}}, options)[0](completions=texts) == [None]
-time.sleep(2)  # what was ended in time is not ended again
+time.sleep(0.6)  # what was ended in time is not ended again
 print("alive", flush=True)
 """
 
 
+FIRST = """
+with watched("slow", seconds=0.5):
+    time.sleep(1.4)  # neither the seconds nor the patience alone
+# It holds the output open, and so this test, until it is ended with the run.
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,)).start()
+"""
 IN_PYTHON = "and no exception ends it: the run ends"
 IN_C = "from code that keeps Python's interpreter to itself"
 CALLS = {
@@ -114,9 +121,10 @@ CALLS = {
 def test_so_do_coroutines_the_check_before_training_and_judges():
     begun = {
         whose: subprocess.Popen(
-            [sys.executable, "-c", ALONE + call], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", ALONE + FIRST * (how is IN_PYTHON) + call],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for whose, (call, _) in CALLS.items()
+        for whose, (call, how) in CALLS.items()
     }  # fmt: skip
     try:
         for whose, process in begun.items():

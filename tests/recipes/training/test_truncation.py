@@ -137,6 +137,9 @@ def test_when_the_run_truncates():
     cut = ["grpo.top_p=0.9", "grpo.top_k=20", "grpo.min_p=0.05"]
     assert truncation_of(load_config(CONFIG, cut)) == Truncation(top_k=20, top_p=0.9, min_p=0.05)
     assert truncation_of(load_config(CONFIG, [*cut, "head.impl=full"])) is None
+    unsloths = load_config(CONFIG, cut)
+    model = unsloths.model.model_copy(update={"loader": "unsloth"})
+    assert truncation_of(unsloths.model_copy(update={"model": model})) is None
     assert supported(GRPOTrainer, None) is GRPOTrainer
 
 

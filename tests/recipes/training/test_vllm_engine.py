@@ -18,7 +18,7 @@ from recipes.config.load import load_config
 from recipes.problems import ConfigError
 from recipes.training.checkpoints import guarded
 from recipes.training.packed_step import packed
-from recipes.training.vllm_engine import EngineWithAdapter, engine, refuse, write_adapter
+from recipes.training.vllm_engine import EngineWithAdapter, engine, engine_of_adapter, refuse, write_adapter
 
 CONFIG = Path(__file__).parents[3] / "configs" / "llama3.2_1b_gsm8k.yaml"
 HERE = ("grpo.use_vllm=true", "grpo.vllm_mode=colocate")
@@ -122,6 +122,11 @@ def test_what_vllm_samples_with_is_what_is_trained(saved, tmp_path, head, kind):
     assert [call for call, _ in llm.calls] == ["add_lora"] * 3
     assert (llm.enable_lora, llm.max_lora_rank, llm.max_loras) == (True, 8, 1)
     assert any(delta.abs().max() > 1e-3 for delta in llm.loaded[3].values())
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
+def test_vllm_has_room_for_the_rank_and_no_more_than_it_must(rank, room):
+    assert engine_of_adapter(config(f"lora.r={rank}"))["max_lora_rank"] == room
 
 
 def test_asleep_the_base_is_kept(saved, tmp_path, head):
