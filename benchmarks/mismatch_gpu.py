@@ -2,7 +2,7 @@
 
     python -m benchmarks.mismatch_gpu --model FOLDER --output DIR [--rollouts 2]
 
-Four short runs of configs/smollm2_135m_char_count.yaml without its supervised start, one process each, since a process
+Four short runs of configs/smollm2_135m_char_count_published.yaml without its supervised start, one process each, since a process
 starts one engine. Of the first step of each rollout, where nothing has been updated since: the mean difference of
 log-probabilities in nats, the part that rounding the head explains, and the share of tokens whose ratio is more than 1
 or 10 per cent from 1. Written: mismatch.json and mismatch.md.
@@ -22,7 +22,7 @@ from recipes.tracking.files import MetricsFile
 from recipes.tracking.ratios import outside
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+CONFIG = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
 HEADS = ("trl", "memhead")
 ENGINES = {"as it comes": "null", "float32 head": "{hf_overrides: {head_dtype: float32}}"}
 UPDATES = 8  # of a rollout in that configuration

@@ -7,7 +7,7 @@ server      a vLLM server on card 1, training on card 0, which wait for each oth
 ahead       the same with step.ahead: the server samples the next rollout while this one trains
 colocated   two processes, each with vLLM on its own card; half of every rollout each
 
-Each is a run of configs/smollm2_135m_char_count.yaml without its supervised start: rollouts of 128 prompts × 8, eight
+Each is a run of configs/smollm2_135m_char_count_published.yaml without its supervised start: rollouts of 128 prompts × 8, eight
 updates each. Written after each: server.json and server.md, beside the servers' and the runs' logs. Rollouts a minute
 are taken from the end of the first to the end of the last.
 """
@@ -31,7 +31,7 @@ from recipes.table import Table
 from recipes.tracking.files import MetricsFile
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+CONFIG = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
 WAYS = ("server", "ahead", "colocated")
 UPDATES = 8  # of a rollout in that configuration
 SEQUENCES = 512  # that vLLM computes at once

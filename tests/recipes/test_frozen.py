@@ -11,6 +11,7 @@ CHANGES = {
     "StepMeter",
     "SamplingGap",
     "RatioMeter",
+    "_Call",  # of a reward, seen from outside: its time runs down
 }
 
 
