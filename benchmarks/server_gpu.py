@@ -7,9 +7,9 @@ server      a vLLM server on card 1, training on card 0, which wait for each oth
 ahead       the same with step.ahead: the server samples the next rollout while this one trains
 colocated   two processes, each with vLLM on its own card; half of every rollout each
 
-Each is a run of configs/smollm2_135m_char_count_published.yaml without its supervised start: rollouts of 128 prompts × 8,
-eight updates each. Written after each: server.json and server.md, beside the servers' and the runs' logs. Rollouts a minute
-are taken from the end of the first to the end of the last.
+Each is a run of configs/smollm2_135m_char_count_published.yaml without its supervised start: rollouts of 128 prompts
+× 8, eight updates each. Written after each: server.json and server.md, beside the servers' and the runs' logs.
+Rollouts a minute are taken from the end of the first to the end of the last.
 """
 
 from __future__ import annotations
