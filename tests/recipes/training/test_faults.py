@@ -237,7 +237,8 @@ def test_ctrl_c_for_the_whole_group_of_a_math_run_ends_it_in_order(tmp_path):
 def test_a_terminal_that_is_closed_ends_the_run_in_order(tmp_path):
     """Nobody reads what it prints, in a locale without its characters; then SIGHUP comes."""
     poor = "import os, sys\nsys.stdout.reconfigure(encoding='ascii')\n"
-    run = start(command(tmp_path, "grpo.max_steps=100000", "run.checks=false"), poor)
+    heard = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the suite may run under nohup
+    run = start(command(tmp_path, "grpo.max_steps=100000", "run.checks=false"), poor + heard)
     try:
         wait_for(run, "Reading")
         run.stdout.close()
@@ -246,8 +247,9 @@ def test_a_terminal_that_is_closed_ends_the_run_in_order(tmp_path):
         while time.monotonic() < deadline and not (metrics.is_file() and '"reward"' in metrics.read_text()):
             time.sleep(0.1)
         os.kill(run.pid, signal.SIGHUP)
+        status = run.wait(60)
         errors = run.stderr.read()
-        assert run.wait(60) == 130, errors
+        assert status == 130, errors
     finally:
         run.kill()
     assert "Traceback" not in errors
