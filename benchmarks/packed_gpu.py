@@ -31,6 +31,7 @@ from torch import Tensor
 from recipes.plan.rate import matrix_rate
 from recipes.plan.shapes import sizes
 from recipes.plan.work import Flow, Work
+from recipes.tracking.speed import padded_flow
 from recipes.training.packed_attention import PREFIX
 from recipes.training.packed_step import PackedStep, packed
 
@@ -167,8 +168,8 @@ def flow_of(trainer: Any, way: str) -> Flow:
     """What went through the model in the window before."""
     if way == "packed":
         return trainer.take_flow()
-    prompts, completions = (trainer.fed[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion"))
-    return Flow.of_lengths(prompts, completions, range(len(prompts)))
+    prompts, completions = (trainer.fed[f"{part}_mask"] for part in ("prompt", "completion"))
+    return padded_flow(torch.cat([prompts, completions], 1), completions.shape[1])
 
 
 def planned_budget(name: str, shape: Shape) -> int:

@@ -43,7 +43,9 @@ def mean_prompt(config: RunConfig, task: Task) -> int | None:
         return None
     try:
         tokenizer = (
-            character_tokenizer(task.characters) if name is None else _tokenizer(config, str(name), False)
+            character_tokenizer(task.characters)
+            if name is None
+            else tokenizer_here(config, str(name), network=False)
         )
     except (OSError, ValueError, KeyError, TypeError):  # the run, which needs it, says what is wrong
         return None
@@ -101,7 +103,7 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
     if isinstance(prompt, str) or name in (None, "bpe"):  # whose template is ours
         return []
     try:
-        tokenizer = _tokenizer(config, str(name), network)
+        tokenizer = tokenizer_here(config, str(name), network=network)
     except OSError as error:
         if not network:
             return [f"NOT looked at: the chat template of {name}, which is not on this machine"]
@@ -143,7 +145,8 @@ def _rendered(tokenizer: Any, prompt: Any, chat: Any) -> tuple[str, str | None]:
         return "", f"{type(error).__name__}: {error}"
 
 
-def _tokenizer(config: RunConfig, name: str, network: bool) -> Any:
+def tokenizer_here(config: RunConfig, name: str, *, network: bool) -> Any:
+    """The named tokenizer, from this machine alone unless `network`. Raises ConfigError for one with its own code."""
     from transformers import AutoTokenizer
 
     revision = None if config.model.loader == "scratch" else config.model.revision

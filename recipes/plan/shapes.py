@@ -214,18 +214,17 @@ def _scratch(config: RunConfig, network: bool) -> PretrainedConfig:
     if config.model.tokenizer == "bpe":
         vocab = made.vocabulary
     elif config.model.tokenizer is not None:
-        vocab = len(_tokenizer(config.model.tokenizer, network))
+        vocab = len(_tokenizer(config, config.model.tokenizer, network))
     else:
         vocab = len(get_task(config.task.name).characters) + 3  # <pad>, <eos>, <unk>
     return scratch_config(made, vocab, eos_token_id=None)
 
 
-def _tokenizer(name: str, network: bool) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(config: RunConfig, name: str, network: bool) -> Any:
+    from recipes.models.prompts import tokenizer_here
 
     try:
-        with no_foreign_code("model.tokenizer", name):
-            return AutoTokenizer.from_pretrained(name, local_files_only=not network, trust_remote_code=False)
+        return tokenizer_here(config, name, network=network)
     except (OSError, ValueError) as error:
         remedy = f"fetch it: hf download {name}, or give a local folder with a tokenizer"
         problem = Problem("model.tokenizer", "cannot be loaded on this machine", name, remedy)

@@ -68,7 +68,7 @@ class Speed:
 
     def _scored(self, result: Any, *args: Any, **kwargs: Any) -> None:
         if not self._take_packed("scoring") and result is not None and len(args) > 3:
-            self._flows["scoring"] += _padded(args[2], args[3])
+            self._flows["scoring"] += padded_flow(args[2], args[3])
 
     def _trained(self, result: Any, *args: Any, **kwargs: Any) -> None:
         if self._take_packed(TRAINING):
@@ -76,7 +76,7 @@ class Speed:
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]
         if isinstance(inputs, Mapping) and "completion_mask" in inputs:
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-            self._flows[TRAINING] += _padded(mask, inputs["completion_mask"].shape[1])
+            self._flows[TRAINING] += padded_flow(mask, inputs["completion_mask"].shape[1])
 
     def _take_packed(self, phase: str) -> bool:
         """A packed step knows what it has computed."""
@@ -147,7 +147,7 @@ def of_all(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found | ({} if rate is None else {"rate": rate})
 
 
-def _padded(mask: torch.Tensor, width: int) -> Flow:
+def padded_flow(mask: torch.Tensor, width: int) -> Flow:
     """Of TRL's padded batch, the padding left out and every row with its prompt. mask: (B, P + K), K = width."""
     prompts, completions = mask[:, :-width].sum(1).tolist(), mask[:, -width:].sum(1).tolist()
     return Flow.of_lengths(prompts, completions, list(range(len(prompts))))
