@@ -4,7 +4,8 @@
     python -m benchmarks.packed_gpu --output DIR --toy     # the same code on a tiny model, on a CPU
     python -m benchmarks.packed_gpu --output DIR --budget 8192 16384
 
-Each gets the same rollouts in turn: random tokens, LoRA on every linear layer, bfloat16. `seconds` is one accumulation
+Each gets the same rollouts in turn: random tokens, LoRA on every linear layer, bfloat16; smollm2-135m in full, float32
+under autocast. `compiled` is the packed step with `model.compile_layers`. `seconds` is one accumulation
 window, forward and backward; `scoring`, timed once, is the pass for old log-probabilities that TRL makes where vLLM
 samples, and that the packed step does not need. Groups without advantage cost TRL as much as others, so they are
 measured for the packed step alone. That runs in bins of as many tokens as a padded micro-batch has slots, and in those
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recipes.models.adapters import without_adapters
+from recipes.models.compiled import compile_layers
 from recipes.plan.rate import matrix_rate
 from recipes.plan.shapes import sizes
 from recipes.plan.work import Flow, Work
@@ -50,14 +53,22 @@ MODELS = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "tie_word_embeddings": False,
     },
+    "smollm2-135m": SHARED | {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
     "toy": SHARED | {
         "vocab_size": 503, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
 # To plan with.
-HUB = {"llama-1b": "meta-llama/Llama-3.2-1B-Instruct", "llama-8b": "meta-llama/Llama-3.1-8B-Instruct"}
-CHECKPOINTING = {"llama-1b": False, "llama-8b": True, "toy": False}
+HUB = {
+    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct", "llama-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}  # fmt: skip
+CHECKPOINTING = {"llama-1b": False, "llama-8b": True, "smollm2-135m": False, "toy": False}
+IN_FULL = {"smollm2-135m"}  # every weight trained, in float32
 SIZE = 8  # completions per group
 MIB = 2**20
 
@@ -78,6 +89,7 @@ SHAPES = {
     "256+256": Shape("256+256", 16, (256, 256), 256, 256, 0.0),
     "3072+256": Shape("3072+256", 10, (3072, 3072), 256, 256, 0.0),
     "512+2048": Shape("512+2048", 10, (512, 512), 600, 2048, 0.5),
+    "62+70": Shape("62+70", 32, (50, 77), 65, 128, 0.3),  # counting letters
 }
 TOY_SHAPES = {
     "gsm8k": Shape("gsm8k", 4, (12, 28), 18, 51, 0.5),
@@ -130,9 +142,11 @@ def make_model(name: str, toy: bool) -> Any:
     with torch.device("cpu" if toy else "cuda"):
         model = LlamaForCausalLM._from_config(
             LlamaConfig(**MODELS[name]),
-            dtype=torch.float32 if toy else torch.bfloat16,
+            dtype=torch.float32 if toy or name in IN_FULL else torch.bfloat16,
             attn_implementation="sdpa",
         )
+    if name in IN_FULL:
+        return model
     model = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=16, target_modules=LAYERS, task_type="CAUSAL_LM")
     )
@@ -147,7 +161,7 @@ def use_liger(model: Any) -> None:
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(
-        model.get_base_model(),
+        without_adapters(model),
         rope=True,
         rms_norm=True,
         swiglu=True,
@@ -158,7 +172,8 @@ def use_liger(model: Any) -> None:
 
 def arithmetic(model: Any) -> Work:
     """Of the benchmark's model, adapters included."""
-    shape, trained = sizes(model.get_base_model().config, model.peft_config["default"])
+    adapters = getattr(model, "peft_config", {}).get("default")
+    shape, trained = sizes(without_adapters(model).config, adapters)
     work = Work.of(shape, trained)
     assert work is not None  # these are models that the plan covers
     return work
@@ -166,7 +181,7 @@ def arithmetic(model: Any) -> Work:
 
 def flow_of(trainer: Any, way: str) -> Flow:
     """What went through the model in the window before."""
-    if way == "packed":
+    if way != "padded":
         return trainer.take_flow()
     prompts, completions = (trainer.fed[f"{part}_mask"] for part in ("prompt", "completion"))
     return padded_flow(torch.cat([prompts, completions], 1), completions.shape[1])
@@ -184,7 +199,7 @@ def planned_budget(name: str, shape: Shape) -> int:
 
     run = {
         "model": {
-            "loader": "transformers", "name": HUB[name], "dtype": "bfloat16",
+            "loader": "transformers", "name": HUB[name], "dtype": "auto" if name in IN_FULL else "bfloat16",
             "max_seq_length": shape.prompts[1] + shape.longest, "gradient_checkpointing": CHECKPOINTING[name],
         },
         "task": {"name": "gsm8k"},
@@ -192,7 +207,7 @@ def planned_budget(name: str, shape: Shape) -> int:
             "per_device_train_batch_size": SIZE, "num_generations": SIZE, "max_completion_length": shape.longest,
             "gradient_accumulation_steps": shape.groups,
         },
-        "lora": {"r": 16, "alpha": 16, "target_modules": LAYERS},
+        "lora": None if name in IN_FULL else {"r": 16, "alpha": 16, "target_modules": LAYERS},
     }  # fmt: skip
     path = Path(tempfile.mkdtemp()) / "run.yaml"
     path.write_text(yaml.safe_dump(run))
@@ -302,7 +317,7 @@ def measure(
 
     device = next(model.parameters()).device
     vocab_size = MODELS[name]["vocab_size"]
-    config = model.get_base_model().config
+    config = without_adapters(model).config
     checkpointing = {"gradient_checkpointing": CHECKPOINTING[name]}
     budgets = options.budget or ([] if options.toy else [planned_budget(name, shape)])
     stock = "full" if options.toy else "trl"  # TRL 1.15 has no head for a CPU
@@ -313,7 +328,7 @@ def measure(
     )
     contestants = [
         ("packed", "memhead", 0.0, 0),
-        *(("packed", "memhead", 0.0, budget) for budget in budgets),
+        *((way, "memhead", 0.0, budget) for budget in budgets for way in ("packed", "compiled")),
         *(("packed", "memhead", 0.3, budget) for budget in budgets[:1]),
         ("padded", stock, 0.0, 0),
     ]
@@ -331,12 +346,18 @@ def measure(
             "zeros": round(zeros * shape.groups) / shape.groups,
         }
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+        for layer in model.modules():
+            layer._compiled_call_impl = None
+        if way == "compiled":
+            compile_layers(model)
         try:
             with memhead_trl.install(head):
-                kind = packed(GRPOTrainer) if way == "packed" else GRPOTrainer
+                kind = GRPOTrainer if way == "padded" else packed(GRPOTrainer)
                 trainer = make_trainer(kind, model, options.toy, shape, budget=budget, **checkpointing)
                 trainer.fed = rollout(shape, vocab_size, zeros, device)
+                began = time.perf_counter()
                 row["loss"] = window(trainer)
+                row["first_seconds"] = time.perf_counter() - began  # compiling included
                 needed = work.training(flow_of(trainer, way)) / rate  # seconds
                 if zeros == 0.0:
                     gradients[f"{way} {head}"] = gradient(trainer).cpu()
@@ -371,7 +392,10 @@ def measure(
             "shape": shape.name,
             "packed_against_padded": float((ours - theirs).norm() / theirs.norm()),
         }
-        if name != "llama-8b" and shape.name == "gsm8k" and time.time() < until:
+        if "compiled memhead" in gradients:
+            compiled = gradients["compiled memhead"]
+            agreement["compiled_against_packed"] = float((compiled - ours).norm() / ours.norm())
+        if name != "llama-8b" and shape.name in ("gsm8k", "62+70") and time.time() < until:
             with memhead_trl.install("memhead"):
                 exact = exact_gradient(
                     name, rollout(shape, vocab_size, 0.0, device), shape, options.toy

@@ -116,6 +116,8 @@ def _check_unsloth(
     if model.attn_implementation is not None:
         chosen = model.attn_implementation
         yield Problem("model.attn_implementation", "is Unsloth's to choose", chosen, "remove it")
+    if model.compile_layers:
+        yield Problem("model.compile_layers", "Unsloth compiles its own", True, "remove it")
     if lora is not None and run.warm_start is not None and grpo["beta"]:
         remedy = "set grpo.beta: 0.0, or model.loader: transformers"
         yield Problem("run.warm_start", "Unsloth's KL is to the model before it", remedy=remedy)

@@ -80,6 +80,11 @@ class ModelConfig(Section):
         False,
         description="recompute activations in the backward: less memory, more time; unsloth: its own kind",
     )
+    compile_layers: bool = Field(
+        False,
+        description="compile the layers for warm start, scoring and loss: many small kernels become few large ones, "
+        "which pays where the model is small; needs a GPU, one process, and not unsloth, which has its own",
+    )
     fast_inference: bool = Field(False, description="unsloth only: generate with vLLM, sharing its weights")
     gpu_memory_utilization: float | None = Field(
         None,

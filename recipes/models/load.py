@@ -21,6 +21,7 @@ from transformers import (
 
 from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
+from recipes.models.compiled import compile_layers
 from recipes.models.foreign import no_foreign_code
 from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
@@ -69,6 +70,8 @@ def load(
         model, tokenizer = _from_scratch(config, task, seed)
     else:
         model, tokenizer = _from_pretrained(config, trained=lora is None)
+    if config.compile_layers:
+        compile_layers(model)
     return to_gpu(model), tokenizer
 
 

@@ -92,6 +92,7 @@ def missing(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     yield from _unsloth(config, machine)
     yield from _quantised(config.model, machine)
     yield from _attention(config.model, machine)
+    yield from _compiled(config, machine)
     yield from _vllm(config, machine)
     yield from _optimizer(config, machine)
     yield from _head(config, machine)
@@ -169,6 +170,17 @@ def _attention(model: ModelConfig, machine: Machine) -> Iterator[Problem]:
     elif package not in machine.packages:
         remedy = f"{command}; or set it to sdpa"
         yield Problem("model.attn_implementation", f"{package} is not installed", chosen, remedy)
+
+
+def _compiled(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """On a CPU compiling takes longer than it saves; several processes have not been tried."""
+    key, remedy = "model.compile_layers", "set it to false"
+    if not config.model.compile_layers:
+        return
+    if not machine.cuda or config.grpo["use_cpu"]:
+        yield Problem(key, f"needs a GPU, and {machine.no_gpu or 'grpo.use_cpu keeps off it'}", True, remedy)
+    if config.processes > 1:
+        yield Problem(key, f"with {config.processes} processes it has not been tried", True, remedy)
 
 
 def _vllm(config: RunConfig, machine: Machine) -> Iterator[Problem]:
