@@ -26,7 +26,7 @@ from benchmarks.packed_gpu import MODELS
 from recipes.rewards.final_answer import text_of
 from recipes.tracking.run_folder import RunFolder
 
-STEPS, SAVED = 3, 2  # of the first command; what is resumed takes one more
+SAVED = 2  # steps between two checkpoints
 QUESTIONS = 400
 MIB = 2**20
 
@@ -65,21 +65,23 @@ def fill(path: Path, size: int) -> None:
     path.write_text(json.dumps(file), encoding="utf-8")
 
 
-def commands(config: str, root: Path, then: list[str], overrides: list[str]) -> dict[str, list[str]]:
+def commands(options: argparse.Namespace, root: Path) -> dict[str, list[str]]:
     """Name -> words, in an order in which each finds what it needs."""
     run = root / "flagship"
     train = [
-        "train_grpo.py", "--config", config, f"model.name={root / 'model'}", f"run.output_root={root}",
+        "train_grpo.py", "--config", options.config, f"model.name={root / 'model'}", f"run.output_root={root}",
         f"run.name={run.name}", f"task.dataset={root / 'model' / 'data.jsonl'}", "task.held_out=64",
-        "task.rewards={benchmarks.flagship_gpu.coin: 1.0}", "run.evaluation.size=16", f"run.save_every={SAVED}",
-        *overrides,
+        "task.rewards={benchmarks.flagship_gpu.coin: 1.0}", f"run.evaluation.size={options.evaluated}", f"run.save_every={SAVED}",
+        *options.overrides,
     ]  # fmt: skip
     later = {
-        "resume": [*train, f"grpo.max_steps={STEPS + 1}", "--resume"],
+        "resume": [*train, f"grpo.max_steps={options.steps + 1}", "--resume"],
         "evaluate": [*train, "--evaluate", str(run / "final")],
         "export": ["-m", "recipes.export", str(run), "--merge"],
     }
-    return {"train": [*train, f"grpo.max_steps={STEPS}"]} | {name: later[name] for name in then}
+    return {"train": [*train, f"grpo.max_steps={options.steps}"]} | {
+        name: later[name] for name in options.then
+    }
 
 
 def carry_out(words: list[str], log: Path, limit: float) -> dict[str, Any]:
@@ -135,6 +137,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--then", nargs="*", choices=["resume", "evaluate", "export"], default=["resume"])
+    parser.add_argument(
+        "--steps", type=int, default=3, help="of the first command; what is resumed takes one more"
+    )
+    parser.add_argument("--evaluated", type=int, default=16, help="problems of an evaluation")
     parser.add_argument("--limit", type=float, default=540, help="seconds in all")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -149,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "commands": {},
     }
-    for name, words in commands(options.config, root, options.then, options.overrides).items():
+    for name, words in commands(options, root).items():
         record["commands"][name] = carry_out(words, root / f"{name}.log", max(1.0, until - time.time()))
         run = RunFolder(root / "flagship")
         if (run.path / "plan.json").is_file():

@@ -30,6 +30,7 @@ from typing import Any
 from recipes.table import Table
 from recipes.tracking.files import MetricsFile
 
+CARDS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")  # to train on, and the server's
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
 WAYS = ("server", "ahead", "colocated")
@@ -79,7 +80,7 @@ def server(model: str, log: Path, seconds: float) -> Iterator[None]:
         "--max-logprobs", "-1", "--max-model-len", str(LENGTH), "--max-num-seqs", str(SEQUENCES),
         "--gpu-memory-utilization", "0.8", "--uvicorn-log-level", "warning",
     ]  # fmt: skip
-    environment = os.environ | QUIET | {"CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    environment = os.environ | QUIET | {"CUDA_VISIBLE_DEVICES": CARDS[1], "VLLM_SERVER_DEV_MODE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log.open("w") as text:
         process = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
@@ -118,7 +119,7 @@ def train(way: str, options: argparse.Namespace, seconds: float) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | QUIET | {"PYTHONPATH": path}
     if processes == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = "0"
+        environment["CUDA_VISIBLE_DEVICES"] = CARDS[0]
     else:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
             "0"  # under torchrun vLLM's engine stays in the process

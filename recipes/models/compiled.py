@@ -40,7 +40,9 @@ def _without_cache(call: Forward, backend: str) -> Forward:
         if options.get("past_key_values") is not None or torch.compiler.is_compiling():
             return call(hidden, *rest, **options)
         if torch.is_grad_enabled():
-            return compiled(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest, **options)
+            return compiled(
+                hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest, **options
+            )
         # The same kernels with and without a gradient, so that a ratio that should be 1 is 1 to the bit.
         with torch.enable_grad():
             return compiled(hidden.detach().requires_grad_(), *rest, **options).detach()

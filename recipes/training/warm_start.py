@@ -216,7 +216,9 @@ class _Gradient:
                 name: tensor[start : start + part].to(self._model.device) for name, tensor in batch.items()
             }
             with self._precision.autocast(self._model.device):
-                loss = self._model(**rows, use_cache=False, num_items_in_batch=tokens.to(self._model.device)).loss
+                loss = self._model(
+                    **rows, use_cache=False, num_items_in_batch=tokens.to(self._model.device)
+                ).loss
             loss.backward()
             total += float(loss.detach())
         return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
@@ -32,11 +34,16 @@ def test_a_group_differs_by_its_texts():
 
 def test_the_commands_are_ones_that_a_run_takes(place):
     name = "configs/llama3.2_1b_gsm8k.yaml"  # Unsloth's would change TRL for the tests that follow
-    found = commands(name, place, ["resume", "evaluate", "export"], [])
-    assert list(found) == ["train", "resume", "evaluate", "export"]
+    then = ["resume", "evaluate", "export"]
+    options = Namespace(config=name, then=then, overrides=["grpo.temperature=0.5"], steps=3, evaluated=5)
+    found = commands(options, place)
+    assert list(found) == ["train", *then]
     config = load_config(name, [word for word in found["resume"] if "=" in word])
     assert config.grpo["max_steps"] == 4
+    assert config.grpo["temperature"] == 0.5
+    assert config.run.evaluation.size == 5
     assert config.run.save_every == 2
+    assert "grpo.max_steps=3" in found["train"]
     assert config.task.options.rewards == {"benchmarks.flagship_gpu.coin": 1.0}
 
 

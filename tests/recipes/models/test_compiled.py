@@ -70,7 +70,9 @@ def assert_same(ours, theirs):
 
 
 def adapted(model):
-    model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")).double()
+    model = get_peft_model(
+        model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).double()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
