@@ -71,8 +71,8 @@ def commands(options: argparse.Namespace, root: Path) -> dict[str, list[str]]:
     train = [
         "train_grpo.py", "--config", options.config, f"model.name={root / 'model'}", f"run.output_root={root}",
         f"run.name={run.name}", f"task.dataset={root / 'model' / 'data.jsonl'}", "task.held_out=64",
-        "task.rewards={benchmarks.flagship_gpu.coin: 1.0}", f"run.evaluation.size={options.evaluated}", f"run.save_every={SAVED}",
-        *options.overrides,
+        "task.rewards={benchmarks.flagship_gpu.coin: 1.0}", f"run.evaluation.size={options.evaluated}",
+        f"run.save_every={SAVED}", *options.overrides,
     ]  # fmt: skip
     later = {
         "resume": [*train, f"grpo.max_steps={options.steps + 1}", "--resume"],

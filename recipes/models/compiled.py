@@ -1,12 +1,14 @@
 """A model's layers by torch.compile: fewer and larger kernels, where launching many small ones is what takes time.
 
-One layer is compiled for all of them, for any length, and only for forwards that keep no cache: the warm start, old
-log-probabilities, the loss. Sampling keeps its own way (static_cache.py).
+One layer is compiled for all of them, for any length, and only where a model trains and keeps no cache: the warm start,
+old log-probabilities, the loss. Sampling keeps its own way (static_cache.py), evaluations and the head check the plain
+layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -17,34 +19,56 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 Forward = Callable[..., Any]
 
 
-def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> int:
-    """Let every layer of ``model`` run compiled where no cache is kept, and say how many there are.
+def compile_layers(model: torch.nn.Module, backend: str | Forward = "inductor") -> None:
+    """Let every layer of ``model`` run compiled while it trains, where no cache is kept.
 
-    Nothing is compiled before a layer is first called. Copies of the model, and what is saved of it, have layers as
-    they came. Elementwise chains are computed in float32 and rounded once, where PyTorch rounds after each operation.
+    Nothing is compiled before a layer is first called; what cannot be compiled runs as it is. Copies of the model have
+    plain layers. Chains of elementwise operations are computed in float32 and rounded once, where PyTorch rounds after
+    each, and the backward computes them again, where PyTorch keeps them.
 
     backend: of ``torch.compile``.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
+    for layer in _layers(model):
         # Where torch.nn.Module.compile keeps it, which copying and pickling leave out.
-        layer._compiled_call_impl = _without_cache(layer._call_impl, backend)  # type: ignore[assignment]
-    return len(layers)
+        layer._compiled_call_impl = _in_training(layer, backend)  # type: ignore[assignment]
 
 
-def _without_cache(call: Forward, backend: str) -> Forward:
-    compiled = torch.compile(call, dynamic=True, backend=backend)
+@contextmanager
+def plain_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Within it the layers run as they came."""
+    kept = [(layer, layer._compiled_call_impl) for layer in _layers(model)]
+    try:
+        for layer, _ in kept:
+            layer._compiled_call_impl = None
+        yield
+    finally:
+        for layer, compiled in kept:
+            layer._compiled_call_impl = compiled
 
-    @wraps(call)
-    def either(hidden: Tensor, *rest: Any, **options: Any) -> Any:
-        if options.get("past_key_values") is not None or torch.compiler.is_compiling():
-            return call(hidden, *rest, **options)
+
+def _layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _in_training(layer: torch.nn.Module, backend: str | Forward) -> Forward:
+    plain = layer._call_impl
+    compiled = torch.compile(plain, dynamic=True, backend=backend)
+
+    @wraps(plain)
+    def call(hidden: Tensor, *rest: Any, **options: Any) -> Any:
+        cached = options.get("past_key_values") is not None
+        if cached or not layer.training or torch.compiler.is_compiling():
+            return plain(hidden, *rest, **options)
         if torch.is_grad_enabled():
-            return compiled(
-                hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest, **options
-            )
+            return _run(compiled, hidden, rest, options)
         # The same kernels with and without a gradient, so that a ratio that should be 1 is 1 to the bit.
         with torch.enable_grad():
-            return compiled(hidden.detach().requires_grad_(), *rest, **options).detach()
+            return _run(compiled, hidden.detach(), rest, options).detach()
 
-    return either
+    return call
+
+
+@torch._dynamo.config.patch(suppress_errors=True)
+def _run(compiled: Forward, hidden: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """One graph, whether the states below have a gradient or not."""
+    return compiled(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest, **options)

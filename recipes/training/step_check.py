@@ -1,7 +1,7 @@
 """The step's start-up check: one real micro-batch, packed and by TRL's padded way, on the loaded model.
 
     the packed step      -> log-probabilities, and the gradients of a few parameters
-    TRL, padded          -> the same, with which the packed step is compared
+    TRL, padded          -> the same, with which the packed step is compared, by layers that are not compiled
     TRL, row by row      -> the same, as a yardstick: what padding alone changes in this precision
 
 The packed step may differ from TRL's padded way by three times as much as TRL's single rows do, plus a floor that
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipes.models.compiled import plain_layers
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import PaddedBatch
 
@@ -55,11 +56,11 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
     model.train()  # as in the loss: with gradient checkpointing, if there is any
     try:
         everything = slice(0, len(mask))
-        padded = result(trainer.padded_logps, batch, everything)
         packed = result(trainer.packed_logps, batch, everything)
-        alone = [
-            result(trainer.padded_logps, _row(batch, i), slice(i, i + 1)) for i in range(len(batch.input_ids))
-        ]
+        with plain_layers(model):
+            padded = result(trainer.padded_logps, batch, everything)
+            rows = range(len(batch.input_ids))
+            alone = [result(trainer.padded_logps, _row(batch, i), slice(i, i + 1)) for i in rows]
     finally:
         model.train(was_training)
     logps = torch.zeros_like(padded[0])

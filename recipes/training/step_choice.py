@@ -8,6 +8,7 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
+from recipes.models.compiled import plain_layers
 from recipes.models.generation import token_ids
 from recipes.plan.plan import RESERVE, Plan, token_budget
 from recipes.problems import ConfigError, Problem
@@ -56,6 +57,11 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     budget = planned_budget(config, session.planned, arguments.device)
     trainer = guarded(packed(trainer_class))(**given, token_budget=budget)
     reason = first(_check(session, trainer))
+    if reason is not None and config.model.compile_layers:
+        with plain_layers(trainer.model):
+            without = first(_check(session, trainer))
+        if without is None:
+            raise ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
     if reason is not None:
         trainer.give_up_packing()
         if "impl" in config.step.model_fields_set:

@@ -576,6 +576,7 @@ VLLM = "model.fast_inference=true"
     ("overrides", "expected"),
     [
         (["model.attn_implementation=sdpa"], "model.attn_implementation: is Unsloth's to choose"),
+        (["model.compile_layers=true"], "model.compile_layers: Unsloth compiles its own"),
         (["model.vllm_standby=true"], "model.vllm_standby: is vLLM's"),
         (["model.gpu_memory_utilization=0.5"], "set model.fast_inference: true"),
         (["grpo.use_vllm=true"], "grpo.use_vllm: is model.fast_inference here"),

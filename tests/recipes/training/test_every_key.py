@@ -84,6 +84,7 @@ CASES: dict[str, list[Case]] = {
                                  "unsloth.lora.use_gradient_checkpointing": "unsloth"})],
     "model.fast_inference": [Case("unsloth", "true", {"unsloth.fast_inference": True, "unsloth.max_lora_rank": 16})],
     "model.gpu_memory_utilization": [Case("vllm", "0.4", {"unsloth.gpu_memory_utilization": 0.4})],
+    "model.compile_layers": [],  # read by the loaders: test_step_choice.py
     "model.vllm_engine": [],  # told to vLLM itself: test_vllm_engine.py
     "model.vllm_standby": [],  # read when Unsloth is imported: test_standby_is_told_at_the_import
     "model.scratch": [Case("scratch", "{layers: 5}", {"llama.num_hidden_layers": 5})],

@@ -50,6 +50,7 @@ def configured(tmp_path, without_unsloth):
 
 MISSING = [
     (CPU, ["model.load_in_4bit=true"], "model.load_in_4bit: needs a GPU", "set model.load_in_4bit: false"),
+    (CPU, ["model.compile_layers=true"], "model.compile_layers: needs a GPU", "set it to false"),
     (CPU, ["model.load_in_8bit=true"], "model.load_in_8bit: needs a GPU", "set model.load_in_8bit: false"),
     (BARE, ["model.load_in_4bit=true"], "model.load_in_4bit: bitsandbytes is not", "requirements-cuda.lock"),
     (CPU, ["grpo.use_vllm=true"], "grpo.use_vllm: vLLM needs a GPU", "set grpo.use_vllm: false"),
@@ -107,6 +108,17 @@ def test_what_the_machine_lacks(configured, machine, overrides, what, remedy):
     assert remedy in line
     assert overrides[0].partition("=")[2] in line
     assert "\n" not in line
+
+
+def test_compiled_layers_need_the_gpu_and_one_process(configured):
+    def messages(**changed):
+        config = configured("model.compile_layers=true").model_copy(update=changed)
+        return [problem.message for problem in missing(config, GPU)]
+
+    assert messages() == []
+    assert messages(processes=2) == ["with 2 processes it has not been tried"]
+    kept_off = configured("model.compile_layers=true", "grpo.use_cpu=true", "grpo.bf16=false")
+    assert [problem.key for problem in missing(kept_off, GPU)] == ["model.compile_layers"]
 
 
 def test_unsloths_own_head_runs_on_a_cpu(configured):

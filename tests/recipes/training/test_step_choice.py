@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_quickstart import CONFIG, TINY
+from torch._dynamo import lookup_backend
 
 import train_grpo
 from recipes.config.load import load_config
+from recipes.models import load
+from recipes.models.compiled import compile_layers
 from recipes.plan.plan import GIB, plan
-from recipes.training import step_check, step_choice
+from recipes.training import preflight, step_check, step_choice
 
 ONE_B = Path(CONFIG).with_name("llama3.2_1b_gsm8k.yaml")
 
@@ -103,6 +106,47 @@ def test_a_step_asked_for_by_name_that_fails_its_check_is_an_error(tmp_path, cap
     error = capsys.readouterr().err
     assert error.startswith(f"step.impl: {reason}")
     assert error.endswith("head_check.json has the figures (value 'packed'); set it to trl\n")
+
+
+def compiled(monkeypatch, backend):
+    """Let a run on a CPU compile its layers with this backend, and count the calls of what it made."""
+    torch._dynamo.reset()  # a layer is compiled for eight backends at most
+    calls = []
+
+    def counted(graph, inputs):
+        made = lookup_backend("aot_eager")(graph, inputs)
+        return lambda *arguments: calls.append(1) or backend(made(*arguments))
+
+    monkeypatch.setattr(preflight, "_compiled", lambda *_: [])
+    monkeypatch.setattr(load, "compile_layers", lambda model: compile_layers(model, counted))
+    return calls
+
+
+def test_a_run_with_compiled_layers(tmp_path, capsys, monkeypatch):
+    unmetered = (
+        "tracking.memory=false"  # on a CPU a mode of torch counts tensors, under which nothing is compiled
+    )
+    assert run(tmp_path / "plain", unmetered) == 0
+    calls = compiled(monkeypatch, lambda found: found)
+    assert run(tmp_path, unmetered, "model.compile_layers=true") == 0
+    assert len(calls) == 3  # the start-up check, the worst case, the step
+    step, check, _ = kept(tmp_path)
+    assert step["impl"] == "packed"
+    assert check["packed"]["gradient_error"] < 1e-4
+    plain, ours = (
+        [json.loads(line) for line in (folder / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "plain", tmp_path)
+    )
+    assert ours[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=1e-5)
+    assert ours[-1]["grad_norm"] == pytest.approx(plain[-1]["grad_norm"], rel=1e-4)
+
+
+def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeypatch):
+    compiled(monkeypatch, lambda found: [value + 0.5 for value in found])
+    assert run(tmp_path, "model.compile_layers=true") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("model.compile_layers: it disagrees with TRL's padded way on this model; ")
+    assert error.endswith("(value true); set it to false\n")
 
 
 def test_a_gpu_without_memory_for_the_check_is_no_fault_of_the_step(tmp_path, capsys, monkeypatch):
