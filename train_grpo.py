@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -272,14 +271,18 @@ def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.training.resume import FINISHED
 
     folder, trainer = session.folder, trained.trainer
-    if trainer.state.log_history:
-        print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
+    records = folder.metrics.read()
+    folder.say_unreadable()
+    if records and trainer.state.log_history:
+        lines = write_measured(session.planned, folder, trained.tracker.summary())
+        print("".join(f"{line}\n" for line in lines), end="")
         write_report(folder)
     if folder.final.is_dir():
-        with suppress(ConfigError):  # the run's config.yaml was taken away: saving the model has said so
+        try:
             (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
+        except ConfigError as error:  # the run's config.yaml was changed or taken away
+            print(f"{folder.final} is left without a model card: {error}", file=sys.stderr)
     print_summary(trained.tracker.summary(), folder)
-    records = folder.metrics.read()
     outcome = verdict(records)
     print(outcome.sentence, *([] if outcome.kind == "better" else advice(records)), sep="\n")
     if trained.finished:
