@@ -149,7 +149,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
-    from recipes.models.prompts import check_longest, check_problems
+    from recipes.models.prompts import check_longest, check_problems, trained_on_too
     from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
@@ -178,6 +178,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
+    print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
     if not pilot:
