@@ -21,7 +21,6 @@ from recipes.tracking.lock import lock
 _RELIED_ON: dict[str, dict[str, type]] = {  # without these a file is damaged
     "finished.json": {"step": int},
     "head.json": {"calls": int, "rows": int},
-    "plan.json": {"parts": dict, "phases": dict},
 }
 
 

@@ -440,3 +440,17 @@ def test_a_bar_leaves_the_step_and_the_time_their_room(columns, last):
 def test_the_first_line_names_the_step_that_runs(without_unsloth, name, step):
     line = opening(load_config(ROOT / "configs" / f"{name}.yaml"), "a card")
     assert line.endswith(f" by GRPO; head memhead, step {step}, on a card")
+
+
+def test_a_record_without_what_its_readers_rely_on_is_left_out(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.write_json("finished.json", {"at": 3})
+    folder.write_json("head.json", {"calls": 1, "rows": "x"})
+    for name in ("finished.json", "head.json", "head.json"):
+        assert folder.read_json(name) is None
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path / 'finished.json'} is damaged (no step) and is left out",
+        f"{tmp_path / 'head.json'} is damaged (no rows) and is left out",
+    ]
+    folder.write_json("finished.json", {"step": 3})
+    assert folder.read_json("finished.json") == {"step": 3}
