@@ -27,6 +27,18 @@
 # wrong: `docs/troubleshooting.md`.
 
 # %% [markdown]
+# What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the
+# full length, an upper bound; nothing here was measured on these cards.
+#
+# | step | minutes on a T4 | on an H100 | GPU memory | disk | main memory |
+# |---|---|---|---|---|---|
+# | install | not measured | not measured | – | several GB (not measured) | – |
+# | training, 250 steps | 530 (planned); 230 in Unsloth's stored output | 62 (planned) | 8.4 GiB (planned) | 5.3 GiB the model, 2.7 GiB adapter and checkpoints (planned) | 1.4 GiB beside Python (planned) |
+# | a question before and after | not measured | not measured | the 4-bit model: 5.3 GiB (planned) | – | – |
+# | saving, `merge` | not measured | not measured | Unsloth's saver decides | 16 GB | 48 GB (by size) |
+# | beside full logits, 2 × 5 steps | 2 × 7 (planned) | 2 × 3 (planned) | 10.7 GiB (planned) | as training | as training |
+
+# %% [markdown]
 # The settings that matter. Every other key is in the YAML file, and `docs/configuration.md` lists them all.
 
 # %% tags=["parameters"]
