@@ -40,6 +40,14 @@ if TYPE_CHECKING:
 @lasting_output()
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # a run that has begun says more; importing what it needs takes seconds
+        print("\nStopped; the same command begins again.", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

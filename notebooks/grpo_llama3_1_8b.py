@@ -28,15 +28,18 @@
 
 # %% [markdown]
 # What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the
-# full length, an upper bound; nothing here was measured on these cards.
+# full length, an upper bound. Nothing here was measured on these cards.
 #
-# | step | minutes on a T4 | on an H100 | GPU memory | disk | main memory |
+# | step | T4, minutes | H100, minutes | GPU, GiB | disk, GB | main memory, GB |
 # |---|---|---|---|---|---|
-# | install | not measured | not measured | – | several GB (not measured) | – |
-# | training, 250 steps | 530 (planned); 230 in Unsloth's stored output | 62 (planned) | 8.4 GiB (planned) | 5.3 GiB the model, 2.7 GiB adapter and checkpoints (planned) | 1.4 GiB beside Python (planned) |
-# | a question before and after | not measured | not measured | the 4-bit model: 5.3 GiB (planned) | – | – |
-# | saving, `merge` | not measured | not measured | Unsloth's saver decides | 16 GB | 48 GB (by size) |
-# | beside full logits, 2 × 5 steps | 2 × 7 (planned) | 2 × 3 (planned) | 10.7 GiB (planned) | as training | as training |
+# | install | not measured | not measured | – | several, not measured | – |
+# | training, 250 steps | planned 530 | planned 62 | planned 8.4 | planned 8.6 | planned 1.5 beside Python |
+# | a question before and after | not measured | not measured | planned 5.3 | – | – |
+# | saving, with `merge` | not measured | not measured | not planned | 16 by size | 48 by size |
+# | beside full logits, 2 × 5 steps | planned 2 × 7 | planned 2 × 3 | planned 10.7 | planned 1.3 more | as training |
+#
+# The stored output of Unsloth's notebook, whose settings these are, took 230 minutes on a T4. Of the disk, 5.7 GB are the
+# model's, the rest is adapters and checkpoints.
 
 # %% [markdown]
 # The settings that matter. Every other key is in the YAML file, and `docs/configuration.md` lists them all.

@@ -271,6 +271,19 @@ def test_sigterm_in_the_warm_start_is_orderly(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):
+    run = start(command(tmp_path))
+    try:
+        wait_for(run, "Reading ")
+        time.sleep(0.3)
+        os.kill(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert errors.strip() == "Stopped; the same command begins again."
+
+
 # Files that are damaged while a run is at work
 
 
