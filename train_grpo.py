@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +40,14 @@ if TYPE_CHECKING:
 @lasting_output()
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # a run that has begun says more; importing what it needs takes seconds
+        print("\nStopped; the same command begins again.", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +157,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
-    from recipes.models.prompts import check_longest, check_problems
+    from recipes.models.prompts import check_longest, check_problems, trained_on_too
     from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
@@ -179,6 +186,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
+    print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
     if not pilot:
@@ -272,14 +280,18 @@ def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.training.resume import FINISHED
 
     folder, trainer = session.folder, trained.trainer
-    if trainer.state.log_history:
-        print("".join(f"{line}\n" for line in write_measured(folder, trained.tracker.summary())), end="")
+    records = folder.metrics.read()
+    folder.say_unreadable()
+    if records and trainer.state.log_history:
+        lines = write_measured(session.planned, folder, trained.tracker.summary())
+        print("".join(f"{line}\n" for line in lines), end="")
         write_report(folder)
     if folder.final.is_dir():
-        with suppress(ConfigError):  # the run's config.yaml was taken away: saving the model has said so
+        try:
             (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
+        except ConfigError as error:  # the run's config.yaml was changed or taken away
+            print(f"{folder.final} is left without a model card: {error}", file=sys.stderr)
     print_summary(trained.tracker.summary(), folder)
-    records = folder.metrics.read()
     outcome = verdict(records)
     print(outcome.sentence, *([] if outcome.kind == "better" else advice(records)), sep="\n")
     if trained.finished:

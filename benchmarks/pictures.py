@@ -1,6 +1,6 @@
 """Pictures for the documents: a run's report and a comparison in a browser, and what the terminal showed.
 
-    script -qec "python train_grpo.py --config configs/quickstart.yaml" session.txt
+    COLUMNS=110 script -qec "python train_grpo.py --config configs/quickstart.yaml" session.txt
     python train_grpo.py --config configs/quickstart.yaml run.name=quickstart-full head.impl=full
     python -m benchmarks.pictures runs/quickstart runs/quickstart-full --session session.txt --out docs/pictures
 
@@ -28,6 +28,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MODES = {"dark": 0, "light": 1}  # as Chromium's setting counts them
 SIZES = {1280: 1500, 390: 1700}  # width -> height of a picture
 COLUMNS = 110  # of the terminal
+ROW = 16  # pixels
 
 
 def shoot(browser: str, page: Path, picture: Path, width: int, height: int, mode: str = "light") -> None:
@@ -53,18 +54,21 @@ def shown(session: str) -> Iterator[str]:
 
 
 def terminal_page(lines: list[str], page: Path) -> int:
-    """The lines as a page that looks like a terminal; returns its height in pixels."""
+    """The lines as a page that looks like a terminal; returns its height in pixels.
+
+    Rows are as high as the font's box-drawing characters, so that tables have no gaps.
+    """
     console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
     for line in lines:
-        console.print(Text.from_ansi(line), soft_wrap=True)
+        console.print(Text.from_ansi(line))
+    rows = console.export_text(clear=False).count("\n")
     body = (
         "<!doctype html><meta charset=utf-8><style>{stylesheet} body {{margin:0; padding:18px; background:#121518; "
-        "color:#d8dadd}} pre {{font:14px/18px 'DejaVu Sans Mono',monospace; white-space:pre-wrap; width:"
-        f"{COLUMNS}ch; margin:0}}}}</style><pre>{{code}}</pre>"
+        "color:#d8dadd}} pre {{font:14px/"
+        f"{ROW}px 'DejaVu Sans Mono',monospace; margin:0}}}}</style><pre>{{code}}</pre>"
     )
     page.write_text(console.export_html(code_format=body, inline_styles=True), encoding="utf-8")
-    rows = sum(max(1, -(-len(Text.from_ansi(line).plain) // COLUMNS)) for line in lines)
-    return 18 * rows + 36
+    return ROW * rows + 36
 
 
 def main(argv: list[str] | None = None) -> int:

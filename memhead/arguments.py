@@ -65,9 +65,7 @@ def read_arguments(
 
 def wanted_outputs(entropy: bool, extra_outputs: Sequence[str]) -> list[bool]:
     """Which of :data:`OUTPUTS` are asked for."""
-    unknown = set(extra_outputs) - set(OUTPUTS)
-    if unknown:
-        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS[1:])}")
+    checks.check_names("extra_outputs", extra_outputs, OUTPUTS)
     return [entropy or "entropy" in extra_outputs, *(name in extra_outputs for name in OUTPUTS[1:])]
 
 
@@ -75,7 +73,7 @@ def split_temperature(
     temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
     """The temperature as a tensor (N,) in ``dtype``, or None, and as a number, 1 where there is a tensor."""
-    if not isinstance(temperature, Tensor):
+    if not isinstance(temperature, Tensor | Sequence):
         checks.check_positive("temperature", temperature)
         return None, float(temperature)
     checks.check_rows("temperature", temperature, hidden)

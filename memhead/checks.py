@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -34,27 +37,23 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
     if targets is not None:
         check_integers("targets", targets)
         check_rows("targets", targets, hidden)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one per row of weight"
-        )
+    if bias is not None:
+        check_tokens("bias", bias, weight)
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         check_device(name, tensor, hidden)
     if not torch.compiler.is_compiling():
         check_no_tangent(hidden=hidden, weight=weight, bias=bias)
 
 
-def _check_whole_tensor(name: str, value: object) -> None:
+def _check_whole_tensor(name: str, value: Any) -> None:
     """``value`` is a tensor, and all of it is here."""
-    if not isinstance(value, Tensor):
-        got = type(value).__name__
-        inside = isinstance(getattr(value, "weight", None), Tensor)
-        remedy = (
-            f"pass its weight, {name}.weight, and bias={name}.bias where it has one"
-            if inside
-            else "pass a tensor"
+    if isinstance(getattr(value, "weight", None), Tensor):  # the head itself
+        update = ", and low_rank=memhead.integrations.peft.low_rank_update(lm_head)"
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; pass its weight, as lm_head.weight, and bias=lm_head.bias where it "
+            f"has one{update if hasattr(value, 'lora_A') else ''}"
         )
-        raise ValueError(f"{name} is a {got}; {remedy}")
+    check_tensor(name, value)
     if hasattr(value, "full_tensor"):
         raise ValueError(
             f"{name} is a DTensor {tuple(value.shape)}, of which a part is here (FSDP2, tensor parallelism); call "
@@ -66,6 +65,20 @@ def _check_whole_tensor(name: str, value: object) -> None:
             f"{name} is {tuple(value.ds_shape)} but partitioned by ZeRO-3, and none of it is here; call memhead under "
             f"deepspeed.zero.GatheredParameters([{name}]), in the forward and in the backward pass"
         )
+
+
+def check_tensor(name: str, value: object) -> None:
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; pass a tensor")
+
+
+def check_names(name: str, value: Sequence[str], known: Sequence[str]) -> None:
+    """``value`` holds names that are known."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}={value!r} is a text; pass a tuple of names, as ({value!r},)")
+    if unknown := set(value) - set(known):
+        raise ValueError(f"{name} contains {sorted(unknown)}; known are {', '.join(known)}")
 
 
 def check_no_tangent(**tensors: Tensor | None) -> None:
@@ -91,10 +104,20 @@ def check_differentiated_once() -> None:
 
 def check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:
     """``tensor`` holds one value per row of hidden (..., H)."""
+    check_tensor(name, tensor)
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(hidden.shape[:-1])}, "
             f"the leading dimensions of hidden {tuple(hidden.shape)}"
+        )
+
+
+def check_tokens(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """``tensor`` holds one value per row of weight (V, H)."""
+    check_tensor(name, tensor)
+    if tensor.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be ({weight.shape[0]},), one per row of weight"
         )
 
 
@@ -113,6 +136,7 @@ def check_row_arg(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 def check_integers(name: str, tensor: Tensor) -> None:
     """``tensor`` holds token numbers."""
+    check_tensor(name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; it must hold integers")
 

@@ -85,7 +85,8 @@ def linear_cross_entropy(
     if soft:
         _check_probabilities(targets, hidden, weight)
     if class_weights is not None:
-        _check_class_weights(class_weights, hidden, weight)
+        checks.check_tokens("class_weights", class_weights, weight)
+        checks.check_device("class_weights", class_weights, hidden)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -94,8 +95,7 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss={z_loss} must be at least 0")
     if softcap is not None:
         checks.check_positive("softcap", softcap)
-    if unknown := set(extra_outputs) - set(OUTPUTS):
-        raise ValueError(f"extra_outputs contains {sorted(unknown)}; known are {', '.join(OUTPUTS)}")
+    checks.check_names("extra_outputs", extra_outputs, OUTPUTS)
     if not soft:
         targets = targets.long()  # compared as uint8, a target of 156 would be -100
     counted = (
@@ -166,15 +166,6 @@ def _check_probabilities(probabilities: Tensor, hidden: Tensor, weight: Tensor) 
             f"integers {tuple(hidden.shape[:-1])} or probabilities {wanted}"
         )
     checks.check_device("targets", probabilities, hidden)
-
-
-def _check_class_weights(class_weights: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    if class_weights.shape != weight.shape[:1]:
-        raise ValueError(
-            f"class_weights has shape {tuple(class_weights.shape)}; it must be ({weight.shape[0]},), "
-            "one per row of weight"
-        )
-    checks.check_device("class_weights", class_weights, hidden)
 
 
 def _of_targets(factors: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

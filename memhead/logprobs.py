@@ -146,6 +146,8 @@ def _extend(
     hidden: Tensor, weight: Tensor, low_rank: LowRankUpdate, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``[h | s A h]`` (..., H + r), and B (V, r): the update as ``r`` more features of the head."""
+    if not isinstance(low_rank, LowRankUpdate):
+        raise ValueError(f"low_rank is a {type(low_rank).__name__}; pass a memhead.LowRankUpdate")
     a, b = low_rank.a, low_rank.b
     if a.shape != (b.shape[1], hidden.shape[-1]) or b.shape[0] != weight.shape[0]:
         raise ValueError(

@@ -27,6 +27,21 @@
 # wrong: `docs/troubleshooting.md`.
 
 # %% [markdown]
+# What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the
+# full length, an upper bound. Nothing here was measured on these cards.
+#
+# | step | T4, minutes | H100, minutes | GPU, GiB | disk, GB | main memory, GB |
+# |---|---|---|---|---|---|
+# | install | not measured | not measured | – | several, not measured | – |
+# | training, 250 steps | planned 530 | planned 62 | planned 8.4 | planned 8.6 | planned 1.5 beside Python |
+# | a question before and after | not measured | not measured | planned 5.3 | – | – |
+# | saving, with `merge` | not measured | not measured | not planned | 16 by size | 48 by size |
+# | beside full logits, 2 × 5 steps | planned 2 × 7 | planned 2 × 3 | planned 10.7 | planned 0.7 more | as training |
+#
+# The stored output of Unsloth's notebook, whose settings these are, took 230 minutes on a T4. Of the disk, 5.7 GB are
+# the model's; the rest is adapters and checkpoints.
+
+# %% [markdown]
 # The settings that matter. Every other key is in the YAML file, and `docs/configuration.md` lists them all.
 
 # %% tags=["parameters"]

@@ -127,7 +127,8 @@ def talk(models: list[tuple[str, Answerer]], example: Any, questions: Iterable[s
         for name, answerer in models:
             if len(models) > 1:
                 print(f"── {name}")
-            answerer.answer(prompt, stream=True)
+            if not answerer.answer(prompt, stream=True):
+                print("(an empty answer)")
 
 
 def _typed() -> Iterator[str]:

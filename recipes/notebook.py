@@ -7,12 +7,12 @@ judged(config.make_task())      a problem with its rewards for a right and a wro
 from __future__ import annotations
 
 import codecs
-import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ from recipes.rewards.contract import check, choose
 from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder, existing
+
+# What the process does; nothing of the one that starts it is imported there again, a script no more than a notebook.
+_CALL = """
+import pickle, sys
+sys.path[:], call = pickle.load(sys.stdin.buffer)
+function, arguments = pickle.loads(call)
+sys.argv = [function.__module__]
+sys.exit(function(*arguments))
+"""
 
 
 class RunFailed(RuntimeError):
@@ -79,31 +88,29 @@ def apart(function: Callable[..., int], *arguments: Any) -> int:
     function: importable by name. Ctrl-C is left to that process, which receives it too. Call this from the main
     thread.
     """
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_speak_into, args=(writer, function, arguments))
-    process.start()
-    writer.close()
+    # A notebook sets FORCE_COLOR, which makes rich take the output for a terminal and redraw its bar.
+    environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+    environment |= {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", _CALL],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
     before = signal.signal(signal.SIGINT, lambda *_: None)  # a run ends by itself, after the step in hand
     try:
-        chunks = iter(lambda: os.read(reader.fileno(), 1 << 16), b"")
-        for text in codecs.iterdecode(chunks, "utf-8", "replace"):
-            print(text, end="", flush=True)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process.stdin as call:
+            pickle.dump((sys.path, pickle.dumps((function, arguments))), call)
+        with process.stdout as said:
+            chunks = iter(lambda: os.read(said.fileno(), 1 << 16), b"")
+            for text in codecs.iterdecode(chunks, "utf-8", "replace"):
+                print(text, end="", flush=True)
     finally:
         signal.signal(signal.SIGINT, before)
-    process.join()
-    return process.exitcode or 0
-
-
-def _speak_into(writer: Connection, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-    """Runs in the new process: everything printed there, by any library, goes through `writer`."""
-    os.dup2(writer.fileno(), 1)
-    os.dup2(writer.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # A notebook sets FORCE_COLOR, which makes rich take the output for a terminal and redraw its bar.
-    os.environ.pop("FORCE_COLOR", None)
-    os.environ["COLUMNS"] = "110"
-    sys.exit(function(*arguments))
+    return process.wait()
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Whether a task's problems fit the run's batch and its chat template, checked before a model is loaded.
 
 check_problems(config, task)      ConfigError: too few for a batch, or prompts that the template cannot render or cuts
+trained_on_too(task)              a sentence, where accuracy is measured on problems that are trained on
 
 `--plan` uses only what is on this machine: `check_problems(config, task, network=False)`, `mean_prompt(config, task)`.
 """
@@ -34,6 +35,20 @@ def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> li
         return [f"NOT looked at: the problems of {dataset}, which are on the hub"]
     _check_number(config, task)
     return _check_template(config, task.train[0]["prompt"], network)
+
+
+def trained_on_too(task: Task) -> list[str]:
+    """A sentence where held-out problems are also trained on; only splits of one's own can be so. Reads the data."""
+    if getattr(task.options, "dataset", None) is None:
+        return []
+    train = {str(prompt) for prompt in task.train["prompt"]}
+    both = sum(str(prompt) in train for prompt in task.held_out["prompt"])
+    if not both:
+        return []
+    return [
+        f"{both} of the {len(task.held_out)} held-out problems are among those that are trained on, too: accuracy on "
+        "them says little of new ones"
+    ]
 
 
 def mean_prompt(config: RunConfig, task: Task) -> int | None:

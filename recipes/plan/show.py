@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from recipes.config.load import EXIT_STATUS, RunConfig
-from recipes.models.prompts import check_problems, mean_prompt
+from recipes.models.prompts import check_problems, mean_prompt, trained_on_too
 from recipes.plan.plan import Plan, parse_device, plan
 from recipes.plan.processes import by_way
 from recipes.plan.rate import Rate, published, rate_here
@@ -32,7 +32,8 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
         found = plan(config, None if device is None else parse_device(device))
         task = config.make_task()
         unseen = check_problems(config, task, network=False)
-        replace(found, notes=[*found.notes, *unseen]).print()
+        notes = unseen or trained_on_too(task)
+        replace(found, notes=[*found.notes, *notes]).print()
         prompt = None if mean or unseen else mean_prompt(config, task)
         lines = _time(config, found, device, mean, prompt)
     except ConfigError as error:

@@ -56,10 +56,10 @@ class TimePlan:
     def lines(self) -> list[str]:
         """As sentences."""
         how = "measured here" if self.rate.measured else "80 % of the published rate"
-        parts = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in self.phases.items() if seconds)
+        parts = ", ".join(f"{phase} {_seconds(seconds)}" for phase, seconds in self.phases.items() if seconds)
         whole = "" if self.total is None else f"; {_hours(self.total)} in all, evaluations included"
         return [
-            f"time: {self.step:.2g} s a step ({parts}){whole}",
+            f"time: {_seconds(self.step)} a step ({parts}){whole}",
             f"time is planned for mean lengths of {self.prompt} + {self.completion} tokens and "
             f"{self.rate.operations / 1e12:.3g} TFLOP/s ({how}); rewards are not counted",
         ]
@@ -247,6 +247,11 @@ def _training(work: Work, flow: Flow, s: Setting) -> float:
 def _share(s: Setting, rate: float) -> float:
     """Of a GPU's matrix rate, that a pass through the layers reaches."""
     return min(_FULL_SHARE, s.shape.hidden / _HIDDEN * _SEEN_AT / rate)
+
+
+def _seconds(seconds: float) -> str:
+    """Two figures, without an exponent."""
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def _hours(seconds: float) -> str:

@@ -140,7 +140,8 @@ def charts(runs: dict[str, Records], plan: dict[str, Any] | None = None) -> list
     plan: a run folder's plan.json, the fields of `recipes.plan.plan.Memory`; drawn only for a single run.
     """
     records = [record for run in runs.values() for record in run]
-    quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records), *_policy()]
+    quantities = [*_rewards(records, spread=len(runs) == 1), *_accuracies(records)]
+    quantities += _policy(alone=len(runs) == 1)
     ratios = _ratios(records) if len(runs) == 1 else ()
     by_rollout = {name: [together(group) for group in rollouts(run)] for name, run in runs.items()}
     return [
@@ -198,19 +199,20 @@ def _accuracies(records: Records) -> Iterator[_Quantity]:
     yield "Accuracy", "held-out problems, 95 % interval", "%", lines
 
 
-def _policy() -> Iterator[_Quantity]:
+def _policy(*, alone: bool) -> Iterator[_Quantity]:
+    """alone: of one run, whose bands are drawn."""
     yield "Entropy", "of the policy, nats a token", "", [_Series("entropy", _at("entropy"))]
     yield "KL", "from the reference policy, nats a token", "", [_Series("KL", _at("kl"))]
     shortest, longest = _trl("completions/min_length"), _trl("completions/max_length")
     length = _Series("length", _at("completion_length"), shortest, longest)
-    yield "Completion length", "tokens: mean, shortest to longest", "", [length]
+    yield "Completion length", f"tokens: mean{', shortest to longest' * alone}", "", [length]
     shares = [_Series("cut off", _at("clipped_share")), _Series("no gradient", _at("zero_std_share"))]
     yield "Lost shares", "completions cut off, groups without a gradient", "%", shares
     clipped = [_Series(side, _trl(f"clip_ratio/{side}_mean")) for side in ("low", "high")]
     yield "Clipped ratios", "share of tokens, below and above the clip range", "%", clipped
     name = "sampling/importance_sampling_ratio"
     sampled = _Series("ratio", _trl(f"{name}/mean"), low=_trl(f"{name}/min"), high=_trl(f"{name}/max"))
-    yield "Trainer to sampler", "probability ratio: mean, lowest to highest", "", [sampled]
+    yield "Trainer to sampler", f"probability ratio: mean{', lowest to highest' * alone}", "", [sampled]
     parts = [_Series(part, _at("mismatch", key)) for part, key in _PARTS.items()]
     yield "Difference from vLLM", "nats a token: all, by the head's rounding, by the rest", "", parts
 
@@ -227,7 +229,7 @@ def _tokens() -> Iterator[_Quantity]:
     yield "Tokens a second by phase", "sampled; scored; trained on", "", rates
     phases["whole step"] = WHOLE
     shares = [_Series(name, _at("speed", phase, "share")) for name, phase in phases.items()]
-    yield "Share of the floor", "of the device's matrix rate, measured at the start", "%", shares
+    yield "Share of the matrix rate", "of this device, as measured at the start", "%", shares
     kinds = [_Series(kind, _at("tokens", kind)) for kind in ("computed", "real")]
     yield "Tokens a step", "of all rows; computed with a gradient", "", kinds
     share = _Series("left out", _at("tokens", "left_out_share"))

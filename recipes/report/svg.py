@@ -207,7 +207,7 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
     axes.tick_params("y", labelcolor=_INK)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
-    axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in range(-5, 1)]))
+    axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in range(-4, 1, 2)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     _label_ends(axes, heights, list(chart.shares), colours)

@@ -69,6 +69,18 @@ class LinesFile:
             self.rewrite(kept)
 
 
+class CompletionsFile(LinesFile):
+    """A sample of what the model wrote, with what it earned."""
+
+    kinds: ClassVar[Mapping[str, Any]] = {
+        "step": int,
+        "prompt": (str, list),
+        "completion": (str, list),
+        "rewards": dict,
+        "advantage": (int, float),
+    }
+
+
 class MetricsFile(LinesFile):
     """Lines with a `step`, one for each step: a record for the last line's step is merged into it."""
 

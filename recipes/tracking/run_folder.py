@@ -7,15 +7,21 @@ import itertools
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from recipes.config.source import read_file
 from recipes.models.manifest import MANIFEST, STATE, damage
-from recipes.problems import ConfigError, Problem
+from recipes.problems import ConfigError, Problem, visible
 from recipes.tracking.environment import environment
-from recipes.tracking.files import LinesFile, MetricsFile, plain, write_whole
+from recipes.tracking.files import CompletionsFile, MetricsFile, plain, write_whole
 from recipes.tracking.lock import lock
+
+_RELIED_ON: dict[str, dict[str, type]] = {  # without these a file is damaged
+    "finished.json": {"step": int},
+    "head.json": {"calls": int, "rows": int},
+}
 
 
 class RunFolder:
@@ -27,8 +33,9 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
-        self.completions = LinesFile(self.path / "completions.jsonl")
+        self.completions = CompletionsFile(self.path / "completions.jsonl")
         self._damaged: list[Path] = []  # checkpoints that were read and are passed over
+        self._said: set[str] = set()  # files that were named as damaged
         self._lock: Any = None  # held as long as this object lives
         self._writes = True
 
@@ -96,12 +103,16 @@ class RunFolder:
         self._keep("config.yaml")
         write_whole(path, config.to_yaml())
 
-    def _say_what_is_missing(self) -> None:
-        """Lines that were cut, and steps before the checkpoint of which no line is left: reports go without them."""
+    def say_unreadable(self) -> None:
+        """Names the lines of files that were cut off or overwritten: reports go without them."""
         for file in (self.metrics, self.completions):
             if lines := file.unreadable():
                 numbers = ", ".join(map(str, lines))
                 print(f"{file.path}: line {numbers} was cut off or overwritten and is left out", flush=True)
+
+    def _say_what_is_missing(self) -> None:
+        """What is unreadable, and steps before the checkpoint of which no line is left."""
+        self.say_unreadable()
         records = self.metrics.read()
         last = max((record.get("step", 0) for record in records), default=0)
         if self.step - last >= max((record.get("steps", 1) for record in records), default=1):
@@ -147,17 +158,27 @@ class RunFolder:
             return self.path / name
         return write_whole(self.path / name, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """What `write_json` wrote, or None if there is no such file. Raises ConfigError for one that was cut off."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote; None if there is no such file, or it is damaged, which a line says.
+
+        A report or a checkpoint is worth more than what one file adds to it.
+        """
         path = self.path / name
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, str(error)) from error
-        if not isinstance(found, dict):
-            raise _damaged(path, "no object")
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            for key, kind in _RELIED_ON.get(name, {}).items():
+                if not isinstance(found.get(key), kind):
+                    raise ValueError(f"no {key}")
+        except (OSError, ValueError, RecursionError) as error:
+            if name not in self._said:
+                reason = error.strerror if isinstance(error, OSError) else error
+                print(visible(f"{path} is damaged ({reason}) and is left out"), file=sys.stderr, flush=True)
+                self._said.add(name)
+            return None
         return found
 
     def _keep(self, name: str) -> None:
@@ -166,11 +187,6 @@ class RunFolder:
         if path.is_file():
             count = len(list(self.path.glob(f"{path.stem}.*{path.suffix}")))
             path.rename(path.with_name(f"{path.stem}.{count + 1}{path.suffix}"))
-
-
-def _damaged(path: Path, reason: str) -> ConfigError:
-    remedy = "put a whole one there, or delete it to go on without what it says"
-    return ConfigError([Problem("", f"is damaged ({reason})", remedy=remedy)], file=str(path))
 
 
 def _number(checkpoint: Path) -> int:

@@ -25,6 +25,9 @@ from recipes.tracking.summary import (
     tokens_in_words,
 )
 
+_BESIDE = (
+    27  # columns: "GRPO", a short bar, the step without its two numbers, hours left, and what is between them
+)
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
 
@@ -59,7 +62,8 @@ class Progress:
         self._total = 0
         self._reward = self._accuracy = self._memory = "–"
         self._peak = 0.0
-        self._tokens = self._floor = ""
+        self._tokens: list[str] = []
+        self._floor: list[str] = []
         self._steps: list[dict[str, Any]] = []  # logged ones of the rollout that runs
         self._whole: list[dict[str, Any]] = []  # and of the one before
 
@@ -120,9 +124,9 @@ class Progress:
     def _speed(self, rollout: dict[str, Any]) -> None:
         if tokens := tokens_in_words(rollout.get("tokens") or {}):
             rate, left_out = tokens.values()
-            self._tokens = f"  {rate} tokens/s  {left_out} left out"
+            self._tokens = [f"{rate} tokens/s", f"{left_out} left out"]
         if share := (rollout.get("speed") or {}).get(WHOLE):
-            self._floor = f"  {percent(share['share'])} of the matrix rate"
+            self._floor = [f"{percent(share['share'])} of the matrix rate"]
 
     def stop(self) -> None:
         """Leaves the bar where it is."""
@@ -132,7 +136,14 @@ class Progress:
             self._bar = None
 
     def _figures(self) -> str:
-        return f"reward {self._reward}  accuracy {self._accuracy}  peak {self._memory}{self._tokens}{self._floor}"
+        """In a line whole; beside a bar those that leave it, the step and the time their room."""
+        figures = [f"reward {self._reward}", f"accuracy {self._accuracy}", f"peak {self._memory}"]
+        figures += [*self._tokens, *self._floor]
+        if self._console.is_terminal:
+            room = self._console.width - _BESIDE - 2 * len(str(self._total))
+            while len(figures) > 1 and len("  ".join(figures)) > room:
+                figures.pop()
+        return "  ".join(figures)
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:

@@ -60,33 +60,35 @@ def plan_of(config: RunConfig) -> Plan | None:
 def write_plan(planned: Plan | None, folder: RunFolder) -> None:
     """plan.json: bytes by part and by phase, and of the device (null: none was there); the model's matrices."""
     if planned is not None:
-        memory = planned.memory
-        work = Work.of(planned.setting.shape, planned.setting.trained)
-        found = {
-            "device": planned.device_bytes,
-            "parts": memory.parts,
-            "phases": memory.phases,
-            "work": None if work is None else asdict(work),
-        }
-        folder.write_json(PLAN_FILE, found)
+        folder.write_json(PLAN_FILE, _recorded(planned))
 
 
-def write_measured(folder: RunFolder, summary: dict[str, Any]) -> list[str]:
-    """Adds the measured peaks, in bytes by the plan's phases, to plan.json. Returns a line per phase: both in GiB.
+def _recorded(planned: Plan) -> dict[str, Any]:
+    work = Work.of(planned.setting.shape, planned.setting.trained)
+    return {
+        "device": planned.device_bytes,
+        "parts": dict(planned.memory.parts),
+        "phases": dict(planned.memory.phases),
+        "work": None if work is None else asdict(work),
+    }
+
+
+def write_measured(planned: Plan | None, folder: RunFolder, summary: dict[str, Any]) -> list[str]:
+    """plan.json again, with the measured peaks, in bytes by the plan's phases. Returns a line per phase: both in GiB.
 
     What a vLLM that sleeps takes while it samples is the user's choice (`gpu_memory_utilization`), of which the plan
     counts what one batch needs: where it was seen, it is a part of its own.
     """
-    planned, peaks = folder.read_json(PLAN_FILE), _measured(summary)
+    peaks = _measured(summary)
     if planned is None or not peaks:
         return []
+    record = _recorded(planned)
     cache = round(max(figures.get("asleep_mib", 0.0) for figures in summary["memory"].values()) * MIB)
-    phases = dict(planned["phases"])
+    phases = record["phases"]
     if cache:
-        phases["generation"] += cache - planned["parts"]["KV cache and sampling"]
-        planned["parts"]["vLLM's cache, as seen"] = cache
-    found = {"phases": phases, "measured": peaks, "measured_figure": summary["memory_figure"]}
-    folder.write_json(PLAN_FILE, planned | found)
+        phases["generation"] += cache - record["parts"]["KV cache and sampling"]
+        record["parts"]["vLLM's cache, as seen"] = cache
+    folder.write_json(PLAN_FILE, record | {"measured": peaks, "measured_figure": summary["memory_figure"]})
     return [
         f"memory  {phase}: planned {_gib(phases[phase])}, measured {_gib(peaks[phase])}"
         for phase in phases

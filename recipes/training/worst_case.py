@@ -19,7 +19,6 @@ from memhead.shortage import is_out_of_memory
 from recipes.models.generation import encode
 from recipes.models.prompts import LONGEST
 from recipes.tracking.phases import in_phase
-from recipes.training.memory import PLAN_FILE
 from recipes.training.session import Session
 
 PHASE = "a worst-case step before the first: forward"
@@ -142,8 +141,7 @@ def _undisturbed(trainer: Any, batch: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def _optimizer_state(session: Session, trainer: Any) -> Iterator[None]:
     """Holds as many bytes as the plan counts for the optimizer's state."""
-    planned = session.folder.read_json(PLAN_FILE)
-    size = 0 if planned is None else planned["parts"]["optimizer"]
+    size = 0 if session.planned is None else session.planned.memory.parts["optimizer"]
     held = torch.empty(size, dtype=torch.uint8, device=trainer.accelerator.device)
     yield
     del held

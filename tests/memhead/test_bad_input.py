@@ -26,7 +26,10 @@ CASES = [
         "hidden has dtype torch.int64; it must be floating point",
     ),
     ({"weight": torch.zeros(11)}, r"weight \(11,\)"),
-    ({"weight": torch.nn.Linear(24, 11)}, r"weight is a Linear; pass its weight, weight\.weight, and bias="),
+    (
+        {"weight": torch.nn.Linear(24, 11)},
+        r"weight is a Linear; pass its weight, as lm_head\.weight, and bias=",
+    ),
     ({"weight": [1.0]}, "weight is a list; pass a tensor"),
     ({"weight": torch.zeros(0, 24)}, "weight has no rows"),
     ({"weight": torch.zeros(11, 24, dtype=torch.uint8)}, "weight has dtype torch.uint8.*quantised"),
@@ -53,6 +56,15 @@ CASES = [
     (
         {"low_rank": LowRankUpdate(torch.zeros(2, 24), torch.zeros(11, 3))},
         r"low_rank has a \(2, 24\) and b \(11, 3\)",
+    ),
+    ({"low_rank": torch.zeros(2, 24)}, r"low_rank is a Tensor; pass a memhead\.LowRankUpdate"),
+    (
+        {"extra_outputs": "is_top1"},
+        r"extra_outputs='is_top1' is a text; pass a tuple of names, as \('is_top1',\)",
+    ),
+    *(
+        ({name: [1.0] * 4}, f"{name} is a list; pass a tensor")
+        for name in ("targets", "bias", "mask", "temperature")
     ),
     *(
         ({name: value.to("meta")}, f"{name} is on meta and hidden on cpu")
@@ -127,3 +139,15 @@ def test_a_chunk_of_whole_rows_has_no_columns():
     for call in calls:
         with pytest.raises(ValueError, match=r"chunk=\(4, 8\) must be a number of rows"):
             call()
+
+
+def test_a_lora_head_is_refused_with_its_update_named():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential()
+    model.lm_head = torch.nn.Linear(24, 11, bias=False)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"]), model)
+    head = make_head(4, 11)
+    with pytest.raises(
+        ValueError, match=r"as lm_head\.weight, .*low_rank=memhead\.integrations\.peft\.low_rank_update"
+    ):
+        linear_logprobs(head.hidden, model.lm_head, head.targets)

@@ -197,6 +197,8 @@ def test_what_is_logged_beside_the_loss(reduction, z_loss):
             {"targets": torch.zeros(4, 10)},
             r"targets has shape \(4, 10\).*integers \(4,\) or probabilities \(4, 11\)",
         ),
+        ({"class_weights": [1.0] * 11}, "class_weights is a list; pass a tensor"),
+        ({"extra_outputs": "lse"}, "extra_outputs='lse' is a text"),
         ({"class_weights": torch.ones(10)}, r"class_weights has shape \(10,\); it must be \(11,\)"),
         (
             {"extra_outputs": ("entropy",)},

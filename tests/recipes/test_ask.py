@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recipes.ask import ask
+from recipes.ask import Answerer, ask, talk
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
 from recipes.models.load import load
+from recipes.models.precision import Precision
 from recipes.tasks.countdown import Countdown
 from recipes.tracking.run_folder import RunFolder
 
@@ -93,3 +94,16 @@ def test_an_adapter_is_put_on_the_base_it_was_trained_on(tmp_path):
     ids = tokenizer("234>24=", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_an_empty_answer_is_called_that(config, capsys):
+    task = config.make_task()
+    model, tokenizer = load(config.model, task, config.run.seed)
+    answerer = Answerer(model, tokenizer, config, Precision())
+    example = task.held_out[0]["prompt"]
+    talk([("after training", answerer)], example, [example])
+    assert "(an empty answer)" not in capsys.readouterr().out
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    talk([("after training", answerer)], example, [example])
+    assert capsys.readouterr().out.split() == ["(an", "empty", "answer)"]

@@ -1,14 +1,16 @@
 """A run in a separate process: its output, status and interruption reach the process that started it."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from spoken import fail, say, speak, work_until_interrupted
 from tiny import made_up_checkpoint
@@ -29,18 +31,35 @@ def test_output_of_every_kind_and_the_status_arrive(capsys, status):
 
 def test_what_it_says_after_ctrl_c_is_still_shown(tmp_path, capsys):
     begun = tmp_path / "begun"
-    others = set(multiprocessing.active_children())  # judges that earlier tests have started
+    others = set(psutil.Process().children())  # judges that earlier tests have started
 
     def interrupt():
         while not begun.exists():
             time.sleep(0.05)
-        (child,) = set(multiprocessing.active_children()) - others
+        (child,) = set(psutil.Process().children()) - others
         for pid in (os.getpid(), child.pid):  # as a notebook does: both
             os.kill(pid, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     assert apart(work_until_interrupted, str(begun)) == 130
     assert "finishing the step" in capsys.readouterr().out
+
+
+def test_a_script_may_call_it_at_its_top_level(tmp_path):
+    """The notebook's twin is one: it must not be run again in the process that it starts."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from spoken import speak\nfrom recipes.notebook import apart\nprint('status', apart(speak, 3))\n"
+    )
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(done.stdout.splitlines()) == ["err", "from below", "out ×", "status 3"]
+    assert done.stderr == ""
 
 
 def test_a_mistake_is_found_before_a_process_starts(tmp_path):

@@ -15,7 +15,7 @@ from recipes.plan.plan import CARDS, in_bins
 from recipes.plan.rate import _SIZES, Rate, matrix_rate, published
 from recipes.plan.setting import Setting
 from recipes.plan.show import parse_lengths, show
-from recipes.plan.time import plan_time
+from recipes.plan.time import TimePlan, plan_time
 from recipes.problems import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -233,3 +233,8 @@ def test_a_tokenizer_that_is_not_here(capsys, tmp_path):
         [f"model.name={tmp_path}", "task.held_out=8", "task.train_size=64"],
     )
     assert mean_prompt(config, config.make_task()) is None
+
+
+def test_long_steps_are_told_without_an_exponent():
+    planned = TimePlan({"generation": 124.0, "optimizer": 0.00071}, None, 1, 2, H100)
+    assert planned.lines()[0] == "time: 120 s a step (generation 120 s, optimizer 0.00071 s)"

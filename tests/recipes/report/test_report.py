@@ -149,13 +149,24 @@ def test_damaged_files_of_a_run_are_named_or_left_out(tmp_path, capsys):
     assert [record["step"] for record in folder.metrics.read()][-2:] == [10, 11]
     assert folder.metrics.unreadable() == [13, 14, 15, 16, 17]
     assert report_module.main([str(folder.path)]) == 0
-    for name, text in (("environment.json", '{"cpu": '), ("plan.json", "5")):
-        kept = (folder.path / name).read_text() if (folder.path / name).exists() else "{}"
+    wrong = [
+        ("environment.json", '{"cpu": '),
+        ("plan.json", "5"),
+        ("plan.json", ""),
+    ]
+    for name, text in wrong:
+        kept = (
+            (folder.path / name).read_text()
+            if (folder.path / name).exists()
+            else '{"parts": {}, "phases": {}}'
+        )
         (folder.path / name).write_text(text)
-        assert report_module.main([str(folder.path)]) == 2
+        (folder.path / "report.html").unlink()
+        assert report_module.main([str(folder.path)]) == 0
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{folder.path / name}: is damaged (" in line
-        assert "delete it" in line
+        assert line.startswith(f"{folder.path / name} is damaged (")
+        assert line.endswith(") and is left out")
+        assert (folder.path / "report.html").is_file()
         (folder.path / name).write_text(kept)
     (folder.path / "config.yaml").write_text("head: [")
     assert compare_module.main([str(folder.path), str(other.path)]) == 2

@@ -12,7 +12,7 @@ import recipes.data
 import train_grpo
 from recipes.config.load import load_config
 from recipes.data import BadValue, Column, _local_files, read_rows, text, whole_number
-from recipes.models.prompts import check_problems
+from recipes.models.prompts import check_problems, trained_on_too
 from recipes.problems import ConfigError
 
 RUN = """\
@@ -122,6 +122,18 @@ def test_fewer_problems_than_a_batch(tmp_path, without_unsloth):
             check_problems(config, config.make_task())
     config = load_config(path, ["task.held_out=3"])
     assert check_problems(config, config.make_task()) == []
+
+
+def test_problems_that_are_held_out_and_trained_on_are_told(tmp_path, without_unsloth, capsys):
+    path = _write(tmp_path, "gsm8k")
+    assert trained_on_too(load_config(path).make_task()) == []  # of one file, none
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    for split, rows in (("train", lines[:6]), ("test", lines[4:8])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows.jsonl").unlink()
+    assert train_grpo.main(["--config", path, f"task.dataset={tmp_path}", "--plan"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 of the 4 held-out problems are among those that are trained on, too" in shown
 
 
 @pytest.mark.parametrize(("value", "gold"), [(2, 2), (0.5, Fraction(1, 2)), (1.0, 1), ("1,234", 1234)])

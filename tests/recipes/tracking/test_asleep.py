@@ -1,10 +1,13 @@
 """A sleeping vLLM's memory, on a device of two numbers: what is mapped, and what the allocator believes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from recipes.config.load import load_config
+from recipes.plan.plan import plan
 from recipes.tracking.asleep import sleeping_engine
 from recipes.tracking.meters import CudaMeter
 from recipes.tracking.run_folder import RunFolder
@@ -101,18 +104,15 @@ def test_whose_engine_sleeps():
 
 def test_the_cache_as_seen_is_a_part_of_the_plan(tmp_path):
     folder = RunFolder.create(tmp_path, "run")
-    folder.write_json(
-        "plan.json",
-        {
-            "parts": {"parameters": 6 * 2**30, "KV cache and sampling": 2**30},
-            "phases": {"generation": 7 * 2**30, "optimizer": 6 * 2**30},
-        },
-    )
+    parts = {"parameters": 6 * 2**30, "KV cache and sampling": 2**30}
+    phases = {"generation": 7 * 2**30, "optimizer": 6 * 2**30}
+    planned = plan(load_config("configs/quickstart.yaml"))
+    planned = replace(planned, memory=replace(planned.memory, parts=parts, phases=phases))
     memory = {
         "generation": {"allocated_peak_mib": 54 * 1024, "asleep_mib": 48 * 1024},
         "optimizer": {"allocated_peak_mib": 6.5 * 1024, "asleep_mib": 48 * 1024},
     }
-    lines = write_measured(folder, {"memory_figure": "allocated_peak_mib", "memory": memory})
+    lines = write_measured(planned, folder, {"memory_figure": "allocated_peak_mib", "memory": memory})
     assert lines == [
         "memory  generation: planned 54.00 GiB, measured 54.00 GiB",
         "memory  optimizer: planned 6.00 GiB, measured 6.50 GiB",

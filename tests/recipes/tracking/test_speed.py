@@ -109,7 +109,7 @@ def test_the_summary_weighs_steps_by_their_time(run):
     assert "of the matrix rate" in shown
     assert "tokens a second" in shown
     titles = {chart.title for chart in charts({"run": records})}
-    assert {"Tokens a second by phase", "Share of the floor"} <= titles
+    assert {"Tokens a second by phase", "Share of the matrix rate"} <= titles
 
 
 def test_nothing_counted_has_no_table():

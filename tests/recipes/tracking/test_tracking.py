@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -403,8 +404,53 @@ def test_a_resumed_bar_keeps_the_last_accuracy():
 
 
 @pytest.mark.parametrize(
+    ("columns", "last"), [(70, "accuracy"), (80, "peak"), (110, "left out"), (140, "matrix")]
+)
+def test_a_bar_leaves_the_step_and_the_time_their_room(columns, last):
+    console = Console(file=io.StringIO(), width=columns, force_terminal=True, color_system=None)
+    progress = Progress(console)
+    progress.start(0, 1000)
+    tokens = {"computed": 600.0, "real": 20_000.0, "left_out_share": 0.5}
+    speed = {"whole step": {"share": 0.0123}, "rate": 1e12}
+    record = {"step": 1, "reward": 0.25, "time": {"generation": 2.0}, "tokens": tokens, "speed": speed}
+    progress.logged(1000, record, [139.7])
+    progress.advance(1000)
+    progress.stop()
+    line = re.split(r"\x1b\[2K", console.file.getvalue())[-1].splitlines()[0]  # the bar as it stood last
+    said = [
+        "reward 0.250",
+        "accuracy –",
+        "peak 139.7 MiB",
+        "10,000 tokens/s",
+        "50 % left out",
+        "of the matrix rate",
+    ]
+    shown = [part for part in said if part in line]
+    assert shown == said[: len(shown)]
+    assert last in shown[-1]
+    assert "1000/1000" in line
+    assert "━━━" in line
+    assert line.split()[-1] == "00:00"
+    assert len(line) == columns
+
+
+@pytest.mark.parametrize(
     ("name", "step"), [("llama3.1_8b_gsm8k", "Unsloth's"), ("llama3.2_1b_gsm8k", "packed")]
 )
 def test_the_first_line_names_the_step_that_runs(without_unsloth, name, step):
     line = opening(load_config(ROOT / "configs" / f"{name}.yaml"), "a card")
     assert line.endswith(f" by GRPO; head memhead, step {step}, on a card")
+
+
+def test_a_record_without_what_its_readers_rely_on_is_left_out(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.write_json("finished.json", {"at": 3})
+    folder.write_json("head.json", {"calls": 1, "rows": "x"})
+    for name in ("finished.json", "head.json", "head.json"):
+        assert folder.read_json(name) is None
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path / 'finished.json'} is damaged (no step) and is left out",
+        f"{tmp_path / 'head.json'} is damaged (no rows) and is left out",
+    ]
+    folder.write_json("finished.json", {"step": 3})
+    assert folder.read_json("finished.json") == {"step": 3}

@@ -17,6 +17,7 @@ from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import train_grpo
 from recipes.export import merge
+from recipes.report.page import write_report
 from recipes.tracking.files import CannotWrite, LinesFile, naming_what_failed
 from recipes.tracking.run_folder import RunFolder
 
@@ -268,3 +269,63 @@ def test_sigterm_in_the_warm_start_is_orderly(tmp_path):
     assert run.returncode == 130
     assert "Stopped before training began; run the same command again." in errors
     assert "Traceback" not in errors
+
+
+def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):
+    run = start(command(tmp_path))
+    try:
+        wait_for(run, "Reading ")
+        time.sleep(0.3)
+        os.kill(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert errors.strip() == "Stopped; the same command begins again."
+
+
+# Files that are damaged while a run is at work
+
+
+@pytest.fixture
+def spoiling(monkeypatch):
+    """A function: files of the run's folder get this text in the place of their own as training ends."""
+
+    def spoil(files):
+        right = train_grpo.finish
+
+        def after(session, *rest):
+            for name, text in files.items():
+                (session.folder.path / name).write_bytes(text)
+            return right(session, *rest)
+
+        monkeypatch.setattr(train_grpo, "finish", after)
+
+    return spoil
+
+
+def test_a_damaged_file_costs_a_line_and_not_the_report(tmp_path, capsys, spoiling, monkeypatch):
+    monkeypatch.setattr("recipes.report.page.write_report", write_report)  # which conftest.py leaves out
+    cut = dict.fromkeys(("environment.json", "head.json", "head_check.json", "plan.json"), b'{"a": \xff')
+    spoiling(cut | {"config.yaml": b"head: [", "completions.jsonl": b"\0\0\n{}"})
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1")) == 0
+    folder, printed = RunFolder(tmp_path / "tiny"), capsys.readouterr()
+    damaged, without_card = printed.err.splitlines()
+    assert damaged.startswith(f"{folder.path / 'environment.json'} is damaged (")
+    assert without_card.startswith(
+        f"{folder.final} is left without a model card: {folder.path / 'config.yaml'}:1"
+    )
+    assert f"{folder.path / 'completions.jsonl'}: line 1 was cut off" in printed.out
+    assert "ask it:" in printed.out
+    assert "and the plan (◆)" in (folder.path / "report.html").read_text()
+    assert folder.read_json("plan.json")["measured"]  # the run knows its plan, and writes it anew
+    assert folder.read_json("finished.json") == {"step": 1}
+
+
+def test_metrics_that_were_overwritten_cost_the_report_and_not_the_end(tmp_path, capsys, spoiling):
+    spoiling({"metrics.jsonl": b"\0\0\0"})
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1")) == 0
+    printed = capsys.readouterr()
+    assert "metrics.jsonl: line 1 was cut off or overwritten and is left out" in printed.out
+    assert "ask it:" in printed.out
+    assert not (tmp_path / "tiny" / "report.html").exists()
