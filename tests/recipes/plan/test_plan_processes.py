@@ -73,7 +73,7 @@ def test_every_phase_by_hand(found):
 
 
 def test_the_table_of_a_process_has_both_ways_and_their_peaks(found):
-    parts = {name: 0 for name in found.memory.parts} | {"parameters": 8 * GIB, "gradients": 4 * GIB}
+    parts = dict.fromkeys(found.memory.parts, 0) | {"parameters": 8 * GIB, "gradients": 4 * GIB}
     phases = {name: size * GIB for size, name in enumerate(found.memory.phases, 20)}
     found = replace(found, memory=Memory(parts, phases, {}))
     both = [way.values() for way in (ddp(found.memory), sharded(found.setting, found.memory, 4))]
