@@ -124,18 +124,18 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, fault):
     folder = RunFolder.create(tmp_path, "run")
-    early, late = made_up_checkpoint(folder.path, 2), made_up_checkpoint(folder.path, 4)
+    early, late = made_up_checkpoint(folder.path, 8), made_up_checkpoint(folder.path, 10)
     assert damage(late) == ""
     make, said = FAULTS[fault]
     make(late)
     found = RunFolder.to_resume(tmp_path, "run")
     assert found.checkpoint == early
-    assert found.step == 2
+    assert found.step == 8
     assert f"{late} is passed over: {said}" in capsys.readouterr().out
     assert late.is_dir()  # nothing is written yet
     found.begin_session()
-    assert not late.exists()  # out of the way of the next one of step 4
-    assert (late.parent / "damaged-checkpoint-4").is_dir()
+    assert not late.exists()  # out of the way of the next one of step 10
+    assert (late.parent / "damaged-checkpoint-10").is_dir()
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_a_session_before(tmp_path):
