@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
+from recipes.models.precision import Precision
 from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 
@@ -62,6 +63,18 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
 def test_quantised_weights_compute_in_the_models_dtype(dtype, computed):
     asked = ModelConfig(loader="transformers", name="a/b", load_in_4bit=True, dtype=dtype)
     assert models.quantisation(asked)["quantization_config"].bnb_4bit_compute_dtype == computed
+
+
+def test_a_precision_in_words():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).half(), torch.nn.Linear(1, 1).bfloat16()
+    )
+    told = {"products": "as the weights", "logits": "float32"}
+    whole = {"trained_weights": "bfloat16, float16, float32", "frozen_weights": "none", **told}
+    assert Precision().describe(model) == whole
+    model[1:].requires_grad_(False)
+    adapters = {"trained_weights": "float32", "frozen_weights": "bfloat16, float16"}
+    assert Precision(torch.float16).describe(model) == {**told, **adapters, "products": "float16"}
 
 
 def test_saved_and_loaded_by_the_other_loader(tmp_path):

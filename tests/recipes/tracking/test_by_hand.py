@@ -32,7 +32,10 @@ LOGGED = [
 
 def test_a_rollout_goes_from_one_that_samples_to_the_next():
     assert [[record["step"] for record in group] for group in rollouts(LOGGED)] == [[2, 6], [7]]
-    assert [[r["step"] for r in group] for group in rollouts(LOGGED[2:])] == [[6], [7]]  # of one that was cut off
+    assert [[r["step"] for r in group] for group in rollouts(LOGGED[2:])] == [
+        [6],
+        [7],
+    ]  # of one that was cut off
     assert rollouts([]) == rollouts(LOGGED[1:2]) == []
 
 
@@ -50,15 +53,25 @@ def test_tokens_of_several_steps():
     assert whole["tokens"]["per_second"] == pytest.approx(480 / 16)
     assert tokens_of([{"time": {"forward": 1.0}}]) == {}
     assert "per_second" not in tokens_of([{**third, "time": {}}])
-    assert together([{"step": 3, "time": {"forward": 1.0}}]) == {"step": 3}  # of TRL's step, which counts none
+    assert together([{"step": 3, "time": {"forward": 1.0}}]) == {
+        "step": 3
+    }  # of TRL's step, which counts none
 
 
 def test_speeds_of_several_steps():
     """A phase's seconds are its tokens over their rate: six and five of sampling, eight of training."""
     first, _, second, third = LOGGED
     assert of_all([first, second, third]) == {
-        "generation": {"share": pytest.approx(6 * 0.1 / 11), "tokens": pytest.approx(70 / 7), "per_second": 70 / 11},
-        "forward and backward": {"share": pytest.approx(0.3), "tokens": pytest.approx(32 / 7), "per_second": 4.0},
+        "generation": {
+            "share": pytest.approx(6 * 0.1 / 11),
+            "tokens": pytest.approx(70 / 7),
+            "per_second": 70 / 11,
+        },
+        "forward and backward": {
+            "share": pytest.approx(0.3),
+            "tokens": pytest.approx(32 / 7),
+            "per_second": 4.0,
+        },
         "whole step": {"share": pytest.approx((8 * 0.25 + 8 * 0.5) / 16)},
         "rate": 9.0,
     }
@@ -112,7 +125,9 @@ def test_what_is_counted_between_two_records(counting):
     assert (found["generation"]["per_second"], found["scoring"]["per_second"]) == (1.0, 0.5)
     assert found["forward and backward"]["per_second"] == 10 / 4
     floors = WORK.forward(sampled), WORK.forward(scored), WORK.training(scored + scored)
-    shares = [found[phase]["share"] for phase in ("generation", "scoring", "forward and backward", "whole step")]
+    shares = [
+        found[phase]["share"] for phase in ("generation", "scoring", "forward and backward", "whole step")
+    ]
     expected = [floors[0] / 6000, floors[1] / 10_000, floors[2] / 4000, sum(floors) / 40_000]
     assert shares == pytest.approx(expected)
     assert found["rate"] == 1000.0
@@ -129,8 +144,13 @@ def test_without_a_plan_there_are_rates_and_no_shares():
     assert found.take({"generation": 0.5}, 2) == {"generation": {"tokens": 1.0, "per_second": 2.0}}
 
 
-@pytest.mark.parametrize(("ratio", "one", "ten"), [(0.895, 1, 1), (0.92, 1, 0), (0.97, 1, 0), (0.995, 0, 0),
-                                                   (1.005, 0, 0), (1.03, 1, 0), (1.07, 1, 0), (1.11, 1, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "one", "ten"),
+    [
+        (0.895, 1, 1), (0.92, 1, 0), (0.97, 1, 0), (0.995, 0, 0),
+        (1.005, 0, 0), (1.03, 1, 0), (1.07, 1, 0), (1.11, 1, 1),
+    ],
+)  # fmt: skip
 def test_a_ratio_outside_of_one_per_cent_or_ten(ratio, one, ten):
     place = int(torch.bucketize(torch.tensor(ratio), torch.tensor(EDGES)))
     shares = [float(number == place) for number in range(len(EDGES) + 1)]
@@ -174,7 +194,12 @@ def test_trackers_get_an_interval_by_its_ends():
     state = SimpleNamespace(args=1, state=2, control=3)
     state.callback_handler = SimpleNamespace(call_event=lambda *given, logs: told.append((given, logs)))
     evaluated(state, {"accuracy": 0.5, "accuracy_interval": [0.4, 0.7], "accuracy_problems": 9})
-    logs = {"accuracy": 0.5, "accuracy_interval_low": 0.4, "accuracy_interval_high": 0.7, "accuracy_problems": 9}
+    logs = {
+        "accuracy": 0.5,
+        "accuracy_interval_low": 0.4,
+        "accuracy_interval_high": 0.7,
+        "accuracy_problems": 9,
+    }
     assert told == [(("on_log", 1, 2, 3), {f"eval_{name}": value for name, value in logs.items()})]
 
 

@@ -68,6 +68,11 @@ def nan_weights(place):
     seal(place)
 
 
+def nan_in_an_adapter(place):
+    save_file({"lora_A": torch.tensor([float("nan")])}, place / "adapter_model.safetensors")
+    seal(place)
+
+
 def nan_in_a_later_part(place):
     save_file({"head": torch.ones(2)}, place / "model-00001-of-00002.safetensors")
     save_file({"norm": torch.tensor([float("inf")])}, place / "model-00002-of-00002.safetensors")
@@ -113,6 +118,7 @@ FAULTS = {
     "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
     "half a manifest": (lambda place: half(place / "manifest.json"), "manifest.json cannot be read"),
     "NaN": (nan_weights, "model.safetensors: head holds NaN or infinity"),
+    "NaN in an adapter": (nan_in_an_adapter, "adapter_model.safetensors: lora_A holds NaN or infinity"),
     "infinity in a later part": (
         nan_in_a_later_part,
         "model-00002-of-00002.safetensors: norm holds NaN or infinity",
