@@ -194,11 +194,18 @@ class _Clock:
         """Seconds in which as many bytes are read."""
         return size / (_MEMORY_SHARE * self.rate.bandwidth)
 
-    def looking(self) -> float:
-        """Seconds of one evaluation."""
+    def looking(self, *, sampled: bool = True) -> float:
+        """Seconds of one evaluation, with what it samples for pass@k unless told."""
         run = self.config.run.evaluation
-        whole, rest = divmod(run.size, run.batch_size)
-        return whole * self.sampling(run.batch_size) + (self.sampling(rest) if rest else 0.0)
+        greedy = self.completing(run.size, run.batch_size)
+        if not (sampled and run.samples):
+            return greedy
+        return greedy + self.completing(run.size, max(1, run.batch_size // run.samples), run.samples)
+
+    def completing(self, problems: int, at_once: int, samples: int = 1) -> float:
+        """Seconds in which so many problems are completed, each `samples` times."""
+        whole, rest = divmod(problems, at_once)
+        return whole * self.sampling(at_once * samples) + (self.sampling(rest * samples) if rest else 0.0)
 
     def supervised(self) -> float:
         """Seconds of the warm start, with its looks at the accuracy, if it takes all its steps."""
@@ -207,7 +214,7 @@ class _Clock:
             return 0.0
         operations = _training(self.work, self.flow(start.batch_size, shared=False), self.s)
         step = max(operations / (self.rate.operations * self.share), self.layers)
-        return start.steps * step + start.steps // start.check_every * self.looking()
+        return start.steps * step + start.steps // start.check_every * self.looking(sampled=False)
 
     def starting(self) -> float:
         """Seconds until the first step, beside the evaluation: the process, the engine or the compiled sampling."""

@@ -182,6 +182,12 @@ def test_a_whole_run():
     assert begun.total == pytest.approx(often.total + 9 * WORK.training(flow(6)) / SPEED + 2 * look)
     fitting = seconds(told[0], told[2], "run.evaluation.size=12", "run.evaluation.every=null")
     assert fitting.total == pytest.approx(plain.total - 2 * two)
+    # With three samples a problem, of two problems at a time; the start looks without them.
+    pass_at_3 = [*told, "run.evaluation.samples=3"]
+    more = 7 * six
+    often3, begun3 = seconds(*pass_at_3, every), seconds(*pass_at_3, every, start)
+    assert often3.total == pytest.approx(often.total + 4 * more)
+    assert begun3.total - often3.total == pytest.approx(begun.total - often.total)
     short = {"lengths": (8, 3)}
     began = seconds(*told, every, start, **short).total - seconds(*told, every, **short).total
     alike = seconds(*told, every, **short).total - seconds(*told, "run.evaluation.every=null", **short).total
