@@ -48,6 +48,17 @@ def test_the_seed_gives_the_weights_and_leaves_the_random_state():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_a_revision_is_of_the_model_and_of_no_other_tokenizer(monkeypatch):
+    """A commit of one repository is none of another."""
+    asked = []
+    monkeypatch.setattr(models, "pretrained_tokenizer", lambda *given: asked.append(given))
+    for tokenizer in (None, "a/b", "c/d"):
+        named = ModelConfig(loader="transformers", name="a/b", revision="v2", tokenizer=tokenizer)
+        models._named_tokenizer(named)
+    models._named_tokenizer(ModelConfig(loader="scratch", tokenizer="c/d"))
+    assert asked == [("a/b", "v2"), ("a/b", "v2"), ("c/d", None), ("c/d", None)]
+
+
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     """The third machine's second process; a quantised model is where it belongs already."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
