@@ -48,11 +48,12 @@ RATE = Rate(4e14, 2e12)
 SPEED = 8e13  # a width of 1,000 reaches a tenth of 8e14 operations a second, and so a fifth of 4e14
 
 
-def seconds(*overrides, s=SETTING, rate=RATE, lengths=(800, 300)):
+def seconds(*overrides, s=SETTING, rate=RATE, lengths=(800, 300), processes=1):
     """Two micro-batches an update, eight a rollout, unless told otherwise."""
     usual = ["grpo.gradient_accumulation_steps=2", "grpo.steps_per_generation=8"]
     usual += [] if any("warm_start" in word for word in overrides) else ["run.warm_start=null"]
-    return plan_time(load_config(CONFIG, [*usual, *overrides]), s, rate, lengths)
+    config = load_config(CONFIG, [*usual, *overrides], processes=processes)
+    return plan_time(config, s, rate, lengths)
 
 
 def flow(sequences, shared=False):
@@ -188,6 +189,12 @@ def test_a_whole_run():
     often3, begun3 = seconds(*pass_at_3, every), seconds(*pass_at_3, every, start)
     assert often3.total == pytest.approx(often.total + 4 * more)
     assert begun3.total - often3.total == pytest.approx(begun.total - often.total)
+    # Four processes complete four problems each; the start's looks are the main one's.
+    four, began = seconds(*told, every, processes=4), seconds(*told, every, start, processes=4)
+    assert four.total == pytest.approx(
+        often.total - 4 * look + 4 * (500 * 0.017 + WORK.forward(flow(4, True)) / SPEED)
+    )
+    assert began.total - four.total == pytest.approx(begun.total - often.total)
     short = {"lengths": (8, 3)}
     began = seconds(*told, every, start, **short).total - seconds(*told, every, **short).total
     alike = seconds(*told, every, **short).total - seconds(*told, "run.evaluation.every=null", **short).total
