@@ -170,21 +170,18 @@ def test_steps_from_one_end_of_a_generation_to_the_next(generation, iterations, 
 
 
 def test_a_checkpoint_in_a_generation_is_put_off_to_its_end(tmp_path, capsys):
-    settings = command(tmp_path, "grpo.max_steps=5", "grpo.num_iterations=2", "run.save_every=1")
+    settings = command(tmp_path, "grpo.max_steps=9", "grpo.num_iterations=2", "run.save_every=5")
     assert train_grpo.main(settings) == 0
     printed = capsys.readouterr().out
-    assert "step 1: no checkpoint inside a generation; the next is after step 2" in printed
+    assert "step 5: no checkpoint inside a generation; the next is after step 6" in printed
     checkpoints = tmp_path / "tiny" / "checkpoints"
-    assert sorted(place.name for place in checkpoints.glob("checkpoint-*")) == [
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
+    # None at the end of the next generation, where none is due, nor of step 9, the first of its own.
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
 
     # Going on from there gives the run that was never stopped.
     final = tmp_path / "tiny" / "final" / "model.safetensors"
     wanted = load_file(final)
-    for gone in ("checkpoints/checkpoint-4", "final"):
-        shutil.rmtree(tmp_path / "tiny" / gone)
+    shutil.rmtree(tmp_path / "tiny" / "final")
     (tmp_path / "tiny" / "finished.json").unlink()
     assert train_grpo.main([*settings, "--resume"]) == 0
     assert all(torch.equal(wanted[key], value) for key, value in load_file(final).items())
