@@ -270,6 +270,10 @@ def test_unsloths_scoring_takes_what_its_forward_pass_takes():
     assert phases["forward, loss and backward"] == 8360 + 120 + 1600 + through + 3616
 
 
+def test_the_head_takes_the_rows_that_it_is_told_to():
+    assert measure(replace(SETTING, chunk_rows=2)).parts["head"] == 2 * 101 * 4 + 2 * 6 * (4 + 2) + 8 * 6 * 2
+
+
 def test_what_is_not_cast():
     """Half precision needs no copies; float32 without autocast neither."""
     for precision in (replace(MIXED, weights=2), replace(MIXED, autocast=False)):

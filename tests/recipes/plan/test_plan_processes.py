@@ -103,9 +103,9 @@ def test_what_a_plan_could_not_look_at_is_said(tmp_path, capsys):
     model = "{loader: scratch, tokenizer: bpe, scratch: {hidden_size: 64, layers: 1, heads: 4}}"
     path.write_text(f"model: {model}\ntask: {{name: gsm8k}}\n")
     assert train_grpo.main(["--config", str(path), "--plan"]) == 0
-    assert (
-        "note: NOT looked at: the problems of openai/gsm8k, which are on the hub" in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "note: NOT looked at: the problems of openai/gsm8k, which are on the hub" in shown
+    assert "note: prompts of 256 tokens are assumed; model.max_seq_length would say it" in shown
 
 
 def test_the_command_line_shows_both_and_counts_whole_groups_over_all(tmp_path, capsys):
