@@ -224,8 +224,8 @@ def backward_sweep(
     upstream: Upstream,
     *,
     hidden_dtype: torch.dtype | None,
-    weight_parts: tuple[WeightPart, ...] = (),
-    bias_grad: bool = False,
+    weight_parts: tuple[WeightPart, ...],
+    bias_grad: bool,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     """Gradients of hidden (N, H), of the weight's parts (each (V, width)) and of the bias (V,).
 

@@ -46,7 +46,8 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 
     base: hub id or path of the weights to merge into, in place of those that the adapter names.
 
-    Raises ExportError: no adapter there, weights equal to the base, or logits that differ; ConfigError: not whole.
+    Raises ExportError: no adapter there, NaN in it, weights equal to the base, or logits that differ; ConfigError: not
+    whole.
     """
     from transformers import AutoTokenizer
 
@@ -65,7 +66,10 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     with model.disable_adapter():
         without = _logits(model, tokens)
     before = {name: weight.clone() for name, weight in _adapted(model)}
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaN in a merged weight
+        raise ExportError(f"{final} cannot be merged: {error}") from error
     after = dict(merged.named_parameters())
     changed = sum(not torch.equal(weight, after[name]) for name, weight in before.items())
     dtype = str(merged.dtype).removeprefix("torch.")

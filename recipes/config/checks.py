@@ -75,9 +75,10 @@ def _check_scratch(
     if lora is not None and run.warm_start is None:  # which saves the model that the adapters belong to
         remedy = "add run.warm_start, or set lora: null"
         yield Problem("lora", "a new model's adapters would be all that is kept of it", remedy=remedy)
-    if model.name is not None:
-        remedy = "remove it, or set model.loader: transformers"
-        yield Problem("model.name", "means nothing to the loader scratch", model.name, remedy)
+    for key in ("name", "revision"):
+        if (value := getattr(model, key)) is not None:
+            remedy = "remove it, or set model.loader: transformers"
+            yield Problem(f"model.{key}", "means nothing to the loader scratch", value, remedy)
     if shape.hidden_size % (2 * shape.heads):
         unit = 2 * shape.heads
         below = shape.hidden_size // unit * unit

@@ -53,7 +53,9 @@ class ModelConfig(Section):
         description="scratch: new random weights; transformers: any causal LM; unsloth: by FastLanguageModel"
     )
     name: str | None = Field(None, min_length=1, description="hub id or local path; required unless scratch")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub; null: its main branch")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of `name` on the hub; null: its main branch"
+    )
     tokenizer: str | None = Field(
         None,
         description="hub id or path; bpe: trained on the task's text (scratch only); null: the model's, or for scratch "
@@ -102,6 +104,10 @@ class ModelConfig(Section):
         "{hf_overrides: {head_dtype: float32}} for a head like the trainer's",
     )
     scratch: ScratchConfig | None = Field(None, description="shape of the new model; scratch only")
+
+    def revision_of(self, name: str | None) -> str | None:
+        """`revision` is the model's own: a tokenizer of another name comes from its main branch."""
+        return self.revision if name == self.name else None
 
 
 class HeadConfig(Section):

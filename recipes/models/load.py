@@ -137,7 +137,7 @@ def _named_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     key = "model.name" if config.tokenizer is None else "model.tokenizer"
     name = str(config.tokenizer or config.name)
     with readable("tokenizer", name, "name a model with its tokenizer", key):
-        return pretrained_tokenizer(name, None if config.loader == "scratch" else config.revision)
+        return pretrained_tokenizer(name, config.revision_of(name))
 
 
 def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:

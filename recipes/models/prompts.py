@@ -164,7 +164,7 @@ def tokenizer_here(config: RunConfig, name: str, *, network: bool) -> Any:
     """The named tokenizer, from this machine alone unless `network`. Raises ConfigError for one with its own code."""
     from transformers import AutoTokenizer
 
-    revision = None if config.model.loader == "scratch" else config.model.revision
+    revision = config.model.revision_of(name)
     with no_foreign_code(_key(config), name):
         return AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False, local_files_only=not network

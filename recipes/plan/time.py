@@ -195,19 +195,28 @@ class _Clock:
         return size / (_MEMORY_SHARE * self.rate.bandwidth)
 
     def looking(self) -> float:
-        """Seconds of one evaluation."""
+        """Seconds of one evaluation: a process completes its share of the problems, and samples them for pass@k."""
         run = self.config.run.evaluation
-        whole, rest = divmod(run.size, run.batch_size)
-        return whole * self.sampling(run.batch_size) + (self.sampling(rest) if rest else 0.0)
+        share = ceil(run.size / self.config.processes)
+        greedy = self.completing(share, run.batch_size)
+        if not run.samples:
+            return greedy
+        return greedy + self.completing(share, max(1, run.batch_size // run.samples), run.samples)
+
+    def completing(self, problems: int, at_once: int, samples: int = 1) -> float:
+        """Seconds in which so many problems are completed, each `samples` times."""
+        whole, rest = divmod(problems, at_once)
+        return whole * self.sampling(at_once * samples) + (self.sampling(rest * samples) if rest else 0.0)
 
     def supervised(self) -> float:
-        """Seconds of the warm start, with its looks at the accuracy, if it takes all its steps."""
-        start = self.config.run.warm_start
+        """Seconds of the warm start, if it takes all its steps; the main process looks at the accuracy alone."""
+        start, run = self.config.run.warm_start, self.config.run.evaluation
         if start is None:
             return 0.0
         operations = _training(self.work, self.flow(start.batch_size, shared=False), self.s)
         step = max(operations / (self.rate.operations * self.share), self.layers)
-        return start.steps * step + start.steps // start.check_every * self.looking()
+        looks = start.steps // start.check_every
+        return start.steps * step + looks * self.completing(run.size, run.batch_size)
 
     def starting(self) -> float:
         """Seconds until the first step, beside the evaluation: the process, the engine or the compiled sampling."""

@@ -252,7 +252,7 @@ def _checkpoints(model: ModelConfig) -> Iterator[Problem]:
     if model.name is not None:
         yield from _checkpoint("model.name", model.name, model.revision, "config.json")
     if model.tokenizer not in (None, "bpe"):
-        revision = model.revision if model.loader != "scratch" else None
+        revision = model.revision_of(model.tokenizer)
         yield from _checkpoint("model.tokenizer", model.tokenizer, revision, "tokenizer_config.json")
 
 

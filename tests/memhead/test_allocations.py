@@ -7,7 +7,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import peak_bytes
-from memhead import chunked_linear, linear_cross_entropy, linear_logprobs, products
+from memhead import (
+    chunked_linear,
+    linear_cross_entropy,
+    linear_logprobs,
+    products,
+    supported_logprobs,
+    truncation_support,
+)
 from memhead.planning import plan_rows
 from tests.memhead.allocations import allocations
 from tests.memhead.reference import full_logprobs, make_head
@@ -128,6 +135,25 @@ def test_chunked_linear(frozen, reduction):
 
     # A trainable weight's gradient is added up in the forward pass and scaled in the backward.
     assert_within(step(head, loss, frozen=frozen), 10 * VOCAB * 4, 3, 0 if frozen else 2)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 100])
+def test_a_samplers_support(rows):
+    """Logits of as many rows as the chunk says, or as there are; then as many rows' own rows of the weight."""
+    head, held = make_head(60, VOCAB * 10, 8), min(rows, 60)
+    options = {"top_k": 5, "max_size": 8, "chunk": rows}
+    assert (
+        allocations(lambda: truncation_support(head.hidden, head.weight, **options))[0]
+        == held * VOCAB * 10 * 4
+    )
+    head = make_head(60, 50, VOCAB)
+    support = torch.arange(7).expand(60, 7)
+
+    def score():
+        with torch.no_grad():
+            supported_logprobs(head.hidden, head.weight, head.targets, support, chunk=rows)
+
+    assert allocations(score)[0] == held * 7 * VOCAB * 4
 
 
 def test_planned_chunk_keeps_to_the_plan():

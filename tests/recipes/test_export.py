@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes import export
@@ -103,6 +104,17 @@ def test_merging_twice_is_refused(tmp_path, capsys):
     assert main([str(run), "--merge"]) == 0
     assert main([str(run), "--merge"]) == 1
     assert "remove it to merge again" in capsys.readouterr().err
+
+
+def test_an_adapter_with_nan_is_refused_before_anything_is_written(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    weights = load_file(file := run / "final" / "adapter_model.safetensors")
+    weights[next(name for name in weights if "lora_B" in name)][0, 0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    assert main([str(run), "--merge"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {run / 'final'} cannot be merged: NaNs detected")
+    assert not (run / "merged").exists()
 
 
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, capsys):

@@ -360,6 +360,7 @@ MISTAKES = {
     "model.max_seq_length=128": "within model.max_seq_length 128 (value 512); set it below 128, or raise model.max_",
     "model.loader=transformers": "model.name: is missing; set it to a hub id or a local path",
     "model.name=x": "model.name: means nothing to the loader scratch (value 'x')",
+    "model.revision=x": "model.revision: means nothing to the loader scratch (value 'x')",
     "model.fast_inference=true": "remove it, or set model.loader: unsloth",
     "model.load_in_4bit=true": "add a lora section",
     "model.scratch.hidden_size=130": "not a multiple of 2 × heads 4 (value 130); set it to 128 or 136",

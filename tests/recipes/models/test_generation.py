@@ -164,6 +164,15 @@ def test_an_evaluation_by_vllm_is_of_the_weights_as_they_are_and_of_the_whole_di
     assert {name: getattr(engine, name) for name in told} == {name: before[name] for name in told}
 
 
+def test_an_evaluation_by_vllm_renders_prompts_as_the_run_does():
+    engine, tokenizer = Engine(), character_tokenizer("0123456789+-*=>")
+    tokenizer.chat_template = "{{ messages[0].content }}{{ '=' if thinking else '>' }}"
+    trainer = trainer_with(engine, tokenizer)
+    trainer.chat_template_kwargs = {"thinking": True}
+    by_trainer(trainer)([[{"role": "user", "content": "1"}]], Sampling(6))
+    assert engine.seen[0][1] == [tokenizer("1=").input_ids]
+
+
 def test_what_the_trainer_samples_with_is_put_back_after_a_failure(monkeypatch):
     engine, tokenizer = Engine(), character_tokenizer("0123456789+-*=>")
     before = {**vars(engine)}

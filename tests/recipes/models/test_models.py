@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models import load as models
+from recipes.models.precision import Precision
 from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 
@@ -47,6 +48,17 @@ def test_the_seed_gives_the_weights_and_leaves_the_random_state():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_a_revision_is_of_the_model_and_of_no_other_tokenizer(monkeypatch):
+    """A commit of one repository is none of another."""
+    asked = []
+    monkeypatch.setattr(models, "pretrained_tokenizer", lambda *given: asked.append(given))
+    for tokenizer in (None, "a/b", "c/d"):
+        named = ModelConfig(loader="transformers", name="a/b", revision="v2", tokenizer=tokenizer)
+        models._named_tokenizer(named)
+    models._named_tokenizer(ModelConfig(loader="scratch", tokenizer="c/d"))
+    assert asked == [("a/b", "v2"), ("a/b", "v2"), ("c/d", None), ("c/d", None)]
+
+
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     """The third machine's second process; a quantised model is where it belongs already."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -62,6 +74,18 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
 def test_quantised_weights_compute_in_the_models_dtype(dtype, computed):
     asked = ModelConfig(loader="transformers", name="a/b", load_in_4bit=True, dtype=dtype)
     assert models.quantisation(asked)["quantization_config"].bnb_4bit_compute_dtype == computed
+
+
+def test_a_precision_in_words():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).half(), torch.nn.Linear(1, 1).bfloat16()
+    )
+    told = {"products": "as the weights", "logits": "float32"}
+    whole = {"trained_weights": "bfloat16, float16, float32", "frozen_weights": "none", **told}
+    assert Precision().describe(model) == whole
+    model[1:].requires_grad_(False)
+    adapters = {"trained_weights": "float32", "frozen_weights": "bfloat16, float16"}
+    assert Precision(torch.float16).describe(model) == {**told, **adapters, "products": "float16"}
 
 
 def test_saved_and_loaded_by_the_other_loader(tmp_path):

@@ -1,12 +1,15 @@
 """A chat template that cannot say a task's prompt is refused before a model is loaded, and can do no harm."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from recipes.config.load import load_config
-from recipes.models.prompts import check_problems
-from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer
+from recipes.models.prompts import check_longest, check_problems, mean_prompt
+from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer, character_tokenizer
 from recipes.problems import ConfigError
 
 ROWS = [{"question": f"How many are {i}?", "answer": str(i)} for i in range(20)]
@@ -78,3 +81,47 @@ def test_a_hostile_template_stays_in_the_sandbox(check, tmp_path, template):
     ):
         check(template.replace("MARK", str(tmp_path / "mark")))
     assert not (tmp_path / "mark").exists()
+
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+DIGITS = character_tokenizer("0123456789")
+
+
+def asking(train, held_out=("1",)):
+    return SimpleNamespace(
+        train=Dataset.from_dict({"prompt": train}),
+        held_out=Dataset.from_dict({"prompt": list(held_out)}),
+        characters="0123456789",
+    )
+
+
+def of_positions(positions, **rope):
+    text = SimpleNamespace(max_position_embeddings=positions, rope_parameters=rope)
+    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+
+
+@pytest.mark.parametrize(
+    ("task", "longest"),
+    [
+        (asking(["12", "12345", "1"]), 5),
+        (asking(["12"], ["1", "1234567"]), 7),
+        (asking(["1"] * 40 + ["1234"]), 4),
+    ],
+)
+def test_the_longest_prompt_and_its_completion_fill_the_positions_of_the_model(task, longest):
+    """Of both sets; a model of one position fewer is refused, one that is stretched to them is not."""
+    config = load_config(QUICKSTART, ["grpo.max_completion_length=6"])
+    check_longest(config, task, of_positions(longest + 6), DIGITS)
+    check_longest(config, task, of_positions(None), DIGITS)
+    check_longest(config, task, of_positions(4, factor=3.5), DIGITS)
+    for stretched in ({}, {"factor": None}, {"factor": 0.5}):
+        said = rf"a prompt of {longest} tokens and grpo\.max_completion_length 6 are more than the {longest + 5} pos"
+        with pytest.raises(ConfigError, match=said):
+            check_longest(config, task, of_positions(longest + 5, **stretched), DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mean"), [(["1", "1234"], 2), (["1234"] * 256 + ["1"] * 500, 4), (["12", "12345", "1234"], 4)]
+)
+def test_the_mean_prompt_is_of_the_first_problems(prompts, mean):
+    assert mean_prompt(load_config(QUICKSTART), asking(prompts)) == mean

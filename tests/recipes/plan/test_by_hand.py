@@ -2,14 +2,16 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from memhead.planning import Chunk
+from recipes.config.load import load_config
 from recipes.plan import formulas as memory
 from recipes.plan.formulas import DTYPE_BYTES, Batch, Group, Precision
-from recipes.plan.plan import GIB, Memory, Plan, Storage, _largest, measure
+from recipes.plan.plan import GIB, Memory, Plan, Storage, _largest, longest_completion, measure, store
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import CacheLayer, LayerShape, ModelShape, Trained
 
@@ -268,12 +270,66 @@ def test_unsloths_scoring_takes_what_its_forward_pass_takes():
     assert phases["forward, loss and backward"] == 8360 + 120 + 1600 + through + 3616
 
 
+def test_the_head_takes_the_rows_that_it_is_told_to():
+    assert measure(replace(SETTING, chunk_rows=2)).parts["head"] == 2 * 101 * 4 + 2 * 6 * (4 + 2) + 8 * 6 * 2
+
+
 def test_what_is_not_cast():
     """Half precision needs no copies; float32 without autocast neither."""
     for precision in (replace(MIXED, weights=2), replace(MIXED, autocast=False)):
         assert measure(replace(SETTING, precision=precision)).parts["weights cast by autocast"] == 0
     found = measure(replace(SETTING, shape=replace(SHAPE, layer=None)))
     assert list(found.instead) == ["head with full logits"]
+
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def test_what_is_kept_of_a_model_in_another_dtype_than_its_checkpoints():
+    """It comes in two bytes a weight and is trained and left in four; a merge reads it as it came."""
+    s = replace(SETTING, shape=replace(SHAPE, dtype="bfloat16"))
+    told = ["grpo.max_steps=1000", "run.save_every=300", "model.name=org/model"]
+
+    def of(*overrides):
+        return store(load_config(CONFIGS / "smollm2_135m_char_count.yaml", [*told, *overrides]), s)
+
+    found = of()
+    expected = Storage(
+        download=4000,
+        download_4bit=0,
+        checkpoint=120 + 240,
+        kept=4,
+        final=120,
+        warm_start=8000,
+        merge=(2 * 2000 + 800) * 2 + 120,
+        host=0,
+    )
+    assert found == expected
+    assert of("run.warm_start=null") == replace(expected, warm_start=0)
+    assert [of(f"grpo.save_total_limit={most}").kept for most in (3, 10)] == [3, 4]
+
+
+def test_what_unsloth_loads_and_moves(without_unsloth):
+    """A 4-bit copy if there is one; the inputs of all layers but three lie in main memory."""
+    s = replace(
+        SETTING, precision=Precision(2, 2, quantised="4bit-double"), checkpointing=True, offloaded=True
+    )
+    s = replace(s, shape=replace(SHAPE, dtype="float16", linear=1600, parameters=2000))
+    config = load_config(CONFIGS / "llama3.1_8b_gsm8k.yaml", ["model.name=org/model"])
+    found = store(config, s)
+    assert (found.download, found.download_4bit) == (4000, 800 + round(1600 * (0.5 + 1 / 64 + 4 / 16384)))
+    assert found.host == (5 - 3) * 14 * 2 * 6
+    assert store(config, replace(s, offloaded=False)).host == 0
+    assert store(config, replace(s, shape=replace(s.shape, layers=2))).host == 0
+    assert store(config, replace(s, shape=replace(s.shape, quantised="4bit"))).download_4bit == 0
+
+
+def test_the_longest_completion_ends_with_the_models_positions():
+    config = load_config(CONFIGS / "quickstart.yaml", ["step.impl=trl"])
+    assert longest_completion(config, SETTING, 10**12) == 1000 - 3
+    assert longest_completion(config, replace(SETTING, prompt=1001), 10**12) == 0
+    assert longest_completion(config, SETTING, measure(SETTING).peak) == 4
+    assert longest_completion(config, SETTING, 1) == 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 8])

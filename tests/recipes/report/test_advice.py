@@ -18,7 +18,11 @@ def test_each_cause_is_named_and_the_likeliest_first():
     (never,) = advice(records(clipped_share=1.0))
     assert "end token" in never
     (equal,) = advice(records(zero_std_share=0.9))
-    assert equal.startswith("In 90 % of the groups")
+    assert equal.startswith("In 90 % of the groups all completions earned the same (mean reward 0.5)")
+    assert [len(advice(records(**{share: 0.5}))) for share in ("clipped_share", "zero_std_share")] == [1, 1]
+    assert "grpo.learning_rate" in advice(records(clipped_share=0.49, zero_std_share=0.49))[0]
+    (half,) = advice(records(clipped_share=0.5))
+    assert half.startswith("50 % of the completions were cut off")
     first, second, third = advice(
         records(clipped_share=1.0, rewards={"correct": 0.0}, varies=0.0, zero_std_share=1.0, reward=0.0)
     )
@@ -31,5 +35,7 @@ def test_a_sound_run_is_told_of_steps_or_of_the_rate():
     (short,) = advice(records(10))
     assert short.startswith("10 steps are few")
     (long,) = advice(records(60))
+    assert "grpo.learning_rate" in long
+    (long,) = advice([line | {"step": 5 * line["step"]} for line in records(10)])  # every fifth was logged
     assert "grpo.learning_rate" in long
     assert advice([])  # nothing was logged

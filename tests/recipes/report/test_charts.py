@@ -10,7 +10,7 @@ from tiny import tiny_trainer
 
 from recipes.config.load import load_config
 from recipes.plan.plan import plan
-from recipes.report.charts import Areas, Lines, Peaks, charts
+from recipes.report.charts import Areas, Bars, Lines, Peaks, charts
 from recipes.report.svg import draw, smooth, spread
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
@@ -133,6 +133,19 @@ def test_several_runs_share_one_chart_per_line_and_the_time_axis(records):
     assert {"Lost shares: cut off", "Lost shares: no gradient", "Accuracy"} <= set(lines)
     assert all([line.name for line in chart.lines] == ["a", "b"] for chart in lines.values())
     assert [chart.top for chart in found if isinstance(chart, Areas)] == [63.0, 63.0]
+
+
+def test_ratios_are_those_of_the_first_step_and_of_the_last():
+    def line(step, **ratios):
+        return {"step": step, "ratios": {kind: [share, 1 - share] for kind, share in ratios.items()}}
+
+    found = charts(
+        {"a": [{"step": 0}, line(1, policy=0.1, sampler=0.2), line(2, policy=0.3), line(3, policy=0.4)]}
+    )
+    assert {chart.title: chart.shares for chart in found if isinstance(chart, Bars)} == {
+        "Ratios, sampler": {"step 1": [0.2, 0.8]},
+        "Ratios, policy": {"step 1": [0.1, 0.9], "step 3": [0.4, 0.6]},
+    }
 
 
 def test_cpu_and_gpu_memory_are_not_drawn_together(records):

@@ -189,6 +189,19 @@ def test_the_card_names_the_problems_of_the_last_evaluation(tmp_path):
     assert "greedy accuracy on 77 problems" in model_card(folder.path)
 
 
+def test_the_card_tells_how_exact_the_head_was(tmp_path):
+    folder = run_folder(tmp_path)
+    (folder.path / "config.yaml").write_text("model: {}\ntask: {name: a}\nrun: {}\nhead: {impl: memhead}\n")
+    assert "The head was called" not in model_card(folder.path)
+    folder.write_json("head.json", {"calls": 123})
+    errors = {"logprob_error": 2.5e-7, "gradient_error": 4e-6}
+    folder.write_json("head_check.json", {"memhead": errors, "full_logits": dict.fromkeys(errors, 1.0)})
+    said = "largest error of a log-probability 2.5e-07, error of the gradient 4.0e-06."
+    assert f"The head was called 123 times. Against full logits in float64 at the start: {said}" in (
+        model_card(folder.path)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "named"),
     [("org/model", True), ("model", False), ("home/me/model", False), ("/model", False), ("./model", False),

@@ -88,4 +88,16 @@ def test_parting():
     said = parting("a", run, "b", steps((0.5, 0.1), (0.6, 0.2 + 1e-9)))
     assert "same rewards and lengths in all 2 logged steps" in said
     assert said.endswith("differs from step 2 on.")
+    said = parting(
+        "a", run, "b", steps((0.5, 0.1), (0.6, 0.2), (0.8, 0.4))
+    )  # of the same step, by what was sampled
+    assert said.endswith("every logged step before it is equal to the last bit.")
+    said = parting("a", run, "b", steps((0.4, 0.1), (0.6, 0.2), (0.7, 0.3)))
+    assert said == "a and b part at step 1, the first whose completions differ in reward or length."
+    for key, other in (("completion_length", 6.0), ("clipped_share", 0.5), ("rewards", {"a": 0.65})):
+        said = parting("a", run, "b", [run[0], {**run[1], "clipped_share": 0.1, key: other}, run[2]])
+        assert ("part at step 2" in said) is (key != "clipped_share")  # what one of them lacks is ignored
+    for key in ("loss", "grad_norm", "entropy", "kl"):
+        ours, theirs = ([{**line, key: value} for line in run] for value in (0.25, 0.25 + 1e-12))
+        assert parting("a", ours, "b", theirs).endswith("differs from step 1 on.")
     assert parting("a", run, "b", []) == "a and b have no logged step in common."

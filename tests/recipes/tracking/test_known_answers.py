@@ -329,8 +329,10 @@ def test_a_share_in_words_has_two_digits_below_a_tenth():
         0.0: "0 %",
         0.00123: "0.12 %",
         0.0123: "1.2 %",
+        0.095: "9.5 %",
         0.1: "10 %",
         0.456: "46 %",
+        0.947: "95 %",
         1.0: "100 %",
     }
     assert {share: percent(share) for share in shares} == shares
@@ -592,6 +594,12 @@ def test_a_cards_headline_is_its_allocator():
         ("other", "1.0", "25 %", "–", "–"),
         ("all", "4.0", "", "7.0 MiB", "9.0 MiB"),
     ]
+
+
+def test_a_run_that_moved_is_of_the_device_where_it_ended():
+    moved = [step(1, 1.0, device="cpu"), step(2, 1.0, device="cuda"), {"step": 2, "accuracy": 0.5}]
+    found = summarize(moved)
+    assert (found["device"], found["memory_figure"]) == ("cuda", "allocated_peak_mib")
 
 
 def test_tables_by_hand():

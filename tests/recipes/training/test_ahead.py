@@ -79,6 +79,15 @@ def test_nothing_is_begun_by_an_evaluation_nor_before_the_last_step_nor_at_an_ep
     assert asked_after(evaluating, ["now"])[2:] == [["1a", "1b"]]
 
 
+@pytest.mark.parametrize(("iterations", "window", "updates"), [(1, 1, 2), (2, 1, 4), (1, 2, 1), (3, 2, 3)])
+def test_the_last_rollout_is_the_one_whose_updates_are_the_last(iterations, window, updates):
+    """Two micro-batches, each trained on as often as there are iterations, `window` to an update."""
+    for more in (0, 1):
+        trainer = Sampling(iterations=iterations, window=window, max_steps=updates + more)
+        trainer.get_batch_samples(iter(micro_batches(8)), 1, None)
+        assert len(asked_after(trainer, ["now"])) == 1 + more
+
+
 def test_of_an_epoch_that_was_left_nothing_is_trained_on_in_the_next():
     trainer, given = Sampling(), micro_batches(6)
     trainer.get_batch_samples(iter(given), 1, None)

@@ -68,6 +68,11 @@ def nan_weights(place):
     seal(place)
 
 
+def nan_in_an_adapter(place):
+    save_file({"lora_A": torch.tensor([float("nan")])}, place / "adapter_model.safetensors")
+    seal(place)
+
+
 def nan_in_a_later_part(place):
     save_file({"head": torch.ones(2)}, place / "model-00001-of-00002.safetensors")
     save_file({"norm": torch.tensor([float("inf")])}, place / "model-00002-of-00002.safetensors")
@@ -113,6 +118,7 @@ FAULTS = {
     "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
     "half a manifest": (lambda place: half(place / "manifest.json"), "manifest.json cannot be read"),
     "NaN": (nan_weights, "model.safetensors: head holds NaN or infinity"),
+    "NaN in an adapter": (nan_in_an_adapter, "adapter_model.safetensors: lora_A holds NaN or infinity"),
     "infinity in a later part": (
         nan_in_a_later_part,
         "model-00002-of-00002.safetensors: norm holds NaN or infinity",
@@ -124,18 +130,18 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, fault):
     folder = RunFolder.create(tmp_path, "run")
-    early, late = made_up_checkpoint(folder.path, 2), made_up_checkpoint(folder.path, 4)
+    early, late = made_up_checkpoint(folder.path, 8), made_up_checkpoint(folder.path, 10)
     assert damage(late) == ""
     make, said = FAULTS[fault]
     make(late)
     found = RunFolder.to_resume(tmp_path, "run")
     assert found.checkpoint == early
-    assert found.step == 2
+    assert found.step == 8
     assert f"{late} is passed over: {said}" in capsys.readouterr().out
     assert late.is_dir()  # nothing is written yet
     found.begin_session()
-    assert not late.exists()  # out of the way of the next one of step 4
-    assert (late.parent / "damaged-checkpoint-4").is_dir()
+    assert not late.exists()  # out of the way of the next one of step 10
+    assert (late.parent / "damaged-checkpoint-10").is_dir()
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_a_session_before(tmp_path):
@@ -164,21 +170,18 @@ def test_steps_from_one_end_of_a_generation_to_the_next(generation, iterations, 
 
 
 def test_a_checkpoint_in_a_generation_is_put_off_to_its_end(tmp_path, capsys):
-    settings = command(tmp_path, "grpo.max_steps=5", "grpo.num_iterations=2", "run.save_every=1")
+    settings = command(tmp_path, "grpo.max_steps=9", "grpo.num_iterations=2", "run.save_every=5")
     assert train_grpo.main(settings) == 0
     printed = capsys.readouterr().out
-    assert "step 1: no checkpoint inside a generation; the next is after step 2" in printed
+    assert "step 5: no checkpoint inside a generation; the next is after step 6" in printed
     checkpoints = tmp_path / "tiny" / "checkpoints"
-    assert sorted(place.name for place in checkpoints.glob("checkpoint-*")) == [
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
+    # None at the end of the next generation, where none is due, nor of step 9, the first of its own.
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
 
     # Going on from there gives the run that was never stopped.
     final = tmp_path / "tiny" / "final" / "model.safetensors"
     wanted = load_file(final)
-    for gone in ("checkpoints/checkpoint-4", "final"):
-        shutil.rmtree(tmp_path / "tiny" / gone)
+    shutil.rmtree(tmp_path / "tiny" / "final")
     (tmp_path / "tiny" / "finished.json").unlink()
     assert train_grpo.main([*settings, "--resume"]) == 0
     assert all(torch.equal(wanted[key], value) for key, value in load_file(final).items())

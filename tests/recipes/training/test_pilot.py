@@ -49,8 +49,10 @@ def test_the_smallest_group_that_teaches_nearly_as_much():
 
 
 def test_the_length_that_holds_nearly_all():
+    for lengths, most in (([20] * 98 + [32, 60], 32), ([20] * 98 + [33, 60], 48), ([20] * 98 + [60] * 2, 64)):
+        assert pilot([[0.0, 1.0] * 16], lengths, [True] * 100).completion_length == most  # rounded up
+    assert pilot([[0.0, 1.0] * 16], [20] * 100, [True] * 100, longest=30).completion_length == 30
     lengths = [20] * 99 + [60]
-    assert pilot([[0.0, 1.0] * 16], lengths, [True] * 100).completion_length == 32  # rounded up
     cut = pilot([[0.0, 1.0] * 16], lengths, [True] * 98 + [False] * 2)
     assert cut.completion_length is None
     assert "grpo.max_completion_length=128, and another pilot" in cut.lines()[2]

@@ -22,6 +22,7 @@ from recipes.training.resume import (
     is_trained,
     model_to_load,
     require_same,
+    require_same_spread,
     restore,
     what_changed,
 )
@@ -359,3 +360,33 @@ def test_a_resumed_run_loads_what_the_warm_start_left_by_its_own_loader(
     assert (found.loader, found.name) == (loader, str(place))
     assert (found.revision, found.tokenizer, found.scratch) == (None, None, None)
     assert found.max_seq_length == config.model.max_seq_length
+
+
+SPREAD = {
+    "": "model.safetensors",
+    "FSDP": "pytorch_model_fsdp_0",
+    "DeepSpeed": "global_step2",
+}  # by what of a checkpoint's files
+
+
+@pytest.mark.parametrize("now", SPREAD)
+def test_a_checkpoint_is_resumed_by_what_it_was_kept_by(tmp_path, monkeypatch, now):
+    for name in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", str(name == now.upper()).lower())
+    require_same_spread(SimpleNamespace(checkpoint=None))  # only a warm start, which is whole
+    words = {"": "whole in each process", "FSDP": "in parts by FSDP", "DeepSpeed": "in parts by DeepSpeed"}
+    for before, file in SPREAD.items():
+        place = tmp_path / f"{before}-checkpoint"
+        place.mkdir()
+        for name in (file, "trainer_state.json"):
+            (place / name).touch()
+        folder = SimpleNamespace(checkpoint=place)
+        if before == now:
+            require_same_spread(folder)
+            continue
+        said = (
+            f"{place} keeps weights and optimizer {words[before]}, and this session {words[now]}; start it as"
+        )
+        with pytest.raises(ConfigError) as refused:
+            require_same_spread(folder)
+        assert said in str(refused.value)

@@ -369,6 +369,19 @@ def test_steps_that_are_not_finite_are_skipped_and_end_it_when_in_a_row(steps_ta
         start(model, settings(steps=9))  # three, unless told otherwise
 
 
+@pytest.mark.parametrize(("loss", "norm"), [(math.inf, 0.1), (1.0, math.inf)], ids=["loss", "gradient"])
+def test_either_of_loss_and_gradient_may_be_what_is_not_finite(steps_taken, capsys, loss, norm):
+    class Broken(Slope):
+        def forward(self, **batch):
+            self.weight.register_hook(lambda gradient: gradient * norm)
+            return SimpleNamespace(loss=loss + self.weight.sum() - self.weight.detach().sum())
+
+    with pytest.raises(Diverged, match="2 steps in a row"):
+        start(Broken(0.1), settings(steps=9), max_bad_steps=2)
+    assert not steps_taken[1]
+    assert capsys.readouterr().out.startswith(f"warm start, step 1: the loss is {loss}, the gradient norm ")
+
+
 class Ticking:
     """A second passes between any two looks."""
 
