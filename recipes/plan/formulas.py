@@ -176,6 +176,28 @@ def layer_bytes(hidden: int, layer: LayerShape, precision: Precision, batch: Bat
     return batch.tokens * (norms + attention + mlp + inputs) + keys + batch.mask * e
 
 
+def compiled_layer_bytes(
+    hidden: int, layer: LayerShape, precision: Precision, batch: Batch, *, r: int
+) -> int:
+    """The same of a layer that torch.compile made: what products and attention read; the rest is computed again.
+
+    Norms of heads are kept as attention reads them, behind their weight.
+    """
+    h, e, query = hidden, precision.e, layer.attention_width
+    wide = precision.autocast and precision.weights == 4
+    stream = (4 if wide else e) * h + e * h  # the layer's input, and what attention adds to it
+    inputs = e * (2 * h + layer.intermediate)  # both norms' outputs, the product of gate and up
+    attention = (
+        e * 2 * query + 4 * layer.heads + 2 * 4
+    )  # q, output, log-sum-exp; a float32 a token for each norm
+    adapters = (
+        e * (query + 7 * r) if r else 0
+    )  # the output as the adapter reads it, and the width between its halves
+    keys = batch.keys * e * 2 * (query if batch.repeated and layer.kv_heads > 1 else layer.kv_width)
+    gated = e * 2 * layer.intermediate
+    return batch.tokens * (stream + inputs + attention + gated + adapters) + keys + batch.mask * e
+
+
 def ends_bytes(hidden: int, layer: LayerShape, precision: Precision, batch: Batch, *, trained: bool) -> int:
     """What the embedding, the rotary tables and the last norm keep. trained: their weights get gradients.
 
@@ -193,6 +215,7 @@ def activation_bytes(
     r: int,
     checkpointing: bool,
     offloaded: bool = False,
+    compiled: bool = False,
 ) -> int:
     """The transformer's activations at the peak of forward and backward.
 
@@ -200,11 +223,12 @@ def activation_bytes(
     or without, the gradients that move through one layer are added: three of the MLP's width, two of the hidden width.
     For layers that no formula describes only the inputs are counted.
     """
-    kept = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
-    inputs = kept * batch.tokens * precision.e * shape.hidden
+    on_card = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
+    inputs = on_card * batch.tokens * precision.e * shape.hidden
     if shape.layer is None:
         return inputs
-    one = layer_bytes(shape.hidden, shape.layer, precision, batch, r=r)
+    kept = compiled_layer_bytes if compiled else layer_bytes
+    one = kept(shape.hidden, shape.layer, precision, batch, r=r)
     ends = ends_bytes(shape.hidden, shape.layer, precision, batch, trained=not r)
     moving = batch.tokens * precision.e * (3 * shape.layer.intermediate + 2 * shape.hidden)
     return (inputs + one if checkpointing else shape.layers * one) + ends + moving

@@ -238,7 +238,13 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     kv = cache + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(
-            shape, precision, batch, r=s.lora_rank, checkpointing=way, offloaded=s.offloaded
+            shape,
+            precision,
+            batch,
+            r=s.lora_rank,
+            checkpointing=way,
+            offloaded=s.offloaded,
+            compiled=s.compiled,
         )
         for way in (False, True)
     }

@@ -32,6 +32,7 @@ class Setting:
     chunk_rows: int | None
     device_type: str
     kept_cache: bool = False  # the static cache of sampling, which stays between rollouts
+    compiled: bool = False  # the layers, by torch.compile
     bin_tokens: int | None = None  # of the packed step's bins; None: padded batches
 
     @property
@@ -109,6 +110,7 @@ class Setting:
             head=config.head.impl,
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
+            compiled=model.compile_layers,
             kept_cache=grpo["cache_implementation"] == "static"
             and not grpo["use_vllm"]
             and model.loader != "unsloth",

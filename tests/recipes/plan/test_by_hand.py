@@ -127,6 +127,25 @@ def test_what_a_layer_keeps(layer, precision, repeated, r, size):
     assert memory.layer_bytes(6, layer, precision, batch, r=r) == size
 
 
+COMPILED = 7 * (24 + 44 + 72 + 40) + 264 + 26  # the stream, inputs of the linears, attention, gate and up
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision", "repeated", "r", "size"),
+    [
+        (LAYER, HALF, False, 0, COMPILED),
+        (LAYER, HALF, True, 0, COMPILED + 264),
+        (replace(LAYER, kv_heads=1), HALF, True, 0, COMPILED - 132),
+        (replace(LAYER, head_norms=True), HALF, False, 0, COMPILED),
+        (LAYER, HALF, False, 8, COMPILED + 7 * 2 * (12 + 56)),
+        (LAYER, MIXED, False, 0, COMPILED + 7 * 2 * 6),  # the layer's input in float32
+    ],
+)
+def test_what_a_compiled_layer_keeps(layer, precision, repeated, r, size):
+    batch = replace(BATCH, repeated=repeated)
+    assert memory.compiled_layer_bytes(6, layer, precision, batch, r=r) == size
+
+
 def test_what_the_ends_keep():
     assert memory.ends_bytes(6, LAYER, HALF, BATCH, trained=False) == 108  # sine and cosine of 9 positions
     assert memory.ends_bytes(6, LAYER, HALF, BATCH, trained=True) == 108 + 7 * (24 + 4 + 12 + 8)
@@ -148,6 +167,15 @@ ENDS, MOVING, INPUT = 108 + 7 * 48, 7 * 2 * (30 + 12), 7 * 2 * 6
 )
 def test_activations_at_their_peak(shape, checkpointing, offloaded, size):
     found = memory.activation_bytes(shape, HALF, BATCH, r=0, checkpointing=checkpointing, offloaded=offloaded)
+    assert found == size
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "size"),
+    [(False, 5 * COMPILED + ENDS + MOVING), (True, 5 * INPUT + COMPILED + ENDS + MOVING)],
+)
+def test_activations_of_compiled_layers(checkpointing, size):
+    found = memory.activation_bytes(SHAPE, HALF, BATCH, r=0, checkpointing=checkpointing, compiled=True)
     assert found == size
 
 
@@ -193,6 +221,12 @@ SETTING = Setting(
     chunk_rows=None,
     device_type="cpu",
 )  # fmt: skip
+
+
+def test_compiled_layers_change_the_activations_alone():
+    plain, compiled = measure(SETTING), measure(replace(SETTING, compiled=True))
+    spared = 5 * 14 * (56 + 64 + 60 + 2 * 52 + 2 * 56 - (36 + 44 + 72 + 40 + 2 * 68))
+    assert plain.parts | {"activations": plain.parts["activations"] - spared} == compiled.parts
 
 
 def test_parts_and_phases():
