@@ -23,6 +23,9 @@ _HIDDEN = 10_000  # of hidden width: below half of it the share falls in proport
 _UNSLOTH = 1.25  # times that share, in its layers
 _NO_GRADIENT = 1.2  # times that share, where nothing is kept for a backward
 _LAYER_PASS = 0.006  # seconds that a layer's launches take, forward and backward, however few the tokens
+_COMPILED = 1.4  # times the share, in layers that torch.compile made (benchmarks/results/packed_h200.md)
+_COMPILED_PASS = 0.0045  # seconds of one's launches
+_COMPILING = 30.0  # before the first step; 60 with adapters
 _LAUNCHING = 0.15  # of a bin's arithmetic: launches that take no more than that are not worth more memory
 _VLLM_TOKEN = 50e-6  # seconds of vLLM's host a token, beside the device: scheduling, log-probabilities
 _VLLM_TEXT = 27e-6  # more, where it also makes text (grpo.generation_kwargs.detokenize, true unless told)
@@ -138,14 +141,20 @@ class _Clock:
         return gain * _share(self.s, self.rate.operations)
 
     @property
+    def trained_share(self) -> float:
+        """The same where the model trains, in which layers may be compiled."""
+        return self.share * (_COMPILED if self.s.compiled else 1.0)
+
+    @property
     def layers(self) -> float:
         """Seconds that launching a pass through the layers takes, forward and backward."""
-        return self.s.shape.layers * (_CPU_LAYER if self.s.device_type == "cpu" else _LAYER_PASS)
+        one = _COMPILED_PASS if self.s.compiled else _LAYER_PASS
+        return self.s.shape.layers * (_CPU_LAYER if self.s.device_type == "cpu" else one)
 
     def passes(self, operations: float, tokens: int, launches: float) -> float:
         """Seconds of as many passes as bins, or micro-batches, there are. launches: seconds of one's."""
         bins = self.window if self.s.bin_tokens is None else max(1, ceil(tokens / self.s.bin_tokens))
-        return max(operations / (self.rate.operations * self.share), bins * launches)
+        return max(operations / (self.rate.operations * self.trained_share), bins * launches)
 
     def training(self) -> float:
         rows = self.s.sequences * self.window
@@ -214,15 +223,16 @@ class _Clock:
         if start is None:
             return 0.0
         operations = _training(self.work, self.flow(start.batch_size, shared=False), self.s)
-        step = max(operations / (self.rate.operations * self.share), self.layers)
+        step = max(operations / (self.rate.operations * self.trained_share), self.layers)
         looks = start.steps // start.check_every
         return start.steps * step + looks * self.completing(run.size, run.batch_size)
 
     def starting(self) -> float:
-        """Seconds until the first step, beside the evaluation: the process, the engine or the compiled sampling."""
+        """Seconds until the first step, beside the evaluation: the process, the engine, whatever is compiled."""
         if self.s.device_type == "cpu":
             return 0.0
-        return _START + (_VLLM_START if self.vllm else _GRAPH_START if self.s.kept_cache else 0.0)
+        compiling = _COMPILING * (2 if self.s.lora_rank else 1) if self.s.compiled else 0.0
+        return _START + compiling + (_VLLM_START if self.vllm else _GRAPH_START if self.s.kept_cache else 0.0)
 
     def reading(self) -> float:
         """Seconds in which attention reads the kept cache once."""

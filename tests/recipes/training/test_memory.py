@@ -151,6 +151,15 @@ def test_the_checks_change_nothing_but_can_be_left_out(tmp_path, capsys):
     assert "memory  forward, loss and backward: planned" in checked
 
 
+def test_the_worst_case_has_a_reference_where_the_loss_has(tmp_path, capsys):
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start")]
+    own = ["run.warm_start.steps=1", "run.warm_start.batch_size=8", "grpo.beta=0.04", "grpo.max_steps=1"]
+    assert train_grpo.main(["--config", CONFIG, *kept, *own, f"run.output_root={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "worst case  16 × (" in printed
+    assert "No worst-case step" not in printed
+
+
 def test_trls_step_is_tried_too(tmp_path, capsys):
     assert run(tmp_path, "step.impl=trl", steps=1) == 0
     assert "worst case  16 × (" in capsys.readouterr().out
