@@ -20,6 +20,7 @@ from benchmarks.step_tables import PHASES, write
 HEADS = ("memhead", "trl", "full")
 LENGTHS, TOY_LENGTHS = (1024, 16384, 4096, 32768), (16, 32)  # the shortest warms up, then the most important
 PROMPT, TOY_PROMPT = 128, 4
+LONGEST_PROMPT = 3072  # that any benchmark feeds
 MIB = 2**20
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA = {
@@ -77,8 +78,11 @@ def save_checkpoint(folder: Path) -> None:
     character_tokenizer("0123456789").save_pretrained(folder)
 
 
-def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, ModuleType]:
-    """Model, tokenizer, adapters that are not attached yet, and the module whose ``install`` installs a head."""
+def load(stack: str, toy: bool, checkpoint: Path, longest: int) -> tuple[Any, Any, Any, ModuleType]:
+    """Model, tokenizer, adapters that are not attached yet, and the module whose ``install`` installs a head.
+
+    longest: tokens of a prompt and its completion.
+    """
     from recipes.config.schema import LoraSection, ModelConfig
     from recipes.config.unsloth import import_unsloth
 
@@ -101,7 +105,7 @@ def load(stack: str, toy: bool, checkpoint: Path) -> tuple[Any, Any, Any, Module
         name=str(checkpoint),
         dtype="bfloat16",
         load_in_4bit=stack == "unsloth4",
-        max_seq_length=PROMPT + LENGTHS[-1],
+        max_seq_length=longest,
         gradient_checkpointing=True,
     )
     return *unsloth_loader.load(config, lora, seed=0), None, unsloth_head
@@ -125,9 +129,17 @@ def _unsloths_trainer_on_cpu(lora: Any) -> Any:
     return model
 
 
-def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tuple[Any, Any, ModuleType]:
-    """A trainer as ``train()`` leaves it before the first step, its prepared model, and the head's module."""
-    model, tokenizer, peft_config, integration = load(stack, toy, checkpoint)
+def make_trainer(
+    stack: str, toy: bool, checkpoint: Path, scratch: Path, *, size: int = 2, completion: int | None = None
+) -> tuple[Any, Any, ModuleType]:
+    """A trainer as ``train()`` leaves it before the first step, its prepared model, and the head's module.
+
+    size: completions of a prompt, and of a batch. completion: tokens of the longest.
+    """
+    completion = completion or (TOY_LENGTHS if toy else LENGTHS)[-1]
+    model, tokenizer, peft_config, integration = load(
+        stack, toy, checkpoint, (PROMPT if size == 2 else LONGEST_PROMPT) + completion
+    )
     import trl
     from datasets import Dataset
 
@@ -135,22 +147,27 @@ def make_trainer(stack: str, toy: bool, checkpoint: Path, scratch: Path) -> tupl
     from recipes.config.unsloth import is_unsloths, trl_meaning
 
     options: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": (TOY_LENGTHS if toy else LENGTHS)[-1],
+        "per_device_train_batch_size": size,
+        "num_generations": size,
+        "max_completion_length": completion,
         "epsilon": 0.99,  # wide enough that no token's gradient is clipped away
         "epsilon_high": 1e4,
     }
     if is_unsloths(trl.GRPOConfig):
         options = trl_meaning({**defaults(trl.GRPOConfig), **options})
-    arguments = trl.GRPOConfig(
-        output_dir=str(scratch), report_to="none", bf16=not toy, use_cpu=toy, gradient_checkpointing=True, **options
-    )  # fmt: skip
+    options |= {
+        "output_dir": str(scratch),
+        "report_to": "none",
+        "bf16": not toy,
+        "use_cpu": toy,
+        "gradient_checkpointing": True,
+    }
+    arguments = trl.GRPOConfig(**options)
     trainer = trl.GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "1"}] * 4),
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * 2 * size),
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
         peft_config=peft_config,
     )

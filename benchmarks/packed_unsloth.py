@@ -1,0 +1,117 @@
+"""A loss step of GRPO by Unsloth's own trainer, on the rollouts of benchmarks.packed_gpu: the packed step's peer.
+
+    python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER                      # 16-bit weights
+    python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --stack unsloth4
+    python -m benchmarks.packed_unsloth --output DIR --toy                                    # tiny, on a CPU
+
+Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can. A window is as in
+packed_gpu: every group forward and backward, a group a micro-batch. `scoring` is its pass for old log-probabilities.
+Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, timed
+from benchmarks.step_stack import make_trainer, save_checkpoint
+
+Batch = dict[str, Any]
+
+
+def micro_batches(fed: Batch, vocab_size: int) -> list[Batch]:
+    """A group each. Old log-probabilities are those of a uniform policy, which a random model nearly is."""
+    import torch
+
+    rows = len(fed["completion_ids"])
+    fed = fed | {"old_per_token_logps": torch.full(fed["completion_ids"].shape, -math.log(vocab_size))}
+    fed["old_per_token_logps"] = fed["old_per_token_logps"].to(fed["completion_ids"].device)
+    return [
+        {name: value[i : i + SIZE] if value.ndim else value for name, value in fed.items()}
+        for i in range(0, rows, SIZE)
+    ]
+
+
+def window(trainer: Any, model: Any, parts: list[Batch]) -> float:
+    """Forward and backward of one accumulation window; the loss."""
+    trainer.current_gradient_accumulation_steps = len(parts)
+    total = 0.0
+    for part in parts:
+        loss = trainer.compute_loss(model, dict(part), num_items_in_batch=part["num_items_in_batch"])
+        trainer.accelerator.backward(loss)
+        total += float(loss.detach())
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def score(trainer: Any, model: Any, parts: list[Batch]) -> None:
+    """Old log-probabilities of the whole rollout."""
+    import torch
+
+    for part in parts:
+        ids, mask = (torch.cat([part[f"prompt_{x}"], part[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        with torch.no_grad():
+            trainer._get_per_token_logps_and_entropies(model, ids, mask, part["completion_ids"].shape[1])
+
+
+def measure(trainer: Any, model: Any, shape: Shape, rounds: int) -> dict[str, Any]:
+    """Seconds of a window and of scoring, medians, and the window's peak."""
+    vocab_size = trainer.model.config.vocab_size
+    parts = micro_batches(rollout(shape, vocab_size, 0.0, trainer.accelerator.device), vocab_size)
+    row: dict[str, Any] = {"shape": shape.name, "groups": shape.groups}
+    row["loss"] = window(trainer, model, parts)
+    row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, parts), rounds)
+    score(trainer, model, parts)
+    row["scoring"], _ = timed(lambda: score(trainer, model, parts), rounds)
+    return row
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="where the 8B model's random weights lie, or shall lie"
+    )
+    parser.add_argument("--stack", choices=["unsloth16", "unsloth4"], default="unsloth16")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which nothing more is begun")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args(argv)
+    until = time.time() + options.limit
+    shapes = TOY_SHAPES if options.toy else {name: SHAPES[name] for name in options.shapes}
+    scratch = Path(tempfile.mkdtemp())
+    checkpoint = options.checkpoint or scratch / "checkpoint"
+    if not options.toy and not checkpoint.exists():
+        save_checkpoint(checkpoint)
+    longest = max(shape.longest for shape in shapes.values())
+    trainer, model, _ = make_trainer(
+        options.stack, options.toy, checkpoint, scratch / "trainer", size=SIZE, completion=longest
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, rows = options.output / f"packed_{options.stack}.json", []
+    for shape in shapes.values():
+        if time.time() > until:
+            break
+        try:
+            rows.append(measure(trainer, model, shape, options.rounds))
+        except Exception as error:  # one shape's failure is one row of the table
+            traceback.print_exc()
+            rows.append({"shape": shape.name, "error": f"{type(error).__name__}: {error}"[:200]})
+        print(json.dumps(rows[-1]), flush=True)
+        path.write_text(json.dumps({"stack": options.stack, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()
