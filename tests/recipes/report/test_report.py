@@ -193,7 +193,7 @@ def test_the_card_tells_how_exact_the_head_was(tmp_path):
     folder = run_folder(tmp_path)
     (folder.path / "config.yaml").write_text("model: {}\ntask: {name: a}\nrun: {}\nhead: {impl: memhead}\n")
     assert "The head was called" not in model_card(folder.path)
-    folder.write_json("head.json", {"calls": 123})
+    folder.write_json("head.json", {"calls": 123, "rows": 4567})
     errors = {"logprob_error": 2.5e-7, "gradient_error": 4e-6}
     folder.write_json("head_check.json", {"memhead": errors, "full_logits": dict.fromkeys(errors, 1.0)})
     said = "largest error of a log-probability 2.5e-07, error of the gradient 4.0e-06."
