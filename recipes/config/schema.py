@@ -84,8 +84,8 @@ class ModelConfig(Section):
     )
     compile_layers: bool = Field(
         False,
-        description="compile the layers for warm start, scoring and loss: many small kernels become few large ones, "
-        "which pays where the model is small; needs a GPU, one process, and not unsloth, which has its own",
+        description="torch.compile the layers for warm start, scoring and loss: a fifth to a third less time and less "
+        "memory, after up to a minute or so of compiling; on one GPU, by one process, and not under unsloth",
     )
     fast_inference: bool = Field(False, description="unsloth only: generate with vLLM, sharing its weights")
     gpu_memory_utilization: float | None = Field(

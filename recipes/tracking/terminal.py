@@ -25,9 +25,8 @@ from recipes.tracking.summary import (
     tokens_in_words,
 )
 
-_BESIDE = (
-    27  # columns: "GRPO", a short bar, the step without its two numbers, hours left, and what is between them
-)
+# Columns of "GRPO", a short bar, the step without its two numbers, the hours left, and what is between them.
+_BESIDE = 27
 _PLAIN_LINES = 20  # lines of a whole run where there is no terminal to draw a bar in
 
 
