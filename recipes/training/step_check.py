@@ -1,4 +1,4 @@
-"""The step's start-up check: one real micro-batch, packed and by TRL's padded way, on the loaded model.
+"""The step's start-up check: one real micro-batch, as the run computes it and by TRL's padded way, on the loaded model.
 
     the packed step      -> log-probabilities, and the gradients of a few parameters
     TRL, padded          -> the same, with which the packed step is compared, by layers that are not compiled
@@ -11,6 +11,7 @@ depends on the precision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """Compare the two on these prompts' tokens; returns the errors and ``"passed"``, for the run folder.
 
     Args:
-        trainer: with the packed step, as it is before training.
+        trainer: as it is before training. Without the packed step it is compiled layers alone that are checked.
         prompts: token ids. Completions are made of their tokens too.
     """
     model = trainer.model
@@ -56,11 +57,12 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
     model.train()  # as in the loss: with gradient checkpointing, if there is any
     try:
         everything = slice(0, len(mask))
-        packed = result(trainer.packed_logps, batch, everything)
+        theirs = getattr(trainer, "padded_logps", partial(_trls_logps, trainer))
+        packed = result(getattr(trainer, "packed_logps", theirs), batch, everything)
         with plain_layers(model):
-            padded = result(trainer.padded_logps, batch, everything)
+            padded = result(theirs, batch, everything)
             rows = range(len(batch.input_ids))
-            alone = [result(trainer.padded_logps, _row(batch, i), slice(i, i + 1)) for i in rows]
+            alone = [result(theirs, _row(batch, i), slice(i, i + 1)) for i in rows]
     finally:
         model.train(was_training)
     logps = torch.zeros_like(padded[0])
@@ -79,6 +81,14 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         "allowed": allowed,
         "passed": all(ours[name] <= allowed[name] for name in ours),  # a NaN is not
     }
+
+
+def _trls_logps(trainer: Any, model: Any, batch: PaddedBatch) -> Tensor:
+    """(B, K) by the forward of TRL's trainer."""
+    logps: Tensor = trainer._get_per_token_logps_and_entropies(
+        model, batch.input_ids, batch.attention_mask, batch.completion_width
+    )[0]
+    return logps
 
 
 def micro_batch(prompts: list[list[int]], padding: int, device: Any) -> PaddedBatch:

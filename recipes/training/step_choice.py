@@ -43,7 +43,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         trainer_class = ahead(trainer_class)
     if config.step.impl == "trl":
         _keep(session, {"impl": "trl"})
-        return guarded(trainer_class)(**given)
+        return _with_right_layers(session, guarded(trainer_class)(**given))
     from recipes.training.packed_attention import varlen_available
     from recipes.training.packed_step import packed
     from recipes.training.packed_support import half_precision, why_not
@@ -53,7 +53,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     reason = why_not(given, varlen=varlen)
     if reason is not None:
         _fall_back(session, reason)
-        return guarded(trainer_class)(**given)
+        return _with_right_layers(session, guarded(trainer_class)(**given))
     budget = planned_budget(config, session.planned, arguments.device)
     trainer = guarded(packed(trainer_class))(**given, token_budget=budget)
     reason = first(_check(session, trainer))
@@ -74,6 +74,13 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         bins = f"{budget} tokens" + (", as told" if config.step.token_budget else ", planned")
     print(f"step: packed, in bins of {bins}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})
+    return trainer
+
+
+def _with_right_layers(session: Session, trainer: Any) -> Any:
+    """TRL's trainer, if its layers are not compiled or compute what plain ones do. Raises ConfigError."""
+    if session.config.model.compile_layers and (reason := first(_check(session, trainer))) is not None:
+        raise ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
     return trainer
 
 

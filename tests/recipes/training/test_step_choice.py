@@ -141,9 +141,10 @@ def test_a_run_with_compiled_layers(tmp_path, capsys, monkeypatch):
     assert ours[-1]["grad_norm"] == pytest.approx(plain[-1]["grad_norm"], rel=1e-4)
 
 
-def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("step", ["packed", "trl"])
+def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeypatch, step):
     compiled(monkeypatch, lambda found: [value + 0.5 for value in found])
-    assert run(tmp_path, "model.compile_layers=true") == 2
+    assert run(tmp_path, "model.compile_layers=true", f"step.impl={step}") == 2
     error = capsys.readouterr().err
     assert error.startswith("model.compile_layers: it disagrees with TRL's padded way on this model; ")
     assert error.endswith("(value true); set it to false\n")
