@@ -459,6 +459,21 @@ def test_a_bin_of_a_model_in_float32_against_what_an_h100_measured(tokens, measu
     assert planned / 2**20 == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize(("compiled", "measured"), [("false", 30.24), ("true", 22.16)])
+def test_a_bin_against_what_an_h200_measured(compiled, measured):
+    """benchmarks/results/packed_h200.md: half of a window of 29,022 tokens, with compiled layers and without."""
+    s = in_bins(14_511, "model.gradient_checkpointing=false", "lora.r=16", f"model.compile_layers={compiled}")
+    peak = measure(replace(s, prompt=200, completion=204, sampled=0)).peak / GIB
+    assert peak == pytest.approx(measured, rel=0.05)
+
+
+def test_a_whole_run_with_compiled_layers_against_what_an_h200_measured():
+    """benchmarks/results/char_count_h100.md: updates of 32 prompts, MiB."""
+    path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+    s = plan(load_config(path, ["model.compile_layers=true"]), 141 * GIB).setting
+    assert measure(s).phases["forward, loss and backward"] / 2**20 == pytest.approx(16_748, rel=0.05)
+
+
 def test_a_bin_of_as_many_tokens_takes_no_more_than_a_padded_batch():
     padded = in_bins(None)
     packed = replace(padded, bin_tokens=padded.sequences * padded.length)

@@ -11,7 +11,7 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.models.prompts import mean_prompt
-from recipes.plan.plan import CARDS, in_bins
+from recipes.plan.plan import CARDS, GIB, in_bins, plan
 from recipes.plan.rate import _SIZES, Rate, matrix_rate, published
 from recipes.plan.setting import Setting
 from recipes.plan.show import parse_lengths, show
@@ -186,6 +186,16 @@ def test_a_whole_run_of_smollm2():
         140 * 30 * 0.006 + look
     )  # 6 ms a layer: launching decides
     assert without.total - 1120 * without.step > 46  # seconds until the first step
+
+
+def test_a_whole_run_with_compiled_layers():
+    """benchmarks/results/char_count_h100.md, on an H200: 624 s, and the seconds of a rollout of eight updates."""
+    path = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
+    config = load_config(path, ["model.compile_layers=true"])
+    planned = plan_time(config, plan(config, 141 * GIB).setting, Rate(8.09e14, 4.3e12), (62, 70))
+    assert planned.total == pytest.approx(624, rel=0.1)
+    assert 8 * planned.step == pytest.approx(3.05, rel=0.1)
+    assert 8 * planned.phases["forward and backward"] == pytest.approx(0.50 + 0.46, rel=WITHIN)
 
 
 def test_every_card_of_the_memory_plan_has_a_rate():
