@@ -31,8 +31,8 @@ def micro_batches(fed: Batch, vocab_size: int) -> list[Batch]:
     import torch
 
     rows = len(fed["completion_ids"])
-    fed = fed | {"old_per_token_logps": torch.full(fed["completion_ids"].shape, -math.log(vocab_size))}
-    fed["old_per_token_logps"] = fed["old_per_token_logps"].to(fed["completion_ids"].device)
+    uniform = torch.full_like(fed["completion_ids"], -math.log(vocab_size), dtype=torch.float32)
+    fed = fed | {"old_per_token_logps": uniform}
     return [
         {name: value[i : i + SIZE] if value.ndim else value for name, value in fed.items()}
         for i in range(0, rows, SIZE)
@@ -94,9 +94,14 @@ def main(argv: list[str] | None = None) -> Path:
     checkpoint = options.checkpoint or scratch / "checkpoint"
     if not options.toy and not checkpoint.exists():
         save_checkpoint(checkpoint)
-    longest = max(shape.longest for shape in shapes.values())
     trainer, model, _ = make_trainer(
-        options.stack, options.toy, checkpoint, scratch / "trainer", size=SIZE, completion=longest
+        options.stack,
+        options.toy,
+        checkpoint,
+        scratch / "trainer",
+        size=SIZE,
+        prompt=max(max(shape.prompts) for shape in shapes.values()),
+        completion=max(shape.longest for shape in shapes.values()),
     )
     options.output.mkdir(parents=True, exist_ok=True)
     path, rows = options.output / f"packed_{options.stack}.json", []

@@ -20,7 +20,6 @@ from benchmarks.step_tables import PHASES, write
 HEADS = ("memhead", "trl", "full")
 LENGTHS, TOY_LENGTHS = (1024, 16384, 4096, 32768), (16, 32)  # the shortest warms up, then the most important
 PROMPT, TOY_PROMPT = 128, 4
-LONGEST_PROMPT = 3072  # that any benchmark feeds
 MIB = 2**20
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA = {
@@ -130,16 +129,21 @@ def _unsloths_trainer_on_cpu(lora: Any) -> Any:
 
 
 def make_trainer(
-    stack: str, toy: bool, checkpoint: Path, scratch: Path, *, size: int = 2, completion: int | None = None
+    stack: str,
+    toy: bool,
+    checkpoint: Path,
+    scratch: Path,
+    *,
+    size: int = 2,
+    prompt: int = PROMPT,
+    completion: int | None = None,
 ) -> tuple[Any, Any, ModuleType]:
     """A trainer as ``train()`` leaves it before the first step, its prepared model, and the head's module.
 
-    size: completions of a prompt, and of a batch. completion: tokens of the longest.
+    size: completions of a prompt, and of a batch. prompt, completion: tokens of the longest.
     """
     completion = completion or (TOY_LENGTHS if toy else LENGTHS)[-1]
-    model, tokenizer, peft_config, integration = load(
-        stack, toy, checkpoint, (PROMPT if size == 2 else LONGEST_PROMPT) + completion
-    )
+    model, tokenizer, peft_config, integration = load(stack, toy, checkpoint, prompt + completion)
     import trl
     from datasets import Dataset
 

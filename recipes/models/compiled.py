@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Forward = Callable[..., Any]
@@ -59,16 +60,11 @@ def _in_training(layer: torch.nn.Module, backend: str | Forward) -> Forward:
         cached = options.get("past_key_values") is not None
         if cached or not layer.training or torch.compiler.is_compiling():
             return plain(hidden, *rest, **options)
-        if torch.is_grad_enabled():
-            return _run(compiled, hidden, rest, options)
-        # The same kernels with and without a gradient, so that a ratio that should be 1 is 1 to the bit.
-        with torch.enable_grad():
-            return _run(compiled, hidden.detach(), rest, options).detach()
+        wanted = torch.is_grad_enabled()
+        # The same graph with a gradient and without, here and below, so that a ratio that should be 1 is 1 to the bit.
+        with torch.enable_grad(), torch._dynamo.config.patch(suppress_errors=True):
+            below = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+            found = compiled(below, *rest, **options)
+        return found if wanted else tree_map_only(Tensor, Tensor.detach, found)
 
     return call
-
-
-@torch._dynamo.config.patch(suppress_errors=True)
-def _run(compiled: Forward, hidden: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """One graph, whether the states below have a gradient or not."""
-    return compiled(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest, **options)

@@ -61,13 +61,13 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         with plain_layers(trainer.model):
             without = first(_check(session, trainer))
         if without is None:
-            raise ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
+            raise _wrong_layers(reason)
     if reason is not None:
         trainer.give_up_packing()
         if "impl" in config.step.model_fields_set:
             raise ConfigError([Problem("step.impl", reason, "packed", "set it to trl")])
         _fall_back(session, reason)
-        return trainer
+        return _with_right_layers(session, trainer)
     if budget is None:
         bins = "as many tokens as a padded micro-batch has slots"
     else:
@@ -80,8 +80,12 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
 def _with_right_layers(session: Session, trainer: Any) -> Any:
     """TRL's trainer, if its layers are not compiled or compute what plain ones do. Raises ConfigError."""
     if session.config.model.compile_layers and (reason := first(_check(session, trainer))) is not None:
-        raise ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
+        raise _wrong_layers(reason)
     return trainer
+
+
+def _wrong_layers(reason: str) -> ConfigError:
+    return ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
 
 
 def planned_budget(config: RunConfig, planned: Plan | None, device: torch.device) -> int | None:

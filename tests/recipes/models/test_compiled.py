@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recipes.models.compiled import compile_layers, plain_layers
 
@@ -123,6 +124,20 @@ def test_where_layers_run_compiled(model):
     model.train()
     model(input_ids=ids, use_cache=False)
     assert graphs.run == 3 * layers
+
+
+def test_a_layer_of_several_results():
+    class Pair(GradientCheckpointingLayer):
+        def forward(self, hidden):
+            return (2 * hidden, None, 3)
+
+    layer = torch.nn.Sequential(Pair())
+    compile_layers(layer, Graphs())
+    with torch.no_grad():
+        doubled, nothing, three = layer(torch.ones(2))
+    assert doubled.tolist() == [2.0, 2.0]
+    assert not doubled.requires_grad
+    assert (nothing, three) == (None, 3)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(model):
