@@ -36,6 +36,8 @@ from recipes.config.source import dump, merge, read_file, read_overrides
 from recipes.config.unsloth import is_unsloths, trl_meaning
 from recipes.problems import EXIT_STATUS, ConfigError, Problem, one_of
 
+COMPILING_PAYS = 200  # steps, from which on it takes less than it saves (docs/speed.md)
+
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
@@ -67,6 +69,15 @@ class RunConfig(Section):
     def completion_length(self) -> int:
         """The most tokens that a completion may have."""
         return self.grpo["max_completion_length"]
+
+    def compiles_layers(self, *, cuda: bool) -> bool:
+        """Whether layers are compiled: as asked, else where that was measured and the run is long enough."""
+        asked = self.model.compile_layers
+        if asked is not None:
+            return asked
+        model, steps = self.model, self.grpo["max_steps"]
+        tried = model.loader == "transformers" and not (model.load_in_4bit or model.load_in_8bit)
+        return cuda and tried and self.processes == 1 and not 0 < steps < COMPILING_PAYS
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:

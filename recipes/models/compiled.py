@@ -34,13 +34,23 @@ def compile_layers(model: torch.nn.Module, backend: str | Forward = "inductor") 
         layer._compiled_call_impl = _in_training(layer, backend)  # type: ignore[assignment]
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether `compile_layers` has been here."""
+    return any(layer._compiled_call_impl is not None for layer in _layers(model))
+
+
+def make_plain(model: torch.nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for layer in _layers(model):
+        layer._compiled_call_impl = None
+
+
 @contextmanager
 def plain_layers(model: torch.nn.Module) -> Iterator[None]:
     """Within it the layers run as they came."""
     kept = [(layer, layer._compiled_call_impl) for layer in _layers(model)]
     try:
-        for layer, _ in kept:
-            layer._compiled_call_impl = None
+        make_plain(model)
         yield
     finally:
         for layer, compiled in kept:

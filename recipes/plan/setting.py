@@ -110,7 +110,7 @@ class Setting:
             head=config.head.impl,
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
-            compiled=model.compile_layers,
+            compiled=config.compiles_layers(cuda=cuda),
             kept_cache=grpo["cache_implementation"] == "static"
             and not grpo["use_vllm"]
             and model.loader != "unsloth",

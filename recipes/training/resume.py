@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerState
 
@@ -154,12 +155,13 @@ def model_to_load(config: RunConfig, folder: RunFolder) -> ModelConfig:
     A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
     """
     place = folder.path / WARM_START
-    if not (place / "config.json").is_file():
-        return config.model
-    started: dict[str, Any] = {"name": str(place.resolve()), "revision": None, "tokenizer": None}
-    if config.model.loader == "scratch":
-        started |= {"loader": "transformers", "scratch": None}
-    return config.model.model_copy(update=started)
+    on_gpu = torch.cuda.is_available() and not config.grpo["use_cpu"]
+    decided: dict[str, Any] = {"compile_layers": config.compiles_layers(cuda=on_gpu)}
+    if (place / "config.json").is_file():
+        decided |= {"name": str(place.resolve()), "revision": None, "tokenizer": None}
+        if config.model.loader == "scratch":
+            decided |= {"loader": "transformers", "scratch": None}
+    return config.model.model_copy(update=decided)
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:

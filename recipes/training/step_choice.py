@@ -8,7 +8,7 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
-from recipes.models.compiled import plain_layers
+from recipes.models.compiled import is_compiled, make_plain, plain_layers
 from recipes.models.generation import token_ids
 from recipes.plan.plan import RESERVE, Plan, token_budget
 from recipes.problems import ConfigError, Problem
@@ -42,8 +42,9 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if config.step.ahead:
         trainer_class = ahead(trainer_class)
     if config.step.impl == "trl":
+        trainer = _with_right_layers(session, guarded(trainer_class)(**given))
         _keep(session, {"impl": "trl"})
-        return _with_right_layers(session, guarded(trainer_class)(**given))
+        return trainer
     from recipes.training.packed_attention import varlen_available
     from recipes.training.packed_step import packed
     from recipes.training.packed_support import half_precision, why_not
@@ -52,40 +53,48 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     varlen = varlen_available(arguments.device, half=half_precision(given["model"], arguments))
     reason = why_not(given, varlen=varlen)
     if reason is not None:
+        trainer = _with_right_layers(session, guarded(trainer_class)(**given))
         _fall_back(session, reason)
-        return _with_right_layers(session, guarded(trainer_class)(**given))
+        return trainer
     budget = planned_budget(config, session.planned, arguments.device)
     trainer = guarded(packed(trainer_class))(**given, token_budget=budget)
     reason = first(_check(session, trainer))
-    if reason is not None and config.model.compile_layers:
+    if reason is not None and is_compiled(session.model):
         with plain_layers(trainer.model):
             without = first(_check(session, trainer))
         if without is None:
-            raise _wrong_layers(reason)
+            _compile_no_more(session, trainer, reason)
+            reason = None
     if reason is not None:
         trainer.give_up_packing()
         if "impl" in config.step.model_fields_set:
             raise ConfigError([Problem("step.impl", reason, "packed", "set it to trl")])
+        trainer = _with_right_layers(session, trainer)
         _fall_back(session, reason)
-        return _with_right_layers(session, trainer)
+        return trainer
     if budget is None:
         bins = "as many tokens as a padded micro-batch has slots"
     else:
         bins = f"{budget} tokens" + (", as told" if config.step.token_budget else ", planned")
-    print(f"step: packed, in bins of {bins}", flush=True)
+    layers = "; layers compiled" if is_compiled(session.model) else ""
+    print(f"step: packed, in bins of {bins}{layers}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})
     return trainer
 
 
 def _with_right_layers(session: Session, trainer: Any) -> Any:
     """TRL's trainer, if its layers are not compiled or compute what plain ones do. Raises ConfigError."""
-    if session.config.model.compile_layers and (reason := first(_check(session, trainer))) is not None:
-        raise _wrong_layers(reason)
+    if is_compiled(session.model) and (reason := first(_check(session, trainer))) is not None:
+        _compile_no_more(session, trainer, reason)
     return trainer
 
 
-def _wrong_layers(reason: str) -> ConfigError:
-    return ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
+def _compile_no_more(session: Session, trainer: Any, reason: str) -> None:
+    """Go on with plain layers. Raises ConfigError where compiled ones were asked for by name."""
+    if session.config.model.compile_layers:
+        raise ConfigError([Problem("model.compile_layers", reason, True, "set it to false")])
+    make_plain(trainer.model)
+    print(f"layers: compiled ones would not be exact, so they are as they came: {reason}", flush=True)
 
 
 def planned_budget(config: RunConfig, planned: Plan | None, device: torch.device) -> int | None:
@@ -127,6 +136,6 @@ def _fall_back(session: Session, reason: str) -> None:
 
 
 def _keep(session: Session, step: dict[str, Any]) -> None:
-    """The session's step, in its environment.json."""
-    name = "environment.json"
-    session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": step})
+    """The session's step, and whether its layers are compiled, in its environment.json."""
+    name, found = "environment.json", {"step": step, "compiled_layers": is_compiled(session.model)}
+    session.folder.write_json(name, (session.folder.read_json(name) or {}) | found)

@@ -110,7 +110,12 @@ def test_the_plan_against_what_an_h100_measured(row, tmp_path):
     path.write_text(
         yaml.safe_dump(
             {
-                "model": {**model, "max_seq_length": 128 + row["length"], "gradient_checkpointing": True},
+                "model": {
+                    **model,
+                    "max_seq_length": 128 + row["length"],
+                    "gradient_checkpointing": True,
+                    "compile_layers": False,
+                },
                 "task": {"name": "gsm8k"},
                 "grpo": grpo,
                 "lora": {"r": 16, "alpha": 16, "target_modules": adapted},
@@ -335,7 +340,9 @@ def in_bins(tokens, *overrides):
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["head.impl=full"], ["model.gradient_checkpointing=false"]], ids=str
+    "overrides",
+    [[], ["head.impl=full"], ["model.gradient_checkpointing=false"], ["model.compile_layers=false"]],
+    ids=str,
 )
 def test_the_token_budget_is_the_largest_that_fits(overrides):
     s, device = in_bins(None, *overrides), 6 * GIB
@@ -346,7 +353,7 @@ def test_the_token_budget_is_the_largest_that_fits(overrides):
 
     assert 0 < budget < 4 * (256 + 8 * 511)
     assert max(peak(budget, length) for length in (1, 20, 100, 300, 512)) <= usable(device)
-    assert max(peak(int(1.05 * budget), length) for length in (1, 20, 100, 300, 512)) > usable(device)
+    assert max(peak(int(1.1 * budget), length) for length in (1, 20, 100, 300, 512)) > usable(device)
     assert plan_token_budget(s, 7 * GIB) > budget
 
 
@@ -445,7 +452,7 @@ def test_unsloth_raises_a_micro_batch_to_one_group():
 )
 def test_a_bin_against_what_an_h100_measured(prompt, completion, tokens, measured):
     """benchmarks/packed_gpu.py with torch 2.11: LoRA on every linear layer of the 1B architecture."""
-    s = in_bins(tokens, "model.gradient_checkpointing=false", "lora.r=16")
+    s = in_bins(tokens, "model.gradient_checkpointing=false", "lora.r=16", "model.compile_layers=false")
     peak = measure(replace(s, prompt=prompt, completion=completion, sampled=0)).peak / GIB
     assert peak == pytest.approx(measured, rel=0.05)
 
@@ -454,7 +461,7 @@ def test_a_bin_against_what_an_h100_measured(prompt, completion, tokens, measure
 def test_a_bin_of_a_model_in_float32_against_what_an_h100_measured(tokens, measured):
     """benchmarks/results/char_count_h100.md: SmolLM2 under autocast, every weight trained, MiB in the backward."""
     path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
-    s = replace(plan(load_config(path), 80 * GIB).setting, bin_tokens=tokens)
+    s = replace(plan(load_config(path, ["model.compile_layers=false"]), 80 * GIB).setting, bin_tokens=tokens)
     planned = measure(s).phases["forward, loss and backward"]
     assert planned / 2**20 == pytest.approx(measured, rel=0.05)
 
@@ -470,7 +477,7 @@ def test_a_bin_against_what_an_h200_measured(compiled, measured):
 def test_a_whole_run_with_compiled_layers_against_what_an_h200_measured():
     """benchmarks/results/char_count_h100.md: updates of 32 prompts, MiB."""
     path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
-    s = plan(load_config(path, ["model.compile_layers=true"]), 141 * GIB).setting
+    s = plan(load_config(path), 141 * GIB).setting
     assert measure(s).phases["forward, loss and backward"] / 2**20 == pytest.approx(16_748, rel=0.05)
 
 

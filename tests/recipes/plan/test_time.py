@@ -26,6 +26,7 @@ WITHIN = 0.2
 
 def setting(model, bins=None, **grpo):
     overrides = [f"model.name={model}", "lora.r=16", *(f"grpo.{key}={value}" for key, value in grpo.items())]
+    overrides.append("model.compile_layers=false")
     config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", overrides)
     return config, in_bins(config, Setting.of(config, device=True), bins)
 
@@ -106,7 +107,7 @@ def test_the_padded_step_of_the_8b_model():
         gradient_accumulation_steps=1, max_completion_length=512, beta=0.01,
     )  # fmt: skip
     s = replace(s, sequences=1, generations=1, checkpointing=True)
-    config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", ["step.impl=trl", "grpo.beta=0.01",
+    config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", ["step.impl=trl", "grpo.beta=0.01", "model.compile_layers=false",
                                                                      "grpo.gradient_accumulation_steps=1"])  # fmt: skip
     planned = plan_time(config, replace(s, bin_tokens=None), H100, (128, 16384)).phases
     assert planned["forward and backward"] == pytest.approx(forward + backward, rel=WITHIN)
@@ -131,7 +132,7 @@ def test_hours_grow_with_steps_and_evaluations():
         return plan_time(config, Setting.of(config, device=True), H100)
 
     assert total("grpo.max_steps=560").total < total().total
-    for vllm, start in (("false", 25 + 46), ("true", 25 + 100)):  # seconds until the first step
+    for vllm, start in (("false", 25 + 46 + 30), ("true", 25 + 100 + 30)):  # seconds until the first step
         by = (f"grpo.use_vllm={vllm}", "run.warm_start=null")
         ends, often = total(*by, "run.evaluation.every=null"), total(*by, "run.evaluation.every=40")
         look = (often.total - ends.total) / 27  # after 40, 80, … 1080 of 1,120 steps
@@ -173,7 +174,9 @@ def test_a_whole_run_of_smollm2():
     path = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
 
     def planned(*overrides, every=560):
-        config = load_config(path, [f"run.evaluation.every={every}", *overrides])
+        config = load_config(
+            path, [f"run.evaluation.every={every}", "model.compile_layers=false", *overrides]
+        )
         setting = in_bins(config, Setting.of(config, device=True), 16_384)
         return plan_time(config, setting, H100, (62, 70))
 
@@ -191,7 +194,7 @@ def test_a_whole_run_of_smollm2():
 def test_a_whole_run_with_compiled_layers():
     """benchmarks/results/char_count_h100.md, on an H200: 624 s, and the seconds of a rollout of eight updates."""
     path = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
-    config = load_config(path, ["model.compile_layers=true"])
+    config = load_config(path)
     planned = plan_time(config, plan(config, 141 * GIB).setting, Rate(8.09e14, 4.8e12), (62, 70))
     assert planned.total == pytest.approx(624, rel=0.1)
     assert 8 * planned.step == pytest.approx(3.05, rel=0.1)

@@ -12,11 +12,13 @@ from test_quickstart import CONFIG, TINY
 from torch._dynamo import lookup_backend
 
 import train_grpo
-from recipes.config.load import load_config
+from recipes.config.load import RunConfig, load_config
 from recipes.models import load
 from recipes.models.compiled import compile_layers
 from recipes.plan.plan import GIB, plan
+from recipes.tracking.run_folder import RunFolder
 from recipes.training import preflight, step_check, step_choice
+from recipes.training.resume import model_to_load
 
 ONE_B = Path(CONFIG).with_name("llama3.2_1b_gsm8k.yaml")
 
@@ -130,6 +132,8 @@ def test_a_run_with_compiled_layers(tmp_path, capsys, monkeypatch):
     calls = compiled(monkeypatch, lambda found: found)
     assert run(tmp_path, unmetered, "model.compile_layers=true") == 0
     assert len(calls) == 3  # the start-up check, the worst case, the step
+    assert "; layers compiled\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tiny" / "environment.json").read_text())["compiled_layers"] is True
     step, check, _ = kept(tmp_path)
     assert step["impl"] == "packed"
     assert check["packed"]["gradient_error"] < 1e-4
@@ -148,6 +152,61 @@ def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert error.startswith("model.compile_layers: it disagrees with TRL's padded way on this model; ")
     assert error.endswith("(value true); set it to false\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compiled"),
+    [
+        ([], True),
+        (["grpo.max_steps=200"], True),
+        (["grpo.max_steps=199"], False),
+        (["grpo.max_steps=-1"], True),  # as many as the epochs have
+        (["model.compile_layers=false"], False),
+        (["grpo.max_steps=5", "model.compile_layers=true"], True),
+        (["model.load_in_4bit=true"], False),
+        (["model.load_in_8bit=true"], False),
+    ],
+    ids=str,
+)
+def test_which_runs_compile_their_layers(overrides, compiled):
+    config = load_config(ONE_B, overrides)
+    assert config.compiles_layers(cuda=True) is compiled
+    assert plan(config, 80 * GIB).setting.compiled is compiled
+    asked = bool(config.model.compile_layers)
+    assert config.compiles_layers(cuda=False) is asked
+    assert config.model_copy(update={"processes": 2}).compiles_layers(cuda=True) is asked
+    assert not load_config(CONFIG).compiles_layers(cuda=True)  # a model from scratch
+
+
+def test_what_a_run_loads_by_says_whether_layers_are_compiled(tmp_path, monkeypatch):
+    config, folder = load_config(ONE_B), RunFolder(tmp_path)
+    assert model_to_load(config, folder).compile_layers is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model_to_load(config, folder).compile_layers is True
+    kept_off = load_config(ONE_B, ["grpo.use_cpu=true", "grpo.bf16=false"])
+    assert model_to_load(kept_off, folder).compile_layers is False
+
+
+@pytest.mark.parametrize("step", ["packed", "trl"])
+def test_wrong_layers_that_nobody_asked_for_are_plain_again(tmp_path, capsys, monkeypatch, step):
+    unmetered = "tracking.memory=false"
+    assert run(tmp_path / "plain", unmetered, f"step.impl={step}") == 0
+    calls = compiled(monkeypatch, lambda found: [value + 0.5 for value in found])
+    monkeypatch.setattr(RunConfig, "compiles_layers", lambda self, cuda: True)
+    assert run(tmp_path, unmetered, f"step.impl={step}") == 0
+    assert len(calls) == 1  # the start-up check
+    assert (
+        "layers: compiled ones would not be exact, so they are as they came: it disagrees"
+        in capsys.readouterr().out
+    )
+    environment = json.loads((tmp_path / "tiny" / "environment.json").read_text())
+    assert environment["step"]["impl"] == step
+    assert environment["compiled_layers"] is False
+    plain, ours = (
+        [json.loads(line) for line in (folder / "tiny" / "metrics.jsonl").read_text().splitlines()][-1]
+        for folder in (tmp_path / "plain", tmp_path)
+    )
+    assert (ours["loss"], ours["grad_norm"]) == (plain["loss"], plain["grad_norm"])
 
 
 def test_a_gpu_without_memory_for_the_check_is_no_fault_of_the_step(tmp_path, capsys, monkeypatch):
