@@ -16,18 +16,25 @@ from matplotlib.figure import Figure
 
 from benchmarks.step_plot import STYLE
 
-PART = "whole runs, 2026-11-28, commit c29eb2e"
+H100, H200 = "whole runs, 2026-11-28, commit c29eb2e", "on an H200, 2026-11-28, commit 5c6edcb"
 PUBLISHED_END = 0.60  # verl's figure after two epochs
 ROLLOUT = 1024  # completions: the axis counts in these
 WINDOW = 10  # rollouts of which the sampled reward is the mean
-SHOWN = {  # run -> label, colour, line
-    "published, seed 0": ("verl's settings, three seeds", "#777777", "-"),
-    "published, seed 1": (None, "#777777", "-"),
-    "published, seed 2": (None, "#777777", "-"),
-    "updates of 32, 4e-6": ("140 rollouts, 4e-6 falling", "#d1682a", "-"),
-    "updates of 32, 3e-6, 250 rollouts": ("250 rollouts, 3e-6 falling", "#1f5fa8", "-"),
-    "one update of 64 a rollout of 64 prompts, 2e-5 (stopped)": ("2e-5: fails", "#b03a48", ":"),
-}
+SHOWN = [  # part, run, label, colour, line
+    (H100, "published, seed 0", "verl's settings, three seeds", "#777777", "-"),
+    (H100, "published, seed 1", None, "#777777", "-"),
+    (H100, "published, seed 2", None, "#777777", "-"),
+    (H100, "updates of 32, 3e-6, 250 rollouts", "250 rollouts, 3e-6 falling", "#d1682a", "-"),
+    (
+        H200,
+        "updates of 32, 4e-6, 300 rollouts, seed 0",
+        "300 rollouts, 4e-6 falling, two seeds",
+        "#1f5fa8",
+        "-",
+    ),
+    (H200, "updates of 32, 4e-6, 300 rollouts, seed 1", None, "#1f5fa8", "-"),
+    (H100, "one update of 64 a rollout of 64 prompts, 2e-5 (stopped)", "2e-5: fails", "#b03a48", ":"),
+]
 
 
 def draw_accuracy(axes: Axes, run: dict[str, Any], **style: Any) -> None:
@@ -53,17 +60,18 @@ def draw_reward(axes: Axes, run: dict[str, Any], **style: Any) -> None:
 
 def main(source: Path, target: Path) -> None:
     """Draw ``target`` from the stored runs."""
-    runs = {run["run"]: run for run in json.loads(source.read_text())[PART]}
+    parts = json.loads(source.read_text())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         accuracy, reward = figure.subplots(1, 2, sharey=True)
-        for name, (label, colour, line) in SHOWN.items():
+        for part, name, label, colour, line in SHOWN:
             style = {"color": colour, "linestyle": line, "label": label}
-            draw_accuracy(accuracy, runs[name], **style)
-            draw_reward(reward, runs[name], **style)
+            (run,) = (run for run in parts[part] if run["run"] == name)
+            draw_accuracy(accuracy, run, **style)
+            draw_reward(reward, run, **style)
         accuracy.axhline(PUBLISHED_END, color="#333333", linewidth=1, linestyle="--")
         accuracy.annotate(
-            "verl's own end", (250, PUBLISHED_END), (0, 3), textcoords="offset points", ha="right"
+            "verl's own end", (300, PUBLISHED_END), (0, 3), textcoords="offset points", ha="right"
         )
         accuracy.set_title("right answers, greedy, of 1,000 held-out problems")
         reward.set_title(f"right answers sampled, mean of {WINDOW} rollouts")
