@@ -1,4 +1,4 @@
-"""memhead beside full logits at one size: time, memory and difference, as the notebook shows them.
+"""memhead beside full logits at one size: time, memory and error, as the notebook shows them.
 
 python -m benchmarks.side_by_side 4096 4096 128256      rows, hidden size, vocabulary
 """
@@ -10,8 +10,9 @@ import sys
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks.contestants import Head, full_contestant, memhead_contestant
+from benchmarks.contestants import Contestant, Head, full_contestant, memhead_contestant
 from benchmarks.head import MIB, make_head
 from benchmarks.measure import Function, interleaved_seconds, peak_bytes
 from recipes.tracking.meters import TensorMeter
@@ -20,14 +21,13 @@ from recipes.tracking.meters import TensorMeter
 def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) -> Table:
     """Forward and backward of both heads with the weight frozen, in the device's usual precision.
 
-    The difference is the largest of any log-probability and, relative to its norm, of the gradient.
+    The errors are against full logits in the next wider precision: the largest of any log-probability and, relative
+    to its norm, the gradient's.
     """
     device, dtype = _device()
     head = make_head(rows, hidden_size, vocab_size, dtype, device)
     contestants = [memhead_contestant(), full_contestant()]
     passes = {c.name: c.run("frozen", head) for c in contestants}
-    scores = [c.logprobs(head.hidden, head.weight, head.targets).float() for c in contestants]  # type: ignore[misc]
-    gradients = [function()[0].float() for function in passes.values()]  # type: ignore[misc, index]
     seconds = interleaved_seconds(passes, rounds, device)  # type: ignore[arg-type]
     table = Table(
         title=f"{rows} tokens, {hidden_size} × {vocab_size}, {str(dtype).removeprefix('torch.')} on {device}",
@@ -38,11 +38,29 @@ def side_by_side(rows: int, hidden_size: int, vocab_size: int, rounds: int = 3) 
         table.add_column(name, justify="right")
     table.add_row("milliseconds", *(f"{1e3 * seconds[name]:.1f}" for name in passes))
     table.add_row("peak MiB above its inputs", *(f"{_peak_mib(f, head):.1f}" for f in passes.values()))  # type: ignore[arg-type]
-    apart = float((scores[0] - scores[1]).abs().max())
-    relative = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-    table.add_row("largest difference of a log-probability", f"{apart:.1e}", "–")
-    table.add_row("difference of the gradient, relative", f"{relative:.1e}", "–")
+    errors = [_errors(contestant, head) for contestant in contestants]
+    table.add_row("largest error of a log-probability", *(f"{score:.1e}" for score, _ in errors))
+    table.add_row("error of the gradient, relative", *(f"{gradient:.1e}" for _, gradient in errors))
     return table
+
+
+def _errors(contestant: Contestant, head: Head) -> tuple[float, float]:
+    """Of the log-probabilities, the largest; and of the gradient, relative to its norm."""
+    wider = torch.float64 if head.hidden.dtype == torch.float32 else torch.float32
+    exact = head._replace(
+        hidden=head.hidden.detach().to(wider).requires_grad_(), weight=head.weight.detach().to(wider)
+    )
+    (scores, gradient), (right, slope) = (
+        _answers(c, h) for c, h in ((contestant, head), (full_contestant(), exact))
+    )
+    return float((scores - right).abs().max()), float((gradient - slope).norm() / slope.norm())
+
+
+def _answers(contestant: Contestant, head: Head) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) and the gradient of the hidden states (N, H)."""
+    with torch.no_grad():
+        scores = contestant.logprobs(head.hidden, head.weight, head.targets)  # type: ignore[misc]
+    return scores, contestant.run("frozen", head)()[0]  # type: ignore[misc, index]
 
 
 def _peak_mib(function: Function, head: Head) -> float:

@@ -22,13 +22,15 @@
 #
 # The run of `configs/llama3.1_8b_gsm8k.yaml` (Unsloth, 4-bit, vLLM), cell by cell: what it will need, rewards,
 # training, one question before and after, saving and serving, and memhead beside full logits. **Planned** for a card
-# of 16 GB (T4) and more, 8.4 GiB at the peak; **not run on one yet**: every cell is run on a CPU with `smoke`, at toy
-# size. Its twin `grpo_llama3_1_8b.py` is what to edit; `make notebook` brings the two in step. When something looks
+# of 16 GB (T4) and more, 8.4 GiB at the peak; **not run on one yet**, nor in Colab. Every cell is run on a CPU with
+# `smoke`, at toy size; on an H200 all of them ran with random weights of this model's shape and two steps, but for the
+# end of the last comparison (`benchmarks/results/flagship_h100.md`). Its twin `grpo_llama3_1_8b.py` is what to edit; `make notebook` brings the two in step. When something looks
 # wrong: `docs/troubleshooting.md`.
 
 # %% [markdown]
 # What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the
-# full length, an upper bound. Nothing here was measured on these cards.
+# full length, an upper bound. Nothing here was measured on these cards; on a busy
+# H200 a question before and after took 45 s, saving with `merge` 96 s, the head alone beside full logits 7 s.
 #
 # | step | T4, minutes | H100, minutes | GPU, GiB | disk, GB | main memory, GB |
 # |---|---|---|---|---|---|
@@ -199,8 +201,8 @@ for file in sorted(run.final.iterdir()):
 # %% [markdown]
 # ## memhead beside full logits
 #
-# First the head alone, at this model's size and up to 4,096 tokens: the same log-probabilities and gradients, in less
-# memory.
+# First the head alone, at this model's size and up to 4,096 tokens: closer to the exact log-probabilities and
+# gradients than logits rounded to half precision, in less memory.
 
 # %%
 from benchmarks.side_by_side import side_by_side
