@@ -231,7 +231,8 @@ def _merge(stats: Tensor, acc: Tensor | None, group: dist.ProcessGroup | None) -
 
     The accumulator (R, H) stays this process's part of a sum, taken against the common reference.
     """
-    maxima = stats[MAXIMA]  # (4, R)
+    # Not stats[MAXIMA]: a list of numbers would first be copied to the GPU, and Python wait for the copy.
+    maxima = torch.stack([stats[i] for i in MAXIMA])  # (4, R)
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
     below = stats[Stat.REFERENCE] - maxima[0]  # <= 0
     factor = below.exp()
@@ -240,6 +241,7 @@ def _merge(stats: Tensor, acc: Tensor | None, group: dist.ProcessGroup | None) -
     stats[Stat.SQUARES] *= factor.square()
     if acc is not None:
         acc.mul_(factor[:, None])
-    sums = stats[SUMS]  # (4, R)
+    sums = torch.stack([stats[i] for i in SUMS])  # (4, R)
     dist.all_reduce(sums, group=group)
-    stats[MAXIMA], stats[SUMS] = maxima, sums
+    for i, row in zip((*MAXIMA, *SUMS), (*maxima, *sums), strict=True):
+        stats[i] = row

@@ -24,13 +24,13 @@
 # training, one question before and after, saving and serving, and memhead beside full logits. **Planned** for a card
 # of 16 GB (T4) and more, 8.4 GiB at the peak; **not run on one yet**, nor in Colab. Every cell is run on a CPU with
 # `smoke`, at toy size; on an H200 all of them ran with random weights of this model's shape and two steps, but for the
-# end of the last comparison (`benchmarks/results/flagship_h100.md`). Its twin `grpo_llama3_1_8b.py` is what to edit; `make notebook` brings the two in step. When something looks
-# wrong: `docs/troubleshooting.md`.
+# end of the last comparison (`benchmarks/results/flagship_h100.md`). Its twin `grpo_llama3_1_8b.py` is what to edit;
+# `make notebook` brings the two in step. When something looks wrong: `docs/troubleshooting.md`.
 
 # %% [markdown]
 # What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the
-# full length, an upper bound. Nothing here was measured on these cards; on a busy
-# H200 a question before and after took 45 s, saving with `merge` 96 s, the head alone beside full logits 7 s.
+# full length, an upper bound. Nothing here was measured on these cards; on a busy H200 a question before and after took
+# 45 s, saving with `merge` 96 s, the head alone beside full logits 7 s.
 #
 # | step | T4, minutes | H100, minutes | GPU, GiB | disk, GB | main memory, GB |
 # |---|---|---|---|---|---|

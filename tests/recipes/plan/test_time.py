@@ -107,7 +107,12 @@ def test_the_padded_step_of_the_8b_model():
         gradient_accumulation_steps=1, max_completion_length=512, beta=0.01,
     )  # fmt: skip
     s = replace(s, sequences=1, generations=1, checkpointing=True)
-    padded = ["step.impl=trl", "model.compile_layers=false", "grpo.beta=0.01", "grpo.gradient_accumulation_steps=1"]
+    padded = [
+        "step.impl=trl",
+        "model.compile_layers=false",
+        "grpo.beta=0.01",
+        "grpo.gradient_accumulation_steps=1",
+    ]
     config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", padded)
     planned = plan_time(config, replace(s, bin_tokens=None), H100, (128, 16384)).phases
     assert planned["forward and backward"] == pytest.approx(forward + backward, rel=WITHIN)
