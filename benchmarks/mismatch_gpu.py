@@ -3,9 +3,10 @@
     python -m benchmarks.mismatch_gpu --model FOLDER --output DIR [--rollouts 2]
 
 Four short runs of configs/smollm2_135m_char_count_published.yaml without its supervised start, one process each,
-since a process starts one engine. Of the first step of each rollout, where nothing has been updated since: the mean
-difference of log-probabilities in nats, the part that rounding the head explains, and the share of tokens whose ratio
-is more than 1 or 10 per cent from 1. Written: mismatch.json and mismatch.md.
+since a process starts one engine. FOLDER: best what that start left, RUN/warm_start. Of the first step of each rollout,
+where nothing has been updated since: the mean difference of log-probabilities in nats, the part that rounding the head
+explains, and the share of tokens whose ratio is more than 1 or 10 per cent from 1. Written: mismatch.json and
+mismatch.md.
 """
 
 from __future__ import annotations

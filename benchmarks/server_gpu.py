@@ -8,8 +8,9 @@ ahead       the same with step.ahead: the server samples the next rollout while 
 colocated   two processes, each with vLLM on its own card; half of every rollout each
 
 Each is a run of configs/smollm2_135m_char_count_published.yaml without its supervised start: rollouts of 128 prompts
-× 8, eight updates each. Written after each: server.json and server.md, beside the servers' and the runs' logs.
-Rollouts a minute are taken from the end of the first to the end of the last.
+× 8, eight updates each. FOLDER: best what that start left, RUN/warm_start, since completions that earn nothing are not
+computed. Written after each: server.json and server.md, beside the servers' and the runs' logs. Rollouts a minute are
+taken from the end of the first to the end of the last.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def figures(records: list[dict[str, Any]]) -> dict[str, Any]:
     ends = [record for record in steps if record["step"] % UPDATES == 0]
     found: dict[str, Any] = {
         "rollouts": len(ends),
-        "reward": [record["reward"] for record in ends],
+        "reward": [record["reward"] for record in steps if "reward" in record],
         "accuracy": [record["accuracy"] for record in records if record.get("accuracy") is not None],
     }
     if len(ends) < 2:
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: a folder, or its hub id")
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct, a folder or hub id")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rollouts", type=int, default=6)

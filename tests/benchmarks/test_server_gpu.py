@@ -31,14 +31,16 @@ def test_figures_begin_with_the_end_of_the_first_rollout():
         False: {"forward": 0.5},
     }  # of a rollout's first update
     records = [{"step": 0, "accuracy": 0.25}] + [
-        {"step": n, "at": 100.0 + n + 50.0 * (n >= UPDATES), "reward": n / 100, "trl": trl,
-         "time": times[n % UPDATES == 1]} for n in range(1, 3 * UPDATES + 1)
-    ]  # fmt: skip
+        {"step": n, "at": 100.0 + n + 50.0 * (n >= UPDATES), "trl": trl, "time": times[n % UPDATES == 1]}
+        for n in range(1, 3 * UPDATES + 1)
+    ]
+    for record in records[1::UPDATES]:  # a reward is logged where a rollout begins
+        record["reward"] = record["step"] / 100
     found = figures(records)
     assert found["rollouts_a_minute"] == pytest.approx(60 * 2 / (174 - 158))
     assert found["seconds"] == pytest.approx({"generation": 2.0, "forward": 4.0})
     assert found["rollouts"] == 3
-    assert found["reward"] == [0.08, 0.16, 0.24]
+    assert found["reward"] == [0.01, 0.09, 0.17]
     shown = table([{"way": "ahead", **found}, {"way": "server", "error": "exit status 1"}]).markdown()
     assert "| ahead | 7.50 | 2.00 | 6.00 | 0.0100 | 0.250 |" in shown
     assert "| server | exit status 1 |" in shown
