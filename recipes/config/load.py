@@ -75,9 +75,11 @@ class RunConfig(Section):
         asked = self.model.compile_layers
         if asked is not None:
             return asked
-        model, steps = self.model, self.grpo["max_steps"]
+        model, grpo = self.model, self.grpo
         tried = model.loader == "transformers" and not (model.load_in_4bit or model.load_in_8bit)
-        return cuda and tried and self.processes == 1 and not 0 < steps < COMPILING_PAYS
+        beside_vllm = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate"
+        long = not 0 < grpo["max_steps"] < COMPILING_PAYS
+        return cuda and tried and not beside_vllm and self.processes == 1 and long
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
