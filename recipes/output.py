@@ -21,7 +21,7 @@ class _Lasting:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._busy = False
-        self._late: list[str] = []  # what signals' handlers print while a write that they interrupt is at work
+        self._late: list[str] = []  # what a signal's handler prints in the middle of a write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,8 +1,8 @@
 """Python that has imported torch, transformers and TRL already: a process a test starts, without its ten seconds.
 
-    run = python("-c", "import train_grpo; …", env=…)         as subprocess.Popen([sys.executable, "-c", …], …), by a fork
-    run = python("-m", "torch.distributed.run", …, env=…)     its ranks are forks of it too
-    run = anew(…)                                             one that imports by itself, where that is what is tested
+    run = python("-c", "import train_grpo; …", env=…)       as subprocess.Popen([sys.executable, …]), by a fork
+    run = python("-m", "torch.distributed.run", …, env=…)   its ranks are forks of it too
+    run = anew(…)                                           one that imports by itself, where that is what is tested
 
 A process of its own in all else: output, environment, session, signals, exit.
 """
@@ -135,9 +135,8 @@ def serve(asking: socket.socket) -> None:
         for pid in list(children):
             done, code = os.waitpid(pid, os.WNOHANG)
             if done:
-                with os.fdopen(children.pop(pid), "w") as status:
-                    with suppress(BrokenPipeError):
-                        status.write(f"{os.waitstatus_to_exitcode(code)}\n")
+                with os.fdopen(children.pop(pid), "w") as status, suppress(BrokenPipeError):
+                    status.write(f"{os.waitstatus_to_exitcode(code)}\n")
 
 
 def fork(command: list[str], env: dict[str, str], outputs: list[int] = (), closed: list[int] = ()) -> int:
@@ -169,8 +168,9 @@ def fork(command: list[str], env: dict[str, str], outputs: list[int] = (), close
 def run(command: list[str]) -> int:
     """What `python command` does after its start."""
     kind, *rest = [part for part in command if part != "-u"]
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, errors="backslashreplace", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     sys.stdout.reconfigure(write_through="-u" in command)
+    sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.path[:0] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]
