@@ -102,13 +102,13 @@ def test_step_gpu(tmp_path):
     results = json.loads(path.read_text())
     assert not results["failed"]
     assert [(row["length"], row["head"]) for row in results["rows"]] == [
-        (length, head) for length in (16, 32) for head in ("memhead", "trl", "full")
+        (length, head) for length in (8, 16) for head in ("memhead", "trl", "full")
     ]
     assert all(row["seconds"].keys() == {*PHASES, "step"} for row in results["rows"])
     for ours, trls, full in (results["rows"][:3], results["rows"][3:]):
         assert ours["loss"] == pytest.approx(full["loss"], abs=1e-6)
         assert trls["loss"] == pytest.approx(full["loss"], abs=1e-6)
-    assert "| 2 × 16 | **memhead** |" in path.with_suffix(".md").read_text()
+    assert "| 2 × 8 | **memhead** |" in path.with_suffix(".md").read_text()
 
 
 def test_two_processes_are_started_for_the_head_alone(tmp_path):
