@@ -108,11 +108,17 @@ def anew(*command: object, env: dict[str, str], merged: bool = False) -> subproc
 def _server() -> socket.socket:
     """Of this process; it ends with it."""
     ours, theirs = socket.socketpair()
-    subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__, str(theirs.fileno())],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()
+
+    @atexit.register
+    def end() -> None:
+        ours.close()
+        server.wait()
+
     return ours
 
 
