@@ -20,23 +20,35 @@ class _Lasting:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._busy = False
+        self._late: list[str] = []  # what a signal's handler prints in the middle of a write
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Of all that was written, as a stream says it."""
-        with self._in_any_case():
-            self._stream.write(text)
+        if self._busy:
+            self._late.append(text)
+        else:
+            with self._in_any_case():
+                self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """What is left in the buffer goes the same way."""
+        if self._busy:
+            return
         with self._in_any_case():
             self._stream.flush()
+        if self._late:
+            late, self._late = "".join(self._late), []
+            self.write(late)
+            self.flush()
 
     @contextmanager
     def _in_any_case(self) -> Iterator[None]:
+        self._busy = True
         try:
             yield
         except (OSError, ValueError):  # a closed pipe or terminal, or a stream that was closed
@@ -44,6 +56,8 @@ class _Lasting:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())  # for whoever writes past this, too
                 os.close(nowhere)
+        finally:
+            self._busy = False
 
 
 @contextmanager

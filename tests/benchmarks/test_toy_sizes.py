@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -106,37 +102,13 @@ def test_step_gpu(tmp_path):
     results = json.loads(path.read_text())
     assert not results["failed"]
     assert [(row["length"], row["head"]) for row in results["rows"]] == [
-        (length, head) for length in (16, 32) for head in ("memhead", "trl", "full")
+        (length, head) for length in (8, 16) for head in ("memhead", "trl", "full")
     ]
     assert all(row["seconds"].keys() == {*PHASES, "step"} for row in results["rows"])
     for ours, trls, full in (results["rows"][:3], results["rows"][3:]):
         assert ours["loss"] == pytest.approx(full["loss"], abs=1e-6)
         assert trls["loss"] == pytest.approx(full["loss"], abs=1e-6)
-    assert "| 2 × 16 | **memhead** |" in path.with_suffix(".md").read_text()
-
-
-@pytest.mark.timeout(120)
-def test_packed_unsloth(tmp_path):
-    """Unsloth's real trainer, in a separate process; it writes its compiled cache into the working folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.packed_unsloth",
-        "--output",
-        str(tmp_path),
-        "--toy",
-        "--rounds",
-        "1",
-    ]
-    paths = {"PYTHONPATH": str(Path(step_gpu.__file__).parents[1])}
-    environment = os.environ | step_gpu.ENVIRONMENT | step_gpu.TOY_ENVIRONMENT | paths
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    rows = json.loads((tmp_path / "packed_unsloth16.json").read_text())["rows"]
-    assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
-        ("gsm8k", 4, None),
-        ("3072+256", 2, None),
-    ]
-    assert all(0 < abs(row["loss"]) < 0.1 for row in rows)
+    assert "| 2 × 8 | **memhead** |" in path.with_suffix(".md").read_text()
 
 
 def test_two_processes_are_started_for_the_head_alone(tmp_path):

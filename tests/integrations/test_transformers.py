@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -250,7 +251,10 @@ def _sharded_gradients(rank, store, path):
 
 def test_a_sharded_head(checkpoints, tmp_path):
     """FSDP2 over two processes: the head's gradient is the mean of theirs, like every other."""
-    mp.spawn(_sharded_gradients, args=(tmp_path / "store", checkpoints["llama"]), nprocs=2)
+    how = "forkserver" if sys.platform == "linux" else "spawn"
+    mp.set_forkserver_preload(["trl.trainer.sft_trainer", "peft", "datasets"])  # what each would import
+    arguments = tmp_path / "store", checkpoints["llama"]
+    mp.start_processes(_sharded_gradients, args=arguments, nprocs=2, start_method=how)
 
 
 EXPERTS = {

@@ -14,6 +14,7 @@ import warnings
 
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
+    from benchmarks import packed_unsloth
     from recipes.config.grpo import import_grpo_config
 
     import_grpo_config("unsloth")  # as the configuration's check does: unsloth first, then trl
@@ -21,6 +22,7 @@ with warnings.catch_warnings(record=True) as said:
 import ast
 import functools
 import inspect
+import json
 import math
 from types import SimpleNamespace
 
@@ -230,3 +232,14 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
     assert "grpo.entropy_coef=0.01" in problem.line("")
     with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0\.01"):
         install_head(bypassing, bypassing.grpo_config("unused"))
+
+
+def test_the_benchmark_of_its_step(tmp_path):
+    """benchmarks.packed_unsloth, at toy size."""
+    path = packed_unsloth.main(["--output", str(tmp_path), "--toy", "--rounds", "1"])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
+        ("gsm8k", 4, None),
+        ("3072+256", 2, None),
+    ]
+    assert all(0 < abs(row["loss"]) < 0.1 for row in rows)

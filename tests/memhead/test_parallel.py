@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def evaluate(
     options = {k: getattr(head, k) if v is True and k != "entropy" else v for k, v in options.items()}
     if "bias" in options:
         leaves["bias"] = options["bias"] = options["bias"].clone().requires_grad_(trainable)
-    result = function(leaves["hidden"], leaves["weight"], head.targets, chunk=(16, 9), **options, **further)
+    chunk = (16 if len(head.hidden) < 100 else 64, 9)  # a tile costs messages, which take longest here
+    result = function(leaves["hidden"], leaves["weight"], head.targets, chunk=chunk, **options, **further)
     loss = (result.logprobs * head.grad_logprobs)[result.logprobs.isfinite()].sum()
     if entropy_gradient:
         loss = loss + (result.entropy * head.grad_entropy).sum()
@@ -210,7 +212,9 @@ def test_parts_are_as_even_as_they_can_be(monkeypatch, vocabulary, sizes):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_equals_the_unsplit_head(world, tmp_path):
-    mp.spawn(work, args=(world, str(tmp_path / "store")), nprocs=world)
+    mp.set_forkserver_preload(["memhead.own_rows", "pytest"])  # each process is a fork of one that has these
+    how = "forkserver" if sys.platform == "linux" else "spawn"
+    mp.start_processes(work, args=(world, str(tmp_path / "store")), nprocs=world, start_method=how)
 
 
 class Operators(TorchDispatchMode):

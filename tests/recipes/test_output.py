@@ -32,6 +32,27 @@ def test_characters_that_a_locale_lacks_are_replaced(monkeypatch):
     assert raw.getvalue() == b"46 ? 63 %\n"
 
 
+def test_a_signal_in_the_middle_of_a_line_is_no_error(monkeypatch):
+    """Python runs the handler, which prints, within the write that it interrupts."""
+    written = []
+
+    class Interrupted(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            written.append(bytes(data))
+            if len(written) == 1:
+                print("stopping", flush=True)
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    with lasting_output():
+        print("step 1", flush=True)
+        print("step 2", flush=True)
+    assert b"".join(written) == b"step 1\nstopping\nstep 2\n"
+
+
 def test_the_first_file_is_not_taken_for_closed_output(tmp_path):
     script = (
         "import os\nfor number in range(3): os.close(number)\n"

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from children import ROOT, start
+from children import start
+from ready import ROOT
 from safetensors.torch import load_file, save_file
 from test_finite import command
 from tiny import made_up_checkpoint

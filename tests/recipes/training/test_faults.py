@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ready
 import torch
 from children import start, wait_for
 from test_finite import command
@@ -272,7 +273,7 @@ def test_sigterm_in_the_warm_start_is_orderly(tmp_path):
 
 
 def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):
-    run = start(command(tmp_path))
+    run = start(command(tmp_path), start=ready.anew)
     try:
         wait_for(run, "Reading ")
         time.sleep(0.3)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import on_ranks
 import pytest
+import ready
 import torch
 from children import wait_for
 from launched import torchrun
@@ -139,7 +140,7 @@ def test_fsdp_gathers_the_weight_of_the_head_once_for_each_of_its_calls(ranks, c
         assert alone == 2 * calls + others
 
 
-def start_run(folder, *more):
+def start_run(folder, *more, start=ready.python):
     """A run in two processes, and its arguments."""
     changed = ("grpo.max_steps", "run.warm_start.", "run.evaluation.", "grpo.per_device")
     kept = [setting for setting in TINY if not setting.startswith(changed)]
@@ -148,12 +149,12 @@ def start_run(folder, *more):
         "run.evaluation.size=15", "run.evaluation.every=1", "run.evaluation.samples=2", f"run.output_root={folder}",
         *more,
     ]  # fmt: skip
-    return torchrun(2, "train_grpo.py", *arguments), arguments
+    return torchrun(2, "train_grpo.py", *arguments, start=start), arguments
 
 
 def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
     warm = ["run.warm_start.steps=2", "run.warm_start.batch_size=8", "run.warm_start.check_every=2"]
-    process, arguments = start_run(tmp_path, *warm)
+    process, arguments = start_run(tmp_path, *warm, start=ready.anew)
     begun = wait_for(process, "step 2: accuracy")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)

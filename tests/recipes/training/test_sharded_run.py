@@ -4,6 +4,7 @@ import shutil
 
 import fsdp_on_cpu
 import pytest
+import ready
 from launched import ROOT, launched, torchrun
 from safetensors.torch import load_file
 from test_quickstart import CONFIG
@@ -37,7 +38,7 @@ def ended(*processes):
 def roots(tmp_path_factory):
     """Of a run in parts, of the same run whole in two processes, and of that in parts ended at step 1 and resumed."""
     parts, whole, resumed = (tmp_path_factory.mktemp(name) for name in ("parts", "whole", "resumed"))
-    begun = launched(*FSDP2, *RUN, f"run.output_root={parts}")
+    begun = launched(*FSDP2, *RUN, f"run.output_root={parts}", start=ready.anew)
     ended(begun, torchrun(2, "train_grpo.py", *RUN, f"run.output_root={whole}"))
     shutil.copytree(parts / "tiny", resumed / "tiny")
     for left in ("final", "finished.json", "checkpoints/checkpoint-2"):

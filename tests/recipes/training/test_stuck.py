@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 
-from children import ROOT, start, wait_for
+from children import start, wait_for
+from ready import ROOT
 from test_finite import command
 
 import train_grpo
