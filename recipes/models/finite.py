@@ -21,9 +21,9 @@ Named = Iterable[tuple[str, Tensor]]
 def first_not_finite(tensors: Named) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if there is none. One synchronisation if so.
 
-    Of a tensor in parts over several processes, as FSDP2 keeps it, this one's part.
+    Of a tensor in parts over several processes, as FSDP2 and ZeRO-3 keep it, this one's part.
     """
-    floating = [(name, _here(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point()]
+    floating = [(name, _here(tensor).detach()) for name, tensor in tensors if tensor.is_floating_point()]
     floating = [(name, tensor) for name, tensor in floating if tensor.numel()]
     if not floating:
         return None
@@ -34,7 +34,9 @@ def first_not_finite(tensors: Named) -> str | None:
 
 
 def _here(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # of ZeRO-3, whose parameter itself is empty
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ A bad step is a line of bad_steps.jsonl with all its completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,18 @@ class FiniteSteps(_Trainer):
         reason = None if _internal_call else first(self.why_unusable())  # a checkpoint was looked at before
         if reason is not None:
             raise Diverged(f"{output_dir} was not written: the model has diverged, {reason}; {REMEDY}")
-        super().save_model(output_dir, _internal_call)
+        with self._as_it_is():
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """transformers asks deepspeed's engine for the weights, also where no step was taken and there is none yet."""
+        before = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = before and self.deepspeed is not None
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = before
 
 
 class _AfterUpdate(TrainerCallback):

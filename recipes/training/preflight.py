@@ -108,10 +108,6 @@ def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         remedy = "set model.loader: transformers, or start one process: python train_grpo.py --config …"
         message = f"with Unsloth {config.processes} processes have not been tried"
         yield Problem("model.loader", message, "unsloth", remedy)
-    if machine.deepspeed and config.run.warm_start is not None:
-        message = "one process alone trains and samples there, and under ZeRO-3 transformers' sampling waits for all"
-        remedy = "take fsdp2.yaml, or run it first by itself and give its warm_start/ folder as model.name"
-        yield Problem("run.warm_start", message, remedy=remedy)
     if machine.cuda and not config.grpo["use_cpu"] and machine.processes_here > machine.gpus:
         message = (
             f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"
