@@ -27,7 +27,10 @@ def make_partial_for_deepspeed(self: PartialState, *args: Any, **options: Any) -
 
 
 def make_for_deepspeed(self: AcceleratorState, *args: Any, cpu: bool = False, **options: Any) -> None:
+    first = not AcceleratorState._shared_state
     make(self, *args, cpu=False, **options)  # with cpu, deepspeed is passed over
+    if first:  # else it leaves weights whole that are as small as all of a test's
+        self.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
 if __name__ == "__main__":
