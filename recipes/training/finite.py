@@ -123,9 +123,11 @@ class FiniteSteps(_Trainer):
         everywhere = self.accelerator.gather(both[None]).tolist()  # one process must not step alone
         losses, norms = zip(*everywhere)
         step = self.state.global_step + 1
-        if bad := next((value for value in losses if not math.isfinite(value)), None):
+        finite = all(map(math.isfinite, norms))
+        bad = next((value for value in losses if not math.isfinite(value)), None)
+        if bad is not None and not (finite and self.deepspeed is not None):  # whose update is by the gradient alone
             self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
-        elif not all(map(math.isfinite, norms)) and self.accelerator.scaler is None:  # which looks for itself
+        elif not finite and self.accelerator.scaler is None:  # which looks for itself
             self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)
         else:
             self.bad_steps.good(step)
@@ -133,8 +135,12 @@ class FiniteSteps(_Trainer):
         return norm
 
     def _skip(self, model: Any, step: int, phase: str, what: str, norm: Any) -> None:
-        """Leaves the optimizer nothing to do: it passes over parameters that have no gradient."""
-        model.zero_grad(set_to_none=True)
+        """Leaves the optimizer nothing to do: it passes over parameters that have no gradient.
+
+        Where deepspeed's engine updates, right after its backward pass, it has left this update out already.
+        """
+        if self.deepspeed is None:
+            model.zero_grad(set_to_none=True)
         sentence = self.bad_steps.bad(f"step {step}, {phase}: {what}")
         if not self.is_world_process_zero():
             return
