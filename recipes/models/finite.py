@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from recipes.models.adapters import without_adapters
 from recipes.models.mode import in_evaluation_mode
+from recipes.processes import first
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -44,9 +45,9 @@ def why_unusable(model: Any, batch: Any | None = None) -> str | None:
     """Why a model is of no use, as the rest of a sentence, by its weights and its logits for `batch`. None: it may be.
 
     batch: what the tokenizer gave for some prompts, padded on the left. The model's mode and the random state are left
-    as they were.
+    as they were. All processes of a run must ask: one may hold the part that is not finite, and all run the model.
     """
-    weight = first_not_finite(model.named_parameters())
+    weight = first(first_not_finite(model.named_parameters()))
     if weight is not None:
         return f"its weight {weight} holds NaN or infinity"
     return None if batch is None else why_no_distribution(model, batch)

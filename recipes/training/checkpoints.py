@@ -146,7 +146,7 @@ class WholeCheckpoints(_Trainer):
             for key, value in values.items()
             if hasattr(value, "is_floating_point")
         ]
-        name = first_not_finite(tensors)
+        name = first(first_not_finite(tensors))  # of a part, one process alone may know
         return self.why_unusable() if name is None else f"the optimizer's {name} is not finite"
 
     def condemn_checkpoints(self, step: int, reason: str) -> None:

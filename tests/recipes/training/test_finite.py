@@ -301,6 +301,24 @@ def test_a_process_without_a_part_of_a_weight_finds_nothing_in_it():
     assert first_not_finite([("a", nothing), ("b", fine), ("c", bad)]) == "c"
 
 
+def test_of_a_weight_in_parts_by_zero_3_its_part_is_looked_at():
+    """Whose parameter is empty between two passes; test_zero3.py has the real one."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_tensor = torch.ones(3)
+    assert first_not_finite([("a", weight)]) is None
+    weight.ds_tensor[1] = math.nan
+    assert first_not_finite([("a", weight)]) == "a"
+
+
+def test_without_an_engine_of_deepspeed_the_model_is_saved_as_it_is(memhead_in_trl, tmp_path):
+    """As after an evaluation that was missing, or a Ctrl-C before the first step."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    trainer.is_deepspeed_enabled = True
+    trainer.save_model(str(tmp_path / "final"))
+    assert load_file(tmp_path / "final" / "model.safetensors").keys() == trainer.model.state_dict().keys()
+    assert trainer.is_deepspeed_enabled
+
+
 def test_a_head_of_zeros_is_no_fault():
     """As a new model may begin: its logits are the same for every prompt, its gradient is not."""
     config = load_config(CONFIG, TINY)
