@@ -89,6 +89,8 @@ class BadSteps:
 class FiniteSteps(_Trainer):
     """To be put before the trainer's class."""
 
+    is_deepspeed_enabled: bool  # of transformers
+
     def __init__(self, *args: Any, max_bad_steps: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bad_steps = BadSteps(max_bad_steps, f"{REMEDY}, or go on from an earlier checkpoint")
@@ -125,7 +127,9 @@ class FiniteSteps(_Trainer):
         step = self.state.global_step + 1
         finite = all(map(math.isfinite, norms))
         bad = next((value for value in losses if not math.isfinite(value)), None)
-        if bad is not None and not (finite and self.deepspeed is not None):  # whose update is by the gradient alone
+        if bad is not None and not (
+            finite and self.deepspeed is not None
+        ):  # whose update is by the gradient alone
             self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
         elif not finite and self.accelerator.scaler is None:  # which looks for itself
             self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)

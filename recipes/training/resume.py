@@ -87,9 +87,11 @@ def _require_as_many(folder: RunFolder) -> None:
     """Of ZeRO-3: each process reads the part of the optimizer that it wrote."""
     if folder.checkpoint is None:
         return
-    parts = len([*folder.checkpoint.glob("global_step*/*optim_states.pt")])
+    parts = len(list(folder.checkpoint.glob("global_step*/*optim_states.pt")))
     if parts != (now := count()):
-        message = f"{folder.checkpoint} keeps the optimizer in {parts} parts by DeepSpeed, and this session has {now} processes"
+        message = (
+            f"{folder.checkpoint} keeps {parts} parts by DeepSpeed, and this session has {now} process(es)"
+        )
         remedy = f"start {parts}, or leave --resume out to begin another run"
         raise ConfigError([Problem("--resume", message, remedy=remedy)])
 

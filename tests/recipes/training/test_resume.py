@@ -400,5 +400,5 @@ def test_a_checkpoint_of_deepspeed_is_resumed_by_as_many_processes(tmp_path, mon
     place.mkdir(parents=True)
     for rank in range(2):
         (place / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(ConfigError, match="optimizer in 2 parts by DeepSpeed, and this session has 1 processes; start 2"):
+    with pytest.raises(ConfigError, match=r"2 parts by DeepSpeed, .* has 1 process\(es\); start 2"):
         require_same_spread(SimpleNamespace(checkpoint=place.parent))

@@ -1,7 +1,7 @@
 """train_grpo.py under ZeRO-3 on a CPU: accelerate launch --config_file configs/accelerate/zero3.yaml zero3_on_cpu.py …
 
-accelerate takes deepspeed where its launcher asks for it, but on a CPU plain DDP, without a word. Here its state is told
-what it would be told on GPUs, and deepspeed talks over the group of gloo; the engine, the trainer and the run are real.
+accelerate takes deepspeed where its launcher asks for it, but on a CPU plain DDP, without a word. Here its state is
+what it would be on GPUs, and deepspeed talks over gloo; the engine, the trainer and the run are real.
 """
 
 import sys
