@@ -127,9 +127,10 @@ class FiniteSteps(_Trainer):
         step = self.state.global_step + 1
         finite = all(map(math.isfinite, norms))
         bad = next((value for value in losses if not math.isfinite(value)), None)
-        if bad is not None and not (
+        taken = (
             finite and self.deepspeed is not None
-        ):  # whose update is by the gradient alone
+        )  # the update, which its engine leaves out by the gradient alone
+        if bad is not None and not taken:
             self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
         elif not finite and self.accelerator.scaler is None:  # which looks for itself
             self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)

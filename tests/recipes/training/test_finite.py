@@ -128,6 +128,16 @@ def test_a_loss_that_is_nan_is_told_from_a_gradient_that_is(memhead_in_trl, tmp_
     assert trainer.bad_steps.total == 1
 
 
+@pytest.mark.parametrize("engine", [None, object()], ids=["none", "deepspeed's"])
+def test_an_update_that_deepspeeds_engine_has_taken_is_not_called_skipped(memhead_in_trl, tmp_path, engine):
+    """By a finite gradient, whatever the loss."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    computed, trainer.deepspeed = trainer._compute_loss, engine
+    trainer._compute_loss = lambda model, inputs: computed(model, inputs) + math.nan
+    trainer.train()
+    assert trainer.bad_steps.total == (engine is None)
+
+
 def test_an_optimizer_that_is_not_finite_is_not_saved(memhead_in_trl, tmp_path, capsys):
     """Its weights may be: they would be lost at the next step."""
     trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
