@@ -80,7 +80,8 @@ class RunConfig(Section):
         tried = model.loader == "transformers" and not (model.load_in_4bit or model.load_in_8bit)
         beside_vllm = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate"
         long = not 0 < grpo["max_steps"] < COMPILING_PAYS
-        return cuda and tried and not beside_vllm and self.processes == 1 and long
+        alone = self.processes == 1 and not spread()
+        return cuda and tried and not beside_vllm and alone and long
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
