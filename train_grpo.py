@@ -30,7 +30,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from recipes.config.load import RunConfig, load_config
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
-from recipes.processes import is_first_here
+from recipes.processes import is_first_here, spread
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -328,6 +328,10 @@ def _save(trainer: Any, place: Path) -> None:
 
 def _command(options: argparse.Namespace) -> str:
     """The command line that began this run, without --resume."""
+    if spread():
+        return (
+            "the same command"  # accelerate's launcher does not say with which configuration it was started
+        )
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["python"] if here == "1" else ["torchrun", "--nproc-per-node", here]
     return shlex.join([*launcher, "train_grpo.py", "--config", options.config, *options.overrides])

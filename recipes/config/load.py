@@ -35,6 +35,7 @@ from recipes.config.schema import (
 from recipes.config.source import dump, merge, read_file, read_overrides
 from recipes.config.unsloth import is_unsloths, trl_meaning
 from recipes.problems import EXIT_STATUS, ConfigError, Problem, one_of
+from recipes.processes import spread
 
 COMPILING_PAYS = 200  # steps, from which on it takes less than it saves (docs/speed.md)
 
@@ -79,7 +80,8 @@ class RunConfig(Section):
         tried = model.loader == "transformers" and not (model.load_in_4bit or model.load_in_8bit)
         beside_vllm = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate"
         long = not 0 < grpo["max_steps"] < COMPILING_PAYS
-        return cuda and tried and not beside_vllm and self.processes == 1 and long
+        alone = self.processes == 1 and not spread()
+        return cuda and tried and not beside_vllm and alone and long
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
@@ -96,10 +98,12 @@ class RunConfig(Section):
 
         told = trl_meaning(self.grpo) if is_unsloths(trl.GRPOConfig) else self.grpo
         try:
-            return trl.GRPOConfig(**{**told, **self._derived_fields()}, output_dir=str(output_dir))
+            arguments = trl.GRPOConfig(**{**told, **self._derived_fields()}, output_dir=str(output_dir))
         except Exception as error:  # TRL, transformers, accelerate: a dozen kinds, all meaning the same here
             message = f"TRL refuses it: {error or type(error).__name__}"
             raise ConfigError([Problem("grpo", message, remedy="change the fields that it names")]) from error
+        _load_whole()
+        return arguments
 
     def make_task(self) -> Task:
         """The run's task. Make it once and pass it on: it keeps what it has read."""
@@ -149,6 +153,18 @@ class RunConfig(Section):
         if "impl" not in self.step.model_fields_set:
             del data["step"]["impl"]
         return dump(data)
+
+
+def _load_whole() -> None:
+    """Whatever is loaded from here on is whole, until a trainer is made.
+
+    Where a GRPOConfig under ZeRO-3 exists, transformers takes apart what it loads; but a model is checked, warm-started
+    and evaluated before there is deepspeed's engine, which puts parts together again and takes a whole model as well.
+    """
+    if spread() == "DeepSpeed":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
 
 
 def _precision(dtype: str, given: Mapping[str, Any], cuda: bool) -> dict[str, Any]:

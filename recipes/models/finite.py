@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from recipes.models.adapters import without_adapters
 from recipes.models.mode import in_evaluation_mode
+from recipes.processes import first
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -21,9 +22,9 @@ Named = Iterable[tuple[str, Tensor]]
 def first_not_finite(tensors: Named) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if there is none. One synchronisation if so.
 
-    Of a tensor in parts over several processes, as FSDP2 keeps it, this one's part.
+    Of a tensor in parts over several processes, as FSDP2 and ZeRO-3 keep it, this one's part.
     """
-    floating = [(name, _here(tensor.detach())) for name, tensor in tensors if tensor.is_floating_point()]
+    floating = [(name, _here(tensor).detach()) for name, tensor in tensors if tensor.is_floating_point()]
     floating = [(name, tensor) for name, tensor in floating if tensor.numel()]
     if not floating:
         return None
@@ -34,7 +35,9 @@ def first_not_finite(tensors: Named) -> str | None:
 
 
 def _here(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # of ZeRO-3, whose parameter itself is empty
 
 
 @torch.no_grad()
@@ -42,9 +45,9 @@ def why_unusable(model: Any, batch: Any | None = None) -> str | None:
     """Why a model is of no use, as the rest of a sentence, by its weights and its logits for `batch`. None: it may be.
 
     batch: what the tokenizer gave for some prompts, padded on the left. The model's mode and the random state are left
-    as they were.
+    as they were. All processes of a run must ask: one may hold the part that is not finite, and all run the model.
     """
-    weight = first_not_finite(model.named_parameters())
+    weight = first(first_not_finite(model.named_parameters()))
     if weight is not None:
         return f"its weight {weight} holds NaN or infinity"
     return None if batch is None else why_no_distribution(model, batch)

@@ -75,7 +75,13 @@ def by_trainer(trainer: Any) -> Generate:
     chat = trainer.chat_template_kwargs
     if not trainer.use_vllm:
         precision, rows = Precision.of(trainer.args), rows_by_graphs(trainer)
-        return by_transformers(trainer.model, trainer.processing_class, chat, precision, kept_rows=rows)
+        sample = by_transformers(trainer.model, trainer.processing_class, chat, precision, kept_rows=rows)
+
+        def generate_here(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
+            with _gathered(trainer):
+                return sample(prompts, sampling)
+
+        return generate_here
     engine, tokenizer = trainer.vllm_generation, trainer.processing_class
 
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
@@ -91,6 +97,19 @@ def by_trainer(trainer: Any) -> Generate:
         return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)
 
     return generate
+
+
+@contextmanager
+def _gathered(trainer: Any) -> Iterator[None]:
+    """With the weights put together once, as TRL samples, where deepspeed's engine has taken them apart."""
+    if getattr(trainer, "deepspeed", None) is None:
+        yield
+        return
+    from trl.models import unwrap_model_for_generation
+
+    once = trainer.args.ds3_gather_for_generation
+    with unwrap_model_for_generation(trainer.deepspeed, trainer.accelerator, gather_deepspeed3_params=once):
+        yield
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class WholeCheckpoints(_Trainer):
         super().__init__(*args, **kwargs)
         self._aside: Path | None = None
         self._put_off = False
+        self._settings: list[dict[str, Any]] = []  # the optimizer's groups, as the configuration says
         self.card: Callable[[], str] | None = (
             None  # the run's model card, for each checkpoint and for the hub
         )
@@ -99,11 +100,17 @@ class WholeCheckpoints(_Trainer):
         place.mkdir(parents=True, exist_ok=True)
         (place / "README.md").write_text(card, encoding="utf-8")
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's. It is made before a checkpoint is read, of which deepspeed reads the optimizer by itself."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        groups = self.optimizer.param_groups
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        settings = [dict(group) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            apply_settings(self.optimizer, self.lr_scheduler, settings)
+            apply_settings(self.optimizer, self.lr_scheduler, self._settings)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
@@ -129,15 +136,17 @@ class WholeCheckpoints(_Trainer):
         """What keeps this state from being saved."""
         if self.bad_steps.in_a_row:
             return "its last step was not finite"
-        state = self.optimizer.state_dict()["state"]
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):  # in the wrappers of accelerate and deepspeed
+            optimizer = optimizer.optimizer
         tensors = [
             (f"{key} of parameter {number}", value)
-            for number, values in state.items()
+            for number, values in enumerate(optimizer.state.values())
             if isinstance(values, dict)
             for key, value in values.items()
             if hasattr(value, "is_floating_point")
         ]
-        name = first_not_finite(tensors)
+        name = first(first_not_finite(tensors))  # of a part, one process alone may know
         return self.why_unusable() if name is None else f"the optimizer's {name} is not finite"
 
     def condemn_checkpoints(self, step: int, reason: str) -> None:

@@ -13,7 +13,8 @@ A bad step is a line of bad_steps.jsonl with all its completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ class BadSteps:
 class FiniteSteps(_Trainer):
     """To be put before the trainer's class."""
 
+    is_deepspeed_enabled: bool  # of transformers
+
     def __init__(self, *args: Any, max_bad_steps: int = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bad_steps = BadSteps(max_bad_steps, f"{REMEDY}, or go on from an earlier checkpoint")
@@ -122,9 +125,14 @@ class FiniteSteps(_Trainer):
         everywhere = self.accelerator.gather(both[None]).tolist()  # one process must not step alone
         losses, norms = zip(*everywhere)
         step = self.state.global_step + 1
-        if bad := next((value for value in losses if not math.isfinite(value)), None):
+        finite = all(map(math.isfinite, norms))
+        bad = next((value for value in losses if not math.isfinite(value)), None)
+        taken = (
+            finite and self.deepspeed is not None
+        )  # the update, which its engine leaves out by the gradient alone
+        if bad is not None and not taken:
             self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
-        elif not all(map(math.isfinite, norms)) and self.accelerator.scaler is None:  # which looks for itself
+        elif not finite and self.accelerator.scaler is None:  # which looks for itself
             self._skip(model, step, "backward", f"the gradient norm is not finite ({float(norm)})", norm)
         else:
             self.bad_steps.good(step)
@@ -132,8 +140,12 @@ class FiniteSteps(_Trainer):
         return norm
 
     def _skip(self, model: Any, step: int, phase: str, what: str, norm: Any) -> None:
-        """Leaves the optimizer nothing to do: it passes over parameters that have no gradient."""
-        model.zero_grad(set_to_none=True)
+        """Leaves the optimizer nothing to do: it passes over parameters that have no gradient.
+
+        Where deepspeed's engine updates, right after its backward pass, it has left this update out already.
+        """
+        if self.deepspeed is None:
+            model.zero_grad(set_to_none=True)
         sentence = self.bad_steps.bad(f"step {step}, {phase}: {what}")
         if not self.is_world_process_zero():
             return
@@ -161,7 +173,18 @@ class FiniteSteps(_Trainer):
         reason = None if _internal_call else first(self.why_unusable())  # a checkpoint was looked at before
         if reason is not None:
             raise Diverged(f"{output_dir} was not written: the model has diverged, {reason}; {REMEDY}")
-        super().save_model(output_dir, _internal_call)
+        with self._as_it_is():
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """transformers asks deepspeed's engine for the weights, also where no step was taken and there is none yet."""
+        before = self.is_deepspeed_enabled
+        self.is_deepspeed_enabled = before and self.deepspeed is not None
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = before
 
 
 class _AfterUpdate(TrainerCallback):

@@ -75,6 +75,7 @@ def check(config: RunConfig, machine: Machine | None = None) -> None:
     machine = machine or Machine.here()
     problems = [
         *_processes(config, machine),
+        *_deepspeed(config, machine),
         *missing(config, machine),
         *missing_tracker(config.tracking.report_to),
         *_checkpoints(config.model),
@@ -108,10 +109,6 @@ def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         remedy = "set model.loader: transformers, or start one process: python train_grpo.py --config …"
         message = f"with Unsloth {config.processes} processes have not been tried"
         yield Problem("model.loader", message, "unsloth", remedy)
-    if machine.deepspeed and config.run.warm_start is not None:
-        message = "one process alone trains and samples there, and under ZeRO-3 transformers' sampling waits for all"
-        remedy = "take fsdp2.yaml, or run it first by itself and give its warm_start/ folder as model.name"
-        yield Problem("run.warm_start", message, remedy=remedy)
     if machine.cuda and not config.grpo["use_cpu"] and machine.processes_here > machine.gpus:
         message = (
             f"the launcher starts {machine.processes_here} processes here, and there are {machine.gpus} GPUs"
@@ -119,6 +116,22 @@ def _processes(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem(
             "", message, remedy=f"start as many: torchrun --nproc-per-node {machine.gpus} train_grpo.py …"
         )
+
+
+def _deepspeed(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What a run by DeepSpeed cannot do, or has not been seen to."""
+    if not machine.deepspeed:
+        return
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(config.model, key):
+            message = "quantised weights have not been tried under DeepSpeed"
+            yield Problem(f"model.{key}", message, True, "set it to false, or start it by torchrun")
+    if config.grpo["cache_implementation"] == "static":
+        message = "DeepSpeed gathers weights while it samples, which a compiled step cannot"
+        yield Problem("grpo.cache_implementation", message, "static", "leave it out")
+    if config.grpo["fp16"] or config.model.dtype == "float16" or not machine.bfloat16:
+        message = "DeepSpeed looks for the scale of float16 by steps that overflow, which end a run here"
+        yield Problem("grpo.fp16", message, remedy="compute in bfloat16, or start it by torchrun")
 
 
 def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.manifest import STATE
 from recipes.problems import ConfigError, Problem, join, show
-from recipes.processes import spread
+from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
 
 FINISHED = "finished.json"  # written last of all, with the step whose model is in final/
@@ -78,6 +78,21 @@ def require_same_spread(folder: RunFolder) -> None:
             f"{folder.checkpoint} keeps weights and optimizer {how[before]}, and this session {how[now]}"
         )
         remedy = "start it as before (docs/scaling.md), or leave --resume out to begin another run"
+        raise ConfigError([Problem("--resume", message, remedy=remedy)])
+    if now == "DeepSpeed":
+        _require_as_many(folder)
+
+
+def _require_as_many(folder: RunFolder) -> None:
+    """Of ZeRO-3: each process reads the part of the optimizer that it wrote."""
+    if folder.checkpoint is None:
+        return
+    parts = len(list(folder.checkpoint.glob("global_step*/*optim_states.pt")))
+    if parts != (now := count()):
+        message = (
+            f"{folder.checkpoint} keeps {parts} parts by DeepSpeed, and this session has {now} process(es)"
+        )
+        remedy = f"start {parts}, or leave --resume out to begin another run"
         raise ConfigError([Problem("--resume", message, remedy=remedy)])
 
 

@@ -54,7 +54,6 @@ ELSEWHERE = {  # what TRL refuses on a machine like this one, and says so
     "tf32": "requires Ampere",
     "ddp_backend": "process group",
     "fsdp": "Unknown `fsdp` option",
-    "deepspeed": "deepspeed",
 }
 
 

@@ -128,6 +128,16 @@ def test_a_loss_that_is_nan_is_told_from_a_gradient_that_is(memhead_in_trl, tmp_
     assert trainer.bad_steps.total == 1
 
 
+@pytest.mark.parametrize("engine", [None, object()], ids=["none", "deepspeed's"])
+def test_an_update_that_deepspeeds_engine_has_taken_is_not_called_skipped(memhead_in_trl, tmp_path, engine):
+    """By a finite gradient, whatever the loss."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    computed, trainer.deepspeed = trainer._compute_loss, engine
+    trainer._compute_loss = lambda model, inputs: computed(model, inputs) + math.nan
+    trainer.train()
+    assert trainer.bad_steps.total == (engine is None)
+
+
 def test_an_optimizer_that_is_not_finite_is_not_saved(memhead_in_trl, tmp_path, capsys):
     """Its weights may be: they would be lost at the next step."""
     trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
@@ -299,6 +309,24 @@ def test_a_process_without_a_part_of_a_weight_finds_nothing_in_it():
     assert first_not_finite([("a", nothing)]) is None
     assert first_not_finite([("a", nothing), ("b", fine), ("numbers", torch.tensor([2]))]) is None
     assert first_not_finite([("a", nothing), ("b", fine), ("c", bad)]) == "c"
+
+
+def test_of_a_weight_in_parts_by_zero_3_its_part_is_looked_at():
+    """Whose parameter is empty between two passes; test_zero3.py has the real one."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_tensor = torch.ones(3)
+    assert first_not_finite([("a", weight)]) is None
+    weight.ds_tensor[1] = math.nan
+    assert first_not_finite([("a", weight)]) == "a"
+
+
+def test_without_an_engine_of_deepspeed_the_model_is_saved_as_it_is(memhead_in_trl, tmp_path):
+    """As after an evaluation that was missing, or a Ctrl-C before the first step."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    trainer.is_deepspeed_enabled = True
+    trainer.save_model(str(tmp_path / "final"))
+    assert load_file(tmp_path / "final" / "model.safetensors").keys() == trainer.model.state_dict().keys()
+    assert trainer.is_deepspeed_enabled
 
 
 def test_a_head_of_zeros_is_no_fault():

@@ -394,10 +394,37 @@ def test_an_upload_is_checked_before_training(configured, hub, tmp_path, monkeyp
         check(config, CPU)
 
 
-def test_deepspeed_takes_no_warm_start(configured, monkeypatch):
-    """One process's sampling would wait for the others for ever (seen with deepspeed 0.19.8)."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+UNDER_DEEPSPEED = [
+    (
+        ["model.load_in_4bit=true"],
+        "model.load_in_4bit: quantised weights have not been tried under DeepSpeed",
+    ),
+    (
+        ["model.load_in_8bit=true"],
+        "model.load_in_8bit: quantised weights have not been tried under DeepSpeed",
+    ),
+    (
+        ["grpo.cache_implementation=static"],
+        "grpo.cache_implementation: DeepSpeed gathers weights while it samples",
+    ),
+    (["grpo.fp16=true"], "grpo.fp16: DeepSpeed looks for the scale of float16"),
+    (["model.dtype=float16"], "grpo.fp16: DeepSpeed looks for the scale of float16"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), UNDER_DEEPSPEED)
+def test_what_deepspeed_cannot_do_is_said_before_anything_is_loaded(configured, overrides, said):
+    config, asked = configured(*overrides, name="."), replace(GPU, deepspeed=True)
+    with pytest.raises(ConfigError) as refused:
+        check(config, asked)
+    assert said in str(refused.value)
+
+
+def test_float16_of_a_card_without_bfloat16_too(configured):
+    with pytest.raises(ConfigError, match=r"grpo\.fp16: DeepSpeed"):
+        check(configured(name="."), replace(T4, deepspeed=True))
+
+
+def test_deepspeed_is_asked_for_by_accelerates_launcher(configured, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    config = configured("run.warm_start.steps=3", "model.dtype=auto", name=".")
-    with pytest.raises(ConfigError, match=r"run.warm_start: one process alone .* take fsdp2.yaml"):
-        check(config, Machine.here())
+    assert Machine.here().deepspeed

@@ -365,7 +365,7 @@ def test_a_resumed_run_loads_what_the_warm_start_left_by_its_own_loader(
 SPREAD = {
     "": "model.safetensors",
     "FSDP": "pytorch_model_fsdp_0",
-    "DeepSpeed": "global_step2",
+    "DeepSpeed": "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt",
 }  # by what of a checkpoint's files
 
 
@@ -379,6 +379,7 @@ def test_a_checkpoint_is_resumed_by_what_it_was_kept_by(tmp_path, monkeypatch, n
         place = tmp_path / f"{before}-checkpoint"
         place.mkdir()
         for name in (file, "trainer_state.json"):
+            (place / name).parent.mkdir(exist_ok=True)
             (place / name).touch()
         folder = SimpleNamespace(checkpoint=place)
         if before == now:
@@ -390,3 +391,14 @@ def test_a_checkpoint_is_resumed_by_what_it_was_kept_by(tmp_path, monkeypatch, n
         with pytest.raises(ConfigError) as refused:
             require_same_spread(folder)
         assert said in str(refused.value)
+
+
+def test_a_checkpoint_of_deepspeed_is_resumed_by_as_many_processes(tmp_path, monkeypatch):
+    """Which says so itself, by a traceback, after the evaluation."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    place = tmp_path / "checkpoint-2" / "global_step2"
+    place.mkdir(parents=True)
+    for rank in range(2):
+        (place / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(ConfigError, match=r"2 parts by DeepSpeed, .* has 1 process\(es\); start 2"):
+        require_same_spread(SimpleNamespace(checkpoint=place.parent))
