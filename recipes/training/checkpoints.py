@@ -27,13 +27,14 @@ from recipes.problems import ConfigError
 from recipes.processes import first
 from recipes.tracking.files import naming_what_failed
 from recipes.training.resume import apply_settings
+from recipes.training.uploads import Uploads
 
 if TYPE_CHECKING:
     from recipes.training.finite import FiniteSteps as _Trainer
 else:
     _Trainer = object
 
-ASIDE = "unfinished"  # what is in this folder of checkpoints/ was cut off
+ASIDE = "_unfinished"  # what is in this folder of checkpoints/ was cut off; uploads leave out what begins so
 
 
 def steps_of_generation(arguments: Any) -> int:
@@ -43,7 +44,7 @@ def steps_of_generation(arguments: Any) -> int:
 
 
 class WholeCheckpoints(_Trainer):
-    """To be put before `FiniteSteps`."""
+    """To be put before `Uploads` and `FiniteSteps`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,17 +80,19 @@ class WholeCheckpoints(_Trainer):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._write_card(place / ASIDE / name)
+                self.write_card(place / ASIDE / name)
                 _publish(place / ASIDE / name, place / name)
+                self.upload(place / name)
                 rotate_checkpoints(str(place), self.args.save_total_limit, use_mtime=True)
             self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours in the place of TRL's, which knows neither the run's data nor its figures; this one goes to the hub."""
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir))
+            self.write_card(Path(self.args.output_dir))
 
-    def _write_card(self, place: Path) -> None:
+    def write_card(self, place: Path) -> None:
+        """The run's model card, as README.md of this folder."""
         if self.card is None:
             return
         try:
@@ -166,7 +169,8 @@ def guarded(trainer_class: type) -> type:
     """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints."""
     from recipes.training.finite import FiniteSteps
 
-    return type(f"Guarded{trainer_class.__name__}", (WholeCheckpoints, FiniteSteps, trainer_class), {})
+    parts = (WholeCheckpoints, Uploads, FiniteSteps, trainer_class)
+    return type(f"Guarded{trainer_class.__name__}", parts, {})
 
 
 class _AtTheBorder(TrainerCallback):

@@ -40,7 +40,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before_and_the_sa
     assert start(settings, KILLED_IN_A_WRITE).wait(120) == -signal.SIGKILL
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert (checkpoints / "unfinished" / "checkpoint-4" / "optimizer.pt").is_file()  # it was a real half
+    assert (checkpoints / "_unfinished" / "checkpoint-4" / "optimizer.pt").is_file()  # it was a real half
     assert train_grpo.main([*settings, "--resume"]) == 0
     assert f"Resuming from {checkpoints / 'checkpoint-2'}" in capsys.readouterr().out
     assert {p.name for p in checkpoints.iterdir() if p.is_dir()} == {
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, fault):
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_a_session_before(tmp_path):
-    place, written = tmp_path / "checkpoint-4", tmp_path / "unfinished" / "checkpoint-4"
+    place, written = tmp_path / "checkpoint-4", tmp_path / "_unfinished" / "checkpoint-4"
     for folder, text in ((place, "before"), (written, "now")):
         folder.mkdir(parents=True)
         (folder / "weights").write_text(text)
