@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from recipes.problems import visible
 
 Forward = Callable[..., Any]
 
@@ -23,15 +26,22 @@ Forward = Callable[..., Any]
 def compile_layers(model: torch.nn.Module, backend: str | Forward = "inductor") -> None:
     """Let every layer of ``model`` run compiled while it trains, where no cache is kept.
 
-    Nothing is compiled before a layer is first called; what cannot be compiled runs as it is. Copies of the model have
-    plain layers. Chains of elementwise operations are computed in float32 and rounded once, where PyTorch rounds after
-    each, and the backward computes them again, where PyTorch keeps them.
+    Nothing is compiled before a layer is first called; where that fails it is said, and all run as they came. Copies of
+    the model have plain layers. Chains of elementwise operations are computed in float32 and rounded once, where
+    PyTorch rounds after each, and the backward computes them again, where PyTorch keeps them.
 
     backend: of ``torch.compile``.
     """
+
+    def give_up(error: Exception) -> None:
+        make_plain(model)
+        inner = getattr(error, "inner_exception", error)  # of a backend
+        reason = visible(str(inner).partition("\n")[0])
+        print(f"layers: torch.compile fails here, so they run as they came: {reason}", flush=True)
+
     for layer in _layers(model):
         # Where torch.nn.Module.compile keeps it, which copying and pickling leave out.
-        layer._compiled_call_impl = _in_training(layer, backend)  # type: ignore[assignment]
+        layer._compiled_call_impl = _in_training(layer, backend, give_up)  # type: ignore[assignment]
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -61,7 +71,9 @@ def _layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _in_training(layer: torch.nn.Module, backend: str | Forward) -> Forward:
+def _in_training(
+    layer: torch.nn.Module, backend: str | Forward, give_up: Callable[[Exception], None]
+) -> Forward:
     plain = layer._call_impl
     compiled = torch.compile(plain, dynamic=True, backend=backend)
 
@@ -72,9 +84,15 @@ def _in_training(layer: torch.nn.Module, backend: str | Forward) -> Forward:
             return plain(hidden, *rest, **options)
         wanted = torch.is_grad_enabled()
         # The same graph with a gradient and without, here and below, so that a ratio that should be 1 is 1 to the bit.
-        with torch.enable_grad(), torch._dynamo.config.patch(suppress_errors=True):
+        with torch.enable_grad():
             below = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-            found = compiled(below, *rest, **options)
+            try:
+                found = compiled(below, *rest, **options)
+            except (
+                TorchDynamoException
+            ) as error:  # before anything was computed: no C compiler, no kernel, a bug
+                give_up(error)
+                found = plain(below, *rest, **options)
         return found if wanted else tree_map_only(Tensor, Tensor.detach, found)
 
     return call

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from recipes.models.compiled import compile_layers, plain_layers
+from recipes.models.compiled import compile_layers, is_compiled, plain_layers
 
 SHAPE = {
     "vocab_size": 61,
@@ -140,13 +140,25 @@ def test_a_layer_of_several_results():
     assert (nothing, three) == (None, 3)
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(model):
+def test_what_cannot_be_compiled_runs_as_it_is(model, capsys):
+    asked = []
+
     def refuses(graph, inputs):
-        raise RuntimeError("no kernel for this")
+        asked.append(graph)
+        raise RuntimeError("no kernel for this\nand much more")
 
     expected = gradients(model, 9)
     compile_layers(model, refuses)
+    assert is_compiled(model)
     assert_same(gradients(model, 9), expected)
+    assert_same(gradients(model, 9), expected)
+    assert len(asked) == 1
+    assert not is_compiled(model)
+    said = capsys.readouterr()
+    assert said.out.startswith("layers: torch.compile fails here, so they run as they came: ")
+    assert "no kernel for this\n" in said.out
+    assert said.out.count("\n") == 1
+    assert said.err == ""  # no traceback
 
 
 def test_sampling_is_left_as_it_was(model):
