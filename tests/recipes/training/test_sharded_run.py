@@ -34,6 +34,27 @@ def ended(*processes):
         assert process.returncode == 0, output
 
 
+def assert_same_run(ours, others):
+    """They have learned the same, and something; returns the records of GRPO."""
+    weights, expected = (load_file(folder.final / "model.safetensors") for folder in (ours, others))
+    assert weights.keys() == expected.keys()
+    start = load_file(ours.path / "warm_start" / "model.safetensors")
+    assert max(float((weights[name] - start[name]).abs().max()) for name in start) > 1e-4
+    assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) < 1e-6
+    records, wanted = (
+        [record for record in folder.metrics.read() if "warm_start" not in record]
+        for folder in (ours, others)
+    )
+    for record, want in zip(records, wanted, strict=True):
+        assert (record["step"], record["accuracy"]) == (want["step"], want["accuracy"])
+        assert record["accuracy_problems"] == 15
+    for record, want in zip(records[1:3], wanted[1:3], strict=True):
+        assert record["reward"] == want["reward"] > 0
+        for name in ("loss", "grad_norm", "entropy"):
+            assert record[name] == pytest.approx(want[name], rel=1e-5)
+    return records
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """Of a run in parts, of the same run whole in two processes, and of that in parts ended at step 1 and resumed."""
@@ -52,23 +73,7 @@ def roots(tmp_path_factory):
 @pytest.mark.parametrize("other", [1, 2], ids=["whole", "resumed"])
 def test_a_run_in_parts_is_the_run_whole(roots, other):
     ours, others = (RunFolder(roots[place] / "tiny") for place in (0, other))
-    weights, expected = (load_file(folder.final / "model.safetensors") for folder in (ours, others))
-    assert weights.keys() == expected.keys()
-    start = load_file(ours.path / "warm_start" / "model.safetensors")
-    assert max(float((weights[name] - start[name]).abs().max()) for name in start) > 1e-4
-    assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) < 1e-6
-    records, wanted = (
-        [record for record in folder.metrics.read() if "warm_start" not in record]
-        for folder in (ours, others)
-    )
-    assert [record["step"] for record in wanted] == [0, 1, 2]
-    for record, want in zip(records, wanted, strict=True):
-        assert record["accuracy"] == want["accuracy"]
-        assert record["accuracy_problems"] == 15
-    for record, want in zip(records[1:], wanted[1:], strict=True):
-        assert record["reward"] == want["reward"] > 0
-        for name in ("loss", "grad_norm", "entropy"):
-            assert record[name] == pytest.approx(want[name], rel=1e-5)
+    assert [record["step"] for record in assert_same_run(ours, others)] == [0, 1, 2]
     assert (ours.checkpoint / "pytorch_model_fsdp.bin").is_file()
 
 

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import ready
 import zero3_on_ranks
 from launched import ROOT, launched, torchrun
 from safetensors.torch import load_file
-from test_sharded_run import RUN, ended
+from test_sharded_run import RUN, assert_same_run, ended
 
 from recipes.tracking.run_folder import RunFolder
 
@@ -24,6 +25,11 @@ ZERO3 = [
     "accelerate.commands.launch", "--config_file", ROOT / "configs" / "accelerate" / "zero3.yaml",
     "--num_processes", "2", "--main_process_port", "0", ON_CPU,
 ]  # fmt: skip
+
+
+def by_zero3(*command):
+    """Starts a run; anew, since deepspeed reads its accelerator when it is imported."""
+    return launched(*ZERO3, *command, start=ready.anew)
 
 
 def test_gradients_are_those_of_the_model_in_one_piece(tmp_path):
@@ -44,7 +50,7 @@ def roots(tmp_path_factory):
         tmp_path_factory.mktemp(name) for name in ("whole", "parts", "resumed", "evaluated")
     )
     ended(torchrun(2, "train_grpo.py", *RUN, "step.impl=trl", f"run.output_root={whole}"))
-    ended(launched(*ZERO3, *RUN, f"run.output_root={parts}"))
+    ended(by_zero3(*RUN, f"run.output_root={parts}"))
     for root, left in (
         (resumed, ("final", "finished.json", "checkpoints/checkpoint-2")),
         (evaluated, ("final", "finished.json")),
@@ -53,29 +59,13 @@ def roots(tmp_path_factory):
         for name in left:
             place = root / "tiny" / name
             shutil.rmtree(place) if place.is_dir() else place.unlink()
-        ended(launched(*ZERO3, *RUN, f"run.output_root={root}", "--resume"))
+        ended(by_zero3(*RUN, f"run.output_root={root}", "--resume"))
     return whole, parts, resumed, evaluated
 
 
 @pytest.mark.parametrize("other", [0, 2, 3], ids=["whole", "resumed", "evaluated"])
 def test_a_run_by_zero_3_is_the_run_whole(roots, other):
-    ours, others = (RunFolder(roots[place] / "tiny") for place in (1, other))
-    weights, expected = (load_file(folder.final / "model.safetensors") for folder in (ours, others))
-    assert weights.keys() == expected.keys()
-    start = load_file(ours.path / "warm_start" / "model.safetensors")
-    assert max(float((weights[name] - start[name]).abs().max()) for name in start) > 1e-4
-    assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) < 1e-6
-    records, wanted = (
-        [record for record in folder.metrics.read() if "warm_start" not in record]
-        for folder in (ours, others)
-    )
-    for record, want in zip(records, wanted, strict=True):
-        assert (record["step"], record["accuracy"]) == (want["step"], want["accuracy"])
-        assert record["accuracy_problems"] == 15
-    for record, want in zip(records[1:3], wanted[1:3], strict=True):
-        assert record["reward"] == want["reward"] > 0
-        for name in ("loss", "grad_norm", "entropy"):
-            assert record[name] == pytest.approx(want[name], rel=1e-5)
+    assert_same_run(*(RunFolder(roots[place] / "tiny") for place in (1, other)))
 
 
 def test_each_process_keeps_its_part_and_a_model_is_named_whole(roots, tmp_path):
@@ -86,7 +76,7 @@ def test_each_process_keeps_its_part_and_a_model_is_named_whole(roots, tmp_path)
     named = [key for key in RUN if not str(key).startswith(("model.scratch", "run.warm_start"))]
     begin = ["model.scratch=null", "run.warm_start=null", "model.loader=transformers"]
     begin += [f"model.name={ours.path / 'warm_start'}", f"run.output_root={tmp_path}"]
-    ended(launched(*ZERO3, *named, *begin))
+    ended(by_zero3(*named, *begin))
     weights = load_file(tmp_path / "tiny" / "final" / "model.safetensors")
     expected = load_file(ours.final / "model.safetensors")
     assert max(float((weights[name] - expected[name]).abs().max()) for name in expected) < 1e-6
