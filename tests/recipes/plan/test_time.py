@@ -199,7 +199,7 @@ def test_a_whole_run_of_smollm2():
 def test_a_whole_run_with_compiled_layers():
     """benchmarks/results/char_count_h100.md, on an H200: 624 s, and the seconds of a rollout of eight updates."""
     path = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
-    config = load_config(path)
+    config = load_config(path, ["run.evaluation.every=160"])
     planned = plan_time(config, plan(config, 141 * GIB).setting, Rate(8.09e14, 4.8e12), (62, 70))
     assert planned.total == pytest.approx(624, rel=0.1)
     assert 8 * planned.step == pytest.approx(3.05, rel=0.1)
