@@ -77,6 +77,7 @@ class LLM:
     max_num_seqs: int | None = None
     enable_sleep_mode: bool = False
     model_impl: str = "auto"
+    enforce_eager: bool = False
     distributed_executor_backend: str | None = None
     seed: int = 0
     max_num_batched_tokens: int | None = None
