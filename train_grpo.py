@@ -329,9 +329,8 @@ def _save(trainer: Any, place: Path) -> None:
 def _command(options: argparse.Namespace) -> str:
     """The command line that began this run, without --resume."""
     if spread():
-        return (
-            "the same command"  # accelerate's launcher does not say with which configuration it was started
-        )
+        # accelerate's launcher does not say with which configuration it was started.
+        return "the same command"
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["python"] if here == "1" else ["torchrun", "--nproc-per-node", here]
     return shlex.join([*launcher, "train_grpo.py", "--config", options.config, *options.overrides])

@@ -67,9 +67,8 @@ def trainer_of(folder: str, rank: int, memory: float) -> Any:
     from recipes.training.vllm_engine import engine
 
     overrides = [f"model.name={folder}", f"lora.r={rank}", "grpo.use_vllm=true", "grpo.vllm_mode=colocate"]
-    overrides.append(
-        "model.vllm_engine={enforce_eager: true}"
-    )  # its graphs take minutes, and are not timed here
+    # Its graphs take minutes, and are not timed here.
+    overrides.append("model.vllm_engine={enforce_eager: true}")
     config = load_config(CONFIG, overrides)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -127,9 +127,8 @@ class FiniteSteps(_Trainer):
         step = self.state.global_step + 1
         finite = all(map(math.isfinite, norms))
         bad = next((value for value in losses if not math.isfinite(value)), None)
-        taken = (
-            finite and self.deepspeed is not None
-        )  # the update, which its engine leaves out by the gradient alone
+        # deepspeed's engine has left the update out, or not, by the gradient alone.
+        taken = finite and self.deepspeed is not None
         if bad is not None and not taken:
             self._skip(model, step, "forward", f"the loss is not finite ({bad})", norm)
         elif not finite and self.accelerator.scaler is None:  # which looks for itself
