@@ -88,9 +88,8 @@ def _in_training(
             below = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             try:
                 found = compiled(below, *rest, **options)
-            except (
-                TorchDynamoException
-            ) as error:  # before anything was computed: no C compiler, no kernel, a bug
+            except TorchDynamoException as error:
+                # Before anything was computed: no C compiler, no kernel for this card, a fault of the compiler.
                 give_up(error)
                 found = plain(below, *rest, **options)
         return found if wanted else tree_map_only(Tensor, Tensor.detach, found)

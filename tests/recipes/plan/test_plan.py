@@ -339,12 +339,23 @@ def in_bins(tokens, *overrides):
     return replace(plan(load_config(ONE_B, overrides), 24 * GIB).setting, bin_tokens=tokens)
 
 
+PLAIN = "model.compile_layers=false"
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [[], ["head.impl=full"], ["model.gradient_checkpointing=false"], ["model.compile_layers=false"]],
+    ("overrides", "more"),
+    [
+        ([PLAIN], 1.05),
+        ([PLAIN, "head.impl=full"], 1.05),
+        ([PLAIN, "model.gradient_checkpointing=false"], 1.05),
+        ([], 1.05),
+        # The most tokens and the most rows that are scored are planned for together, which no length has together:
+        # where layers keep little, as compiled ones, that is 6 per cent.
+        (["model.gradient_checkpointing=false"], 1.1),
+    ],
     ids=str,
 )
-def test_the_token_budget_is_the_largest_that_fits(overrides):
+def test_the_token_budget_is_the_largest_that_fits(overrides, more):
     s, device = in_bins(None, *overrides), 6 * GIB
     budget = plan_token_budget(s, device)
 
@@ -353,7 +364,7 @@ def test_the_token_budget_is_the_largest_that_fits(overrides):
 
     assert 0 < budget < 4 * (256 + 8 * 511)
     assert max(peak(budget, length) for length in (1, 20, 100, 300, 512)) <= usable(device)
-    assert max(peak(int(1.1 * budget), length) for length in (1, 20, 100, 300, 512)) > usable(device)
+    assert max(peak(int(more * budget), length) for length in (1, 20, 100, 300, 512)) > usable(device)
     assert plan_token_budget(s, 7 * GIB) > budget
 
 
@@ -413,10 +424,9 @@ def test_a_run_takes_the_bins_it_is_told_to():
 
 
 def test_bins_leave_room_for_a_vllm_that_stays():
-    plain = "model.compile_layers=false"  # as layers are beside a vLLM
-    beside = [plain, "grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.5"]
-    assert bin_of(10 * GIB, *beside) == bin_of(5 * GIB, plain)
-    assert bin_of(10 * GIB, *beside, "grpo.vllm_enable_sleep_mode=true") == bin_of(10 * GIB, plain)
+    beside = [PLAIN, "grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.5"]
+    assert bin_of(10 * GIB, *beside) == bin_of(5 * GIB, PLAIN)  # as layers are beside a vLLM
+    assert bin_of(10 * GIB, *beside, "grpo.vllm_enable_sleep_mode=true") == bin_of(10 * GIB, PLAIN)
     assert bin_of(10 * GIB, "grpo.use_vllm=true", "grpo.vllm_mode=server") == bin_of(10 * GIB)
 
 
