@@ -349,8 +349,8 @@ PLAIN = "model.compile_layers=false"
         ([PLAIN, "head.impl=full"], 1.05),
         ([PLAIN, "model.gradient_checkpointing=false"], 1.05),
         ([], 1.05),
-        # The most tokens and the most rows that are scored are planned for together, which no length has together:
-        # where layers keep little, as compiled ones, that is 6 per cent.
+        # Planned for are the keys of the shortest completions and the scored rows of the longest, which no length has
+        # together: where layers keep little, as compiled ones, that is 6 per cent.
         (["model.gradient_checkpointing=false"], 1.1),
     ],
     ids=str,
