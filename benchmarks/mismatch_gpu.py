@@ -87,11 +87,12 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="SmolLM2's folder")
     parser.add_argument("--rollouts", type=int, default=2)
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for head in HEADS:
+    for head in options.heads:
         for engine in ENGINES:
             given = overrides(options.model, head, engine, options.rollouts, options.output / "runs")
             command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(CONFIG), *given]

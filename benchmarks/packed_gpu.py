@@ -5,9 +5,10 @@
     python -m benchmarks.packed_gpu --output DIR --budget 8192 16384
 
 Each gets the same rollouts in turn: random tokens, LoRA on every linear layer, bfloat16; smollm2-135m in full, float32
-under autocast. `compiled` is the packed step with `model.compile_layers`. `seconds` is one accumulation
-window, forward and backward; `scoring`, timed once, is the pass for old log-probabilities that TRL makes where vLLM
-samples, and that the packed step does not need. Groups without advantage cost TRL as much as others, so they are
+under autocast; with `--checkpoint FOLDER` the 8B weights that benchmarks.packed_unsloth leaves there, in 4 bits.
+`compiled` is the packed step with `model.compile_layers`. `seconds` is one accumulation window, forward and backward;
+`scoring`, timed once, is the pass for old log-probabilities that TRL makes where vLLM samples, and that the packed step
+does not need. Groups without advantage cost TRL as much as others, so they are
 measured for the packed step alone. That runs in bins of as many tokens as a padded micro-batch has slots, and in those
 that `step.token_budget: null` gives a run on this card, or in each of `--budget`. Under `agreement`: gradients against
 those of TRL's way, and of TRL's way in float32 where the model is small enough. `share`: the time that the arithmetic a
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, timed
+from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, shape_for, timed
 from recipes.models.adapters import without_adapters
 from recipes.models.compiled import compile_layers
 from recipes.plan.rate import matrix_rate
@@ -69,20 +70,41 @@ HUB = {
 }  # fmt: skip
 CHECKPOINTING = {"llama-1b": False, "llama-8b": True, "smollm2-135m": False, "toy": False}
 IN_FULL = {"smollm2-135m"}  # every weight trained, in float32
+WAYS = ("packed", "compiled", "padded")
 
 
-def make_model(name: str, toy: bool) -> Any:
-    """Random weights and adapters that are not zero, so that every layer has a gradient."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+def new_model(name: str, toy: bool) -> Any:
+    """Random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    set_seed(0)
     with torch.device("cpu" if toy else "cuda"):
-        model = LlamaForCausalLM._from_config(
+        return LlamaForCausalLM._from_config(
             LlamaConfig(**MODELS[name]),
             dtype=torch.float32 if toy or name in IN_FULL else torch.bfloat16,
             attn_implementation="sdpa",
         )
+
+
+def in_4_bits(checkpoint: Path) -> Any:
+    """A checkpoint as a run with `model.load_in_4bit` reads it."""
+    from transformers import AutoModelForCausalLM
+
+    from recipes.config.schema import ModelConfig
+    from recipes.models.load import quantisation
+
+    settings = ModelConfig(loader="transformers", dtype="bfloat16", load_in_4bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa", **quantisation(settings)
+    )
+
+
+def make_model(name: str, toy: bool, checkpoint: Path | None = None) -> Any:
+    """The model with adapters that are not zero, so that every layer has a gradient."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(0)
+    model = in_4_bits(checkpoint) if checkpoint else new_model(name, toy)
     if name in IN_FULL:
         return model
     model = get_peft_model(
@@ -257,6 +279,8 @@ def measure(
     if name != "llama-8b" or shape.name == "gsm8k":  # where the head is a hundredth of the step, time is dear
         contestants.append(("padded", "memhead", 0.0, 0))
     for way, head, zeros, budget in contestants:
+        if way not in options.ways:
+            continue
         if time.time() > until:
             return
         row: dict[str, Any] = {
@@ -371,6 +395,10 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--models", nargs="+", default=["llama-1b", "llama-8b"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--checkpoint", type=Path, help="the 8B model's weights instead of new ones, read in 4 bits"
+    )
     parser.add_argument("--limit", type=float, default=500, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -384,18 +412,15 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
-    shapes = TOY_SHAPES if options.toy else {name: SHAPES[name] for name in options.shapes}
     models = ["toy"] if options.toy else options.models
     rows: list[dict] = []
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"packed_{'toy' if options.toy else 'gpu'}.json"
     for name in models:
-        model = make_model(name, options.toy)
+        model = make_model(name, options.toy, options.checkpoint)
         if options.liger:
             use_liger(model)
-        for shape in shapes.values():
-            if name == "llama-8b" and shape.name != "gsm8k":
-                shape = shape._replace(groups=4)
+        for shape in TOY_SHAPES.values() if options.toy else [shape_for(name, s) for s in options.shapes]:
             measure(name, model, shape, options, rows, until)
             device = "cpu" if options.toy else torch.cuda.get_device_name()
             path.write_text(

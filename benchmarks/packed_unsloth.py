@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, timed
+from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, shape_for, timed
 from benchmarks.step_stack import make_trainer, save_checkpoint
 
 Batch = dict[str, Any]
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
-    shapes = TOY_SHAPES if options.toy else {name: SHAPES[name] for name in options.shapes}
+    shapes = TOY_SHAPES if options.toy else {s: shape_for("llama-8b", s) for s in options.shapes}
     scratch = Path(tempfile.mkdtemp())
     checkpoint = options.checkpoint or scratch / "checkpoint"
     if not options.toy and not checkpoint.exists():

@@ -52,6 +52,10 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if grpo["warmup_steps"] and grpo["lr_scheduler_type"] == "constant":
         remedy = "set grpo.lr_scheduler_type: constant_with_warmup"
         yield Problem("grpo.warmup_steps", "the schedule constant has none", grpo["warmup_steps"], remedy)
+    start = run.warm_start
+    if start is not None and start.check_every is None and start.target_accuracy is not None:
+        target, remedy = start.target_accuracy, "set it to null, or run.warm_start.check_every"
+        yield Problem("run.warm_start.target_accuracy", "is never looked for", target, remedy)
     yield from _check_engine(model, lora, grpo)
     if sections["step"].ahead:
         yield from _check_ahead(model, grpo)

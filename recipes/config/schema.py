@@ -226,7 +226,10 @@ class WarmStartConfig(Section):
         le=1,
         description="stop at this greedy accuracy, to leave GRPO something; null: run every step",
     )
-    check_every: Positive = Field(25, description="steps between two looks at the accuracy")
+    check_every: Positive | None = Field(
+        25,
+        description="steps between two looks at the accuracy; null: none, since the run looks at it before GRPO anyway",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     batch_size: Positive = Field(128, description="examples a step")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")

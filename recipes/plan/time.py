@@ -224,7 +224,7 @@ class _Clock:
             return 0.0
         operations = _training(self.work, self.flow(start.batch_size, shared=False), self.s)
         step = max(operations / (self.rate.operations * self.trained_share), self.layers)
-        looks = start.steps // start.check_every
+        looks = start.steps // start.check_every if start.check_every else 0
         return start.steps * step + looks * self.completing(run.size, run.batch_size)
 
     def starting(self) -> float:

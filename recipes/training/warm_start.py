@@ -55,7 +55,7 @@ class WarmStartResult:
 
     steps: int
     examples: int
-    accuracy: float  # at the last probe
+    accuracy: float  # at the last probe; nan without one
     loss: float  # mean cross entropy a completion token, at the last step
 
 
@@ -73,7 +73,8 @@ def warm_start(
 ) -> WarmStartResult:
     """Train on `examples` in their order, from the start again when they end, until `probe()` reaches the target.
 
-    `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end; `on_step` is called after each step.
+    `probe` gives the accuracy (0 to 1), every `check_every` steps and at the end, or never; `on_step` is called after
+    each step.
     A batch that does not fit is cut, with the same gradient. `chat`: what the chat template is told beside the
     messages. A step that is not finite is skipped; `max_bad_steps` in a row raise Diverged.
     Raises ValueError if there are fewer examples than one batch.
@@ -104,7 +105,8 @@ def warm_start(
             )
             bad_steps.stop_at_limit()
         optimizer.zero_grad()
-        looked = step % settings.check_every == 0 or step == settings.steps
+        every = settings.check_every
+        looked = every is not None and (step % every == 0 or step == settings.steps)
         taken = WarmStartStep(step, loss, rate, probe() if looked else taken.accuracy)
         on_step(taken)
         if settings.target_accuracy is not None and taken.accuracy >= settings.target_accuracy:
@@ -146,9 +148,10 @@ def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
 
     def report(taken: WarmStartStep) -> None:
         folder.metrics.append({"warm_start": asdict(taken)})
-        if taken.step % settings.check_every == 0:
+        if taken.step % (settings.check_every or settings.steps) == 0:
+            accuracy = "" if math.isnan(taken.accuracy) else f"accuracy {taken.accuracy:.3f}  "
             print(
-                f"warm start  step {taken.step}  loss {taken.loss:.3f}  accuracy {taken.accuracy:.3f}  "
+                f"warm start  step {taken.step}  loss {taken.loss:.3f}  {accuracy}"
                 f"{time.perf_counter() - started:.0f} s",
                 flush=True,
             )

@@ -365,6 +365,7 @@ MISTAKES = {
     "model.load_in_4bit=true": "add a lora section",
     "model.scratch.hidden_size=130": "not a multiple of 2 × heads 4 (value 130); set it to 128 or 136",
     "model.scratch.kv_heads=3": "does not divide heads 4",
+    "run.warm_start={check_every: null}": "is never looked for (value 0.45); set it to null, or run.",
     "lora.r=4": "lora: a new model's adapters would be all that is kept of it; add run.warm_start, or set lora: null",
     "grpo.beta=0.1": "a new model cannot be loaded again as its reference (value 0.1); add run.warm_start",
     "lora.target_modules=[lm_head]": "remove 'lm_head' from it",

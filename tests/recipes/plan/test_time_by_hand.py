@@ -196,6 +196,8 @@ def test_a_whole_run():
     often, begun = seconds(*told, every), seconds(*told, every, start)
     assert often.total == pytest.approx(plain.total + 2 * look)
     assert begun.total == pytest.approx(often.total + 9 * WORK.training(flow(6)) / SPEED + 2 * look)
+    never = seconds(*told, every, start.replace("4}", "null, target_accuracy: null}"))
+    assert never.total == pytest.approx(begun.total - 2 * look)
     fitting = seconds(told[0], told[2], "run.evaluation.size=12", "run.evaluation.every=null")
     assert fitting.total == pytest.approx(plain.total - 2 * two)
     # With three samples a problem, of two problems at a time; the start looks without them.

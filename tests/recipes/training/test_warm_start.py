@@ -293,7 +293,8 @@ def test_frozen_weights_are_left_out(loaded, steps_taken):
 
 
 @pytest.mark.parametrize(
-    ("steps", "every", "looked"), [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (2, 25, [2]), (1, 1, [1])]
+    ("steps", "every", "looked"),
+    [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (2, 25, [2]), (1, 1, [1]), (3, None, [])],
 )
 def test_the_accuracy_is_looked_at_now_and_then_and_at_the_end(steps, every, looked):
     seen, reported = [], []
@@ -304,7 +305,7 @@ def test_the_accuracy_is_looked_at_now_and_then_and_at_the_end(steps, every, loo
 
     result = start(Slope(0.1), settings(steps=steps, check_every=every), probe=probe, on_step=reported.append)
     assert seen == looked
-    assert result.accuracy == len(looked) / 10
+    assert result.accuracy == pytest.approx(len(looked) / 10 if looked else math.nan, nan_ok=True)
     assert (result.steps, result.examples) == (steps, 4 * steps)
     assert result.loss == reported[-1].loss
     last = 0
@@ -391,6 +392,22 @@ class Ticking:
     def perf_counter(self):
         self.now += 1.0
         return self.now
+
+
+def test_a_warm_start_that_never_looks_says_no_accuracy(tmp_path, capsys):
+    given = [
+        "run.warm_start.steps=2",
+        "run.warm_start.check_every=null",
+        "run.warm_start.target_accuracy=null",
+    ]
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start.steps")]
+    session = train_grpo.begin(
+        load_config(CONFIG_FILE, [*kept, f"run.output_root={tmp_path}", *given]), resume=False
+    )
+    assert session.folder.read_json("warm_start.json")["accuracy"] is None
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("warm start  step")]
+    assert line.split()[2:5] == ["step", "2", "loss"]
+    assert "accuracy" not in line
 
 
 def test_a_runs_warm_start_is_recorded_saved_and_where_adapters_look_for_their_base(
