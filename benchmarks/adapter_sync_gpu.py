@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,15 @@ def trainer_of(folder: str, rank: int, memory: float) -> Any:
 
 
 def sums(parameters: Any) -> dict[str, str]:
-    """sha256 of every tensor that is none of an adapter's."""
-    return {
-        name: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, p in parameters
-        if "lora_" not in name
-    }
+    """sha256 of every tensor that is none of an adapter's, several at a time: 8B parameters take one core minutes."""
+    tensors = [(name, p) for name, p in parameters if "lora_" not in name]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((name for name, _ in tensors), pool.map(_sum, (p for _, p in tensors)), strict=True))
+
+
+def _sum(parameter: torch.Tensor) -> str:
+    data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(data)).hexdigest()
 
 
 def sums_of_vllm(trainer: Any) -> dict[str, str]:
@@ -103,28 +107,41 @@ def sums_of_vllm(trainer: Any) -> dict[str, str]:
 
 
 def change(model: Any, step: int) -> None:
-    """The adapters as after another step."""
+    """Other adapters, as large as trained ones: steps that added up would end in a model that computes noise."""
     generator = torch.Generator(DEVICE).manual_seed(step)
     for name, p in model.named_parameters():
         if "lora_" in name:
-            noise = torch.randn(p.shape, device=p.device, generator=generator)
-            p.data.add_(0.01 * noise.to(p.dtype))
+            p.data.normal_(std=0.03, generator=generator)
 
 
 @torch.no_grad()
 def difference(trainer: Any) -> dict[str, float]:
-    """Of vLLM's log-probabilities from the trainer's, nats a token, with the adapter as it is now."""
+    """Of vLLM's log-probabilities from the trainer's, nats a token, with the adapter as it is now.
+
+    `mean_without`: from those that the trainer has without its adapter, which shows that vLLM used it.
+    """
     prompts = [trainer.processing_class(text)["input_ids"] for text in WORDS[:8]]
     _, completions, logprobs, _ = trainer.vllm_generation.generate(prompts, None, 1)
+    theirs = torch.tensor([token[0] for sampled in logprobs for token in sampled], device=DEVICE)
+    every = (_logprobs(trainer.model, prompts, completions) - theirs).abs()
+    with trainer.model.disable_adapter():
+        without = (_logprobs(trainer.model, prompts, completions) - theirs).abs()
+    return {
+        "mean": every.mean().item(),
+        "max": every.max().item(),
+        "mean_without": without.mean().item(),
+        "tokens": every.numel(),
+    }
+
+
+def _logprobs(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """Of all completion tokens, one completion after another. (tokens,)"""
     found = []
-    for prompt, completion, sampled in zip(prompts, completions, logprobs, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion]], device=DEVICE)
-        logits = trainer.model(ids).logits[0, len(prompt) - 1 : -1].float()
-        ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        theirs = torch.tensor([token[0] for token in sampled], device=DEVICE)
-        found.append((ours - theirs).abs())
-    every = torch.cat(found)
-    return {"mean": every.mean().item(), "max": every.max().item(), "tokens": every.numel()}
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        found.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+    return torch.cat(found)
 
 
 def merge_drift(model: Any) -> float:

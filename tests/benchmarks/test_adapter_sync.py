@@ -18,4 +18,5 @@ def test_a_few_syncs(tmp_path):
     assert found["vllm_base_unchanged"] is True
     assert found["merge_cycle_changes_the_base_by"] > 0.0  # what is not done
     assert found["difference"]["max"] < 0.1
+    assert found["difference"]["mean_without"] > 10 * found["difference"]["mean"]  # the adapter was used
     assert found["adapter_parameters"] > 0
