@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.packed_gpu import MODELS
+from benchmarks.packed_models import MODELS
 from recipes.rewards.final_answer import text_of
 from recipes.tracking.run_folder import RunFolder
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.packed_gpu import CHECKPOINTING, MODELS, make_model
+from benchmarks.packed_models import CHECKPOINTING, MODELS, make_model
 from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout
 from recipes import processes
 from recipes.training.sharding import gather_once, keep_precision
