@@ -77,6 +77,23 @@ def test_a_config_opens_with_what_its_plan_says(path):
         load_config(ROOT / file, [word for word in rest.split() if "=" in word])
 
 
+def readme_peaks():
+    """(config, card, GiB) of each line of README's table that names a card."""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        names, _, card = (line.split("|") + ["", "", "", ""])[1:4]
+        if found := re.fullmatch(r" (\d+ GB), ([\d.]+(?: and [\d.]+)*) GiB ", card):
+            files = re.findall(r"\((configs/\S+?)\)", names)
+            yield from (
+                (file, found[1], float(peak))
+                for file, peak in zip(files, found[2].split(" and "), strict=True)
+            )
+
+
+@pytest.mark.parametrize(("file", "card", "peak"), readme_peaks())
+def test_the_readme_says_what_the_plan_says(file, card, peak):
+    assert plan(load_config(ROOT / file), parse_device(card)).peak / GIB == pytest.approx(peak, abs=0.06)
+
+
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
 def test_a_run_of_hours_is_saved_on_its_way(path):
     config = load_config(path)
