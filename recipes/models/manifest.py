@@ -41,7 +41,7 @@ def damage(place: Path) -> str:
         files = {
             str(name): (int(entry["size"]), entry["sha256"]) for name, entry in manifest["files"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     if "condemned" in manifest:
         return str(manifest["condemned"])
@@ -50,12 +50,15 @@ def damage(place: Path) -> str:
             return f"it was written without its {part}"
     for name, (size, digest) in files.items():
         path = place / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
-        if _digest(path) != digest:
-            return f"{name} is not what was written (another sha256)"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, and was written with {size}"
+            if _digest(path) != digest:
+                return f"{name} is not what was written (another sha256)"
+        except OSError as error:  # a bad disk, or a file of another user
+            return f"{name} cannot be read ({error.strerror})"
     return _poison(place)
 
 

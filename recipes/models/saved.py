@@ -39,7 +39,7 @@ def without_weights(place: Path) -> str | None:
         return f"no weights ({wanted})"
     try:
         parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {index.name}"
     return next(
         (f"no {name}, a part of its weights" for name in sorted(parts) if not (place / name).is_file()), None

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import math
+import numbers
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,17 +63,20 @@ async def call_async(
     function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
 ) -> Values | Fault:
     """The same for a coroutine function; the limit holds where it awaits."""
+    limit = asyncio.timeout(seconds)
     try:
-        given = await asyncio.wait_for(
-            function(completions=list(completions), **_copied(columns)), timeout=seconds
-        )
-        return _values(given, len(completions))
-    except TimeoutError:
-        return _late(seconds)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+        async with limit:
+            # In a task of its own: the function may cancel that.
+            given = await asyncio.ensure_future(function(completions=list(completions), **_copied(columns)))
+            return _values(given, len(completions))
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Fault(said(error))
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # Ctrl-C
+        # The function may raise a TimeoutError of its own.
+        return _late(seconds) if limit.expired() else Fault(said(error))
 
 
 def isolate(
@@ -133,7 +137,7 @@ def _values(given: Any, wanted: int) -> Values | Fault:
         given.close()
         return Fault("returned a coroutine; declare the function itself with async def")
     # These could be iterated, and would be misread.
-    if isinstance(given, (str, bytes, Mapping, set, frozenset)):
+    if isinstance(given, (str, bytes, bytearray, memoryview, Mapping, set, frozenset)):
         return Fault(f"returned {show(given)}; {_REMEDY}")
     try:
         iterator = iter(given)
@@ -161,6 +165,8 @@ def _number(value: Any) -> float | str | None:
         return None
     if isinstance(value, (str, bytes)):
         return f"the text {show(value)}"
+    if isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real):
+        return show(value)  # numpy's would lose its imaginary part
     try:
         number = float(value)
     except Exception:  # __float__ may be anyone's code

@@ -26,6 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
 from recipes.rewards.call import (
+    MAX_REWARD,
     Fault,
     Reward,
     Values,
@@ -39,6 +40,7 @@ from recipes.rewards.call import (
 )
 from recipes.rewards.stuck import nothing_to_keep, watched
 
+MAX_SECONDS = 1e6  # eleven days; the system's clocks overflow far above
 FIRST_VERDICT = 64  # a share of failures is taken of at least this many completions
 
 
@@ -72,6 +74,7 @@ class RewardOptions(BaseModel):
     reward_seconds: float = Field(
         10.0,
         gt=0,
+        le=MAX_SECONDS,
         description="time limit of one call of a reward function, and once more for its completions one by one",
     )
     reward_failures: float = Field(
@@ -88,6 +91,9 @@ def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Itera
         remedy = "give one a weight other than 0, or set it to null for the task's own weights"
         yield Problem("task.rewards", "weighs nothing", dict(weights), remedy)
     for name, weight in weights.items():
+        if abs(weight) > MAX_REWARD:
+            message = "is so large that float32 leaves no other reward a gradient"
+            yield Problem(f"task.rewards.{name}", message, weight, f"give at most {MAX_REWARD:g}")
         if name not in known and "." not in name:
             remedy = f"use {one_of(known)}, or module.function"
             yield Problem(f"task.rewards.{name}", "is no reward of this task", weight, remedy)

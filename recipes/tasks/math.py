@@ -18,7 +18,7 @@ from pydantic import Field
 
 from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of, read_rows, renamed, text
 from recipes.rewards.call import Reward
-from recipes.rewards.contract import ColumnNames, RewardOptions
+from recipes.rewards.contract import MAX_SECONDS, ColumnNames, RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
 from recipes.rewards.latex import MAX_ANSWER, gold_text, parts
 from recipes.rewards.math_verifier import Verifier
@@ -43,7 +43,9 @@ class Math(Task):
     class Options(RewardOptions):
         """The keys beside `task.name` in the YAML."""
 
-        reward_seconds: float = Field(300.0, gt=0, description="time limit of one call of a reward function")
+        reward_seconds: float = Field(
+            300.0, gt=0, le=MAX_SECONDS, description="time limit of one call of a reward function"
+        )
         dataset: str = Field(
             min_length=1, description="hub id; a folder with train.jsonl and test.jsonl; or one .jsonl file"
         )

@@ -157,7 +157,8 @@ class WholeCheckpoints(_Trainer):
         if not self.is_world_process_zero():
             return
         for place in Path(self.args.output_dir).glob("checkpoint-*"):
-            if int(place.name.rpartition("-")[2]) >= step:
+            number = place.name.rpartition("-")[2]  # beside them may lie a copy: checkpoint-4-old
+            if number.isdecimal() and int(number) >= step:
                 condemn(place, reason)
 
     def _say(self, sentence: str) -> None:

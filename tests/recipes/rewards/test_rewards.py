@@ -61,6 +61,10 @@ def test_the_weighed_functions_in_the_order_of_their_weights():
         ),
         ({"correctness": 0.0}, "task.rewards: weighs nothing (value {'correctness': 0.0}); give one"),
         ({}, "task.rewards: weighs nothing (value {}); give one"),
+        (
+            {"tag_count": 1.0, "correctness": -1e30},
+            "task.rewards.correctness: is so large that float32 leaves no other reward a gradient (value -1e+30); give",
+        ),
     ],
 )
 def test_a_wrong_choice_is_one_problem(rewards, line):
@@ -105,6 +109,7 @@ class Columns(ColumnNames):
     [
         (RewardOptions, {"reward_seconds": 0.5}, {"reward_seconds": 0.0}),
         (RewardOptions, {"reward_seconds": 3600}, {"reward_seconds": math.inf}),
+        (RewardOptions, {"reward_seconds": 1e6}, {"reward_seconds": 1e10}),
         (RewardOptions, {"reward_failures": 0.0}, {"reward_failures": -0.01}),
         (RewardOptions, {"reward_failures": 1.0}, {"reward_failures": 1.01}),
         (RewardOptions, {"reward_failures": 0.5}, {"reward_failures": "0.5"}),
@@ -285,9 +290,27 @@ async def late(completions, **_):
     await asyncio.sleep(60)
 
 
+async def own_limit(completions, **_):
+    raise TimeoutError("the judge's server is busy")
+
+
+async def own_cancelled(completions, **_):
+    request = asyncio.ensure_future(asyncio.sleep(60))
+    request.cancel()
+    await request
+
+
+async def cancels_itself(completions, **_):
+    asyncio.current_task().cancel()
+    await asyncio.sleep(60)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (own_limit, r"raised TimeoutError: the judge's server is busy.*'zero'"),
+        (own_cancelled, r"raised CancelledError: .*'zero'"),
+        (cancels_itself, r"raised CancelledError: .*'zero'"),
         (endless, r"returned more than 1 values for 1 .*'zero'"),
         (raising, r"raised KeyError: 'late'.*'zero'"),
         (leave, r"called sys\.exit\(3\).*'zero'"),
@@ -307,6 +330,8 @@ async def late(completions, **_):
         (lambda completions, **_: [0, -1e300, 0], r"returned -1e\+300, .*'one'"),
         (lambda completions, **_: [0, float("inf"), 0], r"returned inf; .*'one'"),
         (lambda completions, **_: [0, 1j, 0], r"returned 1j; .*'one'"),
+        (lambda completions, **_: numpy.array([0, 1j, 0]), r"returned np.complex128\(.*'zero'"),
+        (lambda completions, **_: bytearray(b"111"), r"returned bytearray\(b'111'\); return a list"),
         (lambda completions, **_: [0, [1.0], 0], r"returned \[1\.0\]; .*'one'"),
         (lambda completions, **_: [0, Loud(), 0], r"returned <Loud.*; return a list .*'one'"),
     ],

@@ -97,6 +97,14 @@ def without_a_part_in_a_folder(place):
     part.unlink()
 
 
+def on_a_bad_disk(place):
+    """A file of which reading fails, after its size was right."""
+    (place / "scheduler.pt").write_text("")
+    seal(place)
+    (place / "scheduler.pt").unlink()
+    (place / "scheduler.pt").symlink_to("/proc/self/mem")
+
+
 FAULTS = {
     "half a state": (
         lambda place: half(place / "trainer_state.json"),
@@ -118,6 +126,11 @@ FAULTS = {
     "no part of an optimizer": (without_a_part_in_a_folder, "global_step4/optim_states.pt is missing"),
     "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
     "half a manifest": (lambda place: half(place / "manifest.json"), "manifest.json cannot be read"),
+    "brackets for a manifest": (
+        lambda place: (place / "manifest.json").write_text("[" * 100_000),
+        "manifest.json cannot be read",
+    ),
+    "a file that cannot be read": (on_a_bad_disk, "scheduler.pt cannot be read (Input/output error)"),
     "NaN": (nan_weights, "model.safetensors: head holds NaN or infinity"),
     "NaN in an adapter": (nan_in_an_adapter, "adapter_model.safetensors: lora_A holds NaN or infinity"),
     "infinity in a later part": (

@@ -68,6 +68,7 @@ def test_checkpoints_from_which_no_finite_step_was_taken_are_condemned(memhead_i
         )
         return trainer
 
+    (tmp_path / "checkpoints" / "checkpoint-2-old").mkdir(parents=True)  # a copy that somebody keeps there
     with pytest.raises(Diverged, match="3 steps in a row were not finite"):
         diverging(2).train()
     bad = LinesFile(tmp_path / "bad_steps.jsonl").read()
