@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from datasets import load_dataset
 
-from recipes.problems import ABSENT, ConfigError, Problem, one_of
+from recipes.problems import ABSENT, ConfigError, Problem, one_of, place_of
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
@@ -126,12 +126,12 @@ def kind_of(value: Any) -> str:
 
 def is_one_file(dataset: str) -> bool:
     """Whether the data is one file, which has no splits."""
-    return Path(dataset).expanduser().is_file()
+    return place_of("task.dataset", dataset).is_file()
 
 
 def is_on_the_hub(dataset: str) -> bool:
     """Whether the data must be fetched: the name is not that of a file or folder, and does not look like one."""
-    return not Path(dataset).expanduser().exists() and not _looks_local(dataset)
+    return not place_of("task.dataset", dataset).exists() and not _looks_local(dataset)
 
 
 def hold_out(rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]], Any]) -> tuple[Rows, Rows]:
@@ -240,8 +240,22 @@ def _parquet(file: Path) -> Rows:
         if twice:
             raise OSError(f"it has several columns {min(twice)!r}")
         return table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise _not_utf8_in(file, table) from error
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
+
+
+def _not_utf8_in(file: Path, table: Any) -> ConfigError:
+    """The first row of a table that holds a text which is not UTF-8."""
+    for number, row in enumerate(table.to_batches(max_chunksize=1), 1):
+        for name in row.column_names:
+            try:
+                row[name].to_pylist()
+            except UnicodeDecodeError as error:
+                fault = f"column {name!r} is no text in UTF-8"
+                return _refused("task.dataset", str(file), number, fault, error.object, "write it as UTF-8")
+    raise AssertionError(f"{file}: every row can be read")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -307,7 +321,7 @@ def _looks_local(dataset: str) -> bool:
 
 def _local_files(dataset: str, split: str) -> list[Path]:
     """The files of a split on this machine; none if `dataset` is a hub id."""
-    place = Path(dataset).expanduser()
+    place = place_of("task.dataset", dataset)
     if place.is_dir():
         found = [place / f"{split}{suffix}" for suffix in _KINDS if (place / f"{split}{suffix}").is_file()][
             :1

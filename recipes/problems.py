@@ -10,10 +10,13 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 TROUBLESHOOTING = "docs/troubleshooting.md"
 EXIT_STATUS = 2  # what a command line returns for a bad configuration, as argparse does for a bad option
+
+MAX_MESSAGE = 1000  # characters: it may list the columns of a file, or tell what a library says
 
 
 class _Absent:
@@ -41,11 +44,12 @@ class Problem:
 
     def line(self, where: str) -> str:
         """The problem as one line of text; `where` is a file, with its line number if that is known."""
-        text = ": ".join(part for part in (where, shortened(self.key, 120), self.message) if part)
+        parts = (where, shortened(self.key, 120), shortened(self.message, MAX_MESSAGE))
+        text = ": ".join(part for part in parts if part)
         if not isinstance(self.value, _Absent):
             text += f" (value {show(self.value)})"
         if self.remedy:
-            text += f"; {self.remedy}"
+            text += f"; {shortened(self.remedy, MAX_MESSAGE)}"
         return visible(" ".join(text.split()))  # a value with line breaks stays on one line
 
 
@@ -93,6 +97,19 @@ def show(value: Any, limit: int = 80) -> str:
 def shortened(text: str, limit: int = 80) -> str:
     """The text, or its beginning and "…" where it is longer than `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def place_of(key: str, name: str) -> Path:
+    """The path that a key names, ~ replaced. Raises ConfigError where nobody can say what is there."""
+    try:
+        place = Path(name).expanduser()
+        place.exists()
+    except (OSError, RuntimeError) as error:  # too long, in a folder of another user, the home of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            [Problem(key, f"cannot be looked up: {reason}", name, "correct the path")]
+        ) from error
+    return place
 
 
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

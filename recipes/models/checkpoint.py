@@ -9,6 +9,7 @@ from typing import Any
 from recipes.config.schema import ModelConfig
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
+from recipes.problems import place_of
 
 WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 REMEDY = "give a whole checkpoint, or a run's final folder"
@@ -32,7 +33,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
 
 def is_adapter(place: Path) -> bool:
     """Whether a folder holds an adapter, rather than whole weights. Raises ConfigError if it holds neither."""
-    if not place.is_dir():
+    if not place_of("", str(place)).is_dir():
         raise unusable(str(place), "there is no such folder", REMEDY)
     file = next((place / name for name in (ADAPTER_CONFIG, "config.json") if (place / name).is_file()), None)
     if file is None:

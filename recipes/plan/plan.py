@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
-from pathlib import Path
 
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from recipes.config.load import RunConfig
 from recipes.plan import formulas as memory
 from recipes.plan.setting import Setting, notes, vllm_share
 from recipes.plan.time import filling_tokens
-from recipes.problems import ConfigError, Problem
+from recipes.problems import ConfigError, Problem, place_of
 from recipes.table import Table
 
 GIB, MIB = 2**30, 2**20
@@ -295,7 +294,7 @@ def store(config: RunConfig, s: Setting) -> Storage:
     as_it_comes = replace(
         s.precision, weights=memory.DTYPE_BYTES.get(shape.dtype, 4), quantised=shape.quantised
     )
-    here = model.loader == "scratch" or Path(model.name or "").expanduser().is_dir()
+    here = model.loader == "scratch" or place_of("model.name", model.name or "").is_dir()
     unsloths = model.loader == "unsloth" and model.load_in_4bit and not shape.quantised
     trained = _trained_bytes(s)
     steps, every, limit = (

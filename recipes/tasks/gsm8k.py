@@ -191,12 +191,13 @@ def _solution(value: Any) -> str:
     """A solution that ends in one number, or that number alone, as text. Raises BadValue for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
-            return gold_text(value)
+            answer = gold_text(value)
         except ValueError as error:
             raise BadValue(str(error), "correct it or take the row out") from error
-    if isinstance(value, list):
+    elif isinstance(value, list):
         raise BadValue("is a list", "write the number as text")
-    answer = text(value)
+    else:
+        answer = text(value)
     if len(numbers(_number(answer))) != 1:
         raise BadValue("ends in no number, or in several", "correct it, as in: 2 + 2 = 4 #### 4")
     return answer

@@ -13,7 +13,7 @@ from typing import Any
 
 from recipes.config.source import read_file
 from recipes.models.manifest import MANIFEST, STATE, damage
-from recipes.problems import ConfigError, Problem, visible
+from recipes.problems import ConfigError, Problem, place_of, visible
 from recipes.tracking.environment import environment
 from recipes.tracking.files import CompletionsFile, MetricsFile, plain, write_whole
 from recipes.tracking.lock import lock
@@ -197,7 +197,9 @@ def existing(root: Path, name: str) -> list[Path]:
     """The folders of the runs called `name`, oldest first: name, name-2, name-3, …
 
     The name that a run has recorded decides: `llama-3` is the third run of `llama`, or the first of `llama-3`.
+    Raises ConfigError where nobody can say what is there.
     """
+    place_of("run.output_root", str(root))
     numbered = [(1, root / name)] if (root / name).is_dir() else []
     for path in root.glob(f"{name}-*"):
         suffix = path.name.removeprefix(f"{name}-")

@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 from packaging.version import Version
@@ -21,7 +20,7 @@ from recipes.config.unsloth import import_unsloth
 from recipes.machine import why_no_gpu
 from recipes.models.checkpoint import read_object
 from recipes.models.saved import without_weights
-from recipes.problems import ConfigError, Problem, see
+from recipes.problems import ConfigError, Problem, place_of, see
 from recipes.processes import spread
 from recipes.tracking.reporters import missing as missing_tracker
 
@@ -270,7 +269,7 @@ def _checkpoints(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _checkpoint(key: str, name: str, revision: str | None, file: str) -> Iterator[Problem]:
-    place = Path(name).expanduser()
+    place = place_of(key, name)
     if place.exists():
         if not (place / file).is_file():
             yield Problem(key, f"holds no {file}", name, "give the folder of a saved model, or a hub id")

@@ -50,6 +50,8 @@ BAD = [
     ("gsm8k", 3, "question", None, "is null"),
     ("gsm8k", 3, "question", 7, "is a number (value 7); write it as text"),
     ("gsm8k", 6, "answer", "Each has two. #### twelve", "ends in no number, or in several"),
+    ("gsm8k", 7, "answer", int("9" * 300), "ends in no number, or in several"),
+    ("gsm8k", 7, "answer", 1e300, "ends in no number, or in several"),
     ("gsm8k", 2, "answer", True, "is true or false (value true)"),
     ("gsm8k", 2, "question", "half \ud800", "holds half a surrogate pair"),
     ("math", 4, "answer", None, "is null"),
@@ -188,6 +190,33 @@ def test_what_is_neither_file_nor_folder(tmp_path):
             read_rows(str(place), "train")
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "~who_is_this/rows.jsonl", "y" * 5000])
+@pytest.mark.parametrize("key", ["task.dataset", "model.tokenizer", "run.output_root"])
+@pytest.mark.parametrize("mode", [[], ["--plan"]])
+def test_a_name_that_no_system_looks_up(tmp_path, without_unsloth, capsys, key, name, mode):
+    command = ["--config", _write(tmp_path, "gsm8k"), f"{key}={name}", *mode]
+    if key == "run.output_root" and (mode or name[0] == "~"):
+        pytest.skip("a plan makes no folder, and ~ is a name there")
+    assert train_grpo.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    said = (
+        "cannot be looked up: File name too long",
+        "cannot be looked up: Could not",
+        "cannot be loaded on th",
+    )
+    assert line.startswith(tuple(f"command line: {key}: {words}" for words in said)), line
+    assert len(line) < 1400
+
+
+def test_of_what_a_row_has_instead_no_more_is_shown_than_a_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for row in ({f"column_{number}": 1 for number in range(5000)}, {"k" * 100_000: 1}):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ConfigError, match=r"row 1: lacks 'a', has [ck]") as refused:
+            read_rows(str(file), "train", None, [Column("a", text)])
+        assert len(str(refused.value)) < 1200
+
+
 def test_a_prompt_that_the_model_has_no_positions_for(tmp_path, without_unsloth, capsys):
     path = _write(tmp_path, "gsm8k", changed=[(3, "question", "How many? " * 500)])
     assert train_grpo.main(["--config", path, "model.scratch.max_positions=256"]) == 2
@@ -209,6 +238,14 @@ def test_other_files(tmp_path):
     twice = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["n", "n"])
     pyarrow.parquet.write_table(twice, file)
     with pytest.raises(ConfigError, match=r"it has several columns 'n'"):
+        read_rows(str(file), "train")
+    texts = pyarrow.array([b"fine", None, b"caf\xe9"], pyarrow.binary()).buffers()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"t": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts)}), file
+    )
+    with pytest.raises(
+        ConfigError, match=r"rows\.parquet, row 3: column 't' is no text in UTF-8 \(value b'caf"
+    ):
         read_rows(str(file), "train")
     file.write_bytes(b"PAR1 cut off")
     with pytest.raises(ConfigError, match=r"cannot be read"):
