@@ -38,6 +38,7 @@ else:
 BAD_STEPS = "bad_steps.jsonl"
 REMEDY = "lower the learning rate, lengthen its warm-up, or clip harder (grpo.max_grad_norm)"
 CONDEMNED = "the run diverged from there: no finite step could be taken"
+NOTHING_TO_SAMPLE = "probability tensor contains"  # torch.multinomial of NaN, on a CPU
 
 
 class Diverged(RunError):
@@ -101,13 +102,18 @@ class FiniteSteps(_Trainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         reason = first(self._asked(why_no_distribution))  # the weights were looked at after the update
-        if reason is not None:
-            self.condemn_checkpoints(self.bad_steps.last_good, CONDEMNED)
-            raise Diverged(
-                f"step {self.state.global_step + 1}, generation: the model has diverged, {reason}; {REMEDY}, or go on "
-                "from an earlier checkpoint"
-            )
-        return super()._generate_and_score_completions(inputs)
+        if reason is None:
+            try:
+                return super()._generate_and_score_completions(inputs)
+            except RuntimeError as error:  # other prompts than those asked about, or later tokens
+                if NOTHING_TO_SAMPLE not in str(error):
+                    raise
+                reason = "its weights are finite, but its logits while it samples are NaN or infinite"
+        self.condemn_checkpoints(self.bad_steps.last_good, CONDEMNED)
+        raise Diverged(
+            f"step {self.state.global_step + 1}, generation: the model has diverged, {reason}; {REMEDY}, or go on "
+            "from an earlier checkpoint"
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's; the loss is kept in mind."""

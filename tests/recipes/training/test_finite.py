@@ -225,6 +225,22 @@ def test_a_model_that_gives_no_distribution_is_not_sampled_from(memhead_in_trl, 
         trainer.save_model(str(tmp_path / "final"))
 
 
+def test_a_model_that_gives_no_distribution_for_later_tokens_is_said(memhead_in_trl, tmp_path):
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=4, save_strategy="steps", save_steps=1)
+
+    def spoil(head, inputs, logits):
+        if trainer.state.global_step == 2 and len(logits) > 4:  # more rows than are looked at before
+            logits.fill_(math.nan)
+
+    trainer.model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(
+        Diverged, match=r"^step 3, generation: the model has diverged, .* while it samples are NaN"
+    ):
+        trainer.train()
+    assert not damage(tmp_path / "checkpoints" / "checkpoint-1")
+    assert damage(tmp_path / "checkpoints" / "checkpoint-2").startswith("the run diverged from there")
+
+
 def one_nan(model):
     model.model.layers[0].mlp.up_proj.weight[3, 5] = math.nan
 
