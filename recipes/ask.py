@@ -24,6 +24,7 @@ from recipes.config.load import RunConfig, load_config
 from recipes.models.checkpoint import WARM_START, load_checkpoint
 from recipes.models.generation import Sampling, by_transformers, token_ids
 from recipes.models.precision import Precision
+from recipes.models.prompts import require_template
 from recipes.models.saved import unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
@@ -47,11 +48,7 @@ class Answerer:
 
     def answer(self, prompt: Any, *, stream: bool = False) -> str:
         """The greedy answer, without blanks around it; with `stream` printed as it comes."""
-        from transformers import TextStreamer
-
-        streamer = None
-        if stream:
-            streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _to_terminal(self.tokenizer) if stream else None
         chat = self.config.chat_template_kwargs
         generate = by_transformers(self.model, self.tokenizer, chat, self.precision, streamer)
         with self._entered():
@@ -65,6 +62,17 @@ class Answerer:
         unknown = self.tokenizer.unk_token_id
         ids = token_ids(self.tokenizer, [prompt], self.config.chat_template_kwargs)[0]
         return unknown is None or unknown not in ids
+
+
+def _to_terminal(tokenizer: Any) -> Any:
+    """Prints tokens as they come, and no character that could control a terminal."""
+    from transformers import TextStreamer
+
+    class Visible(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
+
+    return Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]:
@@ -94,6 +102,7 @@ def answerers(config: RunConfig, run: RunFolder, task: Task, *, base: bool) -> I
     Of a whole model the second is loaded only when it is asked for. Raises ConfigError without a final model.
     """
     model, tokenizer = load_checkpoint(run.final, config.model)
+    require_template(run.final, tokenizer, task.held_out[0]["prompt"], config.chat_template_kwargs)
     precision = Precision.of(config.grpo_config(run.path))
     yield AFTER, Answerer(model, tokenizer, config, precision)
     if base and hasattr(model, "disable_adapter"):
@@ -123,7 +132,9 @@ def talk(models: list[tuple[str, Answerer]], example: Any, questions: Iterable[s
     for question in questions:
         prompt = _instead(example, question)
         if not trained.knows(prompt):
-            print(f"(the model has no token for some of that; it was trained on: {last_words(example)})")
+            print(
+                f"(the model has no token for some of that; it was trained on: {visible(last_words(example))})"
+            )
         for name, answerer in models:
             if len(models) > 1:
                 print(f"── {name}")
@@ -161,7 +172,11 @@ def main(arguments: list[str]) -> int:
         example = task.held_out[0]["prompt"]
         models = list(answerers(config, RunFolder(options.run), task, base=options.base))
         if options.question is None:
-            print(f"A question as in training: {last_words(example)}", "An empty line ends it.", sep="\n")
+            print(
+                f"A question as in training: {visible(last_words(example))}",
+                "An empty line ends it.",
+                sep="\n",
+            )
         talk(models, example, _typed() if options.question is None else [options.question])
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -3,16 +3,25 @@
     with lasting_output():
         print("46 → 63 %")
 
-All that is printed is also in the run folder, so a run goes on without it.
+All that is printed is also in the run folder, so a run goes on without it. What libraries log, and the traceback of a
+fault of our own, may quote a model's files: they control no terminal either.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any
+
+from recipes.problems import visible
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # transformers writes some where there is no terminal, too
 
 
 class _Lasting:
@@ -68,7 +77,9 @@ def lasting_output() -> Iterator[None]:
             os.fstat(number)
         except OSError:  # closed before the start: the next file that is opened would get its number
             os.open(os.devnull, os.O_RDWR)
-    before = sys.stdout, sys.stderr
+    before, made = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_record)
+    sys.excepthook = _traceback  # stays: Python prints the traceback after the body
     for stream in filter(None, before):
         with suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")
@@ -79,3 +90,16 @@ def lasting_output() -> Iterator[None]:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = before
+        logging.setLogRecordFactory(made)
+
+
+def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A line of a library's log, escaped."""
+    record = logging.LogRecord(*args, **kwargs)
+    with suppress(Exception):  # as logging itself does with arguments that do not fit
+        record.msg, record.args = visible(_COLOUR.sub("", record.getMessage())), ()
+    return record
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(visible("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

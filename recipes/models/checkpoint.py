@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.config.schema import ModelConfig
+from recipes.models.foreign import require_own_attention
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 from recipes.problems import place_of
@@ -28,6 +29,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         model = with_adapter(place, **(quantisation(trained) if trained.loader == "transformers" else {}))
     else:
         model = _whole(place)
+    require_own_attention("", str(place), model)
     return to_gpu(model), tokenizer
 
 

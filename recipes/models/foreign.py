@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from recipes.problems import ConfigError, Problem
 
@@ -21,9 +22,20 @@ def no_foreign_code(key: str, name: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         message = "holds a pickle that is damaged, or runs code when it is read; it was not"
         raise ConfigError([Problem(key, message, name, "take a checkpoint in safetensors")]) from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except (ValueError, ImportError) as error:
+        kernel = isinstance(error, ImportError) and "`kernels`" in str(error)  # attention from the hub
+        if not kernel and "trust_remote_code" not in str(error):
             raise
-        message = "needs code of its own to be loaded, which is not run here"
-        remedy = "name a model of an architecture that transformers itself knows"
-        raise ConfigError([Problem(key, message, name, remedy)]) from error
+        raise _needs_code(key, name) from error
+
+
+def require_own_attention(key: str, name: str, model: Any) -> None:
+    """Raises ConfigError for a model whose configuration asks for an attention kernel of the hub, which is code."""
+    if "/" in (model.config.get_text_config()._attn_implementation or ""):
+        raise _needs_code(key, name)
+
+
+def _needs_code(key: str, name: str) -> ConfigError:
+    message = "needs code of its own to be loaded, which is not run here"
+    remedy = "name a model of an architecture that transformers itself knows"
+    return ConfigError([Problem(key, message, name, remedy)])

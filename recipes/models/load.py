@@ -22,7 +22,7 @@ from transformers import (
 from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
 from recipes.models.compiled import compile_layers
-from recipes.models.foreign import no_foreign_code
+from recipes.models.foreign import require_own_attention
 from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
@@ -106,8 +106,9 @@ def _from_pretrained(
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     options |= quantisation(config)
-    with no_foreign_code("model.name", config.name):
+    with readable("model", config.name, "name a whole model", "model.name", quiet=False):
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
+    require_own_attention("model.name", config.name, model)
     return model, _named_tokenizer(config)
 
 

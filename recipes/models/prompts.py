@@ -9,6 +9,7 @@ trained_on_too(task)              a sentence, where accuracy is measured on prob
 from __future__ import annotations
 
 import heapq
+from pathlib import Path
 from typing import Any
 
 from recipes.config.grpo import problems_of_batch
@@ -16,6 +17,7 @@ from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
 from recipes.models.foreign import no_foreign_code
 from recipes.models.generation import encode, token_ids
+from recipes.models.saved import unusable
 from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError, Problem
 from recipes.rewards.final_answer import last_words
@@ -62,7 +64,7 @@ def mean_prompt(config: RunConfig, task: Task) -> int | None:
             if name is None
             else tokenizer_here(config, str(name), network=False)
         )
-    except (OSError, ValueError, KeyError, TypeError):  # the run, which needs it, says what is wrong
+    except Exception:  # the run, which needs it, says what is wrong
         return None
     prompts = [row["prompt"] for row in task.train.select(range(min(_LOOKED_AT, len(task.train))))]
     ids = token_ids(tokenizer, prompts, config.chat_template_kwargs)
@@ -125,14 +127,28 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
         raise ConfigError([_no_tokenizer(config, error)]) from error
     except ConfigError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of files that say nonsense, whatever comes of it
         raise ConfigError([_no_tokenizer(config, error)]) from error
-    rendered, fault = _rendered(tokenizer, prompt, config.chat_template_kwargs)
-    if fault is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
-        fault = f"it leaves out what the {lost[0]} says"
+    fault = _fault(tokenizer, prompt, config.chat_template_kwargs)
     if fault is None:
         return []
     raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
+
+
+def require_template(place: Path, tokenizer: Any, prompt: Any, chat: Any) -> None:
+    """Raises ConfigError if the chat template of the checkpoint in `place` cannot render a prompt."""
+    fault = None if isinstance(prompt, str) else _fault(tokenizer, prompt, chat)
+    if fault is not None:
+        remedy = "give it the template that it was trained with, or set task.prompt: plain"
+        raise unusable(str(place), f"its chat template cannot render a prompt ({fault})", remedy)
+
+
+def _fault(tokenizer: Any, prompt: Any, chat: Any) -> str | None:
+    """What is wrong with the chat template, seen by one prompt."""
+    rendered, fault = _rendered(tokenizer, prompt, chat)
+    if fault is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
+        return f"it leaves out what the {lost[0]} says"
+    return fault
 
 
 def _unrenderable(config: RunConfig, tokenizer: Any, prompt: Any, name: str, fault: str) -> Problem:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from memhead.shortage import is_out_of_memory
 from recipes.models.foreign import no_foreign_code
@@ -47,17 +45,18 @@ def without_weights(place: Path) -> str | None:
 
 
 @contextmanager
-def readable(part: str, name: str, remedy: str, key: str = "") -> Iterator[None]:
+def readable(part: str, name: str, remedy: str, key: str = "", *, quiet: bool = True) -> Iterator[None]:
     """Around what loads a part of a checkpoint: a failure becomes a ConfigError in one line. No code of its own runs.
 
     part: "tokenizer" or "model". name: the folder or hub id. key: of the configuration; "": the command line named it.
+    quiet: without transformers' warnings.
     """
     try:
-        with no_foreign_code(key, name), _quiet():
+        with no_foreign_code(key, name), _quiet() if quiet else nullcontext():
             yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of files that say nonsense, transformers raises whatever comes of it
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0].rstrip(" .:")

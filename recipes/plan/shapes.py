@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from recipes.config.load import RunConfig
-from recipes.models.foreign import no_foreign_code
+from recipes.models.foreign import no_foreign_code, require_own_attention
 from recipes.problems import ConfigError, Problem, one_of
 
 if TYPE_CHECKING:
@@ -161,13 +161,17 @@ class Trained:
 def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape, Trained]:
     """A model's sizes and what is trained of it, from its configuration.
 
-    Raises ConfigError: see Trained.of.
+    Raises ConfigError: see Trained.of; and for a configuration that no model can be made by.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = _name(config.dtype or torch.float32)
     with torch.device("meta"):  # in bfloat16, the only dtype that grouped experts take there
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        except Exception as error:
+            raise _not_a_model(config.name_or_path, error) from error
+    require_own_attention("model.name", config.name_or_path, model)
     return replace(ModelShape.of(model), dtype=dtype), Trained.of(model, lora)
 
 
@@ -192,16 +196,18 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
         pass
     except ConfigError:
         raise
-    except ValueError as error:
-        message = str(error).splitlines()[0]
-        raise ConfigError(
-            [Problem("model.name", message, name, "plan a model that transformers knows")]
-        ) from error
+    except Exception as error:  # of a file that says nonsense, whatever comes of it
+        raise _not_a_model(name, error) from error
     table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
     if name in table:
         return AutoConfig.for_model(**table[name])
     remedy = f"fetch it: hf download {name} config.json, or give a local folder"
     raise ConfigError([Problem("model.name", "no config.json of it on this machine", name, remedy)])
+
+
+def _not_a_model(name: str, error: Exception) -> ConfigError:
+    message = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ConfigError([Problem("model.name", message, name, "plan a model that transformers knows")])
 
 
 def _scratch(config: RunConfig, network: bool) -> PretrainedConfig:

@@ -27,6 +27,7 @@ from recipes.models.checkpoint import load_checkpoint
 from recipes.models.finite import why_unusable
 from recipes.models.generation import Generate, Sampling, by_transformers, encode
 from recipes.models.precision import Precision
+from recipes.models.prompts import require_template
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
@@ -152,6 +153,7 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     task = config.make_task()
     _ = task.held_out  # what is wrong with the data is said before a model is loaded
     model, tokenizer = load_checkpoint(place, config.model)
+    require_template(place, tokenizer, task.held_out[0]["prompt"], config.chat_template_kwargs)
     precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
     batch = encode(tokenizer, task.held_out[:4]["prompt"], config.chat_template_kwargs)

@@ -13,6 +13,7 @@ from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
 from recipes.models.load import load
 from recipes.models.precision import Precision
+from recipes.models.tokenizers import character_tokenizer
 from recipes.tasks.countdown import Countdown
 from recipes.tracking.run_folder import RunFolder
 
@@ -107,3 +108,19 @@ def test_an_empty_answer_is_called_that(config, capsys):
         model.get_output_embeddings().weight.zero_()
     talk([("after training", answerer)], example, [example])
     assert capsys.readouterr().out.split() == ["(an", "empty", "answer)"]
+
+
+def test_an_answer_and_an_example_control_no_terminal(config, capsys):
+    model, _ = load(config.model, config.make_task(), config.run.seed)
+    tokenizer = character_tokenizer("\x1b=")
+    with torch.no_grad():  # whatever is asked, the answer is that character, again and again
+        head = model.get_output_embeddings()
+        head.weight.zero_()
+        head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+        head.bias[tokenizer.convert_tokens_to_ids("\x1b")] = 1.0
+    answerer = Answerer(model, tokenizer, config, Precision())
+    talk([("after training", answerer)], "\x9b2J", ["=", "unknown"])
+    printed = capsys.readouterr().out
+    assert "\\x1b" * 6 in printed
+    assert "it was trained on: \\x9b2J" in printed
+    assert all(character.isprintable() or character == "\n" for character in printed)

@@ -1,6 +1,7 @@
 """Output that nobody reads, or that a locale has no characters for, costs no run."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -66,3 +67,18 @@ def test_the_first_file_is_not_taken_for_closed_output(tmp_path):
         cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
     )
     assert (tmp_path / "metrics").read_text() == ""
+
+
+def test_what_a_library_logs_and_a_traceback_control_no_terminal(caplog, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with lasting_output():
+        logging.getLogger("transformers.x").warning("of type `%s`", "evil\x1b[31m\x9b2J")
+    logging.getLogger("transformers.x").warning("after it: \x1b")
+    assert [record.message for record in caplog.records] == ["of type `evil\\x9b2J`", "after it: \x1b"]
+    try:
+        raise ValueError("no\x1b[31m")
+    except ValueError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert said.endswith("ValueError: no\\x1b[31m\n")

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 import train_grpo
 from recipes import export
 from recipes.ask import ask
+from recipes.ask import main as asked
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.load import load, scratch_llama
@@ -97,6 +98,57 @@ def test_training_plan_and_evaluation_refuse_a_models_own_code(
     with pytest.raises(ConfigError) as error:
         load(config, None, 0)
     refused(str(error.value), mark)
+
+
+NONSENSE = {
+    "hidden_size": "x\x1b[31m", "num_attention_heads": 0, "vocab_size": -1, "dtype": "os.system",
+    "model_type": "evil\x1b[31m", "hidden_act": "os.system\x1b[31m", "rope_parameters": {"rope_type": "x\x1b[31m"},
+    "quantization_config": 5, "attn_implementation": "evil/kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NONSENSE)
+def test_a_configuration_that_says_nonsense_is_one_line(
+    tmp_path, model, without_unsloth, capsys, caplog, key
+):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: NONSENSE[key]}))
+    run = {"model": {"loader": "transformers", "name": str(model)}, "task": {"name": "countdown"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"run": {"output_root": str(tmp_path / "runs")}}))
+    for mode in ([], ["--plan"], ["--evaluate", str(model)]):
+        assert train_grpo.main(["--config", str(tmp_path / "run.yaml"), *mode]) == 2, mode
+        printed = capsys.readouterr()
+        assert str(model) in printed.err.splitlines()[-1]
+        assert "Traceback" not in printed.err
+        assert "\x1b" not in printed.out + printed.err + caplog.text
+
+
+def test_a_tokenizer_that_says_nonsense_is_one_line(tmp_path, model, without_unsloth, capsys):
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": 5}))
+    run = {"model": {"loader": "transformers", "name": str(model)}, "task": {"name": "char_count"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"run": {"output_root": str(tmp_path / "runs")}}))
+    for mode in ([], ["--plan"], ["--evaluate", str(model)]):
+        assert train_grpo.main(["--config", str(tmp_path / "run.yaml"), *mode]) == 2, mode
+        assert "its tokenizer cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no\x1b[31m') }}", "{% for %}", "{{ 1 / 0 }}", "silence"]
+)
+def test_a_template_that_fails_in_an_evaluation_or_an_answer_is_one_line(
+    tmp_path, model, without_unsloth, capsys, template
+):
+    (model / "chat_template.jinja").write_text(template)
+    run = {"model": {"loader": "transformers", "name": str(model)}, "task": {"name": "char_count"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(run))
+    assert train_grpo.main(["--config", str(tmp_path / "config.yaml"), "--evaluate", str(model)]) == 2
+    evaluated = capsys.readouterr().err
+    model.rename(tmp_path / "final")
+    assert asked([str(tmp_path), "How many?"]) == 2
+    for line in (evaluated, capsys.readouterr().err):
+        assert "its chat template cannot render a prompt (" in line
+        assert "\x1b" not in line
+        assert len(line.splitlines()) == 1
 
 
 def test_export_and_ask_refuse_a_models_own_code(tmp_path, model, mark, without_unsloth, capsys):
