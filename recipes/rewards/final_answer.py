@@ -35,7 +35,10 @@ _VULGAR = {
     for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"
 }
 _SUNK = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_FEW = {"an": 1, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
+# What LaTeX has before a number, often without a blank: x\approx3.5
+_BETWEEN = "times|cdot|div|pm|approx|sim(?:eq)?|[gln]eq?|geqslant|leqslant|q?quad|to|(?:[Rr]ight|Longright)arrow|implies"
 _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\\?+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
 
 
@@ -59,8 +62,8 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
     (re.compile(r"[\u2044\u2215]"), "/"),
     (re.compile(f"[{_MINUS}]|(?<![^\\s>$=(])[\u2014\u2015](?=[$€£¥₹.0-9])"), "-"),
     (
-        re.compile(rf"(?<=[0-9]) and an?[ -]({'|'.join(_PARTS)})(?![\w-])"),
-        lambda match: f" 1/{_PARTS[match[1]]}",
+        re.compile(rf"(?<=[0-9]) and ({'|'.join(_FEW)})[ -]({'|'.join(_PARTS)})s?+(?![\w-])"),
+        lambda match: f" {_FEW[match[1]]}/{_PARTS[match[2]]}",
     ),
     (re.compile(r"(?<=[0-9]) and (?=[1-9]/[1-9][0-9]?+(?![\w/]))"), " "),
     (re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|boldsymbol|bm|mbox)\s*+\{([^{}]*+)\}"), r" \1 "),
@@ -74,6 +77,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
         ),
         _fraction,
     ),
+    (re.compile(rf"\\(?:{_BETWEEN})(?=[0-9])"), r"\g<0> "),
     (re.compile(r"(?<=[0-9}])\s*+\\over(?![A-Za-z])\s*+(?=[0-9{])"), "/"),
     (
         re.compile(

@@ -41,7 +41,9 @@ CASES = Path(__file__).parents[4] / "shared" / "cases" / "final_answers.jsonl"
         (r"3\over 4", "3/4"), (r"\nicefrac{3}{4}", "3/4"), (r"7\sfrac14", "29/4"), ("-(3/4)", "-3/4"), ("- (6)", "-6"),
         ("2.5⋅10^3", "2500"), ("2.5 X 10^3", "2500"), (r"4\times{10}^{2}", "400"), ("{7}", "7"), ("0,25", "1/4"),
         ("—7", "-7"), ("3 lakh", "300000"), ("2 crores", "20000000"), ("3 hundred thousand", "300000"),
-        ("10 bn", "10000000000"),
+        ("10 bn", "10000000000"), ("4 and one half", "9/2"), ("6 and three-quarters", "27/4"),
+        ("3 and two thirds cups", "11/3"), (r"x\approx3.5", "7/2"), (r"\approx 3.5", "7/2"), (r"\Rightarrow12", "12"),
+        (r"x\le7", "7"), (r"\quad 8", "8"), (r"\quad8", "8"), (r"3\times10^{4}", "30000"),
     ],
 )  # fmt: skip
 def test_one_number_however_it_is_written(text, value):
@@ -54,7 +56,7 @@ def test_one_number_however_it_is_written(text, value):
     ("text", "values"),
     [
         ("(9 - 4)", [9, 4]), ("ages 10 - 15", [10, 15]), ("10 -15", [10, 15]), ("$10 - $15", [10, 15]),
-        ("9 minus 4", [9, 4]),
+        ("9 minus 4", [9, 4]), (r"2\times3", [2, 3]), (r"12\div4", [12, 4]), (r"5\pm1", [5, 1]),
         ("9 apples - 4 apples", [9, 4]), ("10 m^2 - 4 m^2", [10, 4]), ("from 10 to -5", [10, -5]),
         ("3 * -5", [3, -5]),
         ("---\n18", [18]), ("1,2", [1, 2]), ("1,234,5", [1, 234, 5]), ("100,23,456", [100, 23, 456]),
