@@ -163,6 +163,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("question", nargs="?", help="left out: asks for questions until an empty line")
     parser.add_argument("--base", action="store_true", help="the answer before GRPO beside that after it")
     options = parser.parse_args(arguments)
+    if options.question is not None and not options.question.strip():
+        parser.error("question: is empty; write one, or leave it out to be asked for it")
     try:
         if not (options.run / "config.yaml").is_file():
             raise unusable(str(options.run), "holds no config.yaml", "give the folder of a run")

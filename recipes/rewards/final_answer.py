@@ -38,7 +38,9 @@ _SUNK = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _FEW = {"an": 1, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
 # What LaTeX has before a number, often without a blank: x\approx3.5
-_BETWEEN = "times|cdot|div|pm|approx|sim(?:eq)?|[gln]eq?|geqslant|leqslant|q?quad|to|(?:[Rr]ight|Longright)arrow|implies"
+_BETWEEN = (
+    "times|cdot|div|pm|approx|sim(?:eq)?|[gln]eq?|[gl]eqslant|q?quad|to|(?:[Rr]ight|Longright)arrow|implies"
+)
 _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\\?+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
 
 

@@ -164,6 +164,8 @@ def _record(line: str, kinds: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         return None
     right = all(record[key] is None or isinstance(record[key], kinds[key]) for key in kinds.keys() & record)
+    if right and isinstance(rewards := record.get("rewards"), dict):
+        right = all(value is None or isinstance(value, (int, float)) for value in rewards.values())
     return record if right and record.get("step", 0) is not None else None
 
 

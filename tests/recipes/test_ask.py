@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recipes.ask import Answerer, ask, talk
+from recipes.ask import Answerer, ask, main, talk
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.checkpoint import load_checkpoint
@@ -124,3 +124,11 @@ def test_an_answer_and_an_example_control_no_terminal(config, capsys):
     assert "\\x1b" * 6 in printed
     assert "it was trained on: \\x9b2J" in printed
     assert all(character.isprintable() or character == "\n" for character in printed)
+
+
+def test_an_empty_question_is_a_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), " "])
+    assert capsys.readouterr().err.endswith(
+        "question: is empty; write one, or leave it out to be asked for it\n"
+    )

@@ -143,11 +143,21 @@ def test_damaged_files_of_a_run_are_named_or_left_out(tmp_path, capsys):
     folder, other = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
     lines = ['{"step": 11, "reward": NaN}', '{"step": "x", "reward": 1}', '{"step": null}', "[1]"]
     with folder.metrics.path.open("a") as metrics:
-        metrics.write("\n".join([*lines, '{"step": 12, "rewards": 5, "time": "x"}', '{"step": 13, "rew']))
+        metrics.write(
+            "\n".join(
+                [
+                    *lines,
+                    '{"step": 12, "rewards": {"a": "x"}}',
+                    '{"step": 12, "rewards": 5, "time": "x"}',
+                    '{"step": 13, "rew',
+                ]
+            )
+        )
     with folder.completions.path.open("a") as completions:
         completions.write('{"a": 1}\n"x"\n')
+        completions.write('{"step": 11, "prompt": "1", "completion": "2", "rewards": {"a": "1e9"}}\n')
     assert [record["step"] for record in folder.metrics.read()][-2:] == [10, 11]
-    assert folder.metrics.unreadable() == [13, 14, 15, 16, 17]
+    assert folder.metrics.unreadable() == [13, 14, 15, 16, 17, 18]
     assert report_module.main([str(folder.path)]) == 0
     wrong = [
         ("environment.json", '{"cpu": '),
