@@ -30,6 +30,8 @@ class Signs:
         """The sentences that apply for the first time with this step's log."""
         if "loss" not in logs:  # an evaluation's
             return []
+        # transformers logs a NaN, as the mean of nothing but None is, as None.
+        logs = {key: math.nan if value is None else value for key, value in logs.items()}
         found = [*self._constant(step, logs), *self._never_ended(step, logs), *_signs(step, logs)]
         new = [sentence for sign, sentence in found if sign not in self._said]
         self._said |= {sign for sign, _ in found}

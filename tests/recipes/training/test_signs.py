@@ -20,3 +20,15 @@ def test_a_run_whose_figures_look_wrong_says_what_they_mean(tmp_path, capsys, mo
     ):
         assert said.count(sentence) == 1, said
     assert said.count("within each group") == 1
+
+
+SILENT = "def silent(completions, **columns):\n    return [None for _ in completions]\n"
+
+
+def test_a_run_whose_reward_gives_none_alone_goes_to_its_end(tmp_path, capsys, monkeypatch):
+    (tmp_path / "silent_rewards.py").write_text(SILENT)
+    monkeypatch.chdir(tmp_path)
+    rewards = "task.rewards={silent_rewards.silent: 1.0}"
+    assert run(tmp_path, rewards, steps=6) == 0
+    said = capsys.readouterr().out
+    assert said.count("Reward silent_rewards.silent gave every completion None up to step 5") == 1
