@@ -204,7 +204,7 @@ def test_a_name_that_no_system_looks_up(tmp_path, without_unsloth, capsys, key, 
         "cannot be looked up: Could not",
         "cannot be loaded on th",
     )
-    assert line.startswith(tuple(f"command line: {key}: {words}" for words in said)), line
+    assert line.startswith(tuple(f"{key}: {words}" for words in said)), line
     assert len(line) < 1400
 
 
