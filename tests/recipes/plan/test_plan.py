@@ -80,7 +80,7 @@ def test_a_config_opens_with_what_its_plan_says(path):
 def readme_peaks():
     """(config, card, GiB) of each line of README's table that names a card."""
     for line in (ROOT / "README.md").read_text().splitlines():
-        names, _, card = (line.split("|") + ["", "", "", ""])[1:4]
+        names, _, card = [*line.split("|"), "", "", "", ""][1:4]
         if found := re.fullmatch(r" (\d+ GB), ([\d.]+(?: and [\d.]+)*) GiB ", card):
             files = re.findall(r"\((configs/\S+?)\)", names)
             yield from (
