@@ -139,8 +139,11 @@ class PackedStep(PackedForward):
         scores = self._score_bin(model, inputs, entropy=True)
         self._remember_old(inputs, scores)
         loss = torch.zeros((), device=scores.logps.device)
+        ends_window = self.accelerator.sync_gradients
         for part, rows in inputs.parts:
             self._scores = scores.of_rows(rows)
+            # TRL moves its adaptive entropy coefficient where a window ends: not after each part of the last bin.
+            self.accelerator.sync_gradients = ends_window and rows.stop == len(scores.logps)
             if self.model.training:
                 seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
                 self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
@@ -199,7 +202,7 @@ class PackedStep(PackedForward):
             self._ratios.add("sampler", difference)
         if scores.rounded is not None:
             self._ratios.add_mismatch(difference, (old - scores.rounded)[seen])
-        self._gap.add(difference.abs(), ratio[~left_out] if ratio.shape[1] == 1 else ratio[seen])
+        self._gap.add(difference.abs(), ratio[~left_out] if correction.by_sequence else ratio[seen])
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """What is known already, where TRL is about to ask for it."""
