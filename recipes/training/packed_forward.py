@@ -84,7 +84,9 @@ class PackedForward(_Trainer):
         """TRL's signature and result. Rows are cut by the token budget, not by ``batch_size``."""
         batch = PaddedBatch(input_ids, attention_mask, logits_to_keep)
         lengths = measure(batch)
-        slots = [[r] if lengths.completion[r] > 0 else [] for r in lengths.group.argsort(stable=True).tolist()]
+        slots = [
+            [r] if lengths.completion[r] > 0 else [] for r in lengths.group.argsort(stable=True).tolist()
+        ]
         budget = self._token_budget or (batch_size or len(slots)) * input_ids.shape[1]
         # As many in every process: a sharded model and a split head wait for each other.
         bins = even_bins(lengths, slots, budget, smallest)
@@ -117,8 +119,7 @@ class PackedForward(_Trainer):
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model, batch.input_ids[:1], batch.attention_mask[:1], shape[1], compute_entropy=entropy
             )
-            zeros = [x if x is None else (0 * x).expand(shape) for x in (logps, entropies)]
-            return Scores(*zeros)
+            return Scores((0 * logps).expand(shape), (0 * entropies).expand(shape) if entropy else None)
         self._flow += Flow.of_lengths(*(x[rows].tolist() for x in lengths))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
         if truncated is not None and truncated.support is not None:

@@ -154,8 +154,8 @@ def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts
 
 
 ARCHITECTURES = (
-    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2", "granite",
-    "smollm3", "cohere",
+    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2",
+    "granite", "smollm3", "cohere",
 )  # fmt: skip
 
 
