@@ -17,6 +17,7 @@ windows are scored once, right after sampling, in the bins that their loss will 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,10 +92,22 @@ class PackedStep(PackedForward):
             self._rollout = Rollout.shuffled(
                 sampled, count, only, self._token_budget, smallest, even=self._even_bins
             )
+            for run in self._runs_of_rollout():  # all of them first: a row that any computes has to be scored
+                self._rollout.cut(run)
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:
             self._rollout.plan(range(index, end))
         return self._rollout.bin_ending_with(index)
+
+    def _runs_of_rollout(self) -> Iterator[range]:
+        """Its micro-batches without an update between them, in each of its iterations."""
+        count, window, place = self.args.steps_per_generation, self.args.gradient_accumulation_steps, self._place
+        for _ in range(self.num_iterations):
+            index = 0
+            while index < count:
+                end = min(count, index + window - place)
+                yield range(index, end)
+                place, index = (place + end - index) % window, end
 
     def _only_by_advantage(self) -> bool:
         """Whether a completion affects loss and metrics only through its advantage, the entropy metric aside."""

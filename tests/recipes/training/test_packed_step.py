@@ -318,6 +318,20 @@ def test_ratios_are_one_to_the_bit(pairs):
     assert "old_per_token_logps" not in later.rollout.parts[0]
 
 
+def test_every_row_that_is_computed_has_been_scored(pairs, monkeypatch):
+    """A later iteration's windows begin elsewhere: there the first micro-batch, without a gradient, is a bin alone."""
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=2, steps_per_generation=3, num_iterations=2)
+    fed = rollout("shared", "none", groups=6)
+    fed["advantages"][:8] = 0.0
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    run(pair.packed, fed, windows=3)
+    kept = pair.packed._rollout
+    old = torch.cat([part["old_per_token_logps"] for part in kept.parts])
+    assert torch.equal(old[:, 0] < 0, kept.live)
+    assert kept.live[:8].sum() == 1
+
+
 def test_evaluation(pairs):
     pair = pairs("llama")
     fed = rollout("partly", "some")
