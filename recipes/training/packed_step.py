@@ -101,7 +101,11 @@ class PackedStep(PackedForward):
 
     def _runs_of_rollout(self) -> Iterator[range]:
         """Its micro-batches without an update between them, in each of its iterations."""
-        count, window, place = self.args.steps_per_generation, self.args.gradient_accumulation_steps, self._place
+        count, window, place = (
+            self.args.steps_per_generation,
+            self.args.gradient_accumulation_steps,
+            self._place,
+        )
         for _ in range(self.num_iterations):
             index = 0
             while index < count:
