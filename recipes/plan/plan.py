@@ -348,20 +348,20 @@ def in_bins(config: RunConfig, s: Setting, budget: int | None) -> Setting:
     """The setting with the bins of the packed step, where the run takes it. A micro-batch is never divided."""
     if config.step.impl == "trl" or config.model.loader == "unsloth":
         return s
-    return replace(s, bin_tokens=s.slots if budget is None else max(s.packed, budget))
+    return replace(s, bin_tokens=s.slots if budget is None else max(s.packed, min(s.rollout, budget)))
 
 
 def plan_token_budget(s: Setting, device_bytes: int) -> int:
     """The largest bin of the packed step, in tokens, that fits the device, if sampling does; 0 if none does.
 
-    At most what is sampled at a time. It fits however short the completions are.
+    At most the rollout. It fits however short the completions are.
 
     Raises ValueError for a setting that the formulas do not cover.
     """
     if not s.complete:
         raise ValueError(f"no formula covers the layers of {s.shape.kind}; set step.token_budget")
     return _largest(
-        max(1, s.sampled // s.generations) * s.group.tokens,
+        s.rollout,
         lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).step <= usable(device_bytes),
     )
 

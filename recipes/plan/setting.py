@@ -52,6 +52,11 @@ class Setting:
         return groups * self.group.tokens + (self.prompt + rest * (self.completion - 1) if rest else 0)
 
     @property
+    def rollout(self) -> int:
+        """Tokens of what is sampled at a time, prompts counted once a group: no bin has more."""
+        return max(1, self.sampled // self.generations) * self.group.tokens
+
+    @property
     def batch(self) -> Batch:
         """One forward pass with a gradient."""
         if self.bin_tokens is None:

@@ -30,6 +30,11 @@ class Correction(NamedTuple):
             trainer.vllm_importance_sampling_clip_max,
         )
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a row has one ratio."""
+        return self.mode.startswith("sequence")
+
     def ratio(
         self,
         old: Tensor,  # (B, K)
@@ -37,12 +42,11 @@ class Correction(NamedTuple):
         mask: Tensor,  # (B, K)
     ) -> Tensor:
         """(B, K), or (B, 1) by sequence."""
-        level, treatment = self.mode.split("_")
         difference = ((old - sampled) * mask).nan_to_num(nan=0.0)
-        if level == "sequence":
+        if self.by_sequence:
             difference = difference.sum(-1, keepdim=True)
         ratio = difference.exp()
-        if treatment == "truncate":
+        if self.mode.endswith("truncate"):
             return ratio.clamp(min=self.low, max=self.high)
         outside = torch.zeros_like(ratio, dtype=torch.bool)
         if self.low is not None:

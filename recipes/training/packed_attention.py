@@ -21,6 +21,10 @@ from recipes.models.attention import put_before, take_away, underlying
 from recipes.training.packing import Packed, VarlenKeys
 
 PREFIX = "packed_"
+_ALL_LAYERS_ALIKE = (
+    "mistral",
+    "phi3",
+)  # with one window; another's model has no use for one in its configuration
 PACKED_ARGUMENT = "packed_keys"  # the keyword argument that carries VarlenKeys to the attention
 
 
@@ -64,13 +68,13 @@ def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
         return sees[:, None]
 
     window = getattr(config, "sliding_window", None)
-    if window is None:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if window is None or not (kinds or config.model_type in _ALL_LAYERS_ALIKE):
         return ready(sees)
     distance = packed.positions[:, :, None] - packed.positions[:, None, :]
     near = ready(sees & (distance < window))
-    kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
-        return near  # all layers alike (Mistral, Phi 3)
+        return near
     return {kind: near if kind == "sliding_attention" else ready(sees) for kind in kinds}
 
 

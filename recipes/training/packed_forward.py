@@ -18,6 +18,7 @@ from memhead.integrations.handle import Truncated
 from memhead.ragged_support import Support, Truncation
 from recipes.models.adapters import without_adapters
 from recipes.plan.work import Flow
+from recipes.processes import smallest
 from recipes.training import packed_attention
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import Lengths, Packed, PaddedBatch, even_bins, measure, pack
@@ -83,12 +84,14 @@ class PackedForward(_Trainer):
         """TRL's signature and result. Rows are cut by the token budget, not by ``batch_size``."""
         batch = PaddedBatch(input_ids, attention_mask, logits_to_keep)
         lengths = measure(batch)
-        order = lengths.group.argsort(stable=True)
-        rows = order[lengths.completion[order] > 0].tolist()
-        budget = self._token_budget or (batch_size or len(rows)) * input_ids.shape[1]
-        bins = even_bins(lengths, [[r] for r in rows], budget) or [range(0)]
+        slots = [
+            [r] if lengths.completion[r] > 0 else [] for r in lengths.group.argsort(stable=True).tolist()
+        ]
+        budget = self._token_budget or (batch_size or len(slots)) * input_ids.shape[1]
+        # As many in every process: a sharded model and a split head wait for each other.
+        bins = even_bins(lengths, slots, budget, smallest)
         found = [
-            self._score(model, batch, lengths, [rows[i] for i in run], entropy=compute_entropy)
+            self._score(model, batch, lengths, [r for i in run for r in slots[i]], entropy=compute_entropy)
             for run in bins
         ]
         # Each row is computed once, and 0 elsewhere.
@@ -112,11 +115,11 @@ class PackedForward(_Trainer):
         truncated: over the supports of B × K slots, or to find them; None: over the whole vocabulary.
         """
         shape = len(batch.input_ids), batch.completion_width
-        if not rows:  # every completion masked: zeros with a gradient path, by TRL's forward of one row
+        if not rows:  # zeros with a gradient path, by TRL's forward of one row: other processes may have some
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model, batch.input_ids[:1], batch.attention_mask[:1], shape[1], compute_entropy=entropy
             )
-            return Scores(logps.expand(shape), None if entropies is None else entropies.expand(shape))
+            return Scores((0 * logps).expand(shape), (0 * entropies).expand(shape) if entropy else None)
         self._flow += Flow.of_lengths(*(x[rows].tolist() for x in lengths))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
         if truncated is not None and truncated.support is not None:

@@ -17,6 +17,7 @@ windows are scored once, right after sampling, in the bins that their loss will 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,10 +92,26 @@ class PackedStep(PackedForward):
             self._rollout = Rollout.shuffled(
                 sampled, count, only, self._token_budget, smallest, even=self._even_bins
             )
+            for run in self._runs_of_rollout():  # all of them first: a row that any computes has to be scored
+                self._rollout.cut(run)
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:
             self._rollout.plan(range(index, end))
         return self._rollout.bin_ending_with(index)
+
+    def _runs_of_rollout(self) -> Iterator[range]:
+        """Its micro-batches without an update between them, in each of its iterations."""
+        count, window, place = (
+            self.args.steps_per_generation,
+            self.args.gradient_accumulation_steps,
+            self._place,
+        )
+        for _ in range(self.num_iterations):
+            index = 0
+            while index < count:
+                end = min(count, index + window - place)
+                yield range(index, end)
+                place, index = (place + end - index) % window, end
 
     def _only_by_advantage(self) -> bool:
         """Whether a completion affects loss and metrics only through its advantage, the entropy metric aside."""
@@ -139,8 +156,11 @@ class PackedStep(PackedForward):
         scores = self._score_bin(model, inputs, entropy=True)
         self._remember_old(inputs, scores)
         loss = torch.zeros((), device=scores.logps.device)
+        ends_window = self.accelerator.sync_gradients
         for part, rows in inputs.parts:
             self._scores = scores.of_rows(rows)
+            # TRL moves its adaptive entropy coefficient where a window ends: not after each part of the last bin.
+            self.accelerator.sync_gradients = ends_window and rows.stop == len(scores.logps)
             if self.model.training:
                 seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
                 self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
@@ -199,7 +219,7 @@ class PackedStep(PackedForward):
             self._ratios.add("sampler", difference)
         if scores.rounded is not None:
             self._ratios.add_mismatch(difference, (old - scores.rounded)[seen])
-        self._gap.add(difference.abs(), ratio[~left_out] if ratio.shape[1] == 1 else ratio[seen])
+        self._gap.add(difference.abs(), ratio[~left_out] if correction.by_sequence else ratio[seen])
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """What is known already, where TRL is about to ask for it."""

@@ -434,6 +434,7 @@ def trls(config):
 def test_a_run_takes_the_bins_it_is_told_to():
     assert bin_of(80 * GIB, "step.token_budget=9000") == 9000
     assert bin_of(80 * GIB, "step.token_budget=100") == 256 + 8 * 511  # one group, which is not divided
+    assert bin_of(80 * GIB, "step.token_budget=1000000") == 4 * (256 + 8 * 511)  # all that is sampled
     assert bin_of(80 * GIB, "step.token_budget=100", "grpo.per_device_train_batch_size=12") == (
         2 * 256 + 12 * 511
     )

@@ -52,12 +52,15 @@ CASES = {
     "packed, one bin": Case("packed", {"token_budget": 10_000}),
     "reused": Case("reused", BINS | {"num_iterations": 2}),
     "lora": Case("lora", BINS | {"lora": True}),
+    "kl": Case("kl", BINS | {"lora": True, "beta": 0.1}),
     "trl, split head": Case("trl", vocabulary=True),
     "packed, split head": Case("packed", BINS, vocabulary=True),
     "trl, sharded": Case("trl", sharded=True),
     "packed, sharded": Case("packed", BINS, sharded=True),
     "saved, sharded": Case("packed", BINS | {"save_strategy": "steps", "save_steps": 2}, sharded=True),
     "lora, sharded": Case("lora", BINS | {"lora": True}, sharded=True),
+    "kl, split head": Case("kl", BINS | {"lora": True, "beta": 0.1}, vocabulary=True),
+    "kl, sharded": Case("kl", BINS | {"lora": True, "beta": 0.1}, sharded=True),
     "packed, sharded, split head": Case("packed", BINS, vocabulary=True, sharded=True),
 }
 ALONE = {name: case for name, case in CASES.items() if name == case.alone}

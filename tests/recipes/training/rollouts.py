@@ -131,6 +131,7 @@ def configurations() -> dict[str, Any]:
     gemma = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
     return {
         "llama": t.LlamaConfig(**SMALL),
+        "llama-window": t.LlamaConfig(**SMALL, sliding_window=4),  # of which its code knows nothing
         "qwen2": t.Qwen2Config(**SMALL, tie_word_embeddings=True),
         "qwen3": t.Qwen3Config(**SMALL, head_dim=8),
         "mistral": t.MistralConfig(**SMALL, sliding_window=32),

@@ -74,6 +74,7 @@ def pairs(tmp_path_factory):
             loss_type="dapo", importance_sampling_level="token", beta=0.0, num_iterations=1, entropy_coef=0.0,
             top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, delta=None,
             gradient_accumulation_steps=2, steps_per_generation=2, use_bias_correction_kl=False,
+            use_adaptive_entropy=False,
         )  # fmt: skip
         pair.packed._token_budget = None
         return pair
@@ -153,8 +154,8 @@ def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts
 
 
 ARCHITECTURES = (
-    "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2", "granite", "smollm3",
-    "cohere",
+    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2",
+    "granite", "smollm3", "cohere",
 )  # fmt: skip
 
 
@@ -257,6 +258,14 @@ def test_entropy_bonus_and_quantile(pairs):
     compare(pair, rollout("shared", "some"), windows=1)
 
 
+def test_adaptive_entropy_moves_once_a_window(pairs):
+    """By all micro-batches of the window, of which a bin has several."""
+    pair = pairs("llama")
+    pair.set(use_adaptive_entropy=True, entropy_coef=0.1, entropy_target=10.0, entropy_coef_delta=0.05)
+    steps = compare(pair, rollout("shared", "some"), windows=3)
+    assert [step.metrics["entropy_coef"] for step in steps] == pytest.approx([0.15, 0.2, 0.25])
+
+
 def test_off_policy_mask_and_delta(pairs):
     pair = pairs("llama")
     pair.set(off_policy_mask_threshold=1e-3, delta=1.1, num_iterations=2)
@@ -279,6 +288,20 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
     compare(pair, fed, windows=1)
 
 
+def test_completions_of_one_token_have_ratios_of_tokens(pairs):
+    """Of which a row without one has none."""
+    pair = pairs("llama")
+    pair.set(
+        use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,
+    )  # fmt: skip
+    fed = rollout("shared", "none")
+    fed = {k: v[:, :1] if k.startswith("completion") else v for k, v in fed.items()}
+    fed["completion_mask"][::3] = 0
+    fed["sampling_per_token_logps"] = torch.full(fed["completion_ids"].shape, -4.0, dtype=torch.float64)
+    compare(pair, fed, windows=1)
+
+
 def test_ratios_are_one_to_the_bit(pairs):
     """Scored before an update in the bins of the loss: the first loss of a later window sees a ratio of exactly 1."""
     pair = pairs("llama")
@@ -293,6 +316,20 @@ def test_ratios_are_one_to_the_bit(pairs):
     old = later.rollout.parts[1]["old_per_token_logps"]
     assert torch.equal(trainer._score_bin(trainer.model, later, entropy=True).logps, old)
     assert "old_per_token_logps" not in later.rollout.parts[0]
+
+
+def test_every_row_that_is_computed_has_been_scored(pairs, monkeypatch):
+    """A later iteration's windows begin elsewhere: there the first micro-batch, without a gradient, is a bin alone."""
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=2, steps_per_generation=3, num_iterations=2)
+    fed = rollout("shared", "none", groups=6)
+    fed["advantages"][:8] = 0.0
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    run(pair.packed, fed, windows=3)
+    kept = pair.packed._rollout
+    old = torch.cat([part["old_per_token_logps"] for part in kept.parts])
+    assert torch.equal(old[:, 0] < 0, kept.live)
+    assert kept.live[:8].sum() == 1
 
 
 def test_evaluation(pairs):
