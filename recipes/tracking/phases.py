@@ -42,9 +42,10 @@ _METHODS = {  # method of the trainer -> its phase
     "compute_loss": "forward",
 }
 _ALSO_OF_THE_LOSS = "_get_per_token_logps_and_entropies"
-_METHODS_OF_PACKED = {
-    "_score_before_updates": "scoring"
-}  # of recipes.training.packed_step, which TRL's step lacks
+_METHODS_OF_PACKED = {  # of recipes.training.packed_step, which TRL's step lacks
+    "_score_before_updates": "scoring",
+    "_score_reference": "scoring",
+}
 
 
 @contextmanager

@@ -12,18 +12,21 @@ normalisers and in clip ratios; `entropy` is the mean of what was computed.
 
 Log-probabilities of the old policy are the detached ones of the loss pass, as long as no update lies between sampling
 and loss: TRL's pass for them is skipped, and vLLM's importance ratio is formed here instead. The micro-batches of later
-windows are scored once, right after sampling, in the bins that their loss will use: the same numbers to the bit.
+windows are scored once, right after sampling, in the bins that their loss will use: the same numbers to the bit. So are
+those of the reference: where the policy still is the reference, the KL term's gradient is 0 and not rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 from memhead.integrations.handle import Truncated
 from recipes.processes import smallest
@@ -49,6 +52,8 @@ class PackedStep(PackedForward):
         self._place = 0  # of the next micro-batch in its accumulation window
         self._scores: Scores | None = None  # for the loss that TRL is about to compute
         self._skip_old_pass = False  # TRL is about to ask for the old log-probabilities
+        self._keep_reference = False  # TRL is about to ask for the reference's
+        self._reference: Any = None  # the model that it then asked, in training
         self._meter = StepMeter()
         self._gap = SamplingGap()
         self._ratios = RatioMeter(getattr(self, "mismatch_every", None))  # of MeasuredRatios
@@ -66,17 +71,18 @@ class PackedStep(PackedForward):
             self.train_dataset, self.data_collator = dataset, collator
 
     def _generate_and_score_completions(self, inputs: Any) -> MicroBatch:
-        """TRL's method, without its pass for the old log-probabilities."""
+        """TRL's method, without its pass for the old log-probabilities and, in training, the reference's."""
         inputs = inputs.rows if isinstance(inputs, Rows) else inputs
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction
         self.vllm_importance_sampling_correction = False
+        self._keep_reference = self.model.training
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
             self.vllm_importance_sampling_correction = corrected
-            self._skip_old_pass = False
+            self._skip_old_pass = self._keep_reference = False
 
     def _prepare_inputs(self, generation_batch: Any) -> MicroBatch | Bin:
         if not self.model.training:
@@ -92,21 +98,24 @@ class PackedStep(PackedForward):
             self._rollout = Rollout.shuffled(
                 sampled, count, only, self._token_budget, smallest, even=self._even_bins
             )
-            for run in self._runs_of_rollout():  # all of them first: a row that any computes has to be scored
+            for run in self._runs_of_rollout(
+                self.num_iterations
+            ):  # all of them first: a row that any computes has to be scored
                 self._rollout.cut(run)
+            self._score_reference(self._rollout)
             self._score_before_updates(self._rollout, end)
         if index == 0 or self._place == 0:
             self._rollout.plan(range(index, end))
         return self._rollout.bin_ending_with(index)
 
-    def _runs_of_rollout(self) -> Iterator[range]:
-        """Its micro-batches without an update between them, in each of its iterations."""
+    def _runs_of_rollout(self, iterations: int) -> Iterator[range]:
+        """Its micro-batches without an update between them, in each of its first iterations."""
         count, window, place = (
             self.args.steps_per_generation,
             self.args.gradient_accumulation_steps,
             self._place,
         )
-        for _ in range(self.num_iterations):
+        for _ in range(iterations):
             index = 0
             while index < count:
                 end = min(count, index + window - place)
@@ -128,12 +137,36 @@ class PackedStep(PackedForward):
         for start in range(begin, rollout.count, window):
             for run in rollout.cut(range(start, min(start + window, rollout.count))):
                 part = Bin(rollout, run)
-                with (
-                    torch.no_grad(),
-                    disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-                ):
+                with self._without_gradient():
                     scores = self._score_bin(self.model, part, entropy=False)
                 self._remember_old(part, scores)
+
+    def _score_reference(self, rollout: Rollout) -> None:
+        """The reference's log-probabilities, where TRL has asked for them, in the bins of the first iteration."""
+        model, self._reference = self._reference, None
+        if model is None:
+            return
+        bins = [Bin(rollout, run) for window in self._runs_of_rollout(1) for run in rollout.cut(window)]
+        with self._without_gradient(), self._as_reference():
+            for part in bins:
+                scores = self._score(model, part.batch, part.lengths, part.live, entropy=False)
+                for micro_batch, rows in part.parts:
+                    micro_batch["ref_per_token_logps"] = scores.logps[rows]
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        """As TRL has it: a model of its own, the copy of an adapter, or the model without adapters."""
+        if self.ref_model is not None:
+            return nullcontext()
+        adapted = self.accelerator.unwrap_model(self.model)
+        return use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None)
+
+    @contextmanager
+    def _without_gradient(self) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            yield
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
@@ -229,6 +262,13 @@ class PackedStep(PackedForward):
         if self._skip_old_pass:
             self._skip_old_pass = False
             return None, None, None
+        if self._keep_reference:
+            self._reference, input_ids, _, width = args[:4]
+            return (
+                input_ids.new_zeros(len(input_ids), width, dtype=torch.float32),
+                None,
+                None,
+            )  # see _score_reference
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from rollouts import model_of, trainer_of
 from transformers import set_seed
 from trl import GRPOTrainer
@@ -44,6 +45,31 @@ def history(kind, folder, lora=None, **settings):
     count = trainer.args.gradient_accumulation_steps
     steps = torch.stack([x.detach() for x in losses]).view(-1, count).sum(1)
     return steps, [entry for entry in trainer.state.log_history if "reward" in entry]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_where_the_policy_is_the_reference_kl_pulls_nowhere(tmp_path, adapters):
+    """Exactly 0, as in TRL's step: Adam makes a full step of the least rounding. Nothing is earned here."""
+    set_seed(0)
+    model = model_of("llama").float()
+    tokenizer = character_tokenizer("0123456789+-*=>abcdef")
+    lora = LoraConfig(r=4, target_modules="all-linear") if adapters else None
+    if not adapters:  # TRL loads the reference from where the model came from
+        model.save_pretrained(tmp_path / "model")
+        model = type(model).from_pretrained(tmp_path / "model")
+    with memhead_trl.install():
+        trainer = trainer_of(
+            packed(GRPOTrainer), model, tmp_path, tokenizer, max_steps=2, learning_rate=1e-2, logging_steps=1,
+            save_strategy="no", beta=0.04, gradient_accumulation_steps=2, steps_per_generation=4, peft_config=lora,
+        )  # fmt: skip
+        trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert [entry["kl"] for entry in steps] == [0.0, 0.0]
+    assert [entry["grad_norm"] for entry in steps] == [0.0, 0.0]
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, before[name])
 
 
 @pytest.mark.parametrize("name", CASES)
