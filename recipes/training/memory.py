@@ -187,8 +187,10 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
         yield f"step.token_budget={budget}", changed(bin_tokens=budget)
     elif size > 1:
         text = f"grpo.per_device_train_batch_size={size // 2} grpo.gradient_accumulation_steps={2 * steps}"
-        smaller = changed(sequences=size // 2)
-        yield text, smaller and in_bins(config, smaller, config.step.token_budget or 1)
+        smaller, told = changed(sequences=size // 2), config.step.token_budget
+        if smaller and told is not None and told > smaller.packed:  # bins would join them again
+            text += f" step.token_budget={smaller.packed}"
+        yield text, smaller and in_bins(config, smaller, 1)
     length = config.completion_length
     if length > 1:
         yield f"grpo.max_completion_length={length // 2}", changed(completion=length // 2)

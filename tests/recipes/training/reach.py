@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PretrainedConfig
 
 import memhead.integrations.transformers
 import memhead.integrations.trl
@@ -82,7 +83,7 @@ class _Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(2))
-        self.config = SimpleNamespace()
+        self.config = PretrainedConfig()
 
     def forward(self, **batch: Any) -> Any:
         self.rows = [*getattr(self, "rows", []), len(batch["input_ids"])]
