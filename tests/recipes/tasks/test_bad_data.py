@@ -190,13 +190,20 @@ def test_what_is_neither_file_nor_folder(tmp_path):
             read_rows(str(place), "train")
 
 
-@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "~who_is_this/rows.jsonl", "y" * 5000])
-@pytest.mark.parametrize("key", ["task.dataset", "model.tokenizer", "run.output_root"])
-@pytest.mark.parametrize("mode", [[], ["--plan"]])
+LONG, NOBODYS, LONGER = "x" * 300 + ".jsonl", "~who_is_this/rows.jsonl", "y" * 5000
+LOOKED_UP = [
+    (key, name, mode)
+    for key in ("task.dataset", "model.tokenizer")
+    for name in (LONG, NOBODYS, LONGER)
+    for mode in ([], ["--plan"])
+] + [
+    ("run.output_root", name, []) for name in (LONG, LONGER)
+]  # a plan makes no folder, and ~ is a name there
+
+
+@pytest.mark.parametrize(("key", "name", "mode"), LOOKED_UP)
 def test_a_name_that_no_system_looks_up(tmp_path, without_unsloth, capsys, key, name, mode):
     command = ["--config", _write(tmp_path, "gsm8k"), f"{key}={name}", *mode]
-    if key == "run.output_root" and (mode or name[0] == "~"):
-        pytest.skip("a plan makes no folder, and ~ is a name there")
     assert train_grpo.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     said = (
