@@ -21,10 +21,8 @@ from recipes.models.attention import put_before, take_away, underlying
 from recipes.training.packing import Packed, VarlenKeys
 
 PREFIX = "packed_"
-_ALL_LAYERS_ALIKE = (
-    "mistral",
-    "phi3",
-)  # with one window; another's model has no use for one in its configuration
+# Architectures with one window for all layers; another's model has no use for one in its configuration.
+_ALL_LAYERS_ALIKE = ("mistral", "phi3")
 PACKED_ARGUMENT = "packed_keys"  # the keyword argument that carries VarlenKeys to the attention
 
 
