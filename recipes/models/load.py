@@ -108,7 +108,8 @@ def _from_pretrained(
     options |= quantisation(config)
     with readable("model", config.name, "name a whole model", "model.name", quiet=False):
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
-    require_own_attention("model.name", config.name, model)
+    if config.attn_implementation is None:  # else it is the user's own word
+        require_own_attention("model.name", config.name, model)
     return model, _named_tokenizer(config)
 
 
