@@ -118,7 +118,7 @@ def test_a_configuration_that_says_nonsense_is_one_line(
     for mode in ([], ["--plan"], ["--evaluate", str(model)]):
         assert train_grpo.main(["--config", str(tmp_path / "run.yaml"), *mode]) == 2, mode
         printed = capsys.readouterr()
-        assert str(model) in printed.err.splitlines()[-1]
+        assert str(model)[:60] in printed.err.splitlines()[-1]  # a long value is cut
         assert "Traceback" not in printed.err
         assert "\x1b" not in printed.out + printed.err + caplog.text
 
