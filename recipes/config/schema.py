@@ -6,9 +6,10 @@ docs/configuration.md is generated from the descriptions here.
 
 from __future__ import annotations
 
+from os.path import expanduser
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 from recipes.rewards.contract import RewardOptions
 
@@ -109,6 +110,12 @@ class ModelConfig(Section):
     def revision_of(self, name: str | None) -> str | None:
         """`revision` is the model's own: a tokenizer of another name comes from its main branch."""
         return self.revision if name == self.name else None
+
+    @field_validator("name", "tokenizer")
+    @classmethod
+    def _from_home(cls, name: str | None) -> str | None:
+        """As a shell would read it; transformers does not."""
+        return name and expanduser(name)
 
 
 class HeadConfig(Section):
@@ -280,6 +287,11 @@ class RunSection(Section):
     evaluation: EvaluationConfig = Field(
         default_factory=lambda: EvaluationConfig(), description="accuracy on held-out problems"
     )
+
+    @field_validator("output_root")
+    @classmethod
+    def _from_home(cls, place: str) -> str:
+        return expanduser(place)
 
 
 SECTIONS: dict[str, type[Section]] = {

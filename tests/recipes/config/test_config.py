@@ -603,6 +603,16 @@ def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
 # the reference and the repo's own configurations
 
 
+def test_a_path_may_begin_at_home(good, without_unsloth, monkeypatch):
+    """As a shell would have it where it expands no ~ after an equals sign."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = ["model.loader=transformers", "model.scratch=null", "model.tokenizer=~/b", "run.output_root=~/c"]
+    config = load_config(good, [*given, "model.name=~/a"])
+    found = config.model.name, config.model.tokenizer, config.run.output_root
+    assert found == tuple(f"/home/somebody/{name}" for name in "abc")
+    assert load_config(good, [*given, "model.name=org/~a"]).model.name == "org/~a"
+
+
 def test_reference_is_current():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == markdown(), "run: python -m recipes.config --markdown > docs/configuration.md"
