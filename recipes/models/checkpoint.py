@@ -29,7 +29,6 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         model = with_adapter(place, **(quantisation(trained) if trained.loader == "transformers" else {}))
     else:
         model = _whole(place)
-    require_own_attention("", str(place), model)
     return to_gpu(model), tokenizer
 
 
@@ -48,9 +47,10 @@ def is_adapter(place: Path) -> bool:
 
 def _whole(place: Path) -> Any:
     """The model of a folder. transformers would draw what is missing in its weights at random."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with readable("model", str(place), REMEDY):
+        require_own_attention("", str(place), AutoConfig.from_pretrained(place, trust_remote_code=False))
         model, found = AutoModelForCausalLM.from_pretrained(
             place,
             dtype="auto",
@@ -73,7 +73,7 @@ def with_adapter(place: Path, **options: Any) -> Any:
     Raises ConfigError for an adapter or a base that cannot be loaded.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     base = _require_base(place)
     options |= {"dtype": "auto", "trust_remote_code": False}
@@ -82,6 +82,8 @@ def with_adapter(place: Path, **options: Any) -> Any:
         remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}"
         raise unusable(str(place), f"its base {base} is not there", remedy)
     with readable(f"adapter on {base}", str(place), REMEDY):
+        config = AutoConfig.from_pretrained(started or base, trust_remote_code=False)
+        require_own_attention("", str(place), config)
         if started is None:
             return AutoPeftModelForCausalLM.from_pretrained(place, **options)
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(started, **options), place)

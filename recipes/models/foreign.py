@@ -22,16 +22,18 @@ def no_foreign_code(key: str, name: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         message = "holds a pickle that is damaged, or runs code when it is read; it was not"
         raise ConfigError([Problem(key, message, name, "take a checkpoint in safetensors")]) from error
-    except (ValueError, ImportError) as error:
-        kernel = isinstance(error, ImportError) and "`kernels`" in str(error)  # attention from the hub
-        if not kernel and "trust_remote_code" not in str(error):
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
             raise
         raise _needs_code(key, name) from error
 
 
-def require_own_attention(key: str, name: str, model: Any) -> None:
-    """Raises ConfigError for a model whose configuration asks for an attention kernel of the hub, which is code."""
-    if "/" in (model.config.get_text_config()._attn_implementation or ""):
+def require_own_attention(key: str, name: str, config: Any) -> None:
+    """Raises ConfigError for a configuration that asks for an attention kernel of the hub, which is code.
+
+    To be asked before a model is made by it: making one fetches and runs that.
+    """
+    if "/" in (config.get_text_config()._attn_implementation or ""):
         raise _needs_code(key, name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -107,9 +108,10 @@ def _from_pretrained(
         options["attn_implementation"] = config.attn_implementation
     options |= quantisation(config)
     with readable("model", config.name, "name a whole model", "model.name", quiet=False):
+        if config.attn_implementation is None:  # else it is the user's own word
+            own = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+            require_own_attention("model.name", config.name, own)
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
-    if config.attn_implementation is None:  # else it is the user's own word
-        require_own_attention("model.name", config.name, model)
     return model, _named_tokenizer(config)
 
 

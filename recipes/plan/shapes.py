@@ -165,13 +165,13 @@ def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape
     """
     from transformers import AutoModelForCausalLM
 
+    require_own_attention("model.name", config.name_or_path, config)
     dtype = _name(config.dtype or torch.float32)
     with torch.device("meta"):  # in bfloat16, the only dtype that grouped experts take there
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         except Exception as error:
             raise _not_a_model(config.name_or_path, error) from error
-    require_own_attention("model.name", config.name_or_path, model)
     return replace(ModelShape.of(model), dtype=dtype), Trained.of(model, lora)
 
 

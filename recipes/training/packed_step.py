@@ -98,9 +98,8 @@ class PackedStep(PackedForward):
             self._rollout = Rollout.shuffled(
                 sampled, count, only, self._token_budget, smallest, even=self._even_bins
             )
-            for run in self._runs_of_rollout(
-                self.num_iterations
-            ):  # all of them first: a row that any computes has to be scored
+            # All of them first: a row that any computes has to be scored.
+            for run in self._runs_of_rollout(self.num_iterations):
                 self._rollout.cut(run)
             self._score_reference(self._rollout)
             self._score_before_updates(self._rollout, end)
@@ -110,11 +109,8 @@ class PackedStep(PackedForward):
 
     def _runs_of_rollout(self, iterations: int) -> Iterator[range]:
         """Its micro-batches without an update between them, in each of its first iterations."""
-        count, window, place = (
-            self.args.steps_per_generation,
-            self.args.gradient_accumulation_steps,
-            self._place,
-        )
+        count, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        place = self._place
         for _ in range(iterations):
             index = 0
             while index < count:
@@ -264,11 +260,10 @@ class PackedStep(PackedForward):
             return None, None, None
         if self._keep_reference:
             self._reference, input_ids, _, width = args[:4]
-            return (
-                input_ids.new_zeros(len(input_ids), width, dtype=torch.float32),
-                None,
-                None,
-            )  # see _score_reference
+            unknown = input_ids.new_zeros(
+                len(input_ids), width, dtype=torch.float32
+            )  # until _score_reference
+            return unknown, None, None
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:

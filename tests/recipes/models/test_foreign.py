@@ -15,6 +15,7 @@ from recipes.ask import ask
 from recipes.ask import main as asked
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
+from recipes.models.checkpoint import with_adapter
 from recipes.models.load import load, scratch_llama
 from recipes.models.tokenizers import CHAT_TEMPLATE, character_tokenizer
 from recipes.problems import ConfigError
@@ -121,6 +122,31 @@ def test_a_configuration_that_says_nonsense_is_one_line(
         assert str(model)[:60] in printed.err.splitlines()[-1]  # a long value is cut
         assert "Traceback" not in printed.err
         assert "\x1b" not in printed.out + printed.err + caplog.text
+
+
+def test_a_kernel_of_the_hub_is_refused_before_a_model_is_made(
+    tmp_path, model, without_unsloth, capsys, monkeypatch
+):
+    """Making it would fetch the kernel and run it, where the package `kernels` is installed."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "evil/kernel"}))
+
+    def made(*_, **__):
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.__init__", made)
+    run = {"model": {"loader": "transformers", "name": str(model)}, "task": {"name": "countdown"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"run": {"output_root": str(tmp_path / "runs")}}))
+    for mode in ([], ["--plan"], ["--evaluate", str(model)]):
+        assert train_grpo.main(["--config", str(tmp_path / "run.yaml"), *mode]) == 2, mode
+        assert "needs code of its own" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="needs code of its own"):
+        load(ModelConfig(loader="transformers", name=str(model)), None, 0)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    with pytest.raises(ConfigError, match="needs code of its own"):
+        with_adapter(adapter)
 
 
 def test_a_tokenizer_that_says_nonsense_is_one_line(tmp_path, model, without_unsloth, capsys):

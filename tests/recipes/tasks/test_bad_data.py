@@ -196,9 +196,9 @@ LOOKED_UP = [
     for key in ("task.dataset", "model.tokenizer")
     for name in (LONG, NOBODYS, LONGER)
     for mode in ([], ["--plan"])
-] + [
-    ("run.output_root", name, []) for name in (LONG, LONGER)
-]  # a plan makes no folder, and ~ is a name there
+]
+# A plan makes no folder, and a home that nobody has is a name there.
+LOOKED_UP += [("run.output_root", name, []) for name in (LONG, LONGER)]
 
 
 @pytest.mark.parametrize(("key", "name", "mode"), LOOKED_UP)

@@ -130,6 +130,7 @@ def _model(config: RunConfig, patch: Any, found: dict[str, Any]) -> None:
     patch.setattr(
         load, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=_recorder(found, "model", _Model))
     )
+    patch.setattr(load, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: PretrainedConfig()))
     patch.setattr(
         load, "bpe_tokenizer", lambda texts, size: found.update({"tokenizer.bpe": size}) or _Tokenizer()
     )
