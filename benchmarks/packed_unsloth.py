@@ -2,16 +2,19 @@
 
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER                      # 16-bit weights
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --stack unsloth4
+    python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --model llama-1b --zeros 0 0.3
     python -m benchmarks.packed_unsloth --output DIR --toy                                    # tiny, on a CPU
 
 Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can. A window is as in
 packed_gpu: every group forward and backward, a group a micro-batch. `scoring` is its pass for old log-probabilities.
+Unsloth computes its activations again in the backward pass, unless `--no-checkpointing` is given.
 Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, shape_for, timed
-from benchmarks.step_stack import make_trainer, save_checkpoint
+from benchmarks.step_stack import make_trainer
 
 Batch = dict[str, Any]
 
@@ -61,11 +64,21 @@ def score(trainer: Any, model: Any, parts: list[Batch]) -> None:
             trainer._get_per_token_logps_and_entropies(model, ids, mask, part["completion_ids"].shape[1])
 
 
-def measure(trainer: Any, model: Any, shape: Shape, rounds: int) -> dict[str, Any]:
+def save_checkpoint(name: str, folder: Path) -> None:
+    """What Unsloth loads: random weights, and a tokenizer."""
+    from benchmarks.packed_models import new_model
+    from recipes.models.tokenizers import character_tokenizer
+
+    new_model(name, toy=False).save_pretrained(folder)
+    character_tokenizer("0123456789").save_pretrained(folder)
+
+
+def measure(trainer: Any, model: Any, shape: Shape, zeros: float, rounds: int) -> dict[str, Any]:
     """Seconds of a window and of scoring, medians, and the window's peak."""
     vocab_size = trainer.model.config.vocab_size
-    parts = micro_batches(rollout(shape, vocab_size, 0.0, trainer.accelerator.device), vocab_size)
+    parts = micro_batches(rollout(shape, vocab_size, zeros, trainer.accelerator.device), vocab_size)
     row: dict[str, Any] = {"shape": shape.name, "groups": shape.groups}
+    row["zeros"] = round(zeros * shape.groups) / shape.groups
     row["loss"] = window(trainer, model, parts)
     row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, parts), rounds)
     score(trainer, model, parts)
@@ -79,21 +92,22 @@ def main(argv: list[str] | None = None) -> Path:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--checkpoint", type=Path, help="where the 8B model's random weights lie, or shall lie"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="where the model's random weights lie, or shall lie")
+    parser.add_argument("--model", choices=["llama-1b", "llama-8b"], default="llama-8b")
     parser.add_argument("--stack", choices=["unsloth16", "unsloth4"], default="unsloth16")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0.0], help="shares without advantage")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
-    shapes = TOY_SHAPES if options.toy else {s: shape_for("llama-8b", s) for s in options.shapes}
+    shapes = TOY_SHAPES if options.toy else {s: shape_for(options.model, s) for s in options.shapes}
     scratch = Path(tempfile.mkdtemp())
     checkpoint = options.checkpoint or scratch / "checkpoint"
     if not options.toy and not checkpoint.exists():
-        save_checkpoint(checkpoint)
+        save_checkpoint(options.model, checkpoint)
     trainer, model, _ = make_trainer(
         options.stack,
         options.toy,
@@ -102,17 +116,21 @@ def main(argv: list[str] | None = None) -> Path:
         size=SIZE,
         prompt=max(max(shape.prompts) for shape in shapes.values()),
         completion=max(shape.longest for shape in shapes.values()),
+        checkpointing=options.checkpointing,
     )
     options.output.mkdir(parents=True, exist_ok=True)
     path, rows = options.output / f"packed_{options.stack}.json", []
-    for shape in shapes.values():
+    for shape, zeros in itertools.product(shapes.values(), options.zeros):
         if time.time() > until:
             break
+        row: dict[str, Any] = {"model": "toy" if options.toy else options.model}
+        row["checkpointing"] = options.checkpointing
         try:
-            rows.append(measure(trainer, model, shape, options.rounds))
+            row |= measure(trainer, model, shape, zeros, options.rounds)
         except Exception as error:  # one shape's failure is one row of the table
             traceback.print_exc()
-            rows.append({"shape": shape.name, "error": f"{type(error).__name__}: {error}"[:200]})
+            row |= {"shape": shape.name, "error": f"{type(error).__name__}: {error}"[:200]}
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
         path.write_text(json.dumps({"stack": options.stack, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -9,8 +9,9 @@ colocated   two processes, each with vLLM on its own card; half of every rollout
 
 Each is a run of configs/smollm2_135m_char_count_published.yaml without its supervised start: rollouts of 128 prompts
 × 8, eight updates each. FOLDER: best what that start left, RUN/warm_start, since completions that earn nothing are not
-computed. Written after each: server.json and server.md, beside the servers' and the runs' logs. Rollouts a minute are
-taken from the end of the first to the end of the last.
+computed. Ways in processes of their own, each with a port and a share of the card, can run at once: their accuracies
+are as good, their rollouts a minute are not. Written after each: server.json and server.md, beside the servers' and the
+runs' logs. Rollouts a minute are taken from the end of the first to the end of the last.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ WAYS = ("server", "ahead", "colocated")
 UPDATES = 8  # of a rollout in that configuration
 SEQUENCES = 512  # that vLLM computes at once
 LENGTH = 256  # of a prompt with its completion
-URL = "http://127.0.0.1:8000"
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink can put a host's cards out of service for others
@@ -47,16 +47,22 @@ QUIET = {
 }
 
 
-def overrides(way: str, model: str, rollouts: int, place: Path) -> list[str]:
+def url(port: int) -> str:
+    """Where a server listens."""
+    return f"http://127.0.0.1:{port}"
+
+
+def overrides(way: str, options: argparse.Namespace) -> list[str]:
     """Of the configuration, for one way."""
+    place = options.output.resolve() / "runs"
     common = [
-        f"model.name={model}", f"grpo.max_steps={UPDATES * rollouts}", "grpo.cache_implementation=null",
+        f"model.name={options.model}", f"grpo.max_steps={UPDATES * options.rollouts}", "grpo.cache_implementation=null",
         "grpo.use_vllm=true", "grpo.vllm_importance_sampling_mode=token_truncate", "run.warm_start=null",
         "run.save_every=null", "run.evaluation.every=null", f"run.name={way}", f"run.output_root={place}",
     ]  # fmt: skip
     if way == "colocated":
         return [
-            *common, "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.3",
+            *common, "grpo.vllm_mode=colocate", f"grpo.vllm_gpu_memory_utilization={options.memory or 0.3}",
             f"grpo.vllm_max_model_length={LENGTH}", f"model.vllm_engine={{max_num_seqs: {SEQUENCES}}}",
             "grpo.gradient_accumulation_steps=2", "grpo.steps_per_generation=16",
         ]  # fmt: skip
@@ -64,32 +70,41 @@ def overrides(way: str, model: str, rollouts: int, place: Path) -> list[str]:
     return [
         *common,
         "grpo.vllm_mode=server",
-        f"grpo.vllm_server_base_url={URL}",
+        f"grpo.vllm_server_base_url={url(options.port)}",
+        f"grpo.vllm_group_port={options.port + 10_000}",
         f"step.ahead={ahead}",
     ]
 
 
 @contextmanager
-def server(model: str, log: Path, seconds: float) -> Iterator[None]:
+def server(options: argparse.Namespace, log: Path, seconds: float) -> Iterator[None]:
     """vLLM's own on card 1, as TRL 1.15 asks for it. Raises RuntimeError if it does not answer in time.
 
     By its module: the command `vllm serve` imports every other command first, of which a trimmed vLLM has not all.
     """
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", URL.rpartition(":")[2],
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model,
+        "--port", str(options.port),
         "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs",
         "--max-logprobs", "-1", "--max-model-len", str(LENGTH), "--max-num-seqs", str(SEQUENCES),
-        "--gpu-memory-utilization", "0.8", "--uvicorn-log-level", "warning",
+        "--gpu-memory-utilization", str(options.memory or 0.8), "--uvicorn-log-level", "warning",
     ]  # fmt: skip
     environment = os.environ | QUIET | {"CUDA_VISIBLE_DEVICES": CARDS[1], "VLLM_SERVER_DEV_MODE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with log.open("w") as text:
-        process = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
+
+    def start() -> subprocess.Popen[bytes]:
+        with log.open("a") as text:
+            return subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
+
+    until, process = time.time() + seconds, start()
     try:
-        until = time.time() + seconds
-        while not answers():
-            if process.poll() is not None or time.time() > until:
+        again = True  # the first start fails where another process gives memory back while vLLM measures it
+        while not answers(options.port):
+            ended = process.poll() is not None
+            if time.time() > until or (ended and not again):
                 raise RuntimeError(f"the server does not answer; {log.name} says why")
+            if ended:
+                process, again = start(), False
             time.sleep(1)
         yield
     finally:
@@ -101,10 +116,10 @@ def server(model: str, log: Path, seconds: float) -> Iterator[None]:
             process.wait()
 
 
-def answers() -> bool:
+def answers(port: int) -> bool:
     """Whether the server is up."""
     try:
-        with urllib.request.urlopen(f"{URL}/health", timeout=2) as response:
+        with urllib.request.urlopen(f"{url(port)}/health", timeout=2) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -115,7 +130,7 @@ def train(way: str, options: argparse.Namespace, seconds: float) -> None:
     log = options.output / f"{way}.log"
     processes = 2 if way == "colocated" else 1
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
-    settings = overrides(way, options.model, options.rollouts, options.output.resolve() / "runs")
+    settings = overrides(way, options)
     command = [sys.executable, *launcher, str(ROOT / "train_grpo.py"), "--config", str(CONFIG), *settings]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | QUIET | {"PYTHONPATH": path}
@@ -181,8 +196,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return Table(header, lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Status 1 if a way failed; its figures are those of the steps that it took."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,10 +205,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rollouts", type=int, default=6)
+    parser.add_argument("--port", type=int, default=8000, help="the server's")
+    parser.add_argument(
+        "--memory", type=float, help="share of its card that vLLM takes; 0.8 for a server, else 0.3"
+    )
     parser.add_argument(
         "--limit", type=float, default=520, help="seconds in all, shared evenly by what is left"
     )
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Status 1 if a way failed; its figures are those of the steps that it took."""
+    options = parse(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     until, rows = time.time() + options.limit, []
     for place, way in enumerate(options.ways):
@@ -203,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             if way == "colocated":
                 train(way, options, mine - time.time())
             else:
-                with server(options.model, options.output / f"{way}-server.log", mine - time.time()):
+                with server(options, options.output / f"{way}-server.log", mine - time.time()):
                     train(way, options, mine - time.time())
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             row["error"] = str(error)

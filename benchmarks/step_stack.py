@@ -77,10 +77,12 @@ def save_checkpoint(folder: Path) -> None:
     character_tokenizer("0123456789").save_pretrained(folder)
 
 
-def load(stack: str, toy: bool, checkpoint: Path, longest: int) -> tuple[Any, Any, Any, ModuleType]:
+def load(
+    stack: str, toy: bool, checkpoint: Path, longest: int, checkpointing: bool = True
+) -> tuple[Any, Any, Any, ModuleType]:
     """Model, tokenizer, adapters that are not attached yet, and the module whose ``install`` installs a head.
 
-    longest: tokens of a prompt and its completion.
+    longest: tokens of a prompt and its completion. checkpointing: Unsloth's own; TRL's is set by its trainer.
     """
     from recipes.config.schema import LoraSection, ModelConfig
     from recipes.config.unsloth import import_unsloth
@@ -105,7 +107,7 @@ def load(stack: str, toy: bool, checkpoint: Path, longest: int) -> tuple[Any, An
         dtype="bfloat16",
         load_in_4bit=stack == "unsloth4",
         max_seq_length=longest,
-        gradient_checkpointing=True,
+        gradient_checkpointing=checkpointing,
     )
     return *unsloth_loader.load(config, lora, seed=0), None, unsloth_head
 
@@ -137,13 +139,17 @@ def make_trainer(
     size: int = 2,
     prompt: int = PROMPT,
     completion: int | None = None,
+    checkpointing: bool = True,
 ) -> tuple[Any, Any, ModuleType]:
     """A trainer as ``train()`` leaves it before the first step, its prepared model, and the head's module.
 
-    size: completions of a prompt, and of a batch. prompt, completion: tokens of the longest.
+    size: completions of a prompt, and of a batch. prompt, completion: tokens of the longest. checkpointing: whether
+    activations are computed again in the backward pass.
     """
     completion = completion or (TOY_LENGTHS if toy else LENGTHS)[-1]
-    model, tokenizer, peft_config, integration = load(stack, toy, checkpoint, prompt + completion)
+    model, tokenizer, peft_config, integration = load(
+        stack, toy, checkpoint, prompt + completion, checkpointing
+    )
     import trl
     from datasets import Dataset
 
@@ -164,7 +170,7 @@ def make_trainer(
         "report_to": "none",
         "bf16": not toy,
         "use_cpu": toy,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": checkpointing,
     }
     arguments = trl.GRPOConfig(**options)
     trainer = trl.GRPOTrainer(
@@ -176,10 +182,11 @@ def make_trainer(
         peft_config=peft_config,
     )
     if stack == "trl":
-        trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         trainer.model.train()
     else:
-        kind = getattr(trainer.model, "_unsloth_gradient_checkpointing", True)
+        kind = checkpointing and getattr(trainer.model, "_unsloth_gradient_checkpointing", True)
         trainer.model.for_training(use_gradient_checkpointing=kind)
     trainer.create_optimizer()
     for group in trainer.optimizer.param_groups:

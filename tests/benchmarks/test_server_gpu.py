@@ -7,20 +7,22 @@ import time
 import pytest
 
 from benchmarks import server_gpu
-from benchmarks.server_gpu import CONFIG, UPDATES, WAYS, figures, overrides, table
+from benchmarks.server_gpu import CONFIG, UPDATES, WAYS, figures, overrides, parse, table
 from recipes.config.load import load_config
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_a_configuration_of_the_same_rollouts(way, tmp_path):
     processes = 2 if way == "colocated" else 1
-    config = load_config(CONFIG, overrides(way, "somewhere", 3, tmp_path), processes=processes)
+    given = parse(["--model", "somewhere", "--output", str(tmp_path), "--rollouts", "3", "--port", "8123"])
+    config = load_config(CONFIG, overrides(way, given), processes=processes)
     grpo = config.grpo
     rows = processes * grpo["per_device_train_batch_size"]
     assert rows * grpo["steps_per_generation"] == 128 * 8
     assert grpo["steps_per_generation"] // grpo["gradient_accumulation_steps"] == UPDATES
     assert grpo["max_steps"] == 3 * UPDATES
     assert config.step.ahead == (way == "ahead")
+    assert grpo["vllm_server_base_url"] == (None if way == "colocated" else "http://127.0.0.1:8123")
     assert grpo["vllm_mode"] == ("colocate" if way == "colocated" else "server")
 
 
