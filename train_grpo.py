@@ -250,7 +250,7 @@ def optimise(session: Session) -> Trained:
         except KeyboardInterrupt:
             pass  # a second Ctrl-C
         except (RuntimeError, MemoryError) as error:
-            explain(error, config, trainer, tracker.summary())
+            explain(error, config, trainer, tracker.summary_of_now())
             if lost_another(error):
                 raise RunError(f"another process of this run has ended; {_how_to_go_on(folder)}") from error
             raise

@@ -12,7 +12,7 @@ watching every operator's outputs; scratch memory that an operator allocates and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memhead.shortage import is_out_of_memory
 from recipes.tracking.asleep import Asleep
 
 MIB = 2**20
@@ -32,7 +33,10 @@ class Meter(Protocol):
         """A new optimizer step: `step` counts from 0; `persistent` are the tensors that outlive it."""
 
     def measure(self, figures: dict[str, float]) -> Any:
-        """A context that puts the measured MiB into `figures` on exit, by the meter's names."""
+        """A context that puts the measured MiB into `figures` on exit, by the meter's names.
+
+        Also where memory ran out inside: those until then.
+        """
 
 
 class TensorMeter(TorchDispatchMode):
@@ -105,12 +109,14 @@ class CpuMeter:
         """Puts `tensor_peak_mib` (on chosen steps) and `resident_mib` into `figures`."""
         if self._active:
             self._tensors.peak_bytes = self._tensors.live_bytes
-            with self._tensors:
+            with _read_at_end(self._peak, figures), self._tensors:
                 yield
-            figures["tensor_peak_mib"] = self._tensors.peak_bytes / MIB
         else:
             yield
         figures["resident_mib"] = self._process.memory_info().rss / MIB
+
+    def _peak(self, figures: dict[str, float]) -> None:
+        figures["tensor_peak_mib"] = self._tensors.peak_bytes / MIB
 
 
 class CudaMeter:
@@ -128,7 +134,10 @@ class CudaMeter:
         """Puts `allocated_peak_mib`, `reserved_peak_mib` and `device_in_use_mib` into `figures`."""
         torch.cuda.reset_peak_memory_stats(self._device)
         self.asleep.begin()
-        yield
+        with _read_at_end(self._read, figures):
+            yield
+
+    def _read(self, figures: dict[str, float]) -> None:
         free, total = torch.cuda.mem_get_info(self._device)
         asleep = self.asleep.least
         figures["allocated_peak_mib"] = (torch.cuda.max_memory_allocated(self._device) - asleep) / MIB
@@ -136,6 +145,18 @@ class CudaMeter:
         figures["device_in_use_mib"] = (total - free) / MIB
         if self.asleep.now:
             figures["asleep_mib"] = self.asleep.now / MIB
+
+
+@contextmanager
+def _read_at_end(read: Callable[[dict[str, float]], None], figures: dict[str, float]) -> Iterator[None]:
+    """Other errors than a lack of memory pass untouched: a device that they left broken cannot be asked."""
+    try:
+        yield
+    except BaseException as error:
+        if is_out_of_memory(error):
+            read(figures)
+        raise
+    read(figures)
 
 
 def make_meter(device: torch.device, every: int | None) -> Meter:

@@ -113,14 +113,18 @@ class PhaseClock:
             self._synchronize()
         finally:
             self._inside = False
+            for figure, value in figures.items():
+                peaks = self._peaks[name]
+                peaks[figure] = max(peaks.get(figure, 0.0), value)
         self._seconds[name] += time.perf_counter() - began
-        for figure, value in figures.items():
-            peaks = self._peaks[name]
-            peaks[figure] = max(peaks.get(figure, 0.0), value)
+
+    def peaks(self) -> dict[str, dict[str, float]]:
+        """MiB by phase and figure since the last `take`, of a phase that ran out of memory too."""
+        return {phase: dict(figures) for phase, figures in self._peaks.items()}
 
     def take(self) -> tuple[dict[str, float], dict[str, dict[str, float]], int]:
         """Seconds by phase, MiB by phase and figure, and the number of steps they cover; then starts again."""
-        seconds, peaks, steps = dict(self._seconds), {k: dict(v) for k, v in self._peaks.items()}, self._steps
+        seconds, peaks, steps = dict(self._seconds), self.peaks(), self._steps
         if "step" in seconds:
             seconds["other"] = max(0.0, seconds.pop("step") - sum(seconds.values()))
         self._seconds.clear()

@@ -87,6 +87,7 @@ class Tracker:
         self._trainer = trainer
         self._tracking = tracking
         self._device = trainer.accelerator.device
+        self._headline = HEADLINE.get(self._device.type, HEADLINE["cpu"])
         meter = make_meter(self._device, tracking.memory_every) if tracking.memory else None
         engine = sleeping_engine(trainer)
         if isinstance(meter, CudaMeter) and engine is not None:
@@ -117,6 +118,12 @@ class Tracker:
     def summary(self) -> dict[str, Any]:
         """The run so far, a resumed run's earlier sessions included; see `recipes.tracking.summary.summarize`."""
         return summarize(self.folder.metrics.read())
+
+    def summary_of_now(self) -> dict[str, Any]:
+        """The same with this process's peaks since the last line, those of a step that was not ended included."""
+        found = self.summary()
+        found["memory"] = highest([found["memory"], self._clock.peaks()])
+        return found | {"memory_figure": self._headline}
 
     def close(self) -> None:
         """Ends the progress bar and writes summary.json. Safe to call twice, and after Ctrl-C."""
@@ -191,8 +198,7 @@ class Tracker:
         for completion in sample:
             self.folder.completions.append({"step": step, **completion})
         if self._progress is not None:
-            headline = HEADLINE[self._device.type if self._device.type in HEADLINE else "cpu"]
-            self._progress.logged(step, record, [figures.get(headline) for figures in peaks.values()])
+            self._progress.logged(step, record, [figures.get(self._headline) for figures in peaks.values()])
 
     def _log_without_completions(self, *args: Any, **kwargs: Any) -> None:
         """TRL's log, which would print the last step's completions a second time."""

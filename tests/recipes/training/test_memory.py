@@ -88,6 +88,26 @@ def test_a_step_without_memory_is_one_page_and_a_checkpoint(tmp_path, capsys, fa
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_the_page_has_what_the_step_that_failed_took_until_then(tmp_path, capsys, monkeypatch):
+    """Of the first step nothing is logged: its sampling's peak is known all the same, and the loss's so far."""
+    compute, size = PackedStep._compute_loss, 30 * 2**20
+
+    def computed(trainer, model, inputs):
+        held = torch.ones(size, dtype=torch.uint8)
+        loss = compute(trainer, model, inputs)
+        return torch.empty(TOO_MUCH, dtype=torch.uint8) if len(held) == size else loss
+
+    monkeypatch.setattr(PackedStep, "_compute_loss", computed)
+    assert run(tmp_path, "run.checks=false") == 1
+    page = capsys.readouterr().err
+    measured = {
+        phase: float(re.search(rf"  {phase} .*?([\d.]+) MiB\n", page)[1])
+        for phase in ("generation", "forward, loss and backward")
+    }
+    assert 0 < measured["generation"] < 30 < measured["forward, loss and backward"] < 40
+    assert re.search(r"  optimizer .*–\n", page)
+
+
 def test_weights_that_may_be_half_updated_are_not_kept(tmp_path, capsys, monkeypatch):
     stepped = torch.optim.AdamW.step
 
