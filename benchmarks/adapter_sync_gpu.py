@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,38 +175,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = options.model or str(made_up(options.shape, Path(tempfile.mkdtemp())))
     from memhead.integrations import trl as memhead_trl
 
-    with memhead_trl.install():
-        trainer = trainer_of(folder, options.rank, options.memory)
-        model, generation = trainer.model, trainer.vllm_generation
-        before = sums(model.named_parameters())
-        seconds, vllm_before = [], {}
-        for step in range(options.syncs):
-            change(model, step)
-            _wait()
-            began = time.perf_counter()
-            generation.sync_weights()
-            _wait()
-            seconds.append(time.perf_counter() - began)
-            vllm_before = vllm_before or sums_of_vllm(trainer)
-        found = {
-            "command": "python -m benchmarks.adapter_sync_gpu",
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
-            "model": options.shape or Path(folder).name,
-            "rank": options.rank,
-            "adapter_parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
-            "syncs": options.syncs,
-            "seconds_first": seconds[0],
-            "seconds_median": statistics.median(seconds[1:] or seconds),
-            "seconds_longest": max(seconds[1:] or seconds),
-            "tensors": len(before),
-            "trainer_base_unchanged": sums(model.named_parameters()) == before,
-            "vllm_base_unchanged": sums_of_vllm(trainer) == vllm_before,
-            "difference": difference(trainer),
-            "merge_cycle_changes_the_base_by": merge_drift(model),
-        }
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "adapter_sync.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    found: dict[str, Any] = {
+        "command": "python -m benchmarks.adapter_sync_gpu",
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
+        "model": options.shape or Path(folder).name,
+        "rank": options.rank,
+        "syncs": options.syncs,
+    }
+    with memhead_trl.install():
+        for part in measured(trainer_of(folder, options.rank, options.memory), options.syncs):
+            found |= part
+            (options.output / "adapter_sync.json").write_text(json.dumps(found, indent=1) + "\n")
+            print(time.strftime("%X"), json.dumps(part), flush=True)
+
+
+def measured(trainer: Any, syncs: int) -> Iterator[dict[str, Any]]:
+    """What is found, part by part."""
+    model, generation = trainer.model, trainer.vllm_generation
+    before = sums(model.named_parameters())
+    adapters = [p.numel() for name, p in model.named_parameters() if "lora_" in name]
+    yield {"tensors": len(before), "adapter_parameters": sum(adapters)}
+    seconds, vllm_before = [], {}
+    for step in range(syncs):
+        change(model, step)
+        _wait()
+        began = time.perf_counter()
+        generation.sync_weights()
+        _wait()
+        seconds.append(time.perf_counter() - began)
+        vllm_before = vllm_before or sums_of_vllm(trainer)
+    later = seconds[1:] or seconds
+    yield {
+        "seconds_first": seconds[0],
+        "seconds_median": statistics.median(later),
+        "seconds_longest": max(later),
+    }
+    yield {
+        "trainer_base_unchanged": sums(model.named_parameters()) == before,
+        "vllm_base_unchanged": sums_of_vllm(trainer) == vllm_before,
+    }
+    yield {"difference": difference(trainer)}
+    yield {"merge_cycle_changes_the_base_by": merge_drift(model)}
 
 
 if __name__ == "__main__":
