@@ -24,7 +24,8 @@ from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
 from recipes.models.compiled import compile_layers
 from recipes.models.foreign import require_own_attention
-from recipes.models.saved import readable
+from recipes.models.own_generation import make_savable
+from recipes.models.saved import readable, require_savable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
 
@@ -112,7 +113,11 @@ def _from_pretrained(
             own = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
             require_own_attention("model.name", config.name, own)
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
-    return model, _named_tokenizer(config)
+        if mended := make_savable(model, config.name, "model.name"):
+            print(mended, flush=True)
+    tokenizer = _named_tokenizer(config)
+    require_savable(model, tokenizer, config.name, "model.name")
+    return model, tokenizer
 
 
 def quantisation(config: ModelConfig) -> dict[str, Any]:

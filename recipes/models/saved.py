@@ -3,6 +3,7 @@
 with readable("tokenizer", "runs/x/final", "give a whole checkpoint"):
     tokenizer = AutoTokenizer.from_pretrained(…)
 without_weights(Path("runs/x/final"))     "no weights (model.safetensors)", or None
+require_savable(model, tokenizer, name)   before anything is trained
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from memhead.shortage import is_out_of_memory
 from recipes.models.foreign import no_foreign_code
@@ -63,6 +66,24 @@ def readable(part: str, name: str, remedy: str, key: str = "", *, quiet: bool = 
         if part == "tokenizer" and Path(name).is_dir() and not (Path(name) / TOKENIZER).is_file():
             reason = f"there is no {TOKENIZER}"
         raise unusable(name, f"its {part} cannot be loaded ({reason})", remedy, key) from error
+
+
+def require_savable(model: Any, tokenizer: Any, name: str, key: str = "") -> None:
+    """Saves all but the weights, and removes it: what fails at that would fail when everything is trained.
+
+    Raises ConfigError.
+    """
+    try:
+        with TemporaryDirectory() as place:
+            model.config.save_pretrained(place)
+            if model.can_generate():
+                model.generation_config.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    except OSError:  # of this machine's temporary folder, not the model's
+        return
+    except Exception as error:  # of files that say nonsense, transformers raises whatever comes of it
+        reason = str(error).strip().partition("\n")[0].rstrip(" .:")
+        raise unusable(name, f"could not be saved again ({reason})", "name a whole model", key) from error
 
 
 @contextmanager

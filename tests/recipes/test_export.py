@@ -129,8 +129,13 @@ def test_the_base_may_be_named(tmp_path, capsys):
     place = run / "final" / "adapter_config.json"
     quantised = {**json.loads(place.read_text()), "base_model_name_or_path": "its-4bit-copy"}
     place.write_text(json.dumps(quantised))
+    (tmp_path / "base" / "generation_config.json").write_text(
+        '{"top_p": 0.6}'
+    )  # transformers would not save it
     assert main([str(run), "--merge", "--base", str(tmp_path / "base")]) == 0
-    proof = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "generation_config.json" in said.err
+    proof = json.loads(said.out)
     assert proof["changed_weights"] == 14
     assert proof["logits_error"] <= proof["allowed"] < proof["adapter_effect"]
 

@@ -8,14 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import saved_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import train_grpo
 from recipes import ask, export
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import load_checkpoint, with_adapter
-from recipes.models.saved import readable, without_weights
+from recipes.models.saved import readable, require_savable, without_weights
 from recipes.problems import ConfigError
 
 RUN = """
@@ -180,3 +180,12 @@ def test_whole_ones_are_read(saved, tmp_path, capsys):
         command = ["--config", str(tmp_path / "run.yaml"), "--evaluate", str(saved / kind)]
         assert train_grpo.main(command) == 0
         assert json.loads(capsys.readouterr().out)["accuracy_problems"] == 4
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(saved, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(saved / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(saved / "whole")
+    require_savable(model, tokenizer, "some/model")
+    model.config.made_up = object()  # no JSON
+    with pytest.raises(ConfigError, match=r"model\.name: could not be saved again \(.*JSON serializable"):
+        require_savable(model, tokenizer, "some/model", "model.name")

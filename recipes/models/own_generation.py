@@ -1,0 +1,60 @@
+"""What a model's generation_config.json says, so that the trained model can be saved with it.
+
+Transformers loads files that it refuses to save, Llama 2's among them: a temperature, and no `do_sample` beside it. The
+refusal came with the first checkpoint, or when everything was trained. A run's own sampling never follows the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from recipes.models.saved import unusable
+from recipes.problems import visible
+
+FILE = "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def make_savable(model: Any, name: str, key: str = "") -> str | None:
+    """Mends `model.generation_config` where it could not be saved. Returns a line that says what was changed.
+
+    name: the model's folder or hub id; key: of the configuration, as `recipes.models.saved.unusable` takes it.
+    Raises ConfigError for end tokens that are no token ids, which no one can guess.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return None
+    ends = given.eos_token_id
+    if not all(_is_id(end) for end in (ends if isinstance(ends, list) else [ends])):
+        message = f"its {FILE} has an eos_token_id that is no token id ({visible(repr(ends))})"
+        raise unusable(name, message, "write the number of the end token there, or null", key)
+    reason = refusal(given)
+    if reason is None:
+        return None
+    given.do_sample, before = True, given.do_sample
+    if refusal(given) is None:
+        change = "do_sample is true from here on"
+    else:
+        given.do_sample = before
+        kept = {id: number for id in _IDS if _is_id(number := getattr(given, id)) and number is not None}
+        model.generation_config = GenerationConfig(**kept)
+        change = "of it the token ids alone are kept"
+    return (
+        f"{FILE} of {visible(name)} could not be saved with the trained model ({visible(reason)}): {change}"
+    )
+
+
+def refusal(config: GenerationConfig) -> str | None:
+    """Why it cannot be saved, in a line; None where it can."""
+    try:
+        config.validate(strict=True)
+    except Exception as error:  # of nonsensical values whatever comes of comparing them
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return (lines[1].strip("- ") if lines[1:] else lines[0] if lines else type(error).__name__)[:200]
+    return None
+
+
+def _is_id(number: Any) -> bool:
+    return number is None or (type(number) is int and number >= 0)
