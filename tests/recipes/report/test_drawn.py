@@ -138,7 +138,8 @@ def test_a_histogram_has_a_bar_a_bin_and_each_step_is_named_at_its_largest(axes)
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [(0.0, 6, "0"), (1234.5, 6, "1234.5"), (9_999.0, 6, "9999"), (10_000.0, 6, "10 k"), (-12_500.0, 3, "−12.5 k"),
-     (1e6, 6, "1 M"), (2.5e9, 3, "2.5 G"), (123.4, 2, "123"), (0.01234, 2, "0.012")],
+     (1e6, 6, "1 M"), (2.5e9, 3, "2.5 G"), (123.4, 2, "123"), (0.01234, 2, "0.012"),
+     (999_999.0, 3, "1000 k"), (1e300, 6, "1e300"), (-2.5e12, 2, "−2.5e12"), (-1.25e-9, 3, "−1.25e−9")],
 )  # fmt: skip
 def test_a_number_in_few_characters(value, digits, text):
     assert svg._number(value, digits) == text
