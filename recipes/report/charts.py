@@ -320,7 +320,7 @@ def _memory(runs: dict[str, Records], plan: dict[str, Any] | None) -> Iterator[P
         if not phases:
             continue
         measured = [[memory.get(p, {}).get(figure) for p in phases] for memory in of]
-        sizes = (plan or {}).get("phases", {}) if len(runs) == 1 else {}
+        sizes = ((plan or {}).get("phases") or {}) if len(runs) == 1 else {}
         planned = [None if (size := sizes.get(PLANNED.get(p, ""))) is None else size / 2**20 for p in phases]
         note = MEANING[figure] + (", and the plan (◆)" if any(planned) else "")
         yield Peaks("Memory by phase", note, phases, measured, planned)

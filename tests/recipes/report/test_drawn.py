@@ -225,3 +225,16 @@ def test_runs_over_each_other_have_their_own_colours_and_names(tmp_path, monkeyp
     )
     assert drawn(memory) == [([1, 2, 3], [9.0, 6.0, 11.0])] * 2
     assert memory.get_title() + memory.get_title(loc="left") == "memory: peak of live tensor bytes"
+
+
+def test_a_folders_name_is_no_formula_and_no_mark(tmp_path):
+    """matplotlib takes $ for mathematics, and leaves a name that begins with _ out of a legend."""
+    names = ["_old/$\\q$", "new/a"]
+    kept = []
+    real = plots._finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_finish", lambda *given: kept.append(given) or real(*given))
+        plots.plot_overlay(dict.fromkeys(names, RECORDS), tmp_path / "both.png")
+    legend = kept[0][2][0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+    plots.plot_run(RECORDS, "$\\q$", tmp_path / "one.png")
