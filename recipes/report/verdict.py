@@ -154,4 +154,4 @@ def _alike(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> bool:
     None was logged as NaN.
     """
     pairs = [(one[key], two[key]) for key in one.keys() & two.keys()]
-    return all(a is b or None not in (a, b) and math.isclose(a, b, rel_tol=tolerance) for a, b in pairs)
+    return all(a is b or (None not in (a, b) and math.isclose(a, b, rel_tol=tolerance)) for a, b in pairs)
