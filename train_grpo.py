@@ -19,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,6 +149,8 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return 1
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
+        if session is not None and not pilot:
+            _report_so_far(session.folder)
         return 1
 
 
@@ -299,6 +302,17 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         return 0
     print(f"Stopped at step {trainer.state.global_step}. {_how_to_go_on(folder, command)}")
     return 130
+
+
+def _report_so_far(folder: RunFolder) -> None:
+    """Of a run that failed: where people look for what went before. If it cannot be written, nothing is said of it."""
+    from recipes.processes import is_main
+    from recipes.report.page import write_report
+    from recipes.tracking.summary import logged_steps
+
+    if is_main() and logged_steps(folder.metrics.read()):
+        with suppress(OSError, ValueError):
+            print(f"report of the steps before: {write_report(folder)}")
 
 
 def _took_every_step(trainer: Any) -> bool:
