@@ -53,17 +53,16 @@ def _main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what memory and time it needs; train nothing"
-    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+    one.add_argument("--plan", action="store_true", help="print what memory and time it needs; train nothing")
     parser.add_argument("--device", metavar="SIZE", help="with --plan: what to fit, '24 GiB' or L4")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many"
     )
     parser.add_argument("--lengths", metavar="P+C", help="with --plan: mean tokens, prompt + completion")
-    parser.add_argument("--pilot", action="store_true", help="sample from 64 prompts; train nothing")
-    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
+    one.add_argument("--pilot", action="store_true", help="sample from 64 prompts; train nothing")
+    one.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )

@@ -79,6 +79,10 @@ def test_report_without_accuracy_or_memory(tmp_path):
 def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
     assert report_module.main([str(tmp_path)]) == 2
     assert "give the folder of a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        report_module.main(["--help"])
+    assert ended.value.code == 0
+    assert "RUN_FOLDER" in capsys.readouterr().out
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
