@@ -231,8 +231,17 @@ def test_every_card_of_the_memory_plan_has_a_rate():
 @pytest.mark.parametrize("text", ["40", "0+10", "a+b", "40+100+2"])
 def test_lengths_that_are_none(text):
     with pytest.raises(ConfigError, match="--lengths"):
-        parse_lengths(text)
-    assert parse_lengths(" 40 + 100 ") == (40, 100)
+        parse_lengths(text, 100)
+    assert parse_lengths(" 40 + 100 ", 100) == (40, 100)
+
+
+def test_a_mean_completion_is_not_longer_than_the_longest(capsys):
+    quickstart = load_config(ROOT / "configs" / "quickstart.yaml")
+    assert show(quickstart, "H100", "40+7") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "--lengths: a mean completion is longer than the longest, grpo.max_completion_length 6"
+    )
 
 
 @pytest.mark.parametrize(
