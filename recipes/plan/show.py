@@ -46,7 +46,7 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
 
 
 def parse_lengths(text: str, longest: int) -> tuple[int, int]:
-    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else, and for a longer one."""
+    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else, or a longer one."""
     match = re.fullmatch(r"\s*([1-9]\d*)\s*\+\s*([1-9]\d*)\s*", text)
     if match is None:
         remedy = "write mean tokens of a prompt and of a completion: 40+100; --pilot measures them"
