@@ -19,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,17 +53,16 @@ def _main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what memory and time it needs; train nothing"
-    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+    one.add_argument("--plan", action="store_true", help="print what memory and time it needs; train nothing")
     parser.add_argument("--device", metavar="SIZE", help="with --plan: what to fit, '24 GiB' or L4")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --plan: as if a launcher started so many"
     )
     parser.add_argument("--lengths", metavar="P+C", help="with --plan: mean tokens, prompt + completion")
-    parser.add_argument("--pilot", action="store_true", help="sample from 64 prompts; train nothing")
-    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
+    one.add_argument("--pilot", action="store_true", help="sample from 64 prompts; train nothing")
+    one.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint; train nothing")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file"
     )
@@ -148,6 +148,8 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return 1
     except (RunError, HeadBypassed, OSError, ValueError) as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
+        if session is not None and not pilot:
+            _report_so_far(session.folder)
         return 1
 
 
@@ -299,6 +301,17 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         return 0
     print(f"Stopped at step {trainer.state.global_step}. {_how_to_go_on(folder, command)}")
     return 130
+
+
+def _report_so_far(folder: RunFolder) -> None:
+    """Of a run that failed: where people look for what went before. If it cannot be written, nothing is said of it."""
+    from recipes.processes import is_main
+    from recipes.report.page import write_report
+    from recipes.tracking.summary import logged_steps
+
+    if is_main() and logged_steps(folder.metrics.read()):
+        with suppress(OSError, ValueError):
+            print(f"report of the steps before: {write_report(folder)}")
 
 
 def _took_every_step(trainer: Any) -> bool:

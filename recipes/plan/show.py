@@ -28,7 +28,7 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
     device: a card or a size. lengths: mean tokens of a prompt and a completion.
     """
     try:
-        mean = None if lengths is None else parse_lengths(lengths)
+        mean = None if lengths is None else parse_lengths(lengths, config.completion_length)
         found = plan(config, None if device is None else parse_device(device))
         task = config.make_task()
         unseen = check_problems(config, task, network=False)
@@ -45,12 +45,15 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
     return 0
 
 
-def parse_lengths(text: str) -> tuple[int, int]:
-    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else."""
+def parse_lengths(text: str, longest: int) -> tuple[int, int]:
+    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else, or a longer one."""
     match = re.fullmatch(r"\s*([1-9]\d*)\s*\+\s*([1-9]\d*)\s*", text)
     if match is None:
         remedy = "write mean tokens of a prompt and of a completion: 40+100; --pilot measures them"
         raise ConfigError([Problem("--lengths", "no two lengths", text, remedy)])
+    if int(match[2]) > longest:
+        message = f"a mean completion is longer than the longest, grpo.max_completion_length {longest}"
+        raise ConfigError([Problem("--lengths", message, text, "lower it, or raise the other")])
     return int(match[1]), int(match[2])
 
 

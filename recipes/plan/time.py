@@ -270,8 +270,13 @@ def _share(s: Setting, rate: float) -> float:
 
 def _seconds(seconds: float) -> str:
     """Two figures, without an exponent."""
-    return f"{float(f'{seconds:.2g}'):g} s"
+    if seconds < 1e-4:
+        return "below 0.0001 s"
+    rounded = float(f"{seconds:.2g}")
+    return f"{rounded:g} s" if rounded < 1000 else f"{rounded:.0f} s"
 
 
 def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"

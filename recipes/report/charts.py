@@ -22,6 +22,7 @@ Record = dict[str, Any]
 Records = list[Record]
 Read = Callable[[Record], float | None]
 _PARTS = {"all": "mean", "head": "head", "rest": "rest"}  # of record["mismatch"]
+_MOST = 400  # points of a smoothed curve
 _THIN = 0.015  # share of the time below which a phase has no area of its own
 
 
@@ -265,17 +266,26 @@ def _ratios(records: Records) -> Iterator[Bars]:
             yield Bars(f"Ratios, {kind}", f"{note}; share of tokens", labels(), shares)
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over about a tenth of the points; as many points as before."""
+def smooth(values: Sequence[float], at: Sequence[int] | None = None) -> list[float]:
+    """Centred means over about a tenth of the points, at these places; None: at every one."""
     half = len(values) // 20
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    windows = (values[max(0, i - half) : i + half + 1] for i in (range(len(values)) if at is None else at))
     return [sum(window) / len(window) for window in windows]
+
+
+def shown(count: int) -> list[int]:
+    """The places of so many points at which a smoothed curve is drawn: all, or as many as a picture can tell apart."""
+    return (
+        sorted({i * (count - 1) // (_MOST - 1) for i in range(_MOST)})
+        if count > _MOST
+        else list(range(count))
+    )
 
 
 def _times(runs: dict[str, Records]) -> list[Areas]:
     stacks = {name: _stack(records) for name, records in runs.items()}
     totals = [[sum(values) for values in zip(*seconds.values())] for _, seconds in stacks.values()]
-    top = 1.05 * max((value for total in totals for value in smooth(total)), default=0.0)
+    top = 1.05 * max((value for total in totals for value in smooth(total, shown(len(total)))), default=0.0)
     return [
         Areas(
             "Time by phase" if len(runs) == 1 else f"Time by phase: {name}",
@@ -310,7 +320,7 @@ def _memory(runs: dict[str, Records], plan: dict[str, Any] | None) -> Iterator[P
         if not phases:
             continue
         measured = [[memory.get(p, {}).get(figure) for p in phases] for memory in of]
-        sizes = (plan or {}).get("phases", {}) if len(runs) == 1 else {}
+        sizes = ((plan or {}).get("phases") or {}) if len(runs) == 1 else {}
         planned = [None if (size := sizes.get(PLANNED.get(p, ""))) is None else size / 2**20 for p in phases]
         note = MEANING[figure] + (", and the plan (◆)" if any(planned) else "")
         yield Peaks("Memory by phase", note, phases, measured, planned)

@@ -34,10 +34,11 @@ def compare(
 ) -> Path | None:
     """Prints the comparison of two to five runs; with `out` writes out.png and out.html too, and returns the latter.
 
-    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more runs.
+    Raises FileNotFoundError, naming the folder, if one has no metrics, and ValueError for fewer or more runs, or for
+    `out` without a name.
     """
     console = console or Console()
-    runs = _read(paths)
+    runs, out = _read(paths), out and _place(out)
     summaries = [(name, summarize(records)) for name, records in runs.items()]
     tables = [
         main_figures(summaries, "figures"),
@@ -63,6 +64,15 @@ def compare(
     )
     page.write_text(text, encoding="utf-8")
     return page
+
+
+def _place(out: Path) -> Path:
+    """Where OUT.png and OUT.html go: the name of either is taken for OUT, and its folder is made."""
+    out = out.with_suffix("") if out.suffix in (".html", ".png") else out
+    if not out.name or out.name == "..":
+        raise ValueError(f"--out {out}: is a folder; name a file in it, such as {out / 'comparison'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:

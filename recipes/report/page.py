@@ -5,6 +5,7 @@ python -m recipes.report runs/quickstart
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -149,9 +150,11 @@ def _text(value: Any) -> str:
 @lasting_output()
 def main(arguments: Sequence[str]) -> int:
     """`python -m recipes.report RUN …`; returns the exit status."""
-    if not arguments:
-        print("usage: python -m recipes.report RUN_FOLDER …", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m recipes.report", description="the report of each run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_FOLDER", help="writes report.html and report.png into it"
+    )
+    arguments = parser.parse_args(list(arguments)).runs
     for path in arguments:
         try:
             print(write_report(RunFolder(path)))

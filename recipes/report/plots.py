@@ -16,6 +16,7 @@ from recipes.tracking.phases import PHASES
 Records = list[dict[str, Any]]
 _COLOURS = ("#1f5fa8", "#d1682a", "#3a8a4d", "#8a4f9e", "#b03a48", "#777777")
 _STYLE: Any = {
+    "text.parse_math": False,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -79,7 +80,8 @@ def _draw_reward(
     steps = [record["step"] for record in logged]
     rewards = [record["reward"] for record in logged]
     axes.plot(steps, rewards, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(steps, smooth(rewards), color=colour, linewidth=1.8, label=label)
+    named = f" {label}" if label.startswith("_") else label  # matplotlib leaves such a name out of the legend
+    axes.plot(steps, smooth(rewards), color=colour, linewidth=1.8, label=named)
     if band and logged:
         spread = [record.get("reward_std") or 0.0 for record in logged]
         low, high = (

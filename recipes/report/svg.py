@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from recipes import escape
 from recipes.problems import visible
-from recipes.report.charts import Areas, Bars, Chart, Line, Lines, Peaks, smooth
+from recipes.report.charts import Areas, Bars, Chart, Line, Lines, Peaks, shown, smooth
 from recipes.tracking.phases import PHASES
 from recipes.tracking.summary import format_mib
 
@@ -37,7 +37,13 @@ _LABEL = 11  # characters that fit to the right of the axes
 _INK, _MUTED, _GRID, _SURFACE = "#a1b2c0", "#a1b2c1", "#a1b2c2", "#a1b2c3"
 _STAND_INS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _SURFACE: "surface"}
 _STAND_INS |= {f"#a1b2d{number}": f"c{number}" for number in range(COLOURS)}
-_SCALES = {1e9: (1e9, " G"), 1e6: (1e6, " M"), 1e4: (1e3, " k")}  # from a size on: what it is divided by
+_LARGE = 1e12  # from where on a number has an exponent: of a run that diverged
+_SCALES = {
+    _LARGE: (1.0, ""),
+    1e9: (1e9, " G"),
+    1e6: (1e6, " M"),
+    1e4: (1e3, " k"),
+}  # from a size on: what it is divided by
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": _FONT,
@@ -125,27 +131,29 @@ def _draw_line(axes: Axes, line: Line, width: float, *, plainly: bool) -> float:
             clip_on=False,
         )
         return line.values[-1]
-    shown = smooth(line.values)
+    at = shown(len(line.values))
+    steps, curve = [line.steps[i] for i in at], smooth(line.values, at)
     if line.aside:
-        axes.plot(line.steps, shown, color=colour, linewidth=1, dashes=(3, 2), clip_on=False)
-        return shown[-1]
+        axes.plot(steps, curve, color=colour, linewidth=1, dashes=(3, 2), clip_on=False)
+        return curve[-1]
     if line.low and not plainly:
         axes.fill_between(
-            line.steps, smooth(line.low), smooth(line.high), color=colour, alpha=0.13, linewidth=0
+            steps, smooth(line.low, at), smooth(line.high, at), color=colour, alpha=0.13, linewidth=0
         )
-    if shown != line.values and not plainly:
+    if curve != line.values and not plainly:
         axes.plot(line.steps, line.values, color=colour, linewidth=0.7, alpha=0.4)
-    marker = "o" if len(shown) == 1 else ""
-    axes.plot(line.steps, shown, color=colour, linewidth=width, alpha=faint, marker=marker, clip_on=False)
-    return shown[-1]
+    marker = "o" if len(curve) == 1 else ""
+    axes.plot(steps, curve, color=colour, linewidth=width, alpha=faint, marker=marker, clip_on=False)
+    return curve[-1]
 
 
 def _draw_areas(axes: Axes, chart: Areas) -> None:
     names = list(chart.seconds)
     # A single point is drawn as wide as a step, or it would be invisible.
     single = len(chart.steps) == 1
-    steps = [chart.steps[0] - 0.5, chart.steps[0] + 0.5] if single else chart.steps
-    rows = [values * 2 if single else smooth(values) for values in chart.seconds.values()]
+    at = shown(len(chart.steps))
+    steps = [chart.steps[0] - 0.5, chart.steps[0] + 0.5] if single else [chart.steps[i] for i in at]
+    rows = [values * 2 if single else smooth(values, at) for values in chart.seconds.values()]
     colours = [_colour(PHASES.index(name)) for name in names]
     axes.stackplot(steps, rows, colors=colours, edgecolor=_SURFACE, linewidth=0.5, alpha=0.85)
     axes.set_xlim(steps[0], steps[-1])
@@ -293,7 +301,8 @@ def _number(value: float, digits: int = 6) -> str:
     """A number in as few characters as possible, with `digits` significant ones or its whole part if longer."""
     scale, name = next((found for size, found in _SCALES.items() if abs(value) >= size), (1.0, ""))
     value /= scale
-    text = f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    whole = 10**digits - 0.5 <= abs(value) < _LARGE
+    text = f"{value:.0f}" if whole else re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.{digits}g}")
     return text.replace("-", "−") + name
 
 

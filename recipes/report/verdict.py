@@ -117,11 +117,12 @@ def parting(name: str, records: Records, other_name: str, others: Records) -> st
         return f"{name} and {other_name} have no logged step in common."
     sampled = next((s for s in steps if not _alike(_sampled(one[s]), _sampled(two[s]), 1e-6)), None)
     computed = next((s for s in steps if not _alike(_computed(one[s]), _computed(two[s]), 0.0)), None)
+    common = "the one logged step" if len(steps) == 1 else f"all {len(steps)} logged steps"
     if sampled is None and computed is None:
-        return f"{name} and {other_name} are equal to the last bit in all {len(steps)} logged steps that both have."
+        return f"{name} and {other_name} are equal to the last bit in {common} that both have."
     if sampled is None:
         return (
-            f"{name} and {other_name} sampled with the same rewards and lengths in all {len(steps)} logged steps that "
+            f"{name} and {other_name} sampled with the same rewards and lengths in {common} that "
             f"both have; what was computed on them differs from step {computed} on."
         )
     said = f"{name} and {other_name} part at step {sampled}, the first whose completions differ in reward or length"
@@ -135,15 +136,22 @@ def parting(name: str, records: Records, other_name: str, others: Records) -> st
 
 
 def _sampled(record: dict[str, Any]) -> dict[str, Any]:
-    found = {key: record.get(key) for key in ("reward", "completion_length", "clipped_share")}
+    found = _of(record, "reward", "completion_length", "clipped_share")
     return found | {f"rewards/{name}": value for name, value in (record.get("rewards") or {}).items()}
 
 
 def _computed(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record.get(key) for key in ("loss", "grad_norm", "entropy", "kl")}
+    return _of(record, "loss", "grad_norm", "entropy", "kl")
+
+
+def _of(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: record[key] for key in keys if key in record}
 
 
 def _alike(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> bool:
-    """Whether both have the same figures, within a relative tolerance; a figure that one of them lacks is ignored."""
+    """Whether both have the same figures, within a relative tolerance; one that was not logged of both is ignored.
+
+    None was logged as NaN.
+    """
     pairs = [(one[key], two[key]) for key in one.keys() & two.keys()]
-    return all(a is None or b is None or math.isclose(a, b, rel_tol=tolerance) for a, b in pairs)
+    return all(a is b or (None not in (a, b) and math.isclose(a, b, rel_tol=tolerance)) for a, b in pairs)

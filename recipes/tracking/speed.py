@@ -128,7 +128,7 @@ def of_all(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         speed, steps, time_of = record.get("speed") or {}, record.get("steps", 1), record.get("time") or {}
         rate = speed.get("rate", rate)
         for phase, figures in speed.items():
-            if phase == "rate":
+            if phase == "rate" or (phase != WHOLE and not figures.get("per_second")):
                 continue
             spent = (
                 steps * sum(time_of.values())

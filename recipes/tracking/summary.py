@@ -42,7 +42,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     memory: dict[str, dict[str, float]] = {}
     for record in logged:
         for phase, value in (record.get("time") or {}).items():
-            seconds[phase] += value * record.get("steps", 1)
+            known = phase if phase in seconds else "other"  # another version of this source wrote it
+            seconds[known] += value * record.get("steps", 1)
         for phase, figures in (record.get("memory") or {}).items():
             peaks = memory.setdefault(phase, {})
             for figure, value in figures.items():

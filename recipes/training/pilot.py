@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from recipes.plan.rate import rate_here
 from recipes.plan.time import plan_time
@@ -35,7 +36,7 @@ _UNIT = 16  # tokens, to which a length is rounded up
 
 @dataclass(frozen=True)
 class Pilot:
-    """What was sampled. rewards: of each prompt's completions; lengths: in tokens; ended: by the end token."""
+    """What was sampled. rewards: as `weighed` gives them; lengths: in tokens; ended: by the end token."""
 
     rewards: list[list[Hashable]]
     lengths: list[int]
@@ -104,14 +105,30 @@ class Pilot:
 
 
 def chance_of_equal(rewards: Sequence[Hashable], size: int) -> float:
-    """Of all ways to draw `size` of the rewards, the share in which all are equal.
+    """Of all ways to draw `size` of the rewards, the share in which all are equal; None is no reward, and as any other.
 
     Raises ValueError for fewer rewards than that.
     """
     if not 1 <= size <= len(rewards):
         raise ValueError(f"size: {size} of {len(rewards)} rewards; give 1 <= size <= their number")
-    ways = math.comb(len(rewards), size)
-    return sum(math.comb(count, size) for count in Counter(rewards).values()) / ways
+    counts = Counter(rewards)
+    without = counts.pop(None, 0)
+    of_none = math.comb(without, size)
+    equal = of_none + sum(math.comb(count + without, size) - of_none for count in counts.values())
+    return equal / math.comb(len(rewards), size)
+
+
+def weighed(judged: Tensor, weights: Tensor, *, apart: bool) -> list[Hashable]:
+    """Of each completion what a group is compared by: the sum, or with `apart` (TRL normalises each function by itself)
+    one value a function that counts. None where no function gave a reward: TRL leaves such a completion out.
+
+    judged: (N, functions), NaN where one gave none. weights: (functions,).
+    """
+    scored = ~judged.isnan().all(1)
+    counted = judged * weights.to(judged.device)
+    values = counted[:, weights != 0].nan_to_num() if apart else counted.nansum(1, keepdim=True)
+    rows = (tuple(round(value, 6) for value in row) for row in values.tolist())
+    return [row if known else None for row, known in zip(rows, scored.tolist(), strict=True)]
 
 
 def show(session: Session) -> int:
@@ -138,9 +155,9 @@ def sample(session: Session, trainer: Any) -> Pilot:
     chosen = [train[index * len(train) // count] for index in range(count)]
     each = -(-SAMPLES // group) * group
     rows = [row for row in chosen for _ in range(each)]
-    at_once = max(
-        each, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // each * each
-    )
+    # No more than a rollout has: for that many there is room.
+    at_once = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // group * group
+    apart = session.config.grpo["multi_objective_aggregation"] == "normalize_then_sum"
     rewards: list[Hashable] = []
     completions: list[list[int]] = []
     prompts: list[list[int]] = []
@@ -149,11 +166,8 @@ def sample(session: Session, trainer: Any) -> Pilot:
         part = rows[start : start + at_once]
         asked = [row["prompt"] for row in part]
         prompt_ids, ids, _, texts, *_ = trainer._generate(asked)
-        judged = trainer._calculate_rewards(
-            part, asked, texts, ids
-        )  # (N, functions), NaN where one gave none
-        weighed = (judged * trainer.reward_weights.to(judged.device)).nansum(1)
-        rewards += [round(value, 6) for value in weighed.tolist()]
+        judged = trainer._calculate_rewards(part, asked, texts, ids)
+        rewards += weighed(judged, trainer.reward_weights, apart=apart)
         completions += [list(one) for one in ids]
         prompts += [list(one) for one in prompt_ids]
     ends = {*trainer.eos_token_ids, trainer.processing_class.pad_token_id}

@@ -201,6 +201,14 @@ def test_a_device_without_a_plan_is_a_mistake(capsys):
     assert "means nothing without --plan" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["--plan", "--pilot", "--evaluate=runs/a"])
+def test_of_two_things_to_do_none_is_left_out_silently(capsys, other):
+    with pytest.raises(SystemExit) as stopped:
+        train_grpo.main(["--config", str(QUICKSTART), other, "grpo.max_steps=1", "--resume"])
+    assert stopped.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def run_of(tmp_path, name, *, lora=True, **model):
     """A plain run of a model of the hub: 2 × 128 tokens, 64 of them sampled."""
     path = tmp_path / "run.yaml"

@@ -131,6 +131,19 @@ def test_the_rate_is_that_of_the_best_round(monkeypatch):
     assert matrix_rate(torch.device("cpu"), torch.float32) == 2 * 64**3 / 0.5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "total", "step", "whole"),
+    [
+        (9.5e-6, 17.0, "below 0.0001 s", "17 seconds"),
+        (0.00123, 91.0, "0.0012 s", "2 minutes"),
+        (2.0e6, 7200.0, "2000000 s", "2.0 hours"),
+    ],
+)
+def test_a_very_short_and_a_very_long_time_in_words(seconds, total, step, whole):
+    (said, _) = TimePlan({"optimizer": seconds}, total, 7, 6, H100).lines()
+    assert said == f"time: {step} a step (optimizer {step}); {whole} in all, evaluations included"
+
+
 def test_hours_grow_with_steps_and_evaluations():
     def total(*overrides):
         config = load_config(ROOT / "configs" / "smollm2_135m_char_count_published.yaml", overrides)
@@ -218,8 +231,17 @@ def test_every_card_of_the_memory_plan_has_a_rate():
 @pytest.mark.parametrize("text", ["40", "0+10", "a+b", "40+100+2"])
 def test_lengths_that_are_none(text):
     with pytest.raises(ConfigError, match="--lengths"):
-        parse_lengths(text)
-    assert parse_lengths(" 40 + 100 ") == (40, 100)
+        parse_lengths(text, 100)
+    assert parse_lengths(" 40 + 100 ", 100) == (40, 100)
+
+
+def test_a_mean_completion_is_not_longer_than_the_longest(capsys):
+    quickstart = load_config(ROOT / "configs" / "quickstart.yaml")
+    assert show(quickstart, "H100", "40+7") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "--lengths: a mean completion is longer than the longest, grpo.max_completion_length 6"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny import tiny_trainer
 
 from recipes.config.load import load_config
 from recipes.plan.plan import plan
-from recipes.report.charts import Areas, Bars, Lines, Peaks, charts
+from recipes.report.charts import Areas, Bars, Line, Lines, Peaks, charts, shown
 from recipes.report.svg import draw, smooth, spread
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
@@ -190,6 +190,19 @@ def test_labels_are_pushed_apart_no_more_than_need_be():
     assert spread([10, 11, 50], 12, 0, 100) == [10, 22, 50]
     assert spread([99, 98], 12, 0, 100) == [100, 88]
     assert spread([], 12, 0, 100) == []
+
+
+def test_a_run_of_very_many_steps_has_no_larger_a_picture():
+    """What is smooth is drawn at as many places as can be told apart, the first and the last among them."""
+    count = 10_000
+    assert shown(400) == list(range(400))
+    assert (len(shown(count)), shown(count)[0], shown(count)[-1]) == (400, 0, count - 1)
+    values = [float(i % 7) for i in range(count)]
+    assert smooth(values, [0, 5000]) == [smooth(values)[0], smooth(values)[5000]]
+    steps, band = list(range(count)), {"low": [0.0] * count, "high": [7.0] * count}
+    lines = Lines("", "", [Line("length", 0, steps, [3.0] * count, **band)])
+    areas = Areas("", "", steps, {"forward": values, "backward": values}, 14.0)
+    assert all(len(draw(chart, "x")) < 50_000 for chart in (lines, areas))
 
 
 def test_smoothing_keeps_length_and_mean_of_a_constant():

@@ -138,7 +138,8 @@ def test_a_histogram_has_a_bar_a_bin_and_each_step_is_named_at_its_largest(axes)
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [(0.0, 6, "0"), (1234.5, 6, "1234.5"), (9_999.0, 6, "9999"), (10_000.0, 6, "10 k"), (-12_500.0, 3, "−12.5 k"),
-     (1e6, 6, "1 M"), (2.5e9, 3, "2.5 G"), (123.4, 2, "123"), (0.01234, 2, "0.012")],
+     (1e6, 6, "1 M"), (2.5e9, 3, "2.5 G"), (123.4, 2, "123"), (0.01234, 2, "0.012"),
+     (999_999.0, 3, "1000 k"), (1e300, 6, "1e300"), (-2.5e12, 2, "−2.5e12"), (-1.25e-9, 3, "−1.25e−9")],
 )  # fmt: skip
 def test_a_number_in_few_characters(value, digits, text):
     assert svg._number(value, digits) == text
@@ -224,3 +225,16 @@ def test_runs_over_each_other_have_their_own_colours_and_names(tmp_path, monkeyp
     )
     assert drawn(memory) == [([1, 2, 3], [9.0, 6.0, 11.0])] * 2
     assert memory.get_title() + memory.get_title(loc="left") == "memory: peak of live tensor bytes"
+
+
+def test_a_folders_name_is_no_formula_and_no_mark(tmp_path):
+    """matplotlib takes $ for mathematics, and leaves a name that begins with _ out of a legend."""
+    names = ["_old/$\\q$", "new/a"]
+    kept = []
+    real = plots._finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_finish", lambda *given: kept.append(given) or real(*given))
+        plots.plot_overlay(dict.fromkeys(names, RECORDS), tmp_path / "both.png")
+    legend = kept[0][2][0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+    plots.plot_run(RECORDS, "$\\q$", tmp_path / "one.png")

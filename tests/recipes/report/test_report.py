@@ -79,6 +79,10 @@ def test_report_without_accuracy_or_memory(tmp_path):
 def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
     assert report_module.main([str(tmp_path)]) == 2
     assert "give the folder of a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        report_module.main(["--help"])
+    assert ended.value.code == 0
+    assert "RUN_FOLDER" in capsys.readouterr().out
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
@@ -137,6 +141,35 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     path = str(folder_of(tmp_path, "one", "memhead").path)
     assert compare_module.main([path, path, path]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["both", "both.html", "both.png"])
+def test_a_comparison_is_written_where_it_was_asked_for(tmp_path, capsys, name):
+    runs = [str(folder_of(tmp_path, name, "memhead").path) for name in ("one", "two")]
+    place = tmp_path / "not" / "yet"
+    assert compare_module.main([*runs, "--out", str(place / name)]) == 0
+    assert sorted(path.name for path in place.iterdir()) == ["both.html", "both.png"]
+    assert capsys.readouterr().out.endswith(f"{place / 'both.html'}\n")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_comparison_needs_a_name(tmp_path, capsys, out):
+    runs = [str(folder_of(tmp_path, name, "memhead").path) for name in ("one", "two")]
+    assert compare_module.main([*runs, "--out", out]) == 2
+    assert capsys.readouterr().err.startswith(f"--out {out}: is a folder; name a file in it")
+
+
+def test_figures_of_another_version_and_of_nothing_sampled_are_reported(tmp_path):
+    """A phase that this source does not know counts as other; of phases without tokens there is no rate."""
+    folder = folder_of(tmp_path, "one", "memhead")
+    new = {
+        "time": {"forward": 1.0, "dreaming": 3.0},
+        "speed": {"generation": {"tokens": 0.0, "per_second": 0.0}},
+    }
+    folder.metrics.write({"step": 11, "reward": 0.5, "steps": 1, "device": "cpu", **new})
+    folder.write_json("plan.json", {"phases": None})
+    page = report_module.write_report(folder).read_text()
+    assert re.search(r"<td>other</td><td class=\"n\">4\.0</td>", page)  # ten times 0.1, and 3
 
 
 def test_damaged_files_of_a_run_are_named_or_left_out(tmp_path, capsys):

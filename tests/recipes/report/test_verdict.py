@@ -100,4 +100,11 @@ def test_parting():
     for key in ("loss", "grad_norm", "entropy", "kl"):
         ours, theirs = ([{**line, key: value} for line in run] for value in (0.25, 0.25 + 1e-12))
         assert parting("a", ours, "b", theirs).endswith("differs from step 1 on.")
+    for key, part in (("loss", "differs from step 2 on."), ("reward", "equal to the last bit.")):
+        gone = [run[0], {**run[1], key: None}, run[2]]  # NaN
+        assert parting("a", run, "b", gone).endswith(part)
+        assert parting("a", gone, "b", gone).endswith(
+            "equal to the last bit in all 3 logged steps that both have."
+        )
+    assert "in the one logged step that both have" in parting("a", run, "b", run[:1])
     assert parting("a", run, "b", []) == "a and b have no logged step in common."

@@ -10,5 +10,6 @@ def _nothing_is_drawn(monkeypatch):
     def write_report(folder):
         for name in ("report.html", "report.png"):
             (folder.path / name).touch()
+        return folder.path / "report.html"
 
     monkeypatch.setattr("recipes.report.page.write_report", write_report)

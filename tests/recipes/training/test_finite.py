@@ -40,6 +40,8 @@ def test_a_learning_rate_that_destroys_the_model_ends_with_status_1_and_saves_no
         r"error: (3 steps in a row were not finite: the run|step \d+, .*: the model) has diverged", error
     )
     assert "lower the learning rate" in error
+    assert printed.out.endswith(f"report of the steps before: {folder.path / 'report.html'}\n")
+    assert (folder.path / "report.html").exists()
     assert not folder.final.exists()
     assert not (folder.path / "finished.json").exists()
     bad = LinesFile(folder.path / "bad_steps.jsonl").read()

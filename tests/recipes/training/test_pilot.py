@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.utils import nanstd
 
 import train_grpo
-from recipes.training.pilot import Pilot, chance_of_equal, sample
+from recipes.training.pilot import Pilot, chance_of_equal, sample, weighed
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -28,6 +29,34 @@ def test_chance_of_equal_rewards_against_every_group(rewards, size):
     assert chance_of_equal(rewards, size) == pytest.approx(
         sum(len(set(g)) == 1 for g in groups) / len(groups)
     )
+
+
+def teaches_nothing(group, weights, apart):
+    """Whether TRL's advantages of a group are all 0. group: (G, functions), NaN where a function gave none."""
+    none = group.isnan().all(1)
+    if apart:
+        normal = (group - group.nanmean(0)) / (nanstd(group, dim=0) + 1e-4)
+        advantages = (normal * weights).nansum(1)
+    else:
+        rewards = (group * weights).nansum(1)
+        rewards[none] = torch.nan
+        advantages = rewards - rewards.nanmean()
+    return bool((advantages.nan_to_num()[~none].abs() < 1e-6).all())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_group_teaches_nothing_where_trl_gives_no_advantage(apart):
+    """A completion without any reward is as any other; two functions that make up for each other teach if apart."""
+    none = [float("nan")] * 2
+    judged = torch.tensor([[1.0, 0.0], [0.0, 2.0], none, none, [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    weights = torch.tensor([1.0, 0.5])
+    rewards = weighed(judged, weights, apart=apart)
+    for size in (2, 3, 4):
+        groups = list(itertools.combinations(judged, size))
+        nothing = [teaches_nothing(torch.stack(group), weights, apart) for group in groups]
+        assert chance_of_equal(rewards, size) == pytest.approx(sum(nothing) / len(groups))
+    of_one = torch.tensor([1.0, 0.0])  # a function that is only logged makes no difference
+    assert len(set(weighed(judged, of_one, apart=apart)) - {None}) == 2
 
 
 def test_more_than_there_are():
@@ -59,8 +88,10 @@ def test_the_length_that_holds_nearly_all():
     assert "98.0 % end, 2.0 % are cut off at 64 tokens" in cut.lines()[0]
 
 
-@pytest.mark.parametrize(("problems", "group", "each"), [(640, 8, 32), (10, 12, 36)])
-def test_what_is_sampled_and_counted_by_hand(problems, group, each):
+@pytest.mark.parametrize(
+    ("problems", "group", "each", "of_rollout"), [(640, 8, 32, 10), (10, 12, 36, 10), (10, 8, 32, 1)]
+)
+def test_what_is_sampled_and_counted_by_hand(problems, group, each, of_rollout):
     """Prompts spread over the data; whole groups; each completion as long as its place, every third without an end."""
     asked, made = [], itertools.count()
 
@@ -75,19 +106,18 @@ def test_what_is_sampled_and_counted_by_hand(problems, group, each):
 
     trainer = SimpleNamespace(
         num_generations=group, model=torch.nn.Linear(1, 1).eval(), _generate=generate, _calculate_rewards=rewards,
-        args=SimpleNamespace(per_device_train_batch_size=group, steps_per_generation=10),
+        args=SimpleNamespace(per_device_train_batch_size=group, steps_per_generation=of_rollout),
         reward_weights=torch.tensor([2.0, 5.0, 0.5]), eos_token_ids=[9],
         processing_class=SimpleNamespace(pad_token_id=0),
     )  # fmt: skip
     task = SimpleNamespace(train=Dataset.from_dict({"prompt": [str(n) for n in range(problems)]}))
-    session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6))
+    grpo = {"multi_objective_aggregation": "sum_then_normalize"}
+    session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6, grpo=grpo))
     found = sample(session, trainer)
     chosen = list(range(0, problems, 10 if problems > 64 else 1))
     assert [prompt for part in asked for prompt in part] == [str(n) for n in chosen for _ in range(each)]
-    assert {len(part) for part in asked[:-1]} == {
-        10 * group // each * each
-    }  # as many at a time as a rollout has
-    assert found.rewards == [[2.0 * n + 0.5] * each for n in chosen]
+    assert {len(part) for part in asked[:-1]} == {of_rollout * group}  # for more there may be no room
+    assert found.rewards == [[(2.0 * n + 0.5,)] * each for n in chosen]
     count = len(chosen) * each
     assert found.lengths == [n % 4 + 2 for n in range(count)]
     assert found.ended == [n % 3 != 0 for n in range(count)]
