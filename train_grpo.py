@@ -159,7 +159,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
-    from recipes.models.prompts import check_longest, check_problems, trained_on_too
+    from recipes.models.prompts import check_longest, check_problems, prompt_lengths, trained_on_too
+    from recipes.models.saved import require_savable
     from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
@@ -189,6 +190,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
     print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
+    if (seen := prompt_lengths(config, task)) is not None:
+        config = config.model_copy(update={"longest_prompt": seen.longest})
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
     if not pilot:
@@ -198,6 +201,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
     check_longest(config, task, model, tokenizer)
+    if (given := config.model.name) is not None:
+        by_main(lambda: require_savable(model, tokenizer, given, "model.name"))
     require_finite(session)
     if config.run.warm_start is not None and folder.checkpoint is None:
         session = begin_supervised(session, config.run.warm_start)

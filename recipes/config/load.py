@@ -53,6 +53,7 @@ class RunConfig(Section):
     grpo: every field that a configuration may set, by TRL's names, with TRL's default where none was given.
     grpo_given: only those that the file and the command line set.
     processes: as the launcher announced them when it was loaded; no key sets it.
+    longest_prompt: tokens of the task's longest, None until its problems were looked at; no key sets it.
     """
 
     model: ModelConfig
@@ -65,6 +66,7 @@ class RunConfig(Section):
     tracking: TrackingConfig
     run: RunSection
     processes: int = 1
+    longest_prompt: int | None = None
 
     @property
     def completion_length(self) -> int:

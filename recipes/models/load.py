@@ -25,7 +25,7 @@ from recipes.models import unsloth as unsloth_loader
 from recipes.models.compiled import compile_layers
 from recipes.models.foreign import require_own_attention
 from recipes.models.own_generation import make_savable
-from recipes.models.saved import readable, require_savable
+from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
 
@@ -115,9 +115,7 @@ def _from_pretrained(
         model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
         if mended := make_savable(model, config.name, "model.name"):
             print(mended, flush=True)
-    tokenizer = _named_tokenizer(config)
-    require_savable(model, tokenizer, config.name, "model.name")
-    return model, tokenizer
+    return model, _named_tokenizer(config)
 
 
 def quantisation(config: ModelConfig) -> dict[str, Any]:

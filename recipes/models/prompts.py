@@ -3,14 +3,16 @@
 check_problems(config, task)      ConfigError: too few for a batch, or prompts that the template cannot render or cuts
 trained_on_too(task)              a sentence, where accuracy is measured on problems that are trained on
 
-`--plan` uses only what is on this machine: `check_problems(config, task, network=False)`, `mean_prompt(config, task)`.
+prompt_lengths(config, task)      tokens of a prompt, for the plan
+
+`--plan` uses only what is on this machine: `check_problems(config, task, network=False)`.
 """
 
 from __future__ import annotations
 
 import heapq
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
@@ -53,8 +55,15 @@ def trained_on_too(task: Task) -> list[str]:
     ]
 
 
-def mean_prompt(config: RunConfig, task: Task) -> int | None:
-    """Tokens of a prompt, the mean of the first problems; None where their tokenizer is not on this machine."""
+class PromptLengths(NamedTuple):
+    """Tokens of a prompt: the mean of the first problems, and the longest of all."""
+
+    mean: int
+    longest: int
+
+
+def prompt_lengths(config: RunConfig, task: Task) -> PromptLengths | None:
+    """None where their tokenizer is not on this machine."""
     name = config.model.tokenizer or config.model.name
     if name == "bpe":  # trained when the run begins
         return None
@@ -66,9 +75,13 @@ def mean_prompt(config: RunConfig, task: Task) -> int | None:
         )
     except Exception:  # the run, which needs it, says what is wrong
         return None
-    prompts = [row["prompt"] for row in task.train.select(range(min(_LOOKED_AT, len(task.train))))]
-    ids = token_ids(tokenizer, prompts, config.chat_template_kwargs)
-    return max(1, round(sum(map(len, ids)) / len(ids)))
+    prompts = task.train["prompt"]
+    longest = heapq.nlargest(LONGEST, prompts, key=lambda prompt: len(str(prompt)))
+    few, most = (
+        [len(ids) for ids in token_ids(tokenizer, some, config.chat_template_kwargs)]
+        for some in (prompts[:_LOOKED_AT], longest)
+    )
+    return PromptLengths(max(1, round(sum(few) / len(few))), max(1, *few, *most))
 
 
 def check_longest(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> None:

@@ -92,6 +92,8 @@ class Setting:
         completion = config.completion_length
         if model.max_seq_length is not None:
             prompt = model.max_seq_length - completion
+        elif config.longest_prompt is not None:
+            prompt = config.longest_prompt
         else:
             prompt = max(1, min(PROMPT, shape.positions - completion))
         batch, generations = grpo["per_device_train_batch_size"], grpo["num_generations"]
@@ -137,7 +139,11 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
     if setting.lora_rank and shape.layer is not None and setting.trained.adapted != shape.linear:
         found.append("activations are counted as if every linear of the layers were adapted, no other weight")
     if model.max_seq_length is None:
-        found.append(f"prompts of {setting.prompt} tokens are assumed; model.max_seq_length would say it")
+        found.append(
+            f"prompts of {setting.prompt} tokens are assumed; model.max_seq_length would say it"
+            if config.longest_prompt is None
+            else f"the longest of this task's prompts has {setting.prompt} tokens"
+        )
     if model.loader == "unsloth":
         found.append(
             "Unsloth raises the batch to one group and keeps checkpointed layer inputs in host memory; that it scores "

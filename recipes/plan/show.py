@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from recipes.config.load import EXIT_STATUS, RunConfig
-from recipes.models.prompts import check_problems, mean_prompt, trained_on_too
+from recipes.models.prompts import check_problems, prompt_lengths, trained_on_too
 from recipes.plan.plan import Plan, parse_device, plan
 from recipes.plan.processes import by_way
 from recipes.plan.rate import Rate, published, rate_here
@@ -29,13 +29,16 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
     """
     try:
         mean = None if lengths is None else parse_lengths(lengths, config.completion_length)
-        found = plan(config, None if device is None else parse_device(device))
+        size = None if device is None else parse_device(device)
         task = config.make_task()
         unseen = check_problems(config, task, network=False)
+        seen = None if unseen else prompt_lengths(config, task)
+        if seen is not None:
+            config = config.model_copy(update={"longest_prompt": seen.longest})
+        found = plan(config, size)
         notes = unseen or trained_on_too(task)
         replace(found, notes=[*found.notes, *notes]).print()
-        prompt = None if mean or unseen else mean_prompt(config, task)
-        lines = _time(config, found, device, mean, prompt)
+        lines = _time(config, found, device, mean, seen and seen.mean)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS

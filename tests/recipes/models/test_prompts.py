@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from recipes.config.load import load_config
-from recipes.models.prompts import check_longest, check_problems, mean_prompt
+from recipes.models.prompts import check_longest, check_problems, prompt_lengths
 from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer, character_tokenizer
 from recipes.problems import ConfigError
 
@@ -121,7 +121,13 @@ def test_the_longest_prompt_and_its_completion_fill_the_positions_of_the_model(t
 
 
 @pytest.mark.parametrize(
-    ("prompts", "mean"), [(["1", "1234"], 2), (["1234"] * 256 + ["1"] * 500, 4), (["12", "12345", "1234"], 4)]
+    ("prompts", "lengths"),
+    [
+        (["1", "1234"], (2, 4)),
+        (["1234"] * 256 + ["1"] * 500, (4, 4)),
+        (["12", "12345", "1234"], (4, 5)),
+        (["1"] * 300 + ["12345"] + ["123"] * 20, (1, 5)),
+    ],
 )
-def test_the_mean_prompt_is_of_the_first_problems(prompts, mean):
-    assert mean_prompt(load_config(QUICKSTART), asking(prompts)) == mean
+def test_the_mean_length_is_of_the_first_problems_and_the_longest_of_all(prompts, lengths):
+    assert prompt_lengths(load_config(QUICKSTART), asking(prompts)) == lengths

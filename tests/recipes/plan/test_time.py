@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipes.config.load import load_config
-from recipes.models.prompts import mean_prompt
+from recipes.models.prompts import prompt_lengths
 from recipes.plan.plan import CARDS, GIB, in_bins, plan
 from recipes.plan.rate import _SIZES, Rate, matrix_rate, published
 from recipes.plan.setting import Setting
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_is_not_here(capsys, tmp_path):
         ROOT / "configs" / "smollm2_135m_char_count.yaml",
         [f"model.name={tmp_path}", "task.held_out=8", "task.train_size=64"],
     )
-    assert mean_prompt(config, config.make_task()) is None
+    assert prompt_lengths(config, config.make_task()) is None
 
 
 def test_long_steps_are_told_without_an_exponent():
