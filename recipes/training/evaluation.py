@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -173,9 +172,9 @@ def show(config: RunConfig, place: str) -> int:
         if processes.is_main():
             print(json.dumps(found, indent=2))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        processes.complain(error)
         return EXIT_STATUS
     except (ImportError, OSError, RunError, ValueError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        processes.complain(f"error: {visible(str(error))}")
         return 1
     return 0

@@ -211,7 +211,7 @@ class _AfterUpdate(TrainerCallback):
             self._trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         name = first_not_finite(self._trained)
         if anywhere(name is not None):
-            where = f"step {state.global_step + 1}, update: the weight {name or 'of another process'}"
+            where = f"step {state.global_step + 1}, update: the weight {first(name)}"
             raise Diverged(f"{where} is not finite any more; {REMEDY}, or go on from an earlier checkpoint")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
