@@ -63,6 +63,8 @@ def compare(together, alone, case):
         for name in ("loss", "grad_norm"):
             assert log[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7), name
         assert log.get("step/tokens_real") == one.get("step/tokens_real")
+        if one.get("step/left_out"):  # else it is the mean of micro-batches' means, which are others
+            assert log["entropy"] == pytest.approx(one["entropy"], rel=1e-6)
 
 
 def test_the_benchmark_compares_two_processes_with_one(ranks):
