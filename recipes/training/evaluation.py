@@ -31,6 +31,7 @@ from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
 from recipes.tracking.terminal import silence_bars
+from recipes.training.finite import says_divergence
 from recipes.training.session import RunError
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
             batch_size = max(1, settings.batch_size // settings.samples)
             with torch.random.fork_rng():
                 torch.manual_seed(config.run.seed + processes.rank())
-                samples = processes.whole(complete(generate, share, drawn, batch_size), len(rows))
+                with says_divergence():
+                    mine = complete(generate, share, drawn, batch_size)
+            samples = processes.whole(mine, len(rows))
             found |= processes.by_main(lambda: sampled_figures(task, samples, rows))
         seconds = time.perf_counter() - started
         return {**found, "accuracy_problems": len(rows), "evaluation_seconds": seconds}

@@ -45,6 +45,20 @@ class Diverged(RunError):
     """The numbers have left the finite ones for good; the message says where, and what to do."""
 
 
+@contextmanager
+def says_divergence() -> Iterator[None]:
+    """Raises Diverged where an evaluation finds nothing to sample: without it, an error of torch's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NOTHING_TO_SAMPLE not in str(error):
+            raise
+        raise Diverged(
+            f"evaluation: the model has diverged, its logits while it samples are NaN or infinite; {REMEDY}, or go on "
+            "from an earlier checkpoint"
+        ) from None
+
+
 def require_finite(session: Session) -> None:
     """Raises RunError, naming it, if the model that a run begins or goes on with is not finite."""
     reason = unusable_for(session)
