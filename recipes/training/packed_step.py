@@ -205,6 +205,7 @@ class PackedStep(PackedForward):
         return loss
 
     def _add_entropy(self, part: Bin, scores: Scores) -> None:
+        assert scores.entropies is not None
         mask, left_out, spare = (
             part.rollout.tensors["completion_mask"][part.rows].bool(),
             part.left_out[:, None],
