@@ -23,7 +23,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Before TRL and transformers are imported: they phone home otherwise.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -31,11 +31,24 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 from recipes.config.load import RunConfig, load_config
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
-from recipes.processes import is_first_here, spread
+from recipes.processes import complain, is_first_here, let_the_first_speak, spread
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.session import Session, Trained
+
+
+class _Parser(argparse.ArgumentParser):
+    """Speaks once, whatever launcher has started how many of it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if is_first_here():
+            super()._print_message(message, file)
+
+    def error(self, message: str) -> NoReturn:
+        if not is_first_here():
+            let_the_first_speak()
+        super().error(message)
 
 
 @lasting_output()
@@ -44,14 +57,12 @@ def main(arguments: list[str]) -> int:
     try:
         return _main(arguments)
     except KeyboardInterrupt:  # a run that has begun says more; importing what it needs takes seconds
-        print("\nStopped; the same command begins again.", file=sys.stderr)
+        complain("\nStopped; the same command begins again.")
         return 130
 
 
 def _main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
@@ -70,12 +81,14 @@ def _main(arguments: list[str]) -> int:
     for name in ("device", "processes", "lengths"):
         if (value := getattr(options, name)) is not None and not options.plan:
             parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
+    if options.plan and not is_first_here():
+        return 0
     if not options.plan and options.evaluate is None and is_first_here():
         print(f"Reading {options.config}", flush=True)  # at once: what checks it takes seconds to be imported
     try:
         config = load_config(options.config, options.overrides, processes=options.processes)
     except ConfigError as error:
-        _say_once(error)
+        complain(error)
         return EXIT_STATUS
     if options.plan:
         from recipes.plan.show import show
@@ -105,14 +118,20 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     try:
         check(config)
     except ConfigError as error:
-        _say_once(error)
+        complain(error)
         return EXIT_STATUS
     silence_bars()
 
     from recipes import processes
+    from recipes.training.callbacks import last_words
 
     with processes.only_main_speaks():
-        status = _run(config, resume=resume, command=command, pilot=pilot)
+        try:
+            with last_words():
+                status = _run(config, resume=resume, command=command, pilot=pilot)
+        except processes.MainFailed:
+            let_the_first_speak()
+            return 1
     if status != 1:  # else the others may be anywhere
         processes.end()
     return status
@@ -120,7 +139,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
 
 def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     from memhead.integrations.handle import HeadBypassed
-    from recipes.processes import MainFailed
+    from recipes.processes import MainFailed, is_first_with, lost_another
     from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
     from recipes.training.pilot import show
@@ -134,22 +153,30 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
             return 0
         with explained(config):
             if pilot:
-                return show(session)
+                with sigterm_as_ctrl_c():
+                    return show(session)
             trained = optimise(session)
         return finish(session, trained, command)
     except KeyboardInterrupt:
         when = " before training began; run the same command again" if session is None else ""
-        print(f"\nStopped{when}.", file=sys.stderr)
+        complain(f"\nStopped{when}.")
         return 130
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return EXIT_STATUS
     except MainFailed:
-        return 1
+        raise
     except (RunError, HeadBypassed, OSError, ValueError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        complain(f"error: {visible(str(error))}")
         if session is not None and not pilot:
             _report_so_far(session.folder)
+        return 1
+    except Exception as error:
+        if lost_another(error):
+            goes_on = "run the same command again" if session is None else _how_to_go_on(session.folder)
+            complain(f"error: another process of this run has ended; {goes_on}")
+        elif is_first_with("traceback"):
+            raise  # a fault of our own
         return 1
 
 
@@ -214,14 +241,14 @@ def optimise(session: Session) -> Trained:
     """GRPO from the first step, or the last checkpoint, to the last step or whatever ends it before."""
     from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
-    from recipes.processes import anywhere, lost_another
+    from recipes.processes import anywhere
     from recipes.report.model_card import model_card
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
     from recipes.training.evaluation import evaluator
     from recipes.training.memory import explain, save_last_step
     from recipes.training.resume import is_trained, restore
-    from recipes.training.session import RunError, Trained
+    from recipes.training.session import Trained
     from recipes.training.trainer import count_calls, install_head, make_trainer
     from recipes.training.worst_case import require_room
 
@@ -258,8 +285,6 @@ def optimise(session: Session) -> Trained:
             pass  # a second Ctrl-C
         except (RuntimeError, MemoryError) as error:
             explain(error, config, trainer, tracker.summary_of_now())
-            if lost_another(error):
-                raise RunError(f"another process of this run has ended; {_how_to_go_on(folder)}") from error
             raise
         finally:
             tracker.close()
@@ -327,12 +352,6 @@ def _how_to_go_on(folder: RunFolder, command: str = "the same command") -> str:
     if folder.checkpoint is None:  # stopped at once, or after the last step, without run.save_every
         return f"There is no checkpoint to go on from; to begin again: {command}"
     return f"To go on: {command} --resume"
-
-
-def _say_once(error: ConfigError) -> None:
-    """What every process of a machine finds alike, before they know each other."""
-    if is_first_here():
-        print(error, file=sys.stderr)
 
 
 def _save(trainer: Any, place: Path) -> None:

@@ -2,6 +2,7 @@
 
     folder = by_main(lambda: RunFolder.create(…))    the main process alone makes it, and every process has it
     texts = whole(generate(mine(rows)), len(rows))   each a share, in the end all of them
+    complain("error: …")                             what all find is said by one
 
 The group of processes is accelerate's, which makes it with TRL's GRPOConfig. Before that, without a launcher, and
 inside `by_main` a process is alone, and nothing here talks to another.
@@ -10,6 +11,8 @@ inside `by_main` a process is alone, and nothing here talks to another.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -17,6 +20,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PATIENCE = 20.0  # seconds
 _alone = ContextVar("alone", default=False)  # inside by_main
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
@@ -132,6 +136,41 @@ def only_main_speaks() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+def complain(text: object) -> None:
+    """Why the run ends, on standard error, in the words of the process that comes first: one reason, said once.
+
+    Call it last. Before there is a group the first of this machine speaks, and the others give it time.
+    """
+    if is_first_with("complaint"):
+        print(text, file=sys.stderr, flush=True)
+    elif not _together():
+        let_the_first_speak()
+
+
+def is_first_with(what: str) -> bool:
+    """Whether no other process of this run has asked this before; before there is a group, of this machine.
+
+    The one that is may ask again: a second Ctrl-C may come before it has spoken.
+    """
+    if not _together():
+        return is_first_here()
+    try:  # the store by which they have found each other: the launcher's, which outlives them
+        store = _group().distributed_c10d._get_default_store()
+        return int(store.compare_set(f"memhead/{what}", "", str(rank()))) == rank()
+    except Exception:  # the launcher is gone: twice is better than not at all
+        return True
+
+
+def let_the_first_speak() -> None:
+    """For a process that has nothing to say and is about to fail.
+
+    As soon as one has, the launcher ends all, and might end the first in the middle of its sentence. So this one waits
+    for the launcher, which ends it.
+    """
+    if count() > 1 or not is_first_here():
+        time.sleep(_PATIENCE)
 
 
 def lost_another(error: BaseException) -> bool:

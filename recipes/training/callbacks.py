@@ -43,12 +43,28 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in _announcing_the_end()}
+    with _handled_by(stop):
+        yield
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """SIGTERM and the like change nothing where no handler of the body's own has them: the run is at its end.
+
+    Of several processes one that fails has the launcher send SIGTERM to the others, which may be about to say why.
+    """
+    with _handled_by(lambda number, frame: None):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in _announcing_the_end()}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def _announcing_the_end() -> list[signal.Signals]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -111,7 +112,8 @@ class WholeCheckpoints(_Trainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _plain_cpu(self.args):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             apply_settings(self.optimizer, self.lr_scheduler, self._settings)
 
@@ -188,6 +190,18 @@ class _AtTheBorder(TrainerCallback):
         """Ask for it where the generation ends."""
         if self._trainer._put_off and state.global_step % steps_of_generation(args) == 0:
             control.should_save = True
+
+
+@contextmanager
+def _plain_cpu(arguments: Any) -> Iterator[None]:
+    """accelerate calls the CPU of several processes cpu:0, and torch reads no file to a device of that name."""
+    named = arguments.device
+    if named.type == "cpu":
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
+    try:
+        yield
+    finally:
+        vars(arguments)["_setup_devices"] = named
 
 
 def _publish(written: Path, place: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
 from recipes.tracking.terminal import silence_bars
+from recipes.training.finite import says_divergence
 from recipes.training.session import RunError
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def evaluator(config: RunConfig, task: Task, generate: Generate) -> Callable[...
             batch_size = max(1, settings.batch_size // settings.samples)
             with torch.random.fork_rng():
                 torch.manual_seed(config.run.seed + processes.rank())
-                samples = processes.whole(complete(generate, share, drawn, batch_size), len(rows))
+                with says_divergence():
+                    mine = complete(generate, share, drawn, batch_size)
+            samples = processes.whole(mine, len(rows))
             found |= processes.by_main(lambda: sampled_figures(task, samples, rows))
         seconds = time.perf_counter() - started
         return {**found, "accuracy_problems": len(rows), "evaluation_seconds": seconds}
@@ -173,9 +175,9 @@ def show(config: RunConfig, place: str) -> int:
         if processes.is_main():
             print(json.dumps(found, indent=2))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        processes.complain(error)
         return EXIT_STATUS
     except (ImportError, OSError, RunError, ValueError) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        processes.complain(f"error: {visible(str(error))}")
         return 1
     return 0

@@ -45,6 +45,20 @@ class Diverged(RunError):
     """The numbers have left the finite ones for good; the message says where, and what to do."""
 
 
+@contextmanager
+def says_divergence() -> Iterator[None]:
+    """Raises Diverged where an evaluation finds nothing to sample: without it, an error of torch's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NOTHING_TO_SAMPLE not in str(error):
+            raise
+        raise Diverged(
+            f"evaluation: the model has diverged, its logits while it samples are NaN or infinite; {REMEDY}, or go on "
+            "from an earlier checkpoint"
+        ) from None
+
+
 def require_finite(session: Session) -> None:
     """Raises RunError, naming it, if the model that a run begins or goes on with is not finite."""
     reason = unusable_for(session)
@@ -211,7 +225,7 @@ class _AfterUpdate(TrainerCallback):
             self._trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         name = first_not_finite(self._trained)
         if anywhere(name is not None):
-            where = f"step {state.global_step + 1}, update: the weight {name or 'of another process'}"
+            where = f"step {state.global_step + 1}, update: the weight {first(name)}"
             raise Diverged(f"{where} is not finite any more; {REMEDY}, or go on from an earlier checkpoint")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

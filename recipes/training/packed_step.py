@@ -8,7 +8,7 @@
 
 A completion whose advantage is zero is left out of the forward where its gradient comes from the advantage alone: TRL's
 loss is given a log-probability of 0 for its tokens, new and old, hence a ratio of 1, times 0. It still counts in
-normalisers and in clip ratios; `entropy` is the mean of what was computed.
+normalisers and in clip ratios; `entropy` is the mean over the others' tokens, of all processes.
 
 Log-probabilities of the old policy are the detached ones of the loss pass, as long as no update lies between sampling
 and loss: TRL's pass for them is skipped, and vLLM's importance ratio is formed here instead. The micro-batches of later
@@ -35,7 +35,7 @@ from recipes.training.importance import Correction, SamplingGap
 from recipes.training.packed_forward import PackedForward, Scores
 from recipes.training.ratios import RatioMeter, RoundedHead, sampler_dtype
 from recipes.training.rollout import SUPPORT, Bin, MicroBatch, Rollout
-from recipes.training.step_metrics import StepMeter
+from recipes.training.step_metrics import EntropyMeter, StepMeter
 
 
 class PackedStep(PackedForward):
@@ -55,6 +55,7 @@ class PackedStep(PackedForward):
         self._keep_reference = False  # TRL is about to ask for the reference's
         self._reference: Any = None  # the model that it then asked, in training
         self._meter = StepMeter()
+        self._entropy = EntropyMeter()
         self._gap = SamplingGap()
         self._ratios = RatioMeter(getattr(self, "mismatch_every", None))  # of MeasuredRatios
 
@@ -195,15 +196,30 @@ class PackedStep(PackedForward):
                 self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._add_entropy(inputs, scores)
         if mode == "eval" or self.accelerator.sync_gradients:
             self._append(mode, self._gap.take(self.accelerator) | self._ratios.take(self.accelerator))
         if mode == "train":
             self._meter.add(computed=scores.tokens, **inputs.counts())
         return loss
 
+    def _add_entropy(self, part: Bin, scores: Scores) -> None:
+        assert scores.entropies is not None
+        mask, left_out, spare = (
+            part.rollout.tensors["completion_mask"][part.rows].bool(),
+            part.left_out[:, None],
+            part.spare[:, None],
+        )
+        self._entropy.add(
+            scores.entropies, mask & ~left_out & ~spare, mask & spare, mask & left_out, len(part.run)
+        )
+        if self.accelerator.sync_gradients:
+            self._entropy.take(self.accelerator, self._metrics["train"]["entropy"])
+
     def _score_bin(self, model: Any, part: Bin, *, entropy: bool) -> Scores:
-        """Scores of all rows of a bin; those left out have the mean entropy of the others."""
-        scores = self._score(
+        """Scores of all rows of a bin; 0 for those left out."""
+        return self._score(
             model,
             part.batch,
             part.lengths,
@@ -212,12 +228,6 @@ class PackedStep(PackedForward):
             truncated=None if self._truncation is None else Truncated(self._truncation, part.support),
             listener=self._listener(part),
         )
-        if scores.entropies is None or part.complete:
-            return scores
-        with torch.no_grad():
-            computed = part.computed_mask
-            mean = (scores.entropies * computed).sum() / computed.sum().clamp(min=1)
-        return scores._replace(entropies=torch.where(part.left_out[:, None], mean, scores.entropies))
 
     def _listener(self, part: Bin) -> RoundedHead | None:
         """Where this rollout's difference from vLLM is to be taken apart, and the policy that sampled is scored."""

@@ -28,8 +28,12 @@ class Rollout:
     budget: int  # tokens of a bin
     agree: Callable[[int], int] = int  # see `fill_bins`
     even: bool = True  # else bins are as full as they may be
+    spare: Tensor = field(init=False)  # (B,) bool: of those, computed for other processes' sake alone
     _cuts: dict[range, list[range]] = field(default_factory=dict)  # a run is cut once: the same bins, always
     _bins: dict[int, range] = field(default_factory=dict)  # by last micro-batch
+
+    def __post_init__(self) -> None:
+        self.spare = torch.zeros_like(self.live)
 
     @classmethod
     def whole(cls, tensors: MicroBatch) -> Rollout:
@@ -99,7 +103,7 @@ class Rollout:
             return
         length = self.lengths.completion[rows]
         shortest = rows[torch.where(length > 0, length, length.max() + 1).argmin()]
-        self.live[shortest] = self.lengths.completion[shortest] > 0
+        self.live[shortest] = self.spare[shortest] = self.lengths.completion[shortest] > 0
 
     def plan(self, run: range) -> None:
         """Cut ``run`` and remember its bins."""
@@ -170,15 +174,9 @@ class Bin:
         return left_out.to(self.rollout.tensors["completion_mask"].device)
 
     @cached_property
-    def complete(self) -> bool:
-        """Whether nothing is left out."""
-        return bool(self.rollout.live[self.rows].sum() == (self.lengths.completion > 0).sum())
-
-    @property
-    def computed_mask(self) -> Tensor:
-        """(rows, K) bool: completion tokens that are computed."""
-        mask = self.rollout.tensors["completion_mask"][self.rows].bool()
-        return mask & ~self.left_out[:, None]
+    def spare(self) -> Tensor:
+        """(rows,) bool, on the device: rows that are computed though the loss does not need them."""
+        return self.rollout.spare[self.rows].to(self.left_out.device)
 
     def counts(self) -> dict[str, int]:
         """For the log: real tokens, rows, rows left out."""

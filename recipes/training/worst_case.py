@@ -24,7 +24,8 @@ from recipes.training.session import Session
 PHASE = "a worst-case step before the first: forward"
 # Attributes of TRL's trainer and of the packed step that one step leaves for the next.
 STATE = (
-    "_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_gap", "_ratios", "_flow", "_even_bins",
+    "_step", "_buffered_inputs", "_metrics", "_rollout", "_place", "_meter", "_entropy", "_gap", "_ratios", "_flow",
+    "_even_bins",
 )  # fmt: skip
 
 

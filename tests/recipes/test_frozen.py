@@ -8,6 +8,7 @@ CHANGES = {
     "Truncated",  # counts the calls of a head
     "Document",  # overrides are put into it
     "Rollout",  # its bins are cut when they are asked for
+    "EntropyMeter",
     "StepMeter",
     "SamplingGap",
     "RatioMeter",

@@ -63,6 +63,8 @@ def compare(together, alone, case):
         for name in ("loss", "grad_norm"):
             assert log[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7), name
         assert log.get("step/tokens_real") == one.get("step/tokens_real")
+        if one.get("step/left_out"):  # else it is the mean of micro-batches' means, which are others
+            assert log["entropy"] == pytest.approx(one["entropy"], rel=1e-6)
 
 
 def test_the_benchmark_compares_two_processes_with_one(ranks):
@@ -140,16 +142,29 @@ def test_fsdp_gathers_the_weight_of_the_head_once_for_each_of_its_calls(ranks, c
         assert alone == 2 * calls + others
 
 
+def ranks_of(launcher):
+    """Their process ids."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
 def start_run(folder, *more, start=ready.python):
     """A run in two processes, and its arguments."""
+    arguments = arguments_of(folder, *more)
+    return torchrun(2, "train_grpo.py", *arguments, start=start), arguments
+
+
+def arguments_of(folder, *more):
+    """Of a run that checks, saves and evaluates much."""
     changed = ("grpo.max_steps", "run.warm_start.", "run.evaluation.", "grpo.per_device")
     kept = [setting for setting in TINY if not setting.startswith(changed)]
-    arguments = [
-        "--config", CONFIG, *kept, "grpo.max_steps=200", "grpo.per_device_train_batch_size=8", "run.save_every=1",
+    given = {setting.partition("=")[0] for setting in more}
+    common = [
+        "grpo.max_steps=200", "grpo.per_device_train_batch_size=8", "run.save_every=1",
         "run.evaluation.size=15", "run.evaluation.every=1", "run.evaluation.samples=2", f"run.output_root={folder}",
-        *more,
     ]  # fmt: skip
-    return torchrun(2, "train_grpo.py", *arguments, start=start), arguments
+    common = [setting for setting in common if setting.partition("=")[0] not in given]
+    return ["--config", CONFIG, *kept, *common, *more]
 
 
 def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
@@ -194,14 +209,69 @@ def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
     assert folder.metrics.read()[-1]["step"] == last + 1
 
 
+def test_a_run_goes_on_in_more_processes(tmp_path):
+    short = ["run.warm_start=null", "run.evaluation.samples=0"]
+    for processes, steps in ((2, 2), (3, 3)):
+        arguments = [*arguments_of(tmp_path, *short), *["--resume"] * (processes == 3)]
+        arguments = [argument.replace("max_steps=200", f"max_steps={steps}") for argument in arguments]
+        process = torchrun(processes, "train_grpo.py", *arguments)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    folder = RunFolder(tmp_path / "tiny")
+    assert [record["step"] for record in folder.metrics.read()] == [0, 1, 2, 3]
+    assert len(folder.metrics.read()[-1]["memory_by_process"]) == 3
+    assert folder.step == 3
+
+
+BROKEN = """
+import sys, train_grpo
+train_grpo.begin = lambda *_, **__: 1 / 0
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "once"),
+    [
+        (["--nope"], "error: unrecognized arguments: --nope"),
+        (["--plan"], "tiny: a bin of"),
+        (["--evaluate", "nowhere"], "nowhere: there is no such folder"),
+        (
+            ["grpo.learning_rate=1e30", "grpo.warmup_steps=0", "grpo.max_grad_norm=0"],
+            "error: evaluation: the model has diverged",
+        ),
+        ([], "ZeroDivisionError: "),
+    ],
+    ids=["usage", "plan", "evaluation", "divergence", "a fault of our own"],
+)
+def test_what_all_processes_find_is_said_once(tmp_path, more, once):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    script = "train_grpo.py" if more else tmp_path / "broken.py"
+    process = torchrun(2, script, *arguments_of(tmp_path, "run.warm_start=null"), *more)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if more != ["--plan"] else 0)
+    assert output.count(once) == 1, output
+
+
+def test_a_process_killed_in_the_warm_start_ends_the_others_in_a_sentence(tmp_path):
+    process, _ = start_run(
+        tmp_path, "run.warm_start.steps=100000", "run.warm_start.batch_size=8", "run.warm_start.check_every=2"
+    )
+    wait_for(process, "warm start  step 2")
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count("error: another process of this run has ended; run the same command again") == 1, (
+        output
+    )
+    assert "gloo" not in output
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_leaves_its_checkpoints(tmp_path):
     process, _ = start_run(tmp_path, "run.warm_start=null")
     wait_for(process, "step 2: accuracy")
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error: another process of this run has ended; To go on: the same command --resume" in output
