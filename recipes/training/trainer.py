@@ -14,6 +14,7 @@ from recipes.training.session import Session
 from recipes.training.sharding import keep_precision
 from recipes.training.step_choice import trainer_with_step
 from recipes.training.vllm_engine import engine
+from recipes.training.vllm_server import say_where_it_fails
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -74,6 +75,7 @@ def make_trainer(session: Session) -> Any:
     with engine(config):
         trainer = trainer_with_step(session, given)
     keep_precision(trainer)
+    say_where_it_fails(trainer)
     if arguments.cache_implementation == "static" and not (unsloth or arguments.use_vllm):
         sample_by_graphs(trainer, without_adapters(trainer.model))
     if unsloth and "ref" in getattr(model, "peft_config", {}):

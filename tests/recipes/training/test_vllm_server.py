@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import vllm_stand_in
 from test_quickstart import CONFIG, TINY
 from trl.generation import vllm_client, vllm_generation
 from vllm_stand_in import StandIn, weight_transfer
@@ -108,3 +109,62 @@ def test_ahead_samples_from_the_weights_of_one_rollout_before(tmp_path, server, 
     assert [record["step"] for record in more] == [1, 2, 3, 4, 5, 6]
     assert [request["versions"] for request in resumed] == [(1, 1), (1, 1)]
     assert more[4]["trl"][gap] < 1e-4 < 1e-2 < more[5]["trl"][gap]
+
+
+def no_json(handler):
+    answer(handler, 200, b"<html>")
+
+
+def not_found(handler):
+    answer(handler, 404, b"no such route \x1b[31m")
+
+
+def too_few(handler):
+    answer(handler, 200, b'{"choices": []}')
+
+
+def answer(handler, status, text):
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text)
+
+
+@pytest.mark.parametrize(
+    ("fault", "path", "what", "ahead"),
+    [
+        (no_json, "/v1/completions", "to sample", "false"),
+        (too_few, "/v1/completions", "to sample", "true"),
+        (not_found, "/update_weights", "to take new weights", "false"),
+    ],
+)
+def test_a_server_that_fails_is_a_line_and_the_run_goes_on_when_it_is_there_again(
+    tmp_path, server, capsys, monkeypatch, fault, path, what, ahead
+):
+    """It fails from the second update on: what the first one trained is kept."""
+    post = vllm_stand_in._Handler.do_POST
+
+    def failing(handler):
+        if handler.path == path and server.updates >= 2 + (ahead == "true"):
+            handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+            fault(handler)
+        else:
+            post(handler)
+
+    monkeypatch.setattr(vllm_stand_in._Handler, "do_POST", failing)
+    kept = [
+        setting for setting in TINY if not setting.startswith(("run.warm_start.", "run.evaluation.every"))
+    ]
+    changes = ["grpo.use_vllm=true", "grpo.vllm_mode=server", f"grpo.vllm_server_base_url={server.url}"]
+    changes += ["run.warm_start=null", "run.evaluation.every=null", f"step.ahead={ahead}"]
+    command = ["--config", CONFIG, *kept, *changes, f"run.output_root={tmp_path}"]
+    assert train_grpo.main(command) == 1
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"the vLLM server at {server.url} was asked {what} and failed (" in line
+    assert "Checkpoint: " in line
+    assert "Traceback" not in said
+    assert "\x1b" not in line
+    monkeypatch.setattr(vllm_stand_in._Handler, "do_POST", post)
+    assert train_grpo.main([*command, "--resume"]) == 0
+    assert RunFolder(tmp_path / "tiny").metrics.read()[-1]["step"] == 3
