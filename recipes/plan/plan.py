@@ -348,7 +348,8 @@ def in_bins(config: RunConfig, s: Setting, budget: int | None) -> Setting:
     """The setting with the bins of the packed step, where the run takes it. A micro-batch is never divided."""
     if config.step.impl == "trl" or config.model.loader == "unsloth":
         return s
-    return replace(s, bin_tokens=s.slots if budget is None else max(s.packed, min(s.rollout, budget)))
+    wanted = s.slots if budget is None else budget
+    return replace(s, bin_tokens=max(s.packed, min(s.rollout, wanted)))
 
 
 def plan_token_budget(s: Setting, device_bytes: int) -> int:

@@ -234,8 +234,11 @@ def test_what_no_formula_covers_is_said(name, tmp_path, capsys):
     assert "whether it fits is not known" in shown
     assert f"note: NOT counted: what the layers of {found.setting.shape.kind} keep" in shown
     assert "longest completion" not in shown
-    inputs = found.setting.shape.layers * 2 * 128 * 2 * found.setting.shape.hidden
-    assert found.memory.parts["activations"] == inputs
+    s = found.setting
+    assert s.bin_tokens == s.rollout
+    assert (
+        found.memory.parts["activations"] == s.shape.layers * s.rollout * 2 * s.shape.hidden
+    )  # their inputs
     assert list(found.memory.instead) == ["head with full logits"]
     small = plan(config, parse_device("1 GiB"))
     assert small.fits is False
@@ -469,9 +472,20 @@ def test_a_kept_cache_stays_between_rollouts():
 
 
 def test_a_bin_is_one_micro_batch_where_nothing_can_be_planned(tmp_path):
-    quickstart = plan(load_config(QUICKSTART)).setting
-    assert quickstart.bin_tokens == quickstart.sequences * quickstart.length
+    one_of_four = ["grpo.gradient_accumulation_steps=4", "grpo.per_device_train_batch_size=128"]
+    quickstart = plan(quickstart_of(one_of_four)).setting
+    assert quickstart.bin_tokens == quickstart.sequences * quickstart.length == 128 * 13
     assert bin_of(80 * GIB, "model.attn_implementation=eager") == 8 * 768
+
+
+def test_a_bin_has_no_more_than_the_rollout():
+    """Padded, its one micro-batch has 512 × 13 slots; packed it is 64 × (7 + 8 × 5) tokens."""
+    assert plan(quickstart_of([])).setting.bin_tokens == 64 * (7 + 8 * 5)
+
+
+def quickstart_of(overrides):
+    """With the prompts that it has, of which a run looks for the longest."""
+    return load_config(QUICKSTART, overrides).model_copy(update={"longest_prompt": 7})
 
 
 def test_unsloth_raises_a_micro_batch_to_one_group():

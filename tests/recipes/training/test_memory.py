@@ -166,6 +166,9 @@ def test_the_checks_change_nothing_but_can_be_left_out(tmp_path, capsys):
     plan = json.loads((tmp_path / "tiny" / "plan.json").read_text())
     assert plan["measured"].keys() <= plan["phases"].keys()
     assert plan["measured_figure"] == "tensor_peak_mib"
+    assert (
+        plan["phases"]["generation"] < 2 * plan["measured"]["generation"]
+    )  # with the prompts that there are
     highest = metrics(tmp_path)[1]["memory"]["backward"]["tensor_peak_mib"] * 2**20
     assert plan["measured"]["forward, loss and backward"] >= highest > 2**16
     assert "memory  forward, loss and backward: planned" in checked
@@ -199,7 +202,10 @@ def test_what_helps_most_comes_first(without_unsloth):
 @pytest.mark.parametrize(
     ("budget", "advised"),
     [
-        (None, r"step\.token_budget=(\d+)"),
+        (  # bins of as many tokens as a padded micro-batch has slots would hold both halves
+            None,
+            r"grpo\.per_device_train_batch_size=256 grpo\.gradient_accumulation_steps=2 step\.token_budget=(\d+) ",
+        ),
         (  # more than a rollout has, which is one micro-batch here
             10**6,
             r"grpo\.per_device_train_batch_size=256 grpo\.gradient_accumulation_steps=2 step\.token_budget=(\d+) ",
@@ -214,13 +220,22 @@ def test_no_bin_smaller_than_a_micro_batch_is_advised(without_unsloth, budget, a
     text = "\n".join(remedies(config, "forward"))
     found = re.search(advised, text)
     assert found, text
-    assert ("per_device_train_batch_size" in text) is (budget is not None)
-    if budget is None:
-        least = plan(config).setting.packed
-        assert int(found[1]) >= least
-        asked = [f"step.token_budget={least}"]
-        advice = remedies(load_config(CONFIG, asked), "forward")
-        assert not any(line.startswith("step.token_budget") for line in advice)
+    if budget != 1:
+        halves = ["grpo.per_device_train_batch_size=256", "grpo.gradient_accumulation_steps=2"]
+        assert int(found[1]) == plan(load_config(CONFIG, halves)).setting.packed
+
+
+def test_smaller_bins_are_advised_down_to_a_micro_batch(without_unsloth):
+    quarters = ["grpo.per_device_train_batch_size=128", "grpo.gradient_accumulation_steps=4"]
+    config = load_config(CONFIG, quarters)
+    text = "\n".join(remedies(config, "forward"))
+    found = re.search(r"step\.token_budget=(\d+)", text)
+    assert found, text
+    assert "per_device_train_batch_size" not in text
+    least = plan(config).setting.packed
+    assert int(found[1]) >= least
+    advice = remedies(load_config(CONFIG, [*quarters, f"step.token_budget={least}"]), "forward")
+    assert not any(line.startswith("step.token_budget") for line in advice)
 
 
 @pytest.mark.parametrize(
