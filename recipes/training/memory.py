@@ -188,10 +188,8 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
     elif size > 1:
         text = f"grpo.per_device_train_batch_size={size // 2} grpo.gradient_accumulation_steps={2 * steps}"
         smaller, told = changed(sequences=size // 2), config.step.token_budget
-        joins = (
-            smaller is not None and smaller.bin_tokens is not None and (told is None or told > smaller.packed)
-        )
-        if joins:  # bins would hold both again
+        if smaller and smaller.bin_tokens and (told is None or told > smaller.packed):
+            # Bins would hold both halves again.
             text += f" step.token_budget={smaller.packed}"
         yield text, smaller and in_bins(config, smaller, 1)
     length = config.completion_length
