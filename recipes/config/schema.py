@@ -77,7 +77,8 @@ class ModelConfig(Section):
     )
     max_seq_length: Positive | None = Field(
         None,
-        description="longest prompt plus completion, in tokens; unsloth allocates for it; null: 2048 there, elsewhere the plan looks at the prompts",
+        description="longest prompt plus completion, in tokens; unsloth allocates for it; null: 2048 there, elsewhere "
+        "the plan looks at the prompts",
     )
     gradient_checkpointing: bool = Field(
         False,
