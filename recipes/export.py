@@ -158,7 +158,10 @@ def _adapted(model: Any) -> list[tuple[str, torch.Tensor]]:
     """The base weights that carry an adapter, by the names that they have after merging."""
     found = []
     for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+        if hasattr(module, "parameter_name"):  # experts in one parameter; several are wrapped one in another
+            place = name.replace(".base_layer", "")
+            found.append((f"{place}.{module.parameter_name}", module.get_param().detach()))
+        elif hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             found.append((f"{name}.weight", module.base_layer.weight.detach()))
     return found
 

@@ -51,8 +51,9 @@ def refusal(config: GenerationConfig) -> str | None:
     try:
         config.validate(strict=True)
     except Exception as error:  # of nonsensical values whatever comes of comparing them
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return (lines[1].strip("- ") if lines[1:] else lines[0] if lines else type(error).__name__)[:200]
+        lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
+        first = lines[1] if lines[1:] else lines[0] if lines else type(error).__name__
+        return first.partition(". ")[0][:200]
     return None
 
 

@@ -9,7 +9,14 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from recipes import export
 from recipes.config.load import load_config
@@ -20,19 +27,24 @@ from recipes.report.model_card import model_card
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
-def run_folder(tmp_path, dtype=torch.float32, learnt=True):
+def llama(vocab_size):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes))
+
+
+def qwen3_moe(vocab_size):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=vocab_size, num_key_value_heads=2, **sizes, **experts)
+    )
+
+
+def run_folder(tmp_path, dtype=torch.float32, learnt=True, model_of=llama):
     """A run's folder as training leaves it: an adapter in final/, figures and config."""
     tokenizer = character_tokenizer("0123456789")
     base = tmp_path / "base"
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    ).to(dtype).save_pretrained(base)
+    model_of(len(tokenizer)).to(dtype).save_pretrained(base)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(r=4, target_modules="all-linear")
     )
@@ -88,6 +100,14 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["grpo", "trl", "memhead"]
     assert "base_model" not in front  # it was made from nothing
+
+
+def test_experts_are_merged_and_proven(tmp_path, capsys):
+    """Their weights are one parameter each, for which peft has a layer of another kind."""
+    assert main([str(run_folder(tmp_path, model_of=qwen3_moe)), "--merge"]) == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["changed_weights"] == proof["adapted_weights"] == 2 * 7  # attention, router, experts twice
+    assert proof["logits_error"] <= proof["allowed"] < proof["adapter_effect"]
 
 
 def test_the_card_names_what_the_hub_knows(tmp_path):
