@@ -186,7 +186,13 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
-    from recipes.models.prompts import check_longest, check_problems, prompt_lengths, trained_on_too
+    from recipes.models.prompts import (
+        check_longest,
+        check_problems,
+        check_tokens,
+        prompt_lengths,
+        trained_on_too,
+    )
     from recipes.models.saved import require_savable
     from recipes.processes import by_main
     from recipes.tracking.run_folder import RunFolder
@@ -227,6 +233,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
+    if config.model.name is not None or config.model.tokenizer is not None:
+        check_tokens(config, task, model, tokenizer)
     check_longest(config, task, model, tokenizer)
     if (given := config.model.name) is not None:
         by_main(lambda: require_savable(model, tokenizer, given, "model.name"))

@@ -62,7 +62,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     model = _with_adapter(final, base).eval()
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         raise ExportError("the base is quantised; name the unquantised one that it was made from with --base")
-    tokens = torch.arange(32)[None] % model.config.vocab_size
+    tokens = torch.arange(32)[None] % model.config.get_text_config().vocab_size
     wanted = _logits(model, tokens)
     with model.disable_adapter():
         without = _logits(model, tokens)

@@ -9,6 +9,8 @@ from typing import Any
 from recipes.config.schema import ModelConfig
 from recipes.models.foreign import require_own_attention
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
+from recipes.models.own_generation import make_savable
+from recipes.models.published import require_whole
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 from recipes.problems import place_of
 
@@ -29,6 +31,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         model = with_adapter(place, **(quantisation(trained) if trained.loader == "transformers" else {}))
     else:
         model = _whole(place)
+    make_savable(model, str(place))  # it is sampled from as in its training
     return to_gpu(model), tokenizer
 
 
@@ -58,11 +61,7 @@ def _whole(place: Path) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    drawn = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if drawn:
-        more = f" and {len(drawn) - 1} more" if drawn[1:] else ""
-        message = f"its weights lack {drawn[0]}{more}, or have another shape than config.json says"
-        raise unusable(str(place), message, REMEDY)
+    require_whole(model, found, str(place), REMEDY)
     return model
 
 

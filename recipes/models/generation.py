@@ -170,7 +170,7 @@ def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": UNCUT["repetition_penalty"],
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": _end_tokens(model, tokenizer),
+        "eos_token_id": end_tokens(model, tokenizer),
         "do_sample": sampling.temperature > 0.0,
     }
     if options["do_sample"]:
@@ -181,7 +181,7 @@ def _generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Any:
     return GenerationConfig(**options)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion, the model's and the tokenizer's, as in TRL's trainer."""
     declared = model.generation_config.eos_token_id
     ends = [] if declared is None else declared if isinstance(declared, list) else [declared]

@@ -25,6 +25,7 @@ from recipes.models import unsloth as unsloth_loader
 from recipes.models.compiled import compile_layers
 from recipes.models.foreign import require_own_attention
 from recipes.models.own_generation import make_savable
+from recipes.models.published import require_trainable, require_whole
 from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks import Task
@@ -71,7 +72,7 @@ def load(
     if config.loader == "scratch":
         model, tokenizer = _from_scratch(config, task, seed)
     else:
-        model, tokenizer = _from_pretrained(config, trained=lora is None)
+        model, tokenizer = _from_pretrained(config, lora)
     if config.compile_layers:
         compile_layers(model)
     return to_gpu(model), tokenizer
@@ -93,26 +94,30 @@ def _from_scratch(
 
 
 def _from_pretrained(
-    config: ModelConfig, *, trained: bool
+    config: ModelConfig, lora: LoraSection | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint from a local folder or the hub. Code that comes with a checkpoint is never run.
 
-    trained: every weight will be, so `dtype: auto` is float32: an update of AdamW vanishes in bfloat16's rounding.
+    lora: None trains every weight, so `dtype: auto` is float32: an update of AdamW vanishes in bfloat16's rounding.
     """
     if config.name is None:
         raise ValueError("model.name: is missing; set it to a hub id or a local path")
     options: dict[str, Any] = {
-        "dtype": _dtype(config) or (torch.float32 if trained else "auto"),
+        "dtype": _dtype(config) or (torch.float32 if lora is None else "auto"),
         "revision": config.revision,
     }
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     options |= quantisation(config)
     with readable("model", config.name, "name a whole model", "model.name", quiet=False):
+        own = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
         if config.attn_implementation is None:  # else it is the user's own word
-            own = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
             require_own_attention("model.name", config.name, own)
-        model = AutoModelForCausalLM.from_pretrained(config.name, trust_remote_code=False, **options)
+        require_trainable(own, config, lora)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.name, trust_remote_code=False, output_loading_info=True, **options
+        )
+        require_whole(model, found, config.name, "name a whole causal language model", "model.name")
         if mended := make_savable(model, config.name, "model.name"):
             print(mended, flush=True)
     return model, _named_tokenizer(config)
@@ -150,15 +155,15 @@ def _named_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A saved tokenizer, set to pad on the left; one without a padding token pads with the end token.
 
-    Raises ValueError if it has neither.
+    Raises ValueError if it has no end token: nothing would end a completion.
     """
     tokenizer = AutoTokenizer.from_pretrained(
         name, revision=revision, padding_side="left", trust_remote_code=False
     )
-    if tokenizer.pad_token is None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("it has no end token: tokenizer_config.json is missing, or lacks eos_token")
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError("it has no end token, as without its tokenizer_config.json")
     return tokenizer
 
 

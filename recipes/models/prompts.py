@@ -11,6 +11,7 @@ prompt_lengths(config, task)      tokens of a prompt, for the plan
 from __future__ import annotations
 
 import heapq
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
 from recipes.models.foreign import no_foreign_code
-from recipes.models.generation import encode, token_ids
+from recipes.models.generation import encode, end_tokens, token_ids
+from recipes.models.published import require_known_tokens, require_open_end, unended_turn
 from recipes.models.saved import unusable
 from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError, Problem
@@ -105,6 +107,31 @@ def check_longest(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> 
             if config.model.loader == "scratch":
                 remedy += ", or raise model.scratch.max_positions"
             raise ConfigError([Problem("task", message, last_words(prompt), remedy)])
+
+
+def check_tokens(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> None:
+    """Raises ConfigError for tokens of the run that the model has not, and for prompts that the tokenizer ends."""
+    name, key, chat = (
+        str(config.model.tokenizer or config.model.name),
+        _key(config),
+        config.chat_template_kwargs,
+    )
+    first = task.train[0]["prompt"]
+    if isinstance(first, str):
+        require_open_end(tokenizer, token_ids(tokenizer, [first], chat)[0], name, key)
+    elif said := unended_turn(tokenizer, first, end_tokens(model, tokenizer), chat):
+        print(said, flush=True)
+    prompts = [*task.train["prompt"], *task.held_out["prompt"]]
+    answers = task.warm_start_examples(_LOOKED_AT) if config.run.warm_start is not None else []
+    texts = chain(
+        (
+            ids
+            for start in range(0, len(prompts), _LOOKED_AT)
+            for ids in token_ids(tokenizer, prompts[start : start + _LOOKED_AT], chat)
+        ),
+        (tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in answers),
+    )
+    require_known_tokens(model, tokenizer, texts, name, key)
 
 
 def _check_number(config: RunConfig, task: Task) -> None:

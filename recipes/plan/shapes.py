@@ -18,6 +18,7 @@ import yaml
 
 from recipes.config.load import RunConfig
 from recipes.models.foreign import no_foreign_code, require_own_attention
+from recipes.models.published import require_trainable
 from recipes.problems import ConfigError, Problem, one_of
 
 if TYPE_CHECKING:
@@ -189,9 +190,12 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
     name = config.model.name or ""
     try:
         with no_foreign_code("model.name", name):
-            return AutoConfig.from_pretrained(
+            own = AutoConfig.from_pretrained(
                 name, revision=config.model.revision, local_files_only=not network, trust_remote_code=False
             )
+        if config.model.loader == "transformers":
+            require_trainable(own, config.model, config.lora)
+        return own
     except OSError:
         pass
     except ConfigError:
@@ -207,7 +211,11 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
 
 def _not_a_model(name: str, error: Exception) -> ConfigError:
     message = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ConfigError([Problem("model.name", message, name, "plan a model that transformers knows")])
+    if message.startswith("Unrecognized configuration class"):
+        message = "is no causal language model: transformers has none of its architecture"
+    return ConfigError(
+        [Problem("model.name", message, name, "name a causal language model that transformers knows")]
+    )
 
 
 def _scratch(config: RunConfig, network: bool) -> PretrainedConfig:

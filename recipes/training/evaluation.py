@@ -24,9 +24,10 @@ import torch
 from recipes import processes
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.finite import why_unusable
-from recipes.models.generation import Generate, Sampling, by_transformers, encode
+from recipes.models.generation import Generate, Sampling, by_transformers, encode, token_ids
 from recipes.models.precision import Precision
 from recipes.models.prompts import require_template
+from recipes.models.published import require_known_tokens
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
@@ -156,6 +157,10 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     _ = task.held_out  # what is wrong with the data is said before a model is loaded
     model, tokenizer = load_checkpoint(place, config.model)
     require_template(place, tokenizer, task.held_out[0]["prompt"], config.chat_template_kwargs)
+    prompts = token_ids(
+        tokenizer, task.held_out[: config.run.evaluation.size]["prompt"], config.chat_template_kwargs
+    )
+    require_known_tokens(model, tokenizer, prompts, str(place))
     precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
     batch = encode(tokenizer, task.held_out[:4]["prompt"], config.chat_template_kwargs)

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SiglipVisionConfig,
 )
 
 from recipes import export
@@ -312,3 +316,24 @@ def test_gguf_converts_the_merged_model_or_the_whole_final_one(tmp_path, capsys,
     converter.write_text("raise SystemExit(3)\n")
     assert main([str(run), "--gguf"]) == 1
     assert "failed on" in capsys.readouterr().err
+
+
+def test_a_model_whose_text_configuration_is_within_it_is_merged(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer("0123456789")
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text), vision_config=SiglipVisionConfig(**sight), mm_tokens_per_image=4
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    adapted.save_pretrained(tmp_path / "run" / "final")
+    tokenizer.save_pretrained(tmp_path / "run" / "final")
+    proof = export.merge(tmp_path / "run")
+    # the image part's q_proj is adapted too, and no token shows it
+    assert proof["changed_weights"] == proof["adapted_weights"] >= 2
+    assert proof["logits_error"] < 1e-5 < proof["adapter_effect"]

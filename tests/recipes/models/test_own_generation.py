@@ -7,6 +7,8 @@ from tiny import saved_llama
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import train_grpo
+from recipes.config.schema import ModelConfig
+from recipes.models.checkpoint import load_checkpoint
 from recipes.models.own_generation import make_savable
 from recipes.problems import ConfigError
 
@@ -27,9 +29,9 @@ def folder(place, **more):
         ({"top_k": 4, "penalty_alpha": 0.5}, {"top_k": 4, "do_sample": True}, set(), "do_sample is true"),
         (
             {"length_penalty": 2.0, "top_p": 0.5},
-            {},
-            {"length_penalty", "top_p", "do_sample"},
-            "the token ids alone",
+            {"top_p": 0.5, "do_sample": True},
+            {"length_penalty"},
+            "length_penalty left out",
         ),
         ({"pad_token_id": -1, "top_p": 0.5}, {}, {"pad_token_id", "top_p"}, "the token ids alone"),
         ({"temperature": 0.5, "do_sample": True}, {"temperature": 0.5}, set(), None),
@@ -47,6 +49,36 @@ def test_what_could_not_be_saved_is_mended_and_said(tmp_path, given, kept, lost,
     assert {name: again[name] for name in kept} == kept
     assert not lost & again.keys()
     assert again["eos_token_id"] == ids["eos_token_id"]
+
+
+TRICKS = {
+    "num_beams": 3,
+    "no_repeat_ngram_size": 2,
+    "min_p": 0.2,
+    "min_new_tokens": 3,
+    "suppress_tokens": [5],
+}
+
+
+def test_what_would_change_the_sampling_behind_a_run_is_left_out_and_said(tmp_path):
+    """transformers takes from the file whatever the call leaves open: every setting that a run does not write."""
+    place = folder(tmp_path / "base", **TRICKS, use_cache=False, temperature=0.5, do_sample=True)
+    model = AutoModelForCausalLM.from_pretrained(place)
+    line = make_savable(model, str(place))
+    assert all(name in line for name in [*TRICKS, "use_cache"])
+    effective, _ = model._prepare_generation_config(GenerationConfig(do_sample=True, temperature=1.0))
+    plain, _ = AutoModelForCausalLM.from_pretrained(folder(tmp_path / "plain"))._prepare_generation_config(
+        GenerationConfig(do_sample=True, temperature=1.0)
+    )
+    assert effective.to_dict() == plain.to_dict()
+    assert model.generation_config.temperature == 0.5
+    assert make_savable(model, str(place)) is None
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_samples(tmp_path):
+    place = folder(tmp_path / "base", **TRICKS)
+    model, _ = load_checkpoint(place, ModelConfig(loader="transformers", name=str(place)))
+    assert model.generation_config.num_beams is None
 
 
 @pytest.mark.parametrize("ends", ["x", [1, "x"], -1, True, 1.5])
