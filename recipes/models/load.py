@@ -115,7 +115,11 @@ def _from_pretrained(
             require_own_attention("model.name", config.name, own)
         require_trainable(own, config, lora)
         model, found = AutoModelForCausalLM.from_pretrained(
-            config.name, trust_remote_code=False, output_loading_info=True, **options
+            config.name,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # and say which
+            output_loading_info=True,
+            **options,
         )
         require_whole(model, found, config.name, "name a whole causal language model", "model.name")
         if mended := make_savable(model, config.name, "model.name"):

@@ -19,8 +19,8 @@ from recipes.config.grpo import problems_of_batch
 from recipes.config.load import RunConfig
 from recipes.data import is_on_the_hub
 from recipes.models.foreign import no_foreign_code
-from recipes.models.generation import encode, end_tokens, token_ids
-from recipes.models.published import require_known_tokens, require_open_end, unended_turn
+from recipes.models.generation import encode, end_tokens, rendered, token_ids
+from recipes.models.published import require_blanks, require_known_tokens, require_open_end, unended_turn
 from recipes.models.saved import unusable
 from recipes.models.tokenizers import character_tokenizer
 from recipes.problems import ConfigError, Problem
@@ -117,6 +117,7 @@ def check_tokens(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> N
         config.chat_template_kwargs,
     )
     first = task.train[0]["prompt"]
+    require_blanks(tokenizer, rendered(tokenizer, [first], chat)[0][0], name, key)
     if isinstance(first, str):
         require_open_end(tokenizer, token_ids(tokenizer, [first], chat)[0], name, key)
     elif said := unended_turn(tokenizer, first, end_tokens(model, tokenizer), chat):
@@ -171,6 +172,12 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
         raise ConfigError([_no_tokenizer(config, error)]) from error
     fault = _fault(tokenizer, prompt, config.chat_template_kwargs)
     if fault is None:
+        try:
+            token_ids(tokenizer, [prompt], config.chat_template_kwargs)
+        except (
+            Exception
+        ) as error:  # the tokenizers library knows no other: of a class that does not fit the file
+            raise ConfigError([_no_tokenizer(config, error)]) from error
         return []
     raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
 

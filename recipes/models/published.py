@@ -4,6 +4,7 @@ require_trainable(own, config.model, lora)       by its config.json: quantised b
 require_whole(model, found, name, key)           by what was loaded: weights drawn at random, an adapter on top
 require_known_tokens(model, tokenizer, texts)    tokens that the model has no embedding for
 require_open_end(tokenizer, prompt)              a tokenizer that ends the prompts
+require_blanks(tokenizer, text, name)            one that loses the blanks
 unended_turn(tokenizer, prompt, ends, chat)      a sentence, where a chat's end of a turn ends no completion
 """
 
@@ -102,6 +103,21 @@ def require_open_end(tokenizer: Any, prompt: list[int], name: str, key: str = ""
         remedy = (
             "take it out: add_eos_token in tokenizer_config.json, or the post_processor of tokenizer.json"
         )
+        raise unusable(name, message, remedy, key)
+
+
+def require_blanks(tokenizer: Any, text: str, name: str, key: str = "") -> None:
+    """Raises ConfigError for a tokenizer that loses the blanks of a text: its prompts would be other ones.
+
+    So transformers 5 reads a byte-level tokenizer.json by the class LlamaTokenizer (DeepSeek's distilled Llamas).
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in ids:
+        return
+    again = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if 2 * sum(map(str.isspace, again)) < sum(map(str.isspace, text)):
+        message = f"its tokenizer ({type(tokenizer).__name__}) loses the blanks between words"
+        remedy = 'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
         raise unusable(name, message, remedy, key)
 
 

@@ -193,6 +193,8 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
             own = AutoConfig.from_pretrained(
                 name, revision=config.model.revision, local_files_only=not network, trust_remote_code=False
             )
+        if config.model.attn_implementation in ("eager", "sdpa"):
+            own._attn_implementation = config.model.attn_implementation
         if config.model.loader == "transformers":
             require_trainable(own, config.model, config.lora)
         return own
@@ -211,6 +213,11 @@ def model_config(config: RunConfig, *, network: bool = False) -> PretrainedConfi
 
 def _not_a_model(name: str, error: Exception) -> ConfigError:
     message = str(error).strip().partition("\n")[0] or type(error).__name__
+    if "attn_implementation" in message or "FlashAttention" in message:
+        remedy = "set it to sdpa"
+        return ConfigError(
+            [Problem("model.attn_implementation", f"as in the model's config.json: {message}", None, remedy)]
+        )
     if message.startswith("Unrecognized configuration class"):
         message = "is no causal language model: transformers has none of its architecture"
     return ConfigError(

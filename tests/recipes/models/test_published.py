@@ -19,8 +19,9 @@ from transformers import (
 
 import train_grpo
 from recipes.models.load import pretrained_tokenizer
-from recipes.models.published import require_known_tokens, unended_turn
-from recipes.models.tokenizers import CHAT_TEMPLATE, character_tokenizer
+from recipes.models.published import require_blanks, require_known_tokens, unended_turn
+from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer, character_tokenizer
+from recipes.problems import ConfigError
 
 
 def edit(place, file, **more):
@@ -83,6 +84,11 @@ def an_encoder_and_a_decoder(place):
     T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(place)
 
 
+def with_other_shapes(place):
+    saved_llama(place)
+    edit(place, "config.json", intermediate_size=96)
+
+
 def that_ends_every_text(place):
     tokenizer = saved_llama(place)
     ended = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
@@ -98,6 +104,7 @@ def that_ends_every_text(place):
         (with_too_few_embeddings, r"a text of the task has the token '>', number 17"),
         (with_an_adapter, "holds an adapter beside the whole weights"),
         (without_a_head, "its weights lack lm_head.weight"),
+        (with_other_shapes, "down_proj.weight and 5 more, or have another shape"),
         (by_another_tool, "is quantised by awq"),
         (by_bitsandbytes, "quantised weights cannot be trained"),
         (an_encoder, r"is an encoder \(bert\)"),
@@ -162,3 +169,36 @@ def test_a_loaded_tokenizer_pads_with_its_end_token(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
     assert pretrained_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_loses_the_blanks_is_one_line(tmp_path):
+    """A byte-level tokenizer.json under the class LlamaTokenizerFast, as DeepSeek's distilled Llamas are published."""
+    saved_llama(tmp_path)
+    text = "Tom has 3 apples and buys 4 more"
+    bpe_tokenizer([text], 300).save_pretrained(tmp_path)
+    require_blanks(AutoTokenizer.from_pretrained(tmp_path), text, "base")
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    with pytest.raises(
+        ConfigError, match=r'base: its tokenizer .* loses the blanks .*"PreTrainedTokenizerFast"'
+    ):
+        require_blanks(AutoTokenizer.from_pretrained(tmp_path), text, "base")
+    require_blanks(character_tokenizer("Tomhas"), text, "base")  # which has no blank, and says so by <unk>
+
+
+FLASH = """
+model: {{loader: transformers, name: {place}}}
+task: {{name: countdown}}
+grpo: {{per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 4, use_cpu: true}}
+"""
+
+
+def test_an_attention_that_config_json_asks_for_is_the_users_to_change(tmp_path, capsys):
+    saved_llama(tmp_path / "base")
+    edit(tmp_path / "base", "config.json", attn_implementation="flash_attention_2")
+    config = tmp_path / "run.yaml"
+    config.write_text(FLASH.format(place=tmp_path / "base"))
+    assert train_grpo.main(["--config", str(config), "--plan"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("model.attn_implementation: ")
+    assert "set it to sdpa" in said
+    assert train_grpo.main(["--config", str(config), "--plan", "model.attn_implementation=sdpa"]) == 0
