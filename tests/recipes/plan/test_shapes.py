@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.config.load import load_config
+from recipes.config.schema import LoraSection
 from recipes.plan.shapes import CacheLayer, ModelShape, Trained, model_config, sizes
 from recipes.problems import ConfigError
 
@@ -171,7 +172,8 @@ def test_a_local_folder_gives_its_dtype_and_quantisation(tmp_path):
     for written, expected in (({}, ""), ({"quantization_config": kind}, "4bit-double")):
         config = small_config("llama").to_dict() | {"dtype": "float16"} | written
         (tmp_path / "config.json").write_text(json.dumps(config))
-        shape = sizes(model_config(config_of(tmp_path, tmp_path)), None)[0]
+        adapted = config_of(tmp_path, tmp_path).model_copy(update={"lora": LoraSection()})
+        shape = sizes(model_config(adapted), None)[0]
         assert shape.dtype == "float16"
         assert shape.quantised == expected
 
