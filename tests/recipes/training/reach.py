@@ -76,6 +76,9 @@ class _Folder(RunFolder):
         return None
 
 
+NOTHING_MISSING = {"missing_keys": [], "mismatched_keys": []}  # as `output_loading_info` tells it
+
+
 class _Model(torch.nn.Module):
     device = torch.device("cpu")
     name_or_path = ""
@@ -128,7 +131,9 @@ def _model(config: RunConfig, patch: Any, found: dict[str, Any]) -> None:
     tokenizer = SimpleNamespace(from_pretrained=_recorder(found, "tokenizer", lambda: _Tokenizer()))
     patch.setattr(load, "AutoTokenizer", tokenizer)
     patch.setattr(
-        load, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=_recorder(found, "model", _Model))
+        load,
+        "AutoModelForCausalLM",
+        SimpleNamespace(from_pretrained=_recorder(found, "model", lambda: (_Model(), NOTHING_MISSING))),
     )
     patch.setattr(load, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: PretrainedConfig()))
     patch.setattr(
