@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, shape_for, timed
-from benchmarks.step_stack import make_trainer
+from benchmarks.step_stack import make_trainer, save_checkpoint
 
 Batch = dict[str, Any]
 
@@ -64,15 +64,6 @@ def score(trainer: Any, model: Any, parts: list[Batch]) -> None:
             trainer._get_per_token_logps_and_entropies(model, ids, mask, part["completion_ids"].shape[1])
 
 
-def save_checkpoint(name: str, folder: Path) -> None:
-    """What Unsloth loads: random weights, and a tokenizer."""
-    from benchmarks.packed_models import new_model
-    from recipes.models.tokenizers import character_tokenizer
-
-    new_model(name, toy=False).save_pretrained(folder)
-    character_tokenizer("0123456789").save_pretrained(folder)
-
-
 def measure(trainer: Any, model: Any, shape: Shape, zeros: float, rounds: int) -> dict[str, Any]:
     """Seconds of a window and of scoring, medians, and the window's peak."""
     vocab_size = trainer.model.config.vocab_size
@@ -107,7 +98,9 @@ def main(argv: list[str] | None = None) -> Path:
     scratch = Path(tempfile.mkdtemp())
     checkpoint = options.checkpoint or scratch / "checkpoint"
     if not options.toy and not checkpoint.exists():
-        save_checkpoint(options.model, checkpoint)
+        from benchmarks.packed_models import new_model
+
+        save_checkpoint(new_model(options.model, toy=False), checkpoint)
     trainer, model, _ = make_trainer(
         options.stack,
         options.toy,

@@ -69,11 +69,11 @@ def new_model(toy: bool) -> Any:
         )
 
 
-def save_checkpoint(folder: Path) -> None:
-    """Write the checkpoint that Unsloth loads."""
+def save_checkpoint(model: Any, folder: Path) -> None:
+    """Write the checkpoint that Unsloth loads: the model, and a tokenizer."""
     from recipes.models.tokenizers import character_tokenizer
 
-    new_model(toy=False).save_pretrained(folder)
+    model.save_pretrained(folder)
     character_tokenizer("0123456789").save_pretrained(folder)
 
 
@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     if options.stack == "checkpoint":
-        save_checkpoint(options.checkpoint)
+        save_checkpoint(new_model(toy=False), options.checkpoint)
     else:
         run_stack(options.stack, options.toy, options.results, options.checkpoint, options.until)
 

@@ -11,6 +11,7 @@ prompt_lengths(config, task)      tokens of a prompt, for the plan
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
 
 _LOOKED_AT = 256  # problems, for a mean
-LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
+_LONGEST = 8  # prompts with the most characters, among which the one with the most tokens is looked for
 
 
 def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> list[str]:
@@ -57,6 +58,11 @@ def trained_on_too(task: Task) -> list[str]:
     ]
 
 
+def widest(prompts: Iterable[Any]) -> list[Any]:
+    """Those with the most characters: the one with the most tokens is looked for among them."""
+    return heapq.nlargest(_LONGEST, prompts, key=lambda prompt: len(str(prompt)))
+
+
 class PromptLengths(NamedTuple):
     """Tokens of a prompt: the mean of the first problems, and the longest of all."""
 
@@ -78,10 +84,9 @@ def prompt_lengths(config: RunConfig, task: Task) -> PromptLengths | None:
     except Exception:  # the run, which needs it, says what is wrong
         return None
     prompts = task.train["prompt"]
-    longest = heapq.nlargest(LONGEST, prompts, key=lambda prompt: len(str(prompt)))
     few, most = (
         [len(ids) for ids in token_ids(tokenizer, some, config.chat_template_kwargs)]
-        for some in (prompts[:_LOOKED_AT], longest)
+        for some in (prompts[:_LOOKED_AT], widest(prompts))
     )
     return PromptLengths(max(1, round(sum(few) / len(few))), max(1, *few, *most))
 
@@ -95,7 +100,7 @@ def check_longest(config: RunConfig, task: Task, model: Any, tokenizer: Any) -> 
     positions = int(known * max(1.0, scaled.get("factor") or 1.0))
     length = config.grpo["max_completion_length"]
     for problems in (task.train, task.held_out):
-        longest = heapq.nlargest(LONGEST, problems["prompt"], key=lambda prompt: len(str(prompt)))
+        longest = widest(problems["prompt"])
         encoded = encode(tokenizer, longest, config.chat_template_kwargs)["attention_mask"].sum(1)
         tokens, prompt = int(encoded.max()), longest[int(encoded.argmax())]
         if tokens + length > positions:

@@ -17,7 +17,7 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.models.generation import encode
-from recipes.models.prompts import LONGEST
+from recipes.models.prompts import widest
 from recipes.tracking.phases import in_phase
 from recipes.training.session import Session
 
@@ -89,11 +89,10 @@ def worst_case(session: Session, trainer: Any) -> dict[str, Any]:
 
 def longest_prompt(session: Session) -> torch.Tensor:
     """The training prompt with the most tokens, (P,)."""
-    prompts = session.task.train["prompt"]
-    longest = sorted(prompts, key=lambda prompt: -len(str(prompt)))[:LONGEST]
+    longest = widest(session.task.train["prompt"])
     encoded = encode(session.tokenizer, longest, session.config.chat_template_kwargs)
-    widest = encoded["attention_mask"].sum(1).argmax()
-    return encoded["input_ids"][widest][encoded["attention_mask"][widest].bool()]
+    most = encoded["attention_mask"].sum(1).argmax()
+    return encoded["input_ids"][most][encoded["attention_mask"][most].bool()]
 
 
 def _take(trainer: Any) -> None:
