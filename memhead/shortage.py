@@ -17,6 +17,9 @@ Tile = TypeVar("Tile")
 
 # torch has a class of its own for a GPU's caching allocator alone.
 _WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
+# The whole of what oneDNN tells where it had no room for a primitive's code or scratch space. What it cannot compute
+# at all it refuses earlier, for the "primitive descriptor".
+_ONEDNN = ("could not create a primitive", "could not execute a primitive")
 SAID = (
     "memhead: out of memory with a tile of logits; the pass was repeated with a smaller one, to the same result. "
     "A smaller chunk (head.chunk in a recipe) saves the attempt"
@@ -27,7 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device and in whichever library."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+    said = str(error)
+    return isinstance(error, RuntimeError) and (said in _ONEDNN or any(word in said for word in _WORDS))
 
 
 def in_smaller_tiles(tile: Tile, halved: Callable[[Tile], Tile | None], run: Callable[[Tile], T]) -> T:
