@@ -1,6 +1,6 @@
 """Every command of the README and every kind of configuration, once, on this machine, at toy size.
 
-    python -m benchmarks.every_command --output DIR                # on a GPU: about eight minutes with vLLM and Unsloth
+    python -m benchmarks.every_command --output DIR              # on a GPU: twelve minutes with vLLM and Unsloth
     python -m benchmarks.every_command --output DIR --only quickstart lora
 
 The models are made here, with random weights: a Llama of two layers with a chat template. What a command needs and this
@@ -40,7 +40,7 @@ class Command:
 
 def commands(root: Path) -> list[Command]:
     """In an order in which each finds what it needs."""
-    model, data = str(root / "model"), str(root / "data.jsonl")
+    model, data, mathematics = str(root / "model"), str(root / "data.jsonl"), str(root / "math.jsonl")
     train = ["train_grpo.py", "--config"]
     here = [f"run.output_root={root}"]
     first = [*train, "configs/quickstart.yaml", *here, "run.save_every=2", "run.warm_start.steps=20"]
@@ -52,9 +52,15 @@ def commands(root: Path) -> list[Command]:
     # Nothing that a random model says earns a reward; the entropy's gradient is there all the same, but under Unsloth,
     # whose trainer computes it past every head.
     bonus = ["grpo.entropy_coef=1.0"]
-    gsm8k = [*small, f"task.dataset={data}", "task.held_out=8", "grpo.max_completion_length=32"]
+    short = ["task.held_out=8", "grpo.max_completion_length=32"]
+    gsm8k = [*small, *short, f"task.dataset={data}"]
+
+    def as_in(config: str, *words: str) -> list[str]:
+        return [*train, f"configs/{config}.yaml", f"run.name={config}", *words]
+
     lora = [*train, "configs/llama3.2_1b_gsm8k.yaml", *gsm8k, *bonus]
     flagship = [*train, "configs/llama3.1_8b_gsm8k.yaml", *gsm8k, "model.max_seq_length=512"]
+    sixteen = as_in("llama3.1_8b_gsm8k_16bit", *gsm8k, "model.max_seq_length=512")
     count = [*train, "configs/smollm2_135m_char_count.yaml", *small, *bonus, "task.train_size=64", "task.held_out=8",
              "run.warm_start.steps=2", "run.warm_start.batch_size=8", "run.evaluation.batch_size=8"]  # fmt: skip
     vllm = ["grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.2", "grpo.vllm_max_model_length=512"]
@@ -76,22 +82,35 @@ def commands(root: Path) -> list[Command]:
         Command("merge", ["-m", "recipes.export", str(root / "lora"), "--merge"]),
         Command("lora, evaluate", [*lora, "run.name=lora", "--evaluate", str(root / "lora" / "final")]),
         Command("char_count", [*count, "run.name=count", "grpo.steps_per_generation=2"]),
+        Command("scratch", as_in("gsm8k_scratch", *here, *short, f"task.dataset={data}", "run.warm_start.steps=2",
+                                 "run.warm_start.batch_size=8", "run.evaluation.size=8", "grpo.max_steps=2",
+                                 "grpo.per_device_train_batch_size=8", "grpo.num_generations=4", *bonus)),
+        Command("full, float32", as_in("qwen2.5_0.5b_gsm8k_slime", *gsm8k, *bonus)),
+        Command("reference", as_in("qwen2.5_0.5b_gsm8k_verl", *gsm8k, *bonus)),
+        Command("countdown", as_in("qwen2.5_3b_countdown", *small, *short, *bonus)),
+        Command("math, top-p", as_in("qwen3_0.6b_math", *small, *short, f"task.dataset={mathematics}", *bonus)),
         Command("lora, 4-bit", [*lora, "run.name=four", "model.load_in_4bit=true"], ("gpu", "bitsandbytes")),
         Command("lora, vLLM", [*lora, "run.name=vllm", *vllm], ("gpu", "vllm")),
         Command("char_count, vLLM", [*count, "run.name=count-vllm", "grpo.steps_per_generation=2", *vllm,
                                       "grpo.cache_implementation=null"], ("gpu", "vllm")),
+        Command(
+            "packed, vLLM, 4-bit",
+            as_in("llama3.1_8b_gsm8k_packed", *gsm8k, *bonus, "model.max_seq_length=512", *vllm),
+            ("gpu", "bitsandbytes", "vllm"),
+        ),
         Command(
             "unsloth, 16-bit",
             [*flagship, "run.name=unsloth", "model.load_in_4bit=false", "model.fast_inference=false",
              "model.vllm_standby=false", "model.gpu_memory_utilization=null"],
             ("gpu", "unsloth"),
         ),
+        Command("unsloth, vLLM, 16-bit", sixteen, ("gpu", "unsloth", "vllm")),
         Command("unsloth, vLLM, 4-bit", [*flagship, "run.name=flagship"], ("gpu", "unsloth", "vllm")),
     ]  # fmt: skip
 
 
 def make_model(root: Path) -> None:
-    """A tiny Llama in bfloat16 with a BPE tokenizer, and forty questions in GSM8K's form."""
+    """A tiny Llama in bfloat16 with a BPE tokenizer, and forty questions in GSM8K's form and in MATH's."""
     from recipes.config.schema import ScratchConfig
     from recipes.models.load import scratch_llama
     from recipes.models.tokenizers import bpe_tokenizer
@@ -103,7 +122,13 @@ def make_model(root: Path) -> None:
         }
         for n in range(40)
     ]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    solved = [
+        {"problem": f"What is {n}+{n % 7}?", "solution": rf"It is $\boxed{{{n + n % 7}}}$."}
+        for n in range(40)
+    ]
+    for name, of in (("data", rows), ("math", solved)):
+        text = "".join(json.dumps(row) + "\n" for row in of)
+        (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
     tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], 600)
     shape = ScratchConfig(hidden_size=256, layers=2, heads=4, intermediate_size=512, max_positions=2048)
     scratch_llama(shape, tokenizer, seed=0).bfloat16().save_pretrained(root / "model")
