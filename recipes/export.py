@@ -26,7 +26,7 @@ import torch
 from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
 from recipes.models.checkpoint import REMEDY, is_adapter, with_adapter
-from recipes.models.own_generation import make_savable
+from recipes.models.generation_config import settle_generation_config
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
@@ -74,7 +74,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     after = dict(merged.named_parameters())
     changed = sum(not torch.equal(weight, after[name]) for name, weight in before.items())
     dtype = str(merged.dtype).removeprefix("torch.")
-    if mended := make_savable(merged, base or str(final)):
+    if mended := settle_generation_config(merged, base or str(final)):
         print(mended, file=sys.stderr)
     merged.save_pretrained(place)
     tokenizer.save_pretrained(place)

@@ -8,8 +8,8 @@ from typing import Any
 
 from recipes.config.schema import ModelConfig
 from recipes.models.foreign import require_own_attention
+from recipes.models.generation_config import settle_generation_config
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
-from recipes.models.own_generation import make_savable
 from recipes.models.published import require_whole
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 from recipes.problems import place_of
@@ -31,7 +31,7 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
         model = with_adapter(place, **(quantisation(trained) if trained.loader == "transformers" else {}))
     else:
         model = _whole(place)
-    make_savable(model, str(place))  # it is sampled from as in its training
+    settle_generation_config(model, str(place))  # it is sampled from as in its training
     return to_gpu(model), tokenizer
 
 

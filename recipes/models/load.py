@@ -24,7 +24,7 @@ from recipes.config.schema import LoraSection, ModelConfig, ScratchConfig
 from recipes.models import unsloth as unsloth_loader
 from recipes.models.compiled import compile_layers
 from recipes.models.foreign import require_own_attention
-from recipes.models.own_generation import make_savable
+from recipes.models.generation_config import settle_generation_config
 from recipes.models.published import require_trainable, require_whole
 from recipes.models.saved import readable
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
@@ -122,7 +122,7 @@ def _from_pretrained(
             **options,
         )
         require_whole(model, found, config.name, "name a whole causal language model", "model.name")
-        if mended := make_savable(model, config.name, "model.name"):
+        if mended := settle_generation_config(model, config.name, "model.name"):
             print(mended, flush=True)
     return model, _named_tokenizer(config)
 

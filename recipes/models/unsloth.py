@@ -6,7 +6,7 @@ from typing import Any
 
 from recipes.config.schema import LoraSection, ModelConfig
 from recipes.config.unsloth import MAX_SEQ_LENGTH
-from recipes.models.own_generation import make_savable
+from recipes.models.generation_config import settle_generation_config
 
 
 def load(config: ModelConfig, lora: LoraSection | None, seed: int) -> tuple[Any, Any]:
@@ -29,7 +29,7 @@ def load(config: ModelConfig, lora: LoraSection | None, seed: int) -> tuple[Any,
         **_vllm(config, lora),
         **({"tokenizer_name": config.tokenizer} if config.tokenizer is not None else {}),
     )
-    if mended := make_savable(model, str(config.name), "model.name"):
+    if mended := settle_generation_config(model, str(config.name), "model.name"):
         print(mended, flush=True)
     if lora is not None:
         model = FastLanguageModel.get_peft_model(

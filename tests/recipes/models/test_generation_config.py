@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import train_grpo
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import load_checkpoint
-from recipes.models.own_generation import make_savable
+from recipes.models.generation_config import settle_generation_config
 from recipes.problems import ConfigError
 
 LLAMA_2 = {"temperature": 0.9, "top_p": 0.6}  # meta-llama/Llama-2-7b-chat-hf's, as it was for long
@@ -40,7 +40,7 @@ def folder(place, **more):
 def test_what_could_not_be_saved_is_mended_and_said(tmp_path, given, kept, lost, said):
     place = folder(tmp_path / "base", **given)
     model = AutoModelForCausalLM.from_pretrained(place)
-    line = make_savable(model, str(place))
+    line = settle_generation_config(model, str(place))
     assert (line is None) == (said is None)
     assert (said or "") in (line or "")
     model.save_pretrained(tmp_path / "again")
@@ -64,7 +64,7 @@ def test_what_would_change_the_sampling_behind_a_run_is_left_out_and_said(tmp_pa
     """transformers takes from the file whatever the call leaves open: every setting that a run does not write."""
     place = folder(tmp_path / "base", **TRICKS, use_cache=False, temperature=0.5, do_sample=True)
     model = AutoModelForCausalLM.from_pretrained(place)
-    line = make_savable(model, str(place))
+    line = settle_generation_config(model, str(place))
     assert all(name in line for name in [*TRICKS, "use_cache"])
     effective, _ = model._prepare_generation_config(GenerationConfig(do_sample=True, temperature=1.0))
     plain, _ = AutoModelForCausalLM.from_pretrained(folder(tmp_path / "plain"))._prepare_generation_config(
@@ -72,7 +72,7 @@ def test_what_would_change_the_sampling_behind_a_run_is_left_out_and_said(tmp_pa
     )
     assert effective.to_dict() == plain.to_dict()
     assert model.generation_config.temperature == 0.5
-    assert make_savable(model, str(place)) is None
+    assert settle_generation_config(model, str(place)) is None
 
 
 def test_a_checkpoint_is_evaluated_as_its_run_samples(tmp_path):
@@ -87,7 +87,7 @@ def test_end_tokens_that_are_none_are_refused(tmp_path, ends):
     model = AutoModelForCausalLM.from_pretrained(place)
     model.generation_config.eos_token_id = ends
     with pytest.raises(ConfigError, match=r"model\.name: its generation_config\.json has an eos_token_id"):
-        make_savable(model, str(place), "model.name")
+        settle_generation_config(model, str(place), "model.name")
 
 
 def test_a_run_from_such_a_model_ends_with_its_model_saved(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says, so that the trained model can be saved with it.
+"""A model's own generation_config.json, settled at loading: it can be saved, and changes nothing of a run's sampling.
 
 Transformers loads files that it refuses to save, Llama 2's among them: a temperature, and no `do_sample` beside it. The
 refusal came with the first checkpoint, or when everything was trained.
@@ -26,7 +26,7 @@ _KEPT = {
 }  # fmt: skip
 
 
-def make_savable(model: Any, name: str, key: str = "") -> str | None:
+def settle_generation_config(model: Any, name: str, key: str = "") -> str | None:
     """Mends `model.generation_config` where it could not be saved, or would change what a run samples.
 
     Returns a line, or two, that say what was changed.
