@@ -15,7 +15,9 @@ def speak(status):
 
 def work_until_interrupted(begun):
     try:
-        Path(begun).touch()
+        written = Path(f"{begun}.part")
+        written.write_text(str(os.getpid()))
+        written.rename(begun)
         time.sleep(60)
     except KeyboardInterrupt:
         print("finishing the step")
