@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import ready
 import yaml
 
 from recipes.config import load
@@ -632,9 +634,10 @@ def run_module(*arguments):
 
 
 def test_command_line_prints_the_resolved_configuration(good):
-    result = run_module("-m", "recipes.config", str(good), "run.seed=3")
-    assert result.returncode == 0, result.stderr
-    assert yaml.safe_load(result.stdout)["run"]["seed"] == 3
+    run = ready.python("-m", "recipes.config", str(good), "run.seed=3", env=dict(os.environ))
+    said, errors = run.communicate(60)
+    assert run.returncode == 0, errors
+    assert yaml.safe_load(said)["run"]["seed"] == 3
 
 
 def test_telemetry_is_off_for_whoever_imports_the_recipes():

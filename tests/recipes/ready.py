@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 IMPORTED = (
     "train_grpo", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.elastic.multiprocessing.api",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.trainer",
