@@ -93,7 +93,9 @@ def refusal(config: GenerationConfig) -> str | None:
         config.validate(strict=True)
     except Exception as error:  # of nonsensical values whatever comes of comparing them
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
-        first = lines[1] if lines[1:] else lines[0] if lines else type(error).__name__
+        first, *_ = (
+            lines[1:] or lines or [type(error).__name__]
+        )  # transformers puts a heading over its findings
         return first.partition(". ")[0][:200]
     return None
 

@@ -1,6 +1,7 @@
 """A model whose generation_config.json transformers loads and refuses to save: what is trained from it is saved."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny import saved_llama
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import train_grpo
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import load_checkpoint
-from recipes.models.generation_config import settle_generation_config
+from recipes.models.generation_config import refusal, settle_generation_config
 from recipes.problems import ConfigError
 
 LLAMA_2 = {"temperature": 0.9, "top_p": 0.6}  # meta-llama/Llama-2-7b-chat-hf's, as it was for long
@@ -51,6 +52,28 @@ def test_what_could_not_be_saved_is_mended_and_said(tmp_path, given, kept, lost,
     assert again["eos_token_id"] == ids["eos_token_id"]
 
 
+def test_the_line_says_what_transformers_found_first():
+    found = refusal(GenerationConfig(temperature=0.5, top_p=0.5))
+    assert found.startswith("`temperature`: `do_sample` is")
+    assert "top_p" not in found
+    assert refusal(GenerationConfig(eos_token_id=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no id. Set it"), "no id"),
+        (TypeError(""), "TypeError"),
+        (ValueError("-" + "x" * 300), "x" * 200),
+    ],
+)
+def test_so_does_that_of_what_is_no_finding(error, line):
+    def fail(strict):
+        raise error
+
+    assert refusal(SimpleNamespace(validate=fail)) == line
+
+
 TRICKS = {
     "num_beams": 3,
     "no_repeat_ngram_size": 2,
@@ -79,6 +102,12 @@ def test_a_checkpoint_is_evaluated_as_its_run_samples(tmp_path):
     place = folder(tmp_path / "base", **TRICKS)
     model, _ = load_checkpoint(place, ModelConfig(loader="transformers", name=str(place)))
     assert model.generation_config.num_beams is None
+
+
+def test_the_first_token_may_be_the_end(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder(tmp_path / "base", eos_token_id=0))
+    assert settle_generation_config(model, "base") is None
+    assert model.generation_config.eos_token_id == 0
 
 
 @pytest.mark.parametrize("ends", ["x", [1, "x"], -1, True, 1.5])
