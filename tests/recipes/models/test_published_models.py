@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -19,7 +20,13 @@ from transformers import (
 
 import train_grpo
 from recipes.models.load import pretrained_tokenizer
-from recipes.models.published import require_blanks, require_known_tokens, unended_turn
+from recipes.models.published import (
+    require_blanks,
+    require_known_tokens,
+    require_open_end,
+    require_whole,
+    unended_turn,
+)
 from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer, character_tokenizer
 from recipes.problems import ConfigError
 
@@ -202,3 +209,42 @@ def test_an_attention_that_config_json_asks_for_is_the_users_to_change(tmp_path,
     assert said.startswith("model.attn_implementation: ")
     assert "set it to sdpa" in said
     assert train_grpo.main(["--config", str(config), "--plan", "model.attn_implementation=sdpa"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"missing_keys": {"b"}, "mismatched_keys": set()}, "lack b, or"),
+        ({"missing_keys": {"b", "c"}, "mismatched_keys": {("a", (1, 2), (2, 2))}}, "lack a and 2 more, or"),
+    ],
+)
+def test_the_first_missing_weight_and_how_many_more_are_named(found, said):
+    with pytest.raises(ConfigError, match=said):
+        require_whole(None, found, "base", "mend it")
+
+
+def test_a_prompt_that_is_one_token_may_be_the_end_token():
+    """A model that begins its texts by its end token, as GPT-2, is asked to go on after nothing else."""
+    tokenizer = SimpleNamespace(eos_token_id=2, eos_token="<eos>")
+    for prompt in ([2], [2, 5], []):
+        require_open_end(tokenizer, prompt, "base")
+    with pytest.raises(ConfigError, match="behind every text"):
+        require_open_end(tokenizer, [5, 2], "base")
+
+
+class Losing(SimpleNamespace):
+    """A tokenizer of characters that gives so many of a text's blanks back."""
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(one) for one in text]}
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        words = "".join(map(chr, ids)).split(" ")
+        return " ".join(words[: self.kept + 1]) + "".join(words[self.kept + 1 :])
+
+
+def test_a_tokenizer_may_fold_some_blanks_but_not_most_of_them():
+    require_blanks(Losing(unk_token_id=None, kept=2), "a b c d e", "base")
+    with pytest.raises(ConfigError, match="loses the blanks"):
+        require_blanks(Losing(unk_token_id=None, kept=1), "a b c d e", "base")
+    require_blanks(Losing(unk_token_id=ord("c"), kept=0), "a b c d e", "base")
