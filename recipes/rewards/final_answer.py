@@ -5,11 +5,14 @@ r"""Reading the final answer out of a completion, as exact numbers: in the form 
 
 Numbers are compared as fractions: 3.0 is 3, 1,000 is 1000 and 0.5 is 1/2, and nothing is rounded. What is read:
 
-    digits        18, 1,234.50, 1,00,000, 1 000, 1'000, 1_000, 1{,}000, .5 and 0,5     ASCII digits only
+    digits        18, 1,234.50, 1,00,000, 1 000, 1'000, 1_000, 1{,}000, .5             ASCII digits only
+    commas        0,5, €3,50, 1.234,5, 1.234.567 and 1 234,50            where they cannot separate two numbers
     fractions     1/2, 1 / 2, 3 1/2, 3½, 3 and a half, \frac{1}{2}, \frac12, 2\frac{1}{2}, 1 \over 2
     powers        1e3, 5\times10^3, 5 × 10³, 10^2                               not the exponent of a unit: m^2
     magnitudes    5k, 1.2M, 1.2 million, 3 hundred thousand, 2 lakh
     signs         -5, −5, minus 5, - $5, -(5)                                     not between two numbers: 10 - 15
+
+What is no number: a date, a time, a version, and what the text denies: not 5, \neq 5.
 
 Every step takes time in proportion to the text: no pattern here backtracks (`++`, `*+`); what it has matched is judged
 afterwards.
@@ -41,6 +44,7 @@ _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
 _BETWEEN = (
     "times|cdot|div|pm|approx|sim(?:eq)?|[gln]eq?|[gl]eqslant|q?quad|to|(?:[Rr]ight|Longright)arrow|implies"
 )
+_DENIED = re.compile(r"(?:(?<!\w)not|n't|≠|!=|\\neq?)\s*+$", re.IGNORECASE)
 _SIMPLE = re.compile(r"\s*+([-+]?+)\s*+\\?+\$?+([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)\s*+")
 
 
@@ -62,6 +66,15 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (  # typography, LaTeX and Mar
         lambda match: f" {match[1].translate(_LOWERED)}/{match[2].translate(_SUNK)}",
     ),
     (re.compile(r"[\u2044\u2215]"), "/"),
+    (
+        re.compile(
+            r"(?<![\w.,])([1-9][0-9]{0,2}(?:\.[0-9]{3})++)"
+            r"(?:,([0-9]{1,2}+)(?![0-9])|(?<=\.[0-9]{3}\.[0-9]{3}))(?![.,]?[0-9])"
+        ),
+        lambda match: match[1].replace(".", "") + (f".{match[2]}" if match[2] else ""),
+    ),
+    (re.compile(r"(?<![\w.,])(€\s?)?+([0-9]{1,9}+),([0-9]{2})(?![0-9,])(?(1)|(?=\s?€))"), r" €\2.\3"),
+    (re.compile(r"(?<![A-Za-z])(?:USD|EUR|GBP|INR|Rs)(?=[0-9])"), " "),
     (re.compile(f"[{_MINUS}]|(?<![^\\s>$=(])[\u2014\u2015](?=[$€£¥₹.0-9])"), "-"),
     (
         re.compile(rf"(?<=[0-9]) and ({'|'.join(_FEW)})[ -]({'|'.join(_PARTS)})s?+(?![\w-])"),
@@ -111,9 +124,9 @@ _NUMBER = re.compile(
       | (?: [ ]{{1,4}}+ (?P<numerator> [0-9]++ ) )?+
         [ ]?+ / [ ]?+ (?P<denominator> [0-9]++ (?: ,[0-9]{{3}} (?![0-9]) )*+ (?: \.[0-9]++ )?+ )
     )?+
-    (?P<more> (?: [./][0-9]++ )*+ )                              # a date, a version
+    (?P<more> (?: [./][0-9]++ | :[0-9]{{2}} (?![0-9]) )*+ )        # a date, a version, a time
     (?: (?(currency) [ ]?+ ) (?P<letter> [kKMBT] | [ ]?+ bn ) (?!\w)
-      | (?P<name> (?: \s{{1,4}}+
+      | (?P<name> (?: \s{{0,4}}+
             (?i: hundred | thousand | lakh | million | crore | billion | trillion ) s?+ (?![\w-]) )++ ) )?+
     """,
     re.VERBOSE,
@@ -172,6 +185,8 @@ def _places(text: str) -> list[tuple[re.Match[str], int]]:
 
 def _read(match: re.Match[str], end: int) -> list[Fraction]:
     """The numbers of one place; several if the digits turn out not to be grouped, none if it is not a number."""
+    if _DENIED.search(match.string[max(0, match.start() - 8) : match.start()]):
+        return []
     *before, last = _ungrouped(match["value"])
     values = [_decimal(digits) for digits in before] + [_value(match, last)]
     if values[0] is not None and _is_negative(match, end):
@@ -181,6 +196,11 @@ def _read(match: re.Match[str], end: int) -> list[Fraction]:
 
 def _ungrouped(run: str) -> list[str]:
     """The numbers of a run of digits: one if its groups are those of a number, else each group by itself."""
+    grouped, comma, behind = run.rpartition(",")
+    if comma and len(behind) <= 2 and re.fullmatch("[0-9]+(?:[ '’][0-9]{3})+", grouped):
+        return [
+            f"{one}.{behind}" for one in _ungrouped(grouped)
+        ]  # 1 234,50: the groups have another separator
     whole, dot, decimals = run.partition(".")
     separators = {character for character in whole if character in ",_'’ "}
     if not separators:

@@ -25,7 +25,7 @@ _WRAPPERS = re.compile(
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUNK = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TYPOGRAPHY: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0])}"),
     (
@@ -55,6 +55,8 @@ _MARKUP: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"(?<=[\w)}\]])\*\*(?=[-({]?[0-9a-zA-Z])"), "^"),  # Python's power; other `**` are bold
     (re.compile(r"\*\*|`++|(?<![A-Za-z0-9_}])__(?=[-0-9A-Za-z(])|(?<=[0-9A-Za-z)])__(?![A-Za-z0-9_{])"), " "),
     (re.compile("[€£¥₹]"), " "),
+    (re.compile(r"^\s*+(?:\\(?:approx|simeq|sim)(?![A-Za-z])|~)"), " "),
+    (re.compile(r"(?<![A-Za-z\\])(?:not|neither)\s{1,3}+(?=[-$\\]?[0-9(\\}])", re.IGNORECASE), r"\\ne "),
     (re.compile(r"\\(?:nice|s)frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset "),
     (re.compile(r"\\mid(?![A-Za-z])"), "|"),
@@ -63,8 +65,12 @@ _MARKUP: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"\\(?:text)?color\s?\{[A-Za-z!0-9]*+\}"), " "),
     (re.compile(r"\\(?:text|mathrm|operatorname)\s?\{\s?([0-9]{1,40}+|[ie])\s?\}"), r" \1 "),
     (
-        re.compile(rf"(?<=[0-9])(?:\s|\\ |~){{1,3}}+({'|'.join(_POWERS)})s?+(?![A-Za-z])", re.IGNORECASE),
-        lambda match: rf"\cdot10^{{{_POWERS[match[1].lower()]}}}",
+        re.compile(
+            r"(?<=[0-9])(?:\s|\\[ ,]|~){0,3}+(?P<text>\\(?:text|mathrm|mbox)\s?\{)?+(?:\s|\\[ ,]|~){0,3}+"
+            rf"(?P<name>{'|'.join(_POWERS)})s?+(?![A-Za-z])(?P<end>\s*+\}})?",
+            re.IGNORECASE,
+        ),
+        lambda match: _magnitude(**match.groupdict(default="")),
     ),
     (
         re.compile(
@@ -101,7 +107,8 @@ _FUNCTIONS = _words(
 )
 _UNITS = _words(
     "cm mm km m dm nm in ft yd mi kg g mg lb lbs oz s sec min h hr hrs ms L l mL ml kL Hz N J W V A K C F Pa cal "
-    "mph kph cents"
+    "mph kph cents unit units meter meters metre metres foot feet inch inches yard yards mile miles centimeter "
+    "centimeters centimetre centimetres kilometer kilometers kilometre kilometres second seconds"
 )
 _SHORT = _words("is of or in to at on by an be so it we no")  # words of two letters
 _VERBS = _words("is are be equals get have was")
@@ -260,6 +267,12 @@ def _periodic(whole: str, before: str, period: str) -> str:
     """0.1\\overline{6} as a fraction."""
     below = (10 ** len(period) - 1) * 10 ** len(before)
     return f"{int(whole + before + period) - int(whole + before or '0')}/{below}"
+
+
+def _magnitude(text: str, name: str, end: str) -> str:
+    r"""5 million as 5\cdot10^{6}, and what else stood in its \text{…} as it was."""
+    power = rf"\cdot10^{{{_POWERS[name.lower()]}}}"
+    return power if text and end else power + text + end
 
 
 def _improper(match: re.Match[str]) -> str:

@@ -36,6 +36,12 @@ from recipes.rewards.latex import MONTH, split_outside, words
 _ANYWHERE = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _OPTIONS: dict[str, Any] = {"parsing_timeout": None}  # its alarms do not end what hangs; the kill does
 _BASE = re.compile(r"(?P<digits>[0-9A-Z]{1,100})_(?P<brace>\{)?(?P<base>[0-9]{1,2})(?(brace)\})")
+_RELATION = re.compile(
+    r"\s*(?:[<>]|\\(?:[gln]eq?|[gl]eqslant|[gl]t|not)(?![A-Za-z]))"
+)  # with nothing before it
+_MODULUS = re.compile(r"\\[bp]?mod|\\equiv")
+_LETTERS = re.compile("[A-Z]{3,}")  # names in an order, as CAB; not a product, which has any
+_PERCENT = re.compile(r"\\?%$")
 _POINT = re.compile(r"(?:\\left)?\(")
 _SET = re.compile(r"(?:\\left)?\\\{(?!\s*(?:\\left)?\()")
 _EXPONENT = re.compile(r"\^\s*\{?\s*-?[0-9]+")
@@ -68,10 +74,33 @@ def same(gold: str, given: str) -> bool:
         return False
     if (_POINT.match(gold) and _SET.match(given)) or (_SET.match(gold) and _POINT.match(given)):
         return False
+    if _MODULUS.search(gold) and _MODULUS.search(given):  # math-verify leaves the modulus aside
+        return _congruence(gold) == _congruence(given)
+    if _LETTERS.fullmatch(gold) and _LETTERS.fullmatch(given):
+        return False
+    if _RELATION.match(gold) or _RELATION.match(given):  # of ≥ 5 math-verify reads the 5
+        return same(*(f"x{part}" if _RELATION.match(part) else part for part in (gold, given)))
+    ratios = [split_outside(part, ":") for part in (gold, given)]
+    if max(map(len, ratios)) > 2:
+        return len(ratios[0]) == len(ratios[1]) and all(map(same, *map(_quotients, ratios)))
     bases = [_BASE.fullmatch(part.replace(" ", "")) for part in (gold, given)]
     if bases[0] and bases[1]:
         return _digits(bases[0]) == _digits(bases[1])
-    return _same_expressions(_known(gold), _parse(given))
+    if _same_expressions(_known(gold), _parse(given)):
+        return True
+    bare = [
+        _PERCENT.sub("", part) for part in (gold, given)
+    ]  # of 50\% it takes 50, too, of 12.5\% it does not
+    return bare != [gold, given] and same(*bare)
+
+
+def _congruence(part: str) -> str:
+    return re.sub(r"\\[bp]?mod|mod", "mod", re.sub(r"[\s{}()]|\\[ ,;:!]|\\q?quad", "", part))
+
+
+def _quotients(ratio: list[str]) -> list[str]:
+    """3:4:5 as 3/5 and 4/5: math-verify reads the first two alone."""
+    return [rf"\frac{{{term}}}{{{ratio[-1]}}}" for term in ratio[:-1]]
 
 
 def _digits(match: re.Match[str]) -> int | str:

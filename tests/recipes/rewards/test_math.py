@@ -152,6 +152,18 @@ def verifier():
         ("7", r"\color{red}{7}", True), ("7", r"\textcolor{blue}{7}", True), ("7", r"\large{7}", True),
         ("7", r"\Large 7", True),
         (r"\log 2", "log(2)", True), (r"\frac12", "sin(pi/6)", True), ("e^2", "exp(2)", True), ("5", r"\[5\]", True),
+        ("5", r"\ge 5", False), ("5", "<5", False), ("5", "≠5", False), ("5", r"x\neq5", False),
+        ("5", r"\text{not }5", False),
+        (">5", "x>5", True), (r"\ge5", r"\geq 5", True), (r"\ge5", "5", False), (r"\approx12", "12", True),
+        ("5", "~5", True),
+        ("3:4:5", "3:5:4", False), ("3:4:5", "3 : 4 : 5", True), ("3:4:5", "6:8:10", True), ("1:2:3", "1:2", False),
+        (r"5\text{ million}", "5000000", True), (r"\$5\text{ million dollars}", "5,000,000", True),
+        ("700", "7 hundred", True), ("12000000", r"12\mathrm{~million}", True), ("5", r"5\text{ million}", False),
+        ("15 units$^2$", "15", True), ("15", "15 meters^2", True), ("15", r"15\text{ inches}^{3}", True),
+        (r"x \equiv 3 \pmod{7}", r"x\equiv 3\pmod{8}", False), (r"x\equiv3\pmod7", r"x \equiv 3\ (\mod 7)", True),
+        ("BAD", "ABD", False), ("BAD", r"\text{BAD}", True), ("2AB", "2BA", True),
+        ("12.5", r"12.5\%", True), (r"12.5\%", "12.5", True), (r"33\frac13\%", r"33\frac13", True),
+        ("12.5", "12.6%", False),
     ],
 )  # fmt: skip
 def test_answers_as_people_write_them(verifier, gold, given, same):
