@@ -179,7 +179,7 @@ def read_text(text: str, name: str) -> Document:
         return document
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # the latter two from a tag: `!!int x`
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:  # the others from a tag: `!!int x`
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         reason = shortened(getattr(error, "problem", None) or str(error), 300)

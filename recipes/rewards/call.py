@@ -67,8 +67,7 @@ async def call_async(
     try:
         async with limit:
             # In a task of its own: the function may cancel that.
-            given = await asyncio.ensure_future(function(completions=list(completions), **_copied(columns)))
-            return _values(given, len(completions))
+            return await asyncio.ensure_future(_awaited(function, completions, columns))
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -77,6 +76,16 @@ async def call_async(
             raise  # Ctrl-C
         # The function may raise a TimeoutError of its own.
         return _late(seconds) if limit.expired() else Fault(said(error))
+
+
+async def _awaited(
+    function: Reward, completions: Sequence[Any], columns: Mapping[str, Any]
+) -> Values | Fault:
+    """The values; a call of sys.exit is caught here, since out of a task it ends the event loop, and so the run."""
+    try:
+        return _values(await function(completions=list(completions), **_copied(columns)), len(completions))
+    except SystemExit as error:
+        return Fault(said(error))
 
 
 def isolate(

@@ -114,7 +114,8 @@ def _import(name: str) -> Reward:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        with _as_it_was():
+            found = getattr(importlib.import_module(module), function)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module may do anything while it is imported, even exit
@@ -129,6 +130,16 @@ def _import(name: str) -> Reward:
     if not callable(found):
         raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Undo what other people's code sets for all of the process: the folder it is in, gradients turned off."""
+    import torch
+
+    # A run's own paths may be relative, and its loss needs a gradient.
+    with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
 
 
 def _packages(module: str) -> list[str]:
@@ -150,7 +161,7 @@ def check(
     columns = _columns(rows)
     given: dict[str, list[float | None]] = {}
     for name, function in functions.items():
-        with watched(f"reward {name}", 2 * seconds):
+        with watched(f"reward {name}", 2 * seconds), _as_it_was():
             found = _checked(function, completions, columns, seconds)
         if isinstance(found, Fault):
             which = "first completion" if found.index is None else "completion"
@@ -222,8 +233,7 @@ class Guarded:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        # Back where it was: a run's own paths may be relative.
-        with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), chdir("."):
+        with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), _as_it_was():
             yield
 
     def __call__(self, completions: list[Any], **columns: Any) -> Values:

@@ -230,6 +230,7 @@ HOSTILE = {
     "hexadecimal digits": ("a: 0x" + "f" * 9000, "x.yaml:1: is a number of 9,002 digits"),
     "a bomb of aliases": ("a0: &a0 [x]\n" + ALIASES, "holds more than 5,000 keys and values"),
     "a bomb of merges": ("a0: &a0 {x: 1}\n" + MERGES, "holds more than 5,000 keys and values"),
+    "a number that is a list": ("a: !!int [1]", "not valid YAML: int() argument must be"),
     "a tag that lies": ("a: !!int x", "not valid YAML: invalid literal for int()"),
     "megabytes": ("a: b\n" * 1_000_000, "is longer than 200,000 characters"),
     "strange keys": ("".join(f"key{i}: 1\n" for i in range(1000)), "key49: unknown key"),

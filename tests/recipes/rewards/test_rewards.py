@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -300,6 +301,10 @@ async def own_cancelled(completions, **_):
     await request
 
 
+async def leave_awaited(completions, **_):
+    sys.exit(0)
+
+
 async def cancels_itself(completions, **_):
     asyncio.current_task().cancel()
     await asyncio.sleep(60)
@@ -314,6 +319,7 @@ async def cancels_itself(completions, **_):
         (endless, r"returned more than 1 values for 1 .*'zero'"),
         (raising, r"raised KeyError: 'late'.*'zero'"),
         (leave, r"called sys\.exit\(3\).*'zero'"),
+        (leave_awaited, r"called sys\.exit\(0\).*'zero'"),
         (shout, r"raised ValueError: \\x1b\[31mx+….*'zero'"),
         (stuck_in_c, r"did not return within 0\.5 s"),
         (late, r"did not return within 0\.5 s"),
@@ -371,6 +377,27 @@ def test_a_function_that_empties_its_columns_takes_nothing_from_the_next():
     )
     assert guarded(completions=TEXTS, answer=answers) == [2.0, 1.0, 0.0]
     assert answers == ["0", "1", "2"]
+
+
+def test_what_a_function_sets_for_all_of_the_process_is_undone(tmp_path, monkeypatch):
+    changes = "import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
+    as_function = "".join(f"    {line}\n" for line in changes.splitlines())
+    source = f"{changes}def one(completions, **_):\n{as_function}    return [1.0] * len(completions)\n"
+    (tmp_path / "that_sets_much.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    functions = choose({"that_sets_much.one": 1.0}, KNOWN)
+
+    def stands():
+        return torch.is_grad_enabled() and Path.cwd() == tmp_path
+
+    try:
+        assert stands()
+        check(functions, ROWS, TEXTS, 5.0)
+        assert stands()
+        assert guard(functions, RewardOptions())[0](completions=TEXTS) == [1.0] * 3
+        assert stands()
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def test_a_hanging_completion_costs_twice_the_limit_and_no_other_completion():
