@@ -131,7 +131,19 @@ def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:
 
 def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the lists, so that a function that empties them takes nothing from the next."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in columns.items()}
+    copies = {key: list(value) if isinstance(value, list) else value for key, value in columns.items()}
+    if "log_metric" in copies:
+        copies["log_metric"] = functools.partial(_log_number, copies["log_metric"])
+    return copies
+
+
+def _log_number(log: Callable[[str, float], None], name: str, value: Any) -> None:
+    """TRL's log_metric. What is no number fails here, in the function that gave it, not where TRL takes the mean."""
+    try:
+        number = float(value)
+    except Exception as error:  # __float__ may be anyone's code
+        raise TypeError(f"log_metric({show(name, 60)}, …) takes a number, not {show(value, 100)}") from error
+    log(str(name), number)
 
 
 _LATE = "did not return within"

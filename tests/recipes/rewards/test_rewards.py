@@ -301,6 +301,11 @@ async def own_cancelled(completions, **_):
     await request
 
 
+def log_text(completions, log_metric, **_):
+    log_metric("kind", "prose")
+    return [1.0] * len(completions)
+
+
 async def leave_awaited(completions, **_):
     sys.exit(0)
 
@@ -319,6 +324,7 @@ async def cancels_itself(completions, **_):
         (endless, r"returned more than 1 values for 1 .*'zero'"),
         (raising, r"raised KeyError: 'late'.*'zero'"),
         (leave, r"called sys\.exit\(3\).*'zero'"),
+        (log_text, r"raised TypeError: log_metric\('kind', …\) takes a number, not 'prose'; .*'zero'"),
         (leave_awaited, r"called sys\.exit\(0\).*'zero'"),
         (shout, r"raised ValueError: \\x1b\[31mx+….*'zero'"),
         (stuck_in_c, r"did not return within 0\.5 s"),
