@@ -102,9 +102,15 @@ def shortened(text: str, limit: int = 80) -> str:
 def place_of(key: str, name: str) -> Path:
     """The path that a key names, ~ replaced. Raises ConfigError where nobody can say what is there."""
     try:
+        if "\0" in name:  # Path.exists() takes it for a name that is not there
+            raise ValueError("it holds a NUL character")
         place = Path(name).expanduser()
         place.exists()
-    except (OSError, RuntimeError) as error:  # too long, in a folder of another user, the home of nobody
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # too long, another user's folder, the home of nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             [Problem(key, f"cannot be looked up: {reason}", name, "correct the path")]

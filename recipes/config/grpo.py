@@ -7,6 +7,7 @@ does not declare, the fields that are set elsewhere or refused, and that batches
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import re
@@ -297,7 +298,8 @@ def multiples_near(wish: int, unit: int) -> list[int]:
 
 
 def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
-    """Pairs of fields that TRL's trainer refuses only after the model is loaded; GRPOConfig itself refuses others."""
+    """What the trainer refuses only after the model is loaded; GRPOConfig itself refuses the rest."""
+    yield from _check_arguments(grpo)
     loss, level = grpo["loss_type"], grpo["importance_sampling_level"]
     if grpo["sync_ref_model"] and grpo["beta"] == 0.0:
         yield Problem(
@@ -310,3 +312,23 @@ def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "grpo.loss_type", "vespo works on tokens", loss, "set grpo.importance_sampling_level: token"
         )
+
+
+def _check_arguments(grpo: Mapping[str, Any]) -> Iterator[Problem]:
+    """The arguments of a schedule and of an optimizer, which transformers passes on as they are."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    kind, given = SchedulerType(grpo["lr_scheduler_type"]), grpo["lr_scheduler_kwargs"] or {}
+    signature = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind])
+    trainers = {"num_warmup_steps", "num_training_steps"} & signature.parameters.keys()
+    if isinstance(given, dict):
+        try:
+            signature.bind(None, **dict.fromkeys(trainers, 0), **given)
+        except TypeError as error:
+            remedy = (
+                f"grpo.lr_scheduler_type {kind.value} takes what transformers' schedule of that name does"
+            )
+            yield Problem("grpo.lr_scheduler_kwargs", f"does not fit: {error}", given, remedy)
+    options = grpo["optim_args"]
+    if options and not all(part.count("=") == 1 for part in options.split(",")):
+        yield Problem("grpo.optim_args", "is no list of name=value", options, "write a=1,b=2")

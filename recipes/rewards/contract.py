@@ -18,7 +18,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,10 +135,9 @@ def _import(name: str) -> Reward:
 @contextmanager
 def _as_it_was() -> Iterator[None]:
     """Undo what other people's code sets for all of the process: the folder it is in, gradients turned off."""
-    import torch
-
-    # A run's own paths may be relative, and its loss needs a gradient.
-    with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
+    torch: Any = sys.modules.get("torch")  # a run has it; to import it would cost a reward's time
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else nullcontext()
+    with chdir("."), gradients:  # a run's own paths may be relative, and its loss needs a gradient
         yield
 
 

@@ -5,7 +5,8 @@
 
 A regular expression matched in a thread or in an `async def`, or `sum` over what has no end, lets no other line of
 Python run in the whole process: neither a signal's handler nor a thread. Only another process is left to notice. It is
-told when a call begins and when it is back; one that is late is ended, and faulthandler prints where it was.
+told when a call begins and when it is back; one that is late is ended, and faulthandler prints where it was. Where a
+call ends the run itself, by os._exit or a crash in C, this process is the one that is left to say so.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ import psutil
 
 TICK = 0.25  # seconds; time in which the process beside was held up itself counts as one of them
 _END = getattr(signal, "SIGUSR2", signal.SIGTERM)  # faulthandler's on its way to the default, which ends
+_GONE = (
+    "error: the run has ended inside of {}: by os._exit, by a crash of code in C, or because it was killed. --resume "
+    "goes on from its last checkpoint, if it has one (run.save_every).\n"
+)
 
 
 class _Outside:
@@ -93,19 +98,23 @@ class _Call:
     left: float
 
 
-def watch(run: psutil.Process) -> None:
-    """Read from standard input what begins and ends, until it closes; end `run` when a call is late."""
+def watch(run: psutil.Process | None) -> None:
+    """Read from standard input what begins and ends, until it closes; end `run` when a call is late.
+
+    None: it has ended before this process was there, and what it wrote until then is still to be read.
+    """
     begun: dict[int, _Call] = {}
     unread = b""
     while True:
         ready, _, _ = select.select([0], [], [], TICK if begun else None)
         if ready:
             if not (part := os.read(0, 65536)):
+                _say("".join(_GONE.format(call.whose) for call in begun.values()))
                 return
             *lines, unread = (unread + part).split(b"\n")
             for message in map(json.loads, lines):
                 _note(begun, **message)
-        elif run.status() != psutil.STATUS_STOPPED:  # one that is suspended is not late
+        elif run is not None and run.status() != psutil.STATUS_STOPPED:  # one that is suspended is not late
             for call in begun.values():
                 call.left -= TICK
                 if call.left <= 0:
@@ -126,13 +135,20 @@ def _end(run: psutil.Process, call: _Call) -> None:
         "to itself, so nothing could be saved: the run ends. --resume goes on from its last checkpoint, if it has "
         "one (run.save_every). This is where it was:\n"
     )
-    with suppress(OSError):  # nobody may be reading
-        os.write(2, text.encode())
+    _say(text)
     run.send_signal(_END)
     time.sleep(1.0)  # to print it
     run.kill()
 
 
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody may be reading
+        os.write(2, text.encode())
+
+
 if __name__ == "__main__":
+    run = None
     with suppress(psutil.NoSuchProcess):  # it has ended by itself
-        watch(psutil.Process(int(sys.argv[1])))
+        run = psutil.Process(int(sys.argv[1]))
+    with suppress(psutil.NoSuchProcess):
+        watch(run)

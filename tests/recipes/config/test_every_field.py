@@ -19,7 +19,7 @@ VALUES: dict[str, Any] = {  # where the next value that comes to mind would be r
     "num_generations": 4, "generation_batch_size": 16, "steps_per_generation": 3, "gradient_accumulation_steps": 3,
     "per_device_train_batch_size": 16, "loss_type": "grpo", "optim_target_modules": "q_proj",
     "lr_scheduler_type": "cosine",
-    "lr_scheduler_kwargs": {"a": 1}, "optim": "adamw_torch", "max_completion_length": 64, "num_generations_eval": 2,
+    "lr_scheduler_kwargs": {"power": 2.0}, "optim_args": "a=1", "optim": "adamw_torch", "max_completion_length": 64, "num_generations_eval": 2,
     "vllm_importance_sampling_clip_max": 4.0, "top_p": 0.5, "top_entropy_quantile": 0.5,
     "include_num_input_tokens_seen": "all",
     "log_level": "info", "log_level_replica": "info", "hub_strategy": "end", "train_sampling_strategy": "sequential",
@@ -48,6 +48,7 @@ ALONG: dict[str, dict[str, Any]] = {  # what TRL itself makes of a field beside 
 TOGETHER: dict[str, list[str]] = {  # refused alone
     "sync_ref_model": ["grpo.beta=0.1"],
     "dataloader_prefetch_factor": ["grpo.dataloader_num_workers=2"],
+    "lr_scheduler_kwargs": ["grpo.lr_scheduler_type=polynomial"],
     "log_completions_hub_repo": ["tracking.print_completions=1"],
 }
 ELSEWHERE = {  # what TRL refuses on a machine like this one, and says so

@@ -198,7 +198,7 @@ LOOKED_UP = [
     for mode in ([], ["--plan"])
 ]
 # A plan makes no folder, and a home that nobody has is a name there.
-LOOKED_UP += [("run.output_root", name, []) for name in (LONG, LONGER)]
+LOOKED_UP += [("run.output_root", name, []) for name in (LONG, LONGER, r'"a\0b"')]
 
 
 @pytest.mark.parametrize(("key", "name", "mode"), LOOKED_UP)
@@ -209,6 +209,7 @@ def test_a_name_that_no_system_looks_up(tmp_path, without_unsloth, capsys, key, 
     said = (
         "cannot be looked up: File name too long",
         "cannot be looked up: Could not",
+        "cannot be looked up: it holds a NUL character",
         "cannot be loaded on th",
     )
     assert line.startswith(tuple(f"{key}: {words}" for words in said)), line

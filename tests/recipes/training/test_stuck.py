@@ -161,3 +161,16 @@ def test_a_run_that_is_suspended_is_not_late():
         assert "[1.0]" in process.communicate(timeout=60)[0]
     finally:
         process.kill()
+
+
+def test_a_call_that_ends_the_process_is_named():
+    script = (
+        "import os\nfrom recipes.rewards.outside import seen_from_outside\n"
+        "with seen_from_outside('reward that came back', 60.0):\n    pass\n"
+        "with seen_from_outside('reward own.leaves', 60.0):\n    os._exit(0)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: the run has ended inside of reward own.leaves: by os._exit")
