@@ -131,7 +131,9 @@ def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:
 
 def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the lists, so that a function that empties them takes nothing from the next."""
-    copies = {key: list(value) if isinstance(value, list) else value for key, value in columns.items()}
+    copies: dict[str, Any] = {
+        key: list(value) if isinstance(value, list) else value for key, value in columns.items()
+    }
     if "log_metric" in copies:
         copies["log_metric"] = functools.partial(_log_number, copies["log_metric"])
     return copies
