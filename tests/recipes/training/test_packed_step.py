@@ -82,10 +82,14 @@ def pairs(tmp_path_factory):
     return get
 
 
-def compare(pair: Pair, fed: dict[str, Any], *, windows: int, left_out: bool = False) -> list[Step]:
-    """Run both on the same micro-batches. `left_out`: the entropy metric covers less than TRL's."""
+def compare(pair: Pair, *rollouts: dict[str, Any], windows: int, left_out: bool = False) -> list[Step]:
+    """Run both on the same micro-batches, of one rollout again and again, or of as many as there are generations.
+
+    left_out: the entropy metric covers less than TRL's.
+    """
     torch.manual_seed(3)
-    fed = Rollout.shuffled(fed, 1, False, None).tensors
+    every = [Rollout.shuffled(one, 1, False, None).tensors for one in rollouts]
+    fed = every if len(every) > 1 else every[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", torch.arange)  # neither shuffles again
         ours, theirs = run(pair.packed, fed, windows), run(pair.trl, fed, windows)
@@ -286,6 +290,23 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
     fed["sampling_per_token_logps"] = noise - 4
     fed["sampling_per_token_logps"][1, 0] = float("nan")
     compare(pair, fed, windows=1)
+
+
+@pytest.mark.parametrize(("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)])
+def test_every_generation_of_a_window_has_its_own_figures_of_another_engine(
+    pairs, mode, accumulation, windows
+):
+    """A window's are the mean of its generations': TRL's largest difference is a mean of largest ones."""
+    pair = pairs("llama")
+    pair.set(
+        use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,
+        gradient_accumulation_steps=accumulation, steps_per_generation=2,
+    )  # fmt: skip
+    different = [rollout("shared", "none", seed=seed) for seed in range(windows * accumulation // 2)]
+    for fed in different:
+        fed["sampling_per_token_logps"] = torch.randn(fed["completion_ids"].shape, dtype=torch.float64) - 4
+    compare(pair, *different, windows=windows)
 
 
 def test_completions_of_one_token_have_ratios_of_tokens(pairs):
