@@ -152,9 +152,10 @@ def configurations() -> dict[str, Any]:
     }
 
 
-def model_of(name: str, attention: str = "sdpa") -> Any:
+def model_of(name: str, attention: str = "sdpa", **settings: Any) -> Any:
     torch.manual_seed(1)
     config = configurations()[name]
+    config.update(settings)
     return transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, attn_implementation=attention
     )
