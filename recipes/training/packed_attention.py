@@ -1,6 +1,6 @@
 """Attention over packed rows, through transformers' registry: no model's code is touched.
 
-    CPU    one group per row and a dense mask, which the model's own attention accepts
+    CPU    one group per row, or a part of one that is long, and a dense mask, which the model's own attention accepts
     CUDA   all groups in one row, torch's varlen_attn: a segment's keys are its prompt's, gathered, and its own
 
 The layout travels with the call as a keyword argument, not in a global: gradient checkpointing runs the attention again
@@ -74,9 +74,7 @@ def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
     near = ready(sees & (distance < window))
     if config.model_type in _ALL_LAYERS_ALIKE:
         return near
-    return {
-        kind: near if kind == "sliding_attention" else ready(sees) for kind in set(config.layer_types)
-    }
+    return {kind: near if kind == "sliding_attention" else ready(sees) for kind in set(config.layer_types)}
 
 
 def no_mask(device: torch.device) -> Tensor:

@@ -199,6 +199,17 @@ def test_windows_and_generations_of_other_lengths(pairs, loss, accumulation, gen
     compare(pair, rollout("shared", "some", groups=groups), windows=windows, left_out=True)
 
 
+@pytest.mark.parametrize(("size", "divided"), [(4, False), (12, True)])
+def test_a_group_is_divided_where_its_row_would_be_long(pairs, size, divided):
+    """Under a dense mask, whose attention costs the square of a row: its prompt is then computed again."""
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=1, steps_per_generation=1, beta=0.04)
+    fed = rollout("shared", "none", size=size)
+    (step,) = compare(pair, fed, windows=1)
+    once = fed["prompt_mask"][::size].sum() + fed["completion_mask"].sum() - len(fed["completion_mask"])
+    assert (step.metrics["step/tokens_computed"] > once) == divided
+
+
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_token_budget_changes_nothing_but_the_bins(pairs, budget):
     pair = pairs("llama")
@@ -292,7 +303,9 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
     compare(pair, fed, windows=1)
 
 
-@pytest.mark.parametrize(("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)])
+@pytest.mark.parametrize(
+    ("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)]
+)
 def test_every_generation_of_a_window_has_its_own_figures_of_another_engine(
     pairs, mode, accumulation, windows
 ):
