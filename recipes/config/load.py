@@ -86,6 +86,13 @@ class RunConfig(Section):
         return cuda and tried and not beside_vllm and alone and long
 
     @property
+    def packs(self) -> bool:
+        """Whether the packed step is asked for and no key rules it out; the model still may."""
+        asked = self.step.impl == "packed" and self.model.loader != "unsloth"
+        noisy = (self.lora is not None and self.lora.dropout) or self.grpo["neftune_noise_alpha"]
+        return asked and not noisy
+
+    @property
     def chat_template_kwargs(self) -> dict[str, Any]:
         """The chat template's arguments beside the messages, wherever a prompt is rendered."""
         return self.grpo["chat_template_kwargs"] or {}

@@ -346,7 +346,7 @@ def token_budget(config: RunConfig, s: Setting, device_bytes: int | None) -> int
 
 def in_bins(config: RunConfig, s: Setting, budget: int | None) -> Setting:
     """The setting with the bins of the packed step, where the run takes it. A micro-batch is never divided."""
-    if config.step.impl == "trl" or config.model.loader == "unsloth":
+    if not config.packs:
         return s
     wanted = s.slots if budget is None else budget
     return replace(s, bin_tokens=max(s.packed, min(s.rollout, wanted)))

@@ -1,6 +1,6 @@
 """Attention over packed rows, through transformers' registry: no model's code is touched.
 
-    CPU    one group per row and a dense mask, which the model's own attention accepts
+    CPU    one group per row, or a part of one that is long, and a dense mask, which the model's own attention accepts
     CUDA   all groups in one row, torch's varlen_attn: a segment's keys are its prompt's, gathered, and its own
 
 The layout travels with the call as a keyword argument, not in a global: gradient checkpointing runs the attention again
@@ -21,7 +21,9 @@ from recipes.models.attention import put_before, take_away, underlying
 from recipes.training.packing import Packed, VarlenKeys
 
 PREFIX = "packed_"
-# Architectures with one window for all layers; another's model has no use for one in its configuration.
+# Architectures with windows: of some kinds of layers, or one for all layers, whatever kinds a configuration names. Of
+# others the models have no use for either.
+_BY_KIND = ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3")
 _ALL_LAYERS_ALIKE = ("mistral", "phi3")
 PACKED_ARGUMENT = "packed_keys"  # the keyword argument that carries VarlenKeys to the attention
 
@@ -66,14 +68,13 @@ def masks(packed: Packed, config: Any, dtype: torch.dtype) -> Any:
         return sees[:, None]
 
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if window is None or not (kinds or config.model_type in _ALL_LAYERS_ALIKE):
+    if window is None or config.model_type not in (*_BY_KIND, *_ALL_LAYERS_ALIKE):
         return ready(sees)
     distance = packed.positions[:, :, None] - packed.positions[:, None, :]
     near = ready(sees & (distance < window))
-    if not kinds:
+    if config.model_type in _ALL_LAYERS_ALIKE:
         return near
-    return {kind: near if kind == "sliding_attention" else ready(sees) for kind in kinds}
+    return {kind: near if kind == "sliding_attention" else ready(sees) for kind in set(config.layer_types)}
 
 
 def no_mask(device: torch.device) -> Tensor:

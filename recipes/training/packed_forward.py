@@ -21,7 +21,7 @@ from recipes.plan.work import Flow
 from recipes.processes import smallest
 from recipes.training import packed_attention
 from recipes.training.packed_support import half_precision
-from recipes.training.packing import Lengths, Packed, PaddedBatch, even_bins, measure, pack
+from recipes.training.packing import Lengths, Packed, PaddedBatch, even_bins, in_short_rows, measure, pack
 from recipes.training.ratios import RoundedHead, listening
 from recipes.training.truncation import over_supports
 
@@ -120,6 +120,9 @@ class PackedForward(_Trainer):
                 model, batch.input_ids[:1], batch.attention_mask[:1], shape[1], compute_entropy=entropy
             )
             return Scores((0 * logps).expand(shape), (0 * entropies).expand(shape) if entropy else None)
+        if not self._varlen:
+            hidden_size = self._causal_model(model).config.get_text_config().hidden_size
+            lengths = in_short_rows(lengths, rows, hidden_size)
         self._flow += Flow.of_lengths(*(x[rows].tolist() for x in lengths))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
         if truncated is not None and truncated.support is not None:

@@ -198,8 +198,11 @@ class PackedStep(PackedForward):
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._add_entropy(inputs, scores)
-        if mode == "eval" or self.accelerator.sync_gradients:
-            self._append(mode, self._gap.take(self.accelerator) | self._ratios.take(self.accelerator))
+        # TRL has an entry a generation, of which a window may see several.
+        if ends_window or inputs.run.stop == inputs.rollout.count:
+            self._append(mode, self._gap.take(self.accelerator))
+        if mode == "eval" or ends_window:
+            self._append(mode, self._ratios.take(self.accelerator))
         if mode == "train":
             self._meter.add(computed=scores.tokens, **inputs.counts())
         return loss

@@ -39,6 +39,8 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
 def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
     if (cards := given["args"].n_gpu) > 1:
         yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
+    if getattr(given["args"], "neftune_noise_alpha", None):
+        yield "neftune_noise_alpha adds noise by the length of a row, and a packed row has another"
     plugin = getattr(given["args"], "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         yield "ZeRO-3 takes the model apart when training begins, so the packed step cannot be tried out before it"

@@ -450,6 +450,8 @@ def test_a_run_takes_the_bins_it_is_told_to():
         2 * 256 + 12 * 511
     )
     assert bin_of(80 * GIB, "step.impl=trl") is None
+    for ruled_out in ("lora.dropout=0.05", "grpo.neftune_noise_alpha=5"):  # TRL's step is what runs then
+        assert bin_of(80 * GIB, ruled_out) is None
 
 
 def test_bins_leave_room_for_a_vllm_that_stays():

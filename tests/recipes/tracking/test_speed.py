@@ -127,6 +127,7 @@ def test_a_packed_step_counts_a_prompt_once_and_its_scoring(tmp_path, memhead_in
     """Of two updates a generation the second one's log-probabilities are scored before the first."""
     folder = RunFolder.create(tmp_path, "run")
     settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "entropy_coef": 1e-6}
+    settings["max_completion_length"] = 4  # a group of longer ones is divided at this width
     trainer = tiny_trainer(folder.path / "checkpoints", steps=2, kind=packed(GRPOTrainer), **settings)
     tracker = track(trainer, folder, progress=False)
     trainer.train()

@@ -72,10 +72,10 @@ def rollout(prompts: str, zeros: str, seed: int = 0, groups: int = 4, size: int 
 class Fed(GRPOTrainer):
     """TRL's trainer with given completions, which it scores as TRL does."""
 
-    fed: dict[str, Any]
+    fed: dict[str, Any] | list[dict[str, Any]]  # of every generation, or of one after another
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = dict(self.fed)
+        output = dict(self.fed if isinstance(self.fed, dict) else self.fed.pop(0))
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         arguments = (ids, mask, output["completion_ids"].shape[1])
@@ -126,18 +126,23 @@ PackedFed = packed(Fed)
 
 
 def configurations() -> dict[str, Any]:
-    """A tiny config of each architecture; windows are longer than the rows, except in `mistral-window`."""
+    """A tiny config of each architecture, with windows that are shorter than the rows and longer ones."""
     t = transformers
-    gemma = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
+    kinds = ["sliding_attention", "full_attention"]
+    gemma = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8}
     return {
         "llama": t.LlamaConfig(**SMALL),
-        "llama-window": t.LlamaConfig(**SMALL, sliding_window=4),  # of which its code knows nothing
-        "qwen2": t.Qwen2Config(**SMALL, tie_word_embeddings=True),
+        # Of which its code knows nothing.
+        "llama-window": t.LlamaConfig(**SMALL, sliding_window=4, layer_types=kinds),
+        "qwen2": t.Qwen2Config(
+            **SMALL, tie_word_embeddings=True, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        ),
         "qwen3": t.Qwen3Config(**SMALL, head_dim=8),
         "mistral": t.MistralConfig(**SMALL, sliding_window=32),
-        "mistral-window": t.MistralConfig(**SMALL, sliding_window=4),
-        "gemma2": t.Gemma2Config(**gemma),
-        "gemma3": t.Gemma3TextConfig(**gemma),
+        # One for all layers.
+        "mistral-window": t.MistralConfig(**SMALL, sliding_window=4, layer_types=kinds),
+        "gemma2": t.Gemma2Config(**gemma, sliding_window=32),
+        "gemma3": t.Gemma3TextConfig(**gemma, sliding_window=4, layer_types=kinds),
         "phi": t.PhiConfig(**SMALL),
         "phi3": t.Phi3Config(**SMALL),
         "olmo2": t.Olmo2Config(**SMALL),
@@ -147,9 +152,10 @@ def configurations() -> dict[str, Any]:
     }
 
 
-def model_of(name: str, attention: str = "sdpa") -> Any:
+def model_of(name: str, attention: str = "sdpa", **settings: Any) -> Any:
     torch.manual_seed(1)
     config = configurations()[name]
+    config.update(settings)
     return transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, attn_implementation=attention
     )
@@ -190,12 +196,15 @@ class Step(NamedTuple):
     metrics: dict[str, float]
 
 
-def run(trainer: Any, fed: dict[str, Any], windows: int) -> list[Step]:
-    """Train `windows` windows on one rollout, with plain steps along the gradient; the model is put back after it."""
+def run(trainer: Any, fed: dict[str, Any] | list[dict[str, Any]], windows: int) -> list[Step]:
+    """Train `windows` windows on one rollout or on several, with plain steps along the gradient; the model is put back
+    after it.
+    """
     model = trainer.model
     before = [p.detach().clone() for p in model.parameters()]
     model.train()
-    trainer.fed, trainer._step, trainer._place, trainer._rollout = fed, 0, 0, None
+    trainer.fed = fed if isinstance(fed, dict) else list(fed)
+    trainer._step, trainer._place, trainer._rollout = 0, 0, None
     trainer._buffered_inputs = None
     trainer.current_gradient_accumulation_steps = window = trainer.args.gradient_accumulation_steps
     steps = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rollouts import rollout
 
-from recipes.training.packing import Lengths, PaddedBatch, even_bins, fill_bins, measure
+from recipes.training.packing import Lengths, PaddedBatch, even_bins, fill_bins, in_short_rows, measure
 from recipes.training.rollout import Bin, Rollout, padded
 
 
@@ -56,6 +56,21 @@ def test_a_short_last_bin_is_filled_up():
     assert fill_bins(lengths, rows, 60) == [range(3), range(3, 4)]
     assert even_bins(lengths, rows, 60) == [range(2), range(2, 4)]
     assert even_bins(lengths, rows, 5) == fill_bins(lengths, rows, 5) == [range(i, i + 1) for i in range(4)]
+
+
+@pytest.mark.parametrize(("completion", "in_a_row"), [(6, 8), (64, 4), (256, 1), (2048, 1)])
+def test_rows_under_a_dense_mask_are_as_long_as_pays(completion, in_a_row):
+    """By its cost for each number of completions in a row: of 8 in a group, after a prompt of 64, at a width of 128."""
+    lengths = Lengths(torch.full((8,), 64), torch.full((8,), completion), torch.zeros(8, dtype=torch.long))
+    found = in_short_rows(lengths, range(8), 128).group.bincount().tolist()
+
+    def cost(number: int) -> float:
+        length = 64 + number * (completion - 1)
+        return 8 / number * (length + length**2 / (8 * 128))
+
+    assert max(found) == in_a_row
+    assert sum(found) == 8
+    assert cost(in_a_row) <= 1.1 * min(map(cost, (1, 2, 4, 8)))
 
 
 def test_a_group_is_of_the_same_prompt_padding_aside():

@@ -82,10 +82,14 @@ def pairs(tmp_path_factory):
     return get
 
 
-def compare(pair: Pair, fed: dict[str, Any], *, windows: int, left_out: bool = False) -> list[Step]:
-    """Run both on the same micro-batches. `left_out`: the entropy metric covers less than TRL's."""
+def compare(pair: Pair, *rollouts: dict[str, Any], windows: int, left_out: bool = False) -> list[Step]:
+    """Run both on the same micro-batches, of one rollout again and again, or of as many as there are generations.
+
+    left_out: the entropy metric covers less than TRL's.
+    """
     torch.manual_seed(3)
-    fed = Rollout.shuffled(fed, 1, False, None).tensors
+    every = [Rollout.shuffled(one, 1, False, None).tensors for one in rollouts]
+    fed = every if len(every) > 1 else every[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", torch.arange)  # neither shuffles again
         ours, theirs = run(pair.packed, fed, windows), run(pair.trl, fed, windows)
@@ -195,6 +199,17 @@ def test_windows_and_generations_of_other_lengths(pairs, loss, accumulation, gen
     compare(pair, rollout("shared", "some", groups=groups), windows=windows, left_out=True)
 
 
+@pytest.mark.parametrize(("size", "divided"), [(4, False), (12, True)])
+def test_a_group_is_divided_where_its_row_would_be_long(pairs, size, divided):
+    """Under a dense mask, whose attention costs the square of a row: its prompt is then computed again."""
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=1, steps_per_generation=1, beta=0.04)
+    fed = rollout("shared", "none", size=size)
+    (step,) = compare(pair, fed, windows=1)
+    once = fed["prompt_mask"][::size].sum() + fed["completion_mask"].sum() - len(fed["completion_mask"])
+    assert (step.metrics["step/tokens_computed"] > once) == divided
+
+
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_token_budget_changes_nothing_but_the_bins(pairs, budget):
     pair = pairs("llama")
@@ -286,6 +301,25 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
     fed["sampling_per_token_logps"] = noise - 4
     fed["sampling_per_token_logps"][1, 0] = float("nan")
     compare(pair, fed, windows=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)]
+)
+def test_every_generation_of_a_window_has_its_own_figures_of_another_engine(
+    pairs, mode, accumulation, windows
+):
+    """A window's are the mean of its generations': TRL's largest difference is a mean of largest ones."""
+    pair = pairs("llama")
+    pair.set(
+        use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,
+        gradient_accumulation_steps=accumulation, steps_per_generation=2,
+    )  # fmt: skip
+    different = [rollout("shared", "none", seed=seed) for seed in range(windows * accumulation // 2)]
+    for fed in different:
+        fed["sampling_per_token_logps"] = torch.randn(fed["completion_ids"].shape, dtype=torch.float64) - 4
+    compare(pair, *different, windows=windows)
 
 
 def test_completions_of_one_token_have_ratios_of_tokens(pairs):

@@ -65,6 +65,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
         ({"model": with_adapter(lora_dropout=0.1)}, "lora.dropout is 0.1"),
         ({"args": SimpleNamespace(n_gpu=4)}, "one process with 4 GPUs"),
+        ({"args": SimpleNamespace(n_gpu=1, neftune_noise_alpha=5.0)}, "neftune_noise_alpha adds noise"),
         ({"args": SimpleNamespace(n_gpu=1, deepspeed_plugin=ZERO_3)}, "ZeRO-3 takes the model apart"),
         ({"tools": [print]}, "tools writes tokens"),
         ({"rollout_func": print}, "rollout_func writes tokens"),

@@ -46,7 +46,7 @@ def test_it_passes(trainer):
     assert (found["rows"], found["tokens"]) == (6, 3 * (7 + 3) + 2 * sum(COMPLETIONS))
     exact = not trainer.args.bf16
     for name, allowed in found["allowed"].items():
-        assert allowed == pytest.approx(3 * found["row_by_row"][name] + (0.001 if exact else 0.05)), name
+        assert allowed == pytest.approx(3 * found["row_by_row"][name] + (1e-4 if exact else 0.05)), name
     assert found["packed"]["logprob_error"] < (1e-5 if exact else 0.05)
     assert found["packed"]["gradient_error"] < (1e-5 if exact else 0.05)
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -106,6 +106,17 @@ def test_a_fault_is_found(trainer, monkeypatch, fault):
         fault is not nothing_learns
     )
     assert found["packed"]["gradient_error"] > found["allowed"]["gradient_error"]
+
+
+def test_a_fault_is_found_in_a_model_that_has_learned_nothing(tmp_path, monkeypatch):
+    """Whose attention is nearly a mean: wrong positions change its log-probabilities by less than 1e-4 nats."""
+    made = packed_step.packed(GRPOTrainer)
+    tokenizer = character_tokenizer("0123456789+-*=>abcdef")
+    trainer = trainer_of(made, model_of("llama", initializer_range=0.02).float(), tmp_path, tokenizer)
+    assert check_step(trainer, PROMPTS)["passed"]
+    positions(monkeypatch)
+    found = check_step(trainer, PROMPTS)
+    assert not found["passed"], found
 
 
 def test_one_that_gives_up_is_trls(trainer, tmp_path):
