@@ -121,7 +121,7 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(unit):
         return best
 
     # A step of quadratic time would make it sixty-four; on a busy machine linear ones have made it twelve.
-    assert cost(80_000) < 32 * max(cost(10_000), 0.005)
+    assert cost(40_000) < 32 * max(cost(5_000), 0.0025)
 
 
 def test_a_megabyte_is_read_at_once():

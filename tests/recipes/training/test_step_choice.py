@@ -110,14 +110,14 @@ def test_a_step_asked_for_by_name_that_fails_its_check_is_an_error(tmp_path, cap
     assert error.endswith("head_check.json has the figures (value 'packed'); set it to trl\n")
 
 
-def compiled(monkeypatch, backend):
-    """Let a run on a CPU compile its layers with this backend, and count the calls of what it made."""
+def compiled(monkeypatch, change, backend="eager"):
+    """Let a run on a CPU compile its layers, change what they give, and count their calls."""
     torch._dynamo.reset()  # a layer is compiled for eight backends at most
     calls = []
 
     def counted(graph, inputs):
-        made = lookup_backend("aot_eager")(graph, inputs)
-        return lambda *arguments: calls.append(1) or backend(made(*arguments))
+        made = lookup_backend(backend)(graph, inputs)
+        return lambda *arguments: calls.append(1) or change(made(*arguments))
 
     monkeypatch.setattr(preflight, "_compiled", lambda *_: [])
     monkeypatch.setattr(load, "compile_layers", lambda model: compile_layers(model, counted))
@@ -129,7 +129,7 @@ def test_a_run_with_compiled_layers(tmp_path, capsys, monkeypatch):
         "tracking.memory=false"  # on a CPU a mode of torch counts tensors, under which nothing is compiled
     )
     assert run(tmp_path / "plain", unmetered) == 0
-    calls = compiled(monkeypatch, lambda found: found)
+    calls = compiled(monkeypatch, lambda found: found, "aot_eager")  # by AOTAutograd, as inductor
     assert run(tmp_path, unmetered, "model.compile_layers=true") == 0
     assert len(calls) == 3  # the start-up check, the worst case, the step
     assert "; layers compiled\n" in capsys.readouterr().out
