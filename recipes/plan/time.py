@@ -38,7 +38,18 @@ _GRAPH_STEP = 0.005  # where such a step is one CUDA graph: what is around it
 _CACHE_SHARE = 0.5  # of the bandwidth, there: attention reads the whole cache in every step
 _MEMORY_SHARE = 0.7  # of the bandwidth, where weights are read
 _OTHER = 0.05  # seconds a step outside of the phases
-_CPU_SHARE, _CPU_LAYER = 0.5, 0.001
+# On a CPU, fitted to three models on two cores (docs/speed.md):
+_CPU_SHARE, _CPU_WIDTH = (
+    0.6,
+    512,
+)  # the most of the matrix rate, and the hidden width over which a share is taken
+_CPU_LAYER = 0.001  # seconds of a layer's calls in a pass, however few the tokens
+_CPU_TOKEN_LAYER, _CPU_SEQUENCE = (
+    0.002,
+    9e-6,
+)  # seconds a layer for a token of all sequences, and more for each of them
+_CPU_READING = 3e9  # bytes of weights a second in a product of few rows
+_CPU_START = 20.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def plan_time(
         "scoring": clock.scoring(),
         "forward and backward": clock.training(),
         "optimizer": clock.optimizer(),
-        "other": _OTHER if s.device_type == "cuda" else 0.0,
+        "other": _OTHER,
     }
     steps = config.grpo["max_steps"]
     total = None
@@ -136,7 +147,7 @@ class _Clock:
     def share(self) -> float:
         """Of the matrix rate, that a pass through the layers reaches."""
         if self.s.device_type == "cpu":
-            return _CPU_SHARE
+            return min(_CPU_SHARE, self.s.shape.hidden / _CPU_WIDTH)
         gain = _UNSLOTH if self.config.model.loader == "unsloth" else 1.0
         return gain * _share(self.s, self.rate.operations)
 
@@ -177,11 +188,13 @@ class _Clock:
         """Seconds in which an engine completes as many prompts. The longest completion is as long as it may be."""
         operations = self.work.forward(self.flow(sequences, shared=True))
         arithmetic = operations / (self.rate.operations * self.share)
+        held = weight_bytes(self.s.shape, self.s.precision)
         if self.s.device_type == "cpu":
-            return arithmetic + self.s.completion * self.layers
+            layer = _CPU_TOKEN_LAYER + sequences * _CPU_SEQUENCE
+            return arithmetic + self.s.completion * (self.s.shape.layers * layer + held / _CPU_READING)
         if self.vllm:
             return self.by_vllm(sequences, arithmetic)
-        weights = self.moving(weight_bytes(self.s.shape, self.s.precision))
+        weights = self.moving(held)
         step = _GENERATE_STEP + _GENERATE_LAYER * self.s.shape.layers
         if self.s.kept_cache:
             step = _GRAPH_STEP + self.reading()
@@ -230,7 +243,7 @@ class _Clock:
     def starting(self) -> float:
         """Seconds until the first step, beside the evaluation: the process, the engine, whatever is compiled."""
         if self.s.device_type == "cpu":
-            return 0.0
+            return _CPU_START
         compiling = _COMPILING * (2 if self.s.lora_rank else 1) if self.s.compiled else 0.0
         return _START + compiling + (_VLLM_START if self.vllm else _GRAPH_START if self.s.kept_cache else 0.0)
 

@@ -88,13 +88,18 @@ def test_what_launching_takes():
         assert found["scoring"] == pytest.approx((scored + 1.0) * passes * 0.010)
 
 
-def test_a_cpu_reaches_half_its_rate_and_launches_faster():
+def test_a_cpu():
     s = replace(SETTING, device_type="cpu", trained=replace(SETTING.trained, whole=0))
     found = seconds(s=s, rate=Rate(1e12, 2e10)).phases
-    assert found["forward and backward"] == pytest.approx(WORK.training(flow(8)) / 5e11)
-    assert found["generation"] == pytest.approx((WORK.forward(flow(32, True)) / 5e11 + 500 * 0.005) / 4)
+    weights = 1_100_000_000 * 2 / 3e9  # of 16 bits, read for every token
+    token = 500 * (5 * (0.002 + 32 * 9e-6) + weights)
+    assert found["forward and backward"] == pytest.approx(WORK.training(flow(8)) / 6e11)
+    assert found["generation"] == pytest.approx((WORK.forward(flow(32, True)) / 6e11 + token) / 4)
     assert found["optimizer"] == pytest.approx(28e6 / 1.4e10)
-    assert found["other"] == 0.0
+    assert found["other"] == 0.05
+    narrow = replace(s, shape=replace(SHAPE, hidden=256, parameters=1_025_600_000))
+    found = seconds(s=narrow, rate=Rate(1e12, 2e10)).phases["forward and backward"]
+    assert found == pytest.approx(Work.of(narrow.shape, narrow.trained).training(flow(8)) / 5e11)
     launched = seconds(s=s, rate=Rate(1e30, 2e10)).phases["forward and backward"]
     assert launched == pytest.approx(2 * 0.005)
 
