@@ -53,8 +53,7 @@ def read_arguments(
         ValueError: naming argument, value and rule.
     """
     checks.check_chunk(chunk)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
+    checks.check_logit_options(softcap, logit_scale)
     wanted = wanted_outputs(entropy, extra_outputs)
     per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
     if mask is not None:
@@ -89,7 +88,8 @@ def flat_mask(mask: Tensor, hidden: Tensor) -> Tensor:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """dtype of the matrix products' operands: autocast's where it is on, else the wider of the two."""
-    if torch.is_autocast_enabled(hidden.device.type):
+    """dtype of the matrix products' operands: the wider of the two, or autocast's, which leaves float64 alone."""
+    wider = torch.promote_types(hidden.dtype, weight.dtype)
+    if wider != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return wider

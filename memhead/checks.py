@@ -19,7 +19,7 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
             tensors are on different devices.
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
-        _check_whole_tensor(name, value)
+        check_whole_tensor(name, value)
     if not hidden.is_floating_point():
         raise ValueError(f"hidden has dtype {hidden.dtype}; it must be floating point")
     if not weight.is_floating_point():
@@ -38,6 +38,7 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
         check_integers("targets", targets)
         check_rows("targets", targets, hidden)
     if bias is not None:
+        check_whole_tensor("bias", bias)
         check_tokens("bias", bias, weight)
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         check_device(name, tensor, hidden)
@@ -45,7 +46,7 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | None, bias: Ten
         check_no_tangent(hidden=hidden, weight=weight, bias=bias)
 
 
-def _check_whole_tensor(name: str, value: Any) -> None:
+def check_whole_tensor(name: str, value: Any) -> None:
     """``value`` is a tensor, and all of it is here."""
     if isinstance(getattr(value, "weight", None), Tensor):  # the head itself
         update = ", and low_rank=memhead.integrations.peft.low_rank_update(lm_head)"
@@ -153,6 +154,18 @@ def check_positive(name: str, value: float) -> None:
     """``value`` is greater than 0, and a number."""
     if not value > 0:
         raise ValueError(f"{name}={value} must be greater than 0")
+
+
+def check_logit_options(softcap: float | None, logit_scale: float) -> None:
+    """A softcap is greater than 0, and neither it nor the scale is a tensor whose gradient would be lost."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient and would get none: pass a number (a trained scale multiplies hidden and "
+                "bias before the call)"
+            )
+    if softcap is not None:
+        check_positive("softcap", softcap)
 
 
 def check_at_least_one(name: str, value: int) -> None:

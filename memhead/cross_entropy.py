@@ -93,8 +93,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing} must be between 0 and 1")
     if z_loss < 0:
         raise ValueError(f"z_loss={z_loss} must be at least 0")
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
+    checks.check_logit_options(softcap, logit_scale)
     checks.check_names("extra_outputs", extra_outputs, OUTPUTS)
     if not soft:
         targets = targets.long()  # compared as uint8, a target of 156 would be -100
@@ -103,7 +102,9 @@ def linear_cross_entropy(
         if soft
         else targets != ignore_index
     )
-    factors = None if class_weights is None else class_weights.detach()
+    # Of the results' dtype: a sum in bfloat16 would be rounded to three digits, and one in float64 widen the loss.
+    dtype = result_dtype(operand_dtype(compute_dtype(hidden, weight), hidden.device))
+    factors = None if class_weights is None else class_weights.detach().to(dtype)
     divisor = None
     if reduction == "mean":
         divisor = counted.sum() if soft or factors is None else _of_targets(factors, targets, counted).sum()
@@ -112,7 +113,9 @@ def linear_cross_entropy(
         of_z = z_loss if divisor is None or factors is None else z_loss * divisor / counted.sum()
         found = _of_counted_rows(
             _CountedRows(
-                hidden.reshape(-1, hidden.shape[-1]), targets.reshape(counted.numel(), *[-1] * soft), counted
+                hidden.reshape(-1, hidden.shape[-1]),
+                targets.reshape(counted.numel(), *weight.shape[:1] * soft),
+                counted,
             ),
             weight,
             _Regularised(softcap, logit_scale, label_smoothing, of_z, factors),

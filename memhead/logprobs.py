@@ -149,6 +149,8 @@ def _extend(
     if not isinstance(low_rank, LowRankUpdate):
         raise ValueError(f"low_rank is a {type(low_rank).__name__}; pass a memhead.LowRankUpdate")
     a, b = low_rank.a, low_rank.b
+    for name, value in (("low_rank.a", a), ("low_rank.b", b)):
+        checks.check_whole_tensor(name, value)
     if a.shape != (b.shape[1], hidden.shape[-1]) or b.shape[0] != weight.shape[0]:
         raise ValueError(
             f"low_rank has a {tuple(a.shape)} and b {tuple(b.shape)}; with weight {tuple(weight.shape)} "

@@ -134,8 +134,10 @@ def vocab_parallel_cross_entropy(
     """
     if z_loss < 0:
         raise ValueError(f"z_loss={z_loss} must be at least 0")
+    checks.check_head(hidden, weight, targets, bias)
+    targets = targets.long()  # compared as uint8, a target of 156 would be -100
     counted = targets != ignore_index
-    labels = torch.where(counted, targets, 0).long()
+    labels = torch.where(counted, targets, 0)
     sizes = _sizes(weight, group) if sizes is None else sizes
     logprobs = vocab_parallel_logprobs(
         hidden,

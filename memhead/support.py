@@ -157,7 +157,8 @@ def supported_logprobs(
             f"support has shape {tuple(support.shape)}; it must be (..., K), a list for each row"
         )
     checks.check_row_chunk(chunk)
-    flat, ids, labels = hidden.reshape(-1, hidden.shape[-1]), support.flatten(0, -2), targets.reshape(-1)
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    ids = support.reshape(len(labels), support.shape[-1])
     compute = compute_dtype(hidden, weight)
     per_row, number = split_temperature(temperature, hidden, result_dtype(compute))
     kept = kept_rows(None if mask is None else flat_mask(mask, hidden))
@@ -232,7 +233,7 @@ def _renormalised(z: Tensor, hit: Tensor) -> Tensor:
     target = torch.where(hit, z, 0.0).sum(1)
     gap = z.masked_fill(hit, LOWEST).logsumexp(1) - target
     logprobs = -torch.logaddexp(gap, torch.zeros_like(gap))  # softplus would be infinite from 88 on
-    possible = hit.any(1) & (target > LOWEST / 2)
+    possible = hit.any(1) & ~(target <= LOWEST / 2)  # NaN is no impossible target
     return torch.where(possible, logprobs, float("-inf"))
 
 

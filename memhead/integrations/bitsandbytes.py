@@ -181,13 +181,10 @@ def quantized_logprobs(
     Raises:
         ValueError: arguments that do not fit together; the message names argument, value and rule.
     """
-    shape = hidden.new_empty(weight.shape, device="meta").shape
-    if hidden.shape[-1] != shape[1]:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(shape)}; their last must agree"
-        )
-    checks.check_integers("targets", targets)
-    checks.check_rows("targets", targets, hidden)
+    if isinstance(weight, Tensor | nn.Module):
+        raise ValueError(f"weight is a {type(weight).__name__}; pass quantized_weight(lm_head)")
+    checks.check_tensor("hidden", hidden)
+    checks.check_head(hidden, hidden.new_empty(1).expand(weight.shape), targets, bias)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias requires a gradient; beside a quantised weight it must be frozen")
     labels, kept, row_temperature, settings = read_arguments(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput, MoeCausalLMOutputWithPast
 
 from memhead.cross_entropy import linear_cross_entropy
@@ -25,7 +26,7 @@ from memhead.integrations.handle import Handle
 from memhead.integrations.transformers_moe import router_loss, wants_router_loss
 from memhead.logprobs import LowRankUpdate, linear_logprobs
 
-PATCHED = "memhead_patched"  # an attribute of our forward
+PATCHED = "memhead_patched"  # an attribute of our forward: its handle
 OWN_FORWARD = "_memhead_own_forward"  # the forward that the model itself held before, not its class; or None
 # What the causal language model's forward takes for itself and its backbone does not know.
 OF_THE_HEAD = (
@@ -81,14 +82,21 @@ def patch(
             architecture that treats its logits in a way unknown here is refused, not mistrained.
 
     Raises:
-        ValueError: patched already; no output embedding or no backbone; another loss than next-token cross
-            entropy; or the check failed.
+        ValueError: no model of transformers, but something around one; patched already; no output embedding, a
+            quantised one, or no backbone; another loss than next-token cross entropy; or the check failed.
     """
     base = _base(model)
-    if _is_patched(base):
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"{type(base).__name__} is not a model of transformers; patch the model inside it")
+    if _handle_of(base) is not None:
         raise ValueError(f"{type(base).__name__} is patched already; call unpatch(model) first")
-    if base.get_output_embeddings() is None:
+    if (head := base.get_output_embeddings()) is None:
         raise ValueError(f"{type(base).__name__} has no output embedding to compute a loss with")
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            f"{type(base).__name__} has a quantised output embedding, with a weight of {head.weight.dtype}; leave it "
+            "out of the quantisation, or use memhead.integrations.bitsandbytes"
+        )
     if base.base_model is base:
         raise ValueError(
             f"{type(base).__name__} has no backbone of the name {base.base_model_prefix!r}, which it says it has; "
@@ -100,7 +108,12 @@ def patch(
         )
     options = head_options(base.config)
     signature = inspect.signature(type(base).forward)
-    handle = Handle("memhead", lambda: unpatch(model), f"{type(base).__name__}.forward with labels")
+
+    def restore() -> None:
+        if _handle_of(base) is handle:  # not a later patch's
+            unpatch(model)
+
+    handle = Handle("memhead", restore, f"{type(base).__name__}.forward with labels")
 
     @functools.wraps(type(base).forward)  # generate() and Trainer read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +126,7 @@ def patch(
         handle.count(rows)
         return output
 
-    setattr(forward, PATCHED, True)
+    setattr(forward, PATCHED, handle)
     # Bound methods, which a copy of the model binds to itself; nothing else here knows which model it is.
     setattr(base, OWN_FORWARD, vars(base).get("forward"))
     base.forward = types.MethodType(forward, base)
@@ -128,9 +141,12 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give the model its own forward back; a model that is not patched is left alone."""
+    """Give the model its own forward back; a model that is not patched is left alone.
+
+    What was put around the patched forward since (accelerate's mixed precision: ``prepare``) goes with it.
+    """
     base = _base(model)
-    if not _is_patched(base):
+    if _handle_of(base) is None:
         return
     original = getattr(base, OWN_FORWARD)
     delattr(base, OWN_FORWARD)
@@ -140,8 +156,10 @@ def unpatch(model: nn.Module) -> None:
         base.forward = original
 
 
-def _is_patched(base: Any) -> bool:
-    return hasattr(base.forward, PATCHED)
+def _handle_of(base: Any) -> Handle | None:
+    """The handle of a patch, which something else may have wrapped since."""
+    forward = inspect.unwrap(base.forward, stop=lambda f: hasattr(f, PATCHED))
+    return getattr(forward, PATCHED, None)
 
 
 def _own_forward(base: Any) -> Any:
@@ -237,6 +255,8 @@ def _head(model: Any) -> tuple[Tensor, Tensor | None, LowRankUpdate | None]:
                 "memhead computes plain LoRA: leave the head out of the adapter's target_modules"
             )
         update = low_rank_update(head)
+        if update is not None:
+            update = update._replace(a=_whole(update.a), b=_whole(update.b))
     weight, bias = head.weight, getattr(head, "bias", None)
     return _whole(weight), None if bias is None else _whole(bias), update
 

@@ -116,8 +116,16 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"Linear with a weight of torch\.float32"):
         quantized_weight(torch.nn.Linear(3, 4))
     weight = quantized_weight(quantized("nf4")[0])
-    with pytest.raises(ValueError, match="their last must agree"):
+    with pytest.raises(ValueError, match=r"hidden has shape \(2, 5\) and weight \(157, 64\)"):
         quantized_logprobs(torch.randn(2, 5), weight, torch.arange(2))
+    with pytest.raises(ValueError, match=r"hidden has dtype torch\.int64"):
+        quantized_logprobs(torch.zeros(2, 64, dtype=torch.long), weight, torch.arange(2))
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\); it must be \(157,\)"):
+        quantized_logprobs(torch.randn(2, 64), weight, torch.arange(2), bias=torch.zeros(1))
+    layer = quantized("nf4")[0]
+    for given in (layer, layer.weight):
+        with pytest.raises(ValueError, match=r"weight is a \w+4bit; pass quantized_weight"):
+            quantized_logprobs(torch.randn(2, 64), given, torch.arange(2))
     bias = torch.zeros(157, requires_grad=True)
     with pytest.raises(ValueError, match="bias requires a gradient"):
         quantized_logprobs(torch.randn(2, 64), weight, torch.arange(2), bias=bias)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from datasets import Dataset
 from grpo_runs import SMALL, TOKENIZER, configurations
 from peft import LoraConfig, get_peft_model
@@ -181,6 +182,29 @@ def test_unpatch_restores(checkpoints):
     assert model(**batch()).logits is not None
 
 
+def test_an_earlier_handle_leaves_a_later_patch_alone(checkpoints):
+    model = load(checkpoints["llama"])
+    earlier = patch(model)
+    unpatch(model)
+    later = patch(model)
+    earlier.uninstall()
+    assert model(**batch()).logits is None
+    later.uninstall()
+    assert model(**batch()).logits is not None
+
+
+def test_a_patch_that_mixed_precision_has_wrapped(checkpoints):
+    """As Trainer does with ``bf16=True``: it is known to be there, and comes off."""
+    model = load(checkpoints["llama"], torch.float32)
+    handle = patch(model)
+    Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    assert model(**batch()).logits is None
+    with pytest.raises(ValueError, match="patched already"):
+        patch(model)
+    handle.uninstall()
+    assert model(**batch()).logits is not None
+
+
 def test_a_copy_has_its_own_weights(checkpoints):
     model = load(checkpoints["llama"])
     patch(model)
@@ -237,15 +261,17 @@ def _sharded_gradients(rank, store, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh, ids = init_device_mesh("cpu", (2,)), batch(4)["input_ids"][:2]
-    model = load(path)
-    expected = losses_and_gradients(model, {"input_ids": ids, "labels": ids})[1]
-    fully_shard(model.lm_head, mesh=mesh)  # by itself, so that nobody has gathered it when we need it
-    fully_shard(model, mesh=mesh)
-    patch(model)
-    for _ in range(2):
-        model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
-    for parameter, grad in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), 2 * grad, rtol=1e-5, atol=1e-7)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    for model in (load(path), get_peft_model(load(path), lora).get_base_model()):
+        expected = losses_and_gradients(model, {"input_ids": ids, "labels": ids})[1]
+        fully_shard(model.lm_head, mesh=mesh)  # by itself, so that nobody has gathered it when we need it
+        fully_shard(model, mesh=mesh)
+        patch(model)
+        for _ in range(2):
+            model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter, grad in zip(trained, expected, strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), 2 * grad, rtol=1e-5, atol=1e-7)
     dist.destroy_process_group()
 
 
@@ -359,6 +385,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="treats its logits in a way that memhead does not know"):
             patch(model)
         assert "forward" not in vars(model)
+
+    @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+    def test_something_around_the_model(self, checkpoints, wrap):
+        model = load(checkpoints["llama"])
+        with pytest.raises(ValueError, match="is not a model of transformers; patch the model inside it"):
+            patch(wrap(model))
+        assert "forward" not in vars(model)
+
+    def test_a_quantised_head(self, checkpoints):
+        model = load(checkpoints["llama"])
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(99, 1, dtype=torch.uint8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"quantised output embedding, with a weight of torch\.uint8"):
+            patch(model)
 
     def test_other_losses(self, checkpoints):
         model = load(checkpoints["llama"])

@@ -57,6 +57,14 @@ def test_a_second_derivative(name, trained):
         torch.autograd.grad(loss, [leaves[key] for key in trained], create_graph=True)
 
 
+@pytest.mark.parametrize("name", ["softcap", "logit_scale"])
+@pytest.mark.parametrize("function", [linear_logprobs, linear_cross_entropy])
+def test_a_trained_scale(function, name):
+    trained = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name} requires a gradient and would get none"):
+        function(HEAD.hidden, HEAD.weight, HEAD.targets, **{name: trained})
+
+
 def test_forward_mode():
     hidden, tangent = HEAD.hidden, torch.ones_like(HEAD.hidden)
     with pytest.raises(ValueError, match="hidden carries a tangent"):

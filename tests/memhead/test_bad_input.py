@@ -97,6 +97,12 @@ def test_a_sharded_weight_is_refused_with_the_way_to_gather_it():
             linear_logprobs(head.hidden, sharded, head.targets)
         with pytest.raises(ValueError, match="weight is a DTensor"):
             linear_cross_entropy(head.hidden, sharded, head.targets)
+        bias = distribute_tensor(head.bias, sharded.device_mesh, [Shard(0)])
+        with pytest.raises(ValueError, match=r"bias is a DTensor \(11,\)"):
+            linear_logprobs(head.hidden, head.weight, head.targets, bias=bias)
+        update = LowRankUpdate(torch.zeros(24, 24), sharded)
+        with pytest.raises(ValueError, match=r"low_rank\.b is a DTensor \(11, 24\)"):
+            linear_logprobs(head.hidden, head.weight, head.targets, low_rank=update)
         assert linear_logprobs(head.hidden, sharded.full_tensor(), head.targets).logprobs.isfinite().all()
     finally:
         dist.destroy_process_group()

@@ -147,6 +147,29 @@ def test_class_weights_and_soft_targets_equal_torchs(reduction, label_smoothing,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_of_no_rows(reduction):
+    head = make_head(1, 7)
+    hidden = head.hidden[:0].clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, head.weight, torch.rand(0, 7), reduction=reduction)
+    expected = F.cross_entropy(hidden @ head.weight.T, torch.rand(0, 7), reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_weights_of_another_dtype(dtype, label_smoothing):
+    """They neither round the sum that a mean is divided by, nor widen the loss."""
+    head = make_head(57, 211)
+    weights = (torch.rand(211) + 0.1).to(dtype)
+    arguments = head.hidden, head.weight, head.targets
+    ours, same = (
+        linear_cross_entropy(*arguments, class_weights=x, label_smoothing=label_smoothing)
+        for x in (weights, weights.float())
+    )
+    torch.testing.assert_close(ours, same, rtol=1e-6, atol=0)
+
+
 def test_class_weights_leave_the_z_loss_alone():
     head = make_head(57, 211)
     targets, weights = torch.where(head.mask, head.targets, -100), torch.rand(211) + 0.1

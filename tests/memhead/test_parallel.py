@@ -217,6 +217,20 @@ def test_equals_the_unsplit_head(world, tmp_path):
     mp.start_processes(work, args=(world, str(tmp_path / "store")), nprocs=world, start_method=how)
 
 
+def test_bytes_and_probabilities_as_targets(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        head = make_head(3, 200)
+        targets = torch.tensor([156, 7, 199])  # 156 is -100 as a byte
+        losses = vocab_parallel_cross_entropy(head.hidden, head.weight, targets.byte())
+        expected = linear_cross_entropy(head.hidden, head.weight, targets, reduction="none")
+        torch.testing.assert_close(losses, expected)
+        with pytest.raises(ValueError, match=r"targets has dtype torch\.float32"):
+            vocab_parallel_cross_entropy(head.hidden, head.weight, targets.float())
+    finally:
+        dist.destroy_process_group()
+
+
 class Operators(TorchDispatchMode):
     """The names of all operators that are called within."""
 

@@ -150,6 +150,19 @@ def test_autocast_rounds_the_operands(function, dtype):
         assert relative_error(half, grad) < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("function", [of_chunks, of_losses, of_support, of_values])
+def test_autocast_leaves_float64_alone(function):
+    """As it does in torch's own products."""
+    head = make_head(5, 11)
+    leaves = [head.hidden.requires_grad_(), head.weight.double().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = function(*leaves, head.targets)
+    plain = function(*leaves, head.targets)
+    assert ours.dtype == torch.float64
+    assert torch.equal(ours, plain)
+    assert torch.equal(*(torch.autograd.grad(loss, leaves[1])[0] for loss in (ours, plain)))
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_rounds_a_quantised_head(dtype):
     head = make_head(50, 101)

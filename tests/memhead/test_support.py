@@ -143,6 +143,29 @@ def test_a_target_outside_the_support():
     assert supported_logprobs(hidden, head.weight, outside, widened).logprobs.isfinite().all()
 
 
+def test_one_row_without_leading_dimensions():
+    head = make_head(1, 30)
+    one, rows = (
+        supported_logprobs(hidden, head.weight, drawn, support, entropy=True)
+        for hidden, drawn, support in (
+            (head.hidden[0], head.targets[0], torch.arange(30)),
+            (head.hidden, head.targets, torch.arange(30)[None]),
+        )
+    )
+    assert one.logprobs.shape == ()
+    assert torch.equal(one.logprobs, rows.logprobs[0])
+    assert torch.equal(one.entropy, rows.entropy[0])
+
+
+def test_nan_in_hidden_is_not_an_impossible_token():
+    head = make_head(3, 30)
+    head.hidden[1] = float("nan")
+    logprobs = supported_logprobs(
+        head.hidden, head.weight, head.targets, torch.arange(30).expand(3, 30)
+    ).logprobs
+    assert logprobs.isnan().tolist() == [False, True, False]
+
+
 def test_bytes_as_drawn_tokens():
     head = make_head(3, 256)
     drawn = torch.tensor([7, 156, 200])
