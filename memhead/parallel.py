@@ -157,10 +157,12 @@ def vocab_parallel_cross_entropy(
     first, _ = _place(weight, group, sizes)
     local = labels - first
     inside = (local >= 0) & (local < len(weight))
+    compute = compute_dtype(hidden, weight)
+    read = torch.where(counted[..., None], hidden, 0.0)  # a row that does not count may hold NaN
     local = local.clamp(0, len(weight) - 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = weight[local].to(logprobs.dtype)  # (..., H)
-        part = (_CopyTo.apply(hidden.to(logprobs.dtype), group) * rows).sum(-1)
+        rows = weight[local].to(compute).to(logprobs.dtype)  # (..., H)
+        part = (_CopyTo.apply(read.to(compute).to(logprobs.dtype), group) * rows).sum(-1)
         if bias is not None:
             part = part + bias[local]
         z = _SumOf.apply(torch.where(inside, part, 0.0), group) * logit_scale

@@ -217,6 +217,27 @@ def test_equals_the_unsplit_head(world, tmp_path):
     mp.start_processes(work, args=(world, str(tmp_path / "store")), nprocs=world, start_method=how)
 
 
+def test_z_loss_of_ignored_rows_and_under_autocast(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        head = make_head(5, 40)
+        targets = torch.where(torch.arange(5) == 2, -100, head.targets)
+        head.hidden[2] = float("nan")
+        found = []
+        for function in (
+            vocab_parallel_cross_entropy,
+            functools.partial(linear_cross_entropy, reduction="none"),
+        ):
+            leaves = [head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()]
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = function(*leaves, targets, z_loss=0.1)
+            found.append((losses, *torch.autograd.grad(losses.sum(), leaves)))
+        for ours, plain in zip(*found, strict=True):
+            assert relative_error(ours, plain) < (1e-6 if ours is found[0][0] else 1e-2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_bytes_and_probabilities_as_targets(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
