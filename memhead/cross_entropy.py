@@ -110,7 +110,8 @@ def linear_cross_entropy(
         divisor = counted.sum() if soft or factors is None else _of_targets(factors, targets, counted).sum()
     found = None
     if soft or label_smoothing or z_loss or extra_outputs:
-        of_z = z_loss if divisor is None or factors is None else z_loss * divisor / counted.sum()
+        # What divides a mean is, with class weights, their sum; a z-loss is a mean over rows.
+        of_z = z_loss if divisor is None or factors is None or soft else z_loss * divisor / counted.sum()
         found = _of_counted_rows(
             _CountedRows(
                 hidden.reshape(-1, hidden.shape[-1]),

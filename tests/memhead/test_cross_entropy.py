@@ -182,6 +182,15 @@ def test_class_weights_leave_the_z_loss_alone():
     both(expected, head, targets, class_weights=weights, z_loss=0.01)
 
 
+def test_the_z_loss_of_probabilities_in_float64():
+    head = make_head(8, 11, dtype=torch.float64)
+    targets, weights = torch.rand(8, 11, dtype=torch.float64), torch.rand(11)
+    z = head.hidden @ head.weight.T
+    expected = F.cross_entropy(z, targets, weight=weights.double()) + 0.1 * z.logsumexp(-1).square().mean()
+    loss = linear_cross_entropy(head.hidden, head.weight, targets, class_weights=weights, z_loss=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
 def test_what_is_logged_beside_the_loss(reduction, z_loss):
