@@ -333,7 +333,11 @@ def _report(session: Session, trained: Trained, command: str) -> int:
             print(f"{folder.final} is left without a model card: {error}", file=sys.stderr)
     print_summary(trained.tracker.summary(), folder)
     outcome = verdict(records)
-    print(outcome.sentence, *([] if outcome.kind == "better" else advice(records)), sep="\n")
+    print(
+        outcome.sentence,
+        *([] if outcome.kind == "better" else advice(records, session.task.reward_weights)),
+        sep="\n",
+    )
     if trained.finished:
         folder.write_json(FINISHED, {"step": trainer.state.global_step})
         return 0

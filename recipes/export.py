@@ -210,7 +210,10 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(merge(options.run, options.base), indent=2))
         places = [place for name in ("final", "merged") if (place := options.run / name).is_dir()]
         for place in places:
-            (place / "README.md").write_text(model_card(options.run), encoding="utf-8")
+            card = place / "README.md"
+            card.write_text(model_card(options.run), encoding="utf-8")
+            if not (options.merge or options.gguf):
+                print(card)
         if options.gguf:
             print(gguf(options.run))
     except ConfigError as error:

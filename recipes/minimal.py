@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    config = load_config("configs/quickstart.yaml", [f"run.seed={options.seed}"])
+    config = load_config(
+        Path(__file__).parents[1] / "configs" / "quickstart.yaml", [f"run.seed={options.seed}"]
+    )
     task, started = config.make_task(), config.run.warm_start
     model, tokenizer = load(config.model, task, options.seed)
     held_out = list(task.held_out)

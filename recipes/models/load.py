@@ -168,6 +168,9 @@ def pretrained_tokenizer(name: str, revision: str | None = None) -> PreTrainedTo
         raise ValueError("it has no end token: tokenizer_config.json is missing, or lacks eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(getattr(backend, "model", None)).__name__ == "BPE":
+        tokenizer.clean_up_tokenization_spaces = False  # ignored, but for a warning amid the answers
     return tokenizer
 
 

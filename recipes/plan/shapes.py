@@ -9,6 +9,7 @@ the model's config.json: in a local folder, in the hub's cache, or in model_shap
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,13 @@ class Trained:
         except ValueError as error:
             remedy = "name layers that the model has, or write all-linear"
             raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
+        if absent := _absent(
+            adapted.get_base_model(), lora.target_modules
+        ):  # PEFT adapts the others in silence
+            remedy = f"remove {one_of(absent)}, name layers that the model has, or write all-linear"
+            raise ConfigError(
+                [Problem("lora.target_modules", "has a layer that the model has not", absent, remedy)]
+            )
         if model.config.tie_word_embeddings and hasattr(adapted.get_input_embeddings(), "lora_embedding_A"):
             message = "adapts the embedding, which is tied to the head: the merged head would be another one"
             targets = sorted(lora.target_modules or ())
@@ -157,6 +165,13 @@ class Trained:
             adapted=sum(_under(module).numel() for module in adapted.modules() if hasattr(module, "lora_A")),
             head=adapted.get_output_embeddings().weight.requires_grad,
         )
+
+
+def _absent(model: PreTrainedModel, targets: Iterable[str] | str | None) -> list[str]:
+    """Those of a list of layers that the model does not have; a text, such as all-linear, names a kind."""
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    named = () if targets is None or isinstance(targets, str) else targets
+    return sorted(name for name in named if not any(layer.endswith(f".{name}") for layer in layers))
 
 
 def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape, Trained]:

@@ -49,15 +49,16 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
 
 
 def parse_lengths(text: str, longest: int) -> tuple[int, int]:
-    """Tokens of a prompt and a completion, from "40+100". Raises ConfigError for anything else, or a longer one."""
-    match = re.fullmatch(r"\s*([1-9]\d*)\s*\+\s*([1-9]\d*)\s*", text)
-    if match is None:
+    """Tokens of a prompt and a completion, from "40+100" or "40.3+99.5". Raises ConfigError for others, or longer."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*\+\s*(\d+(?:\.\d+)?)\s*", text)
+    means = [float(mean) for mean in match.groups()] if match else []
+    if not means or min(means) < 1:
         remedy = "write mean tokens of a prompt and of a completion: 40+100; --pilot measures them"
         raise ConfigError([Problem("--lengths", "no two lengths", text, remedy)])
-    if int(match[2]) > longest:
+    if means[1] > longest:
         message = f"a mean completion is longer than the longest, grpo.max_completion_length {longest}"
         raise ConfigError([Problem("--lengths", message, text, "lower it, or raise the other")])
-    return int(match[1]), int(match[2])
+    return round(means[0]), round(means[1])
 
 
 def _time(

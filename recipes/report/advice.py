@@ -1,11 +1,11 @@
 """What held a run back, by its own figures, and what to change first; said where a run is not shown to have learned.
 
-for sentence in advice(records): ...
+for sentence in advice(records, task.reward_weights): ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recipes.problems import see
@@ -16,10 +16,13 @@ _MANY = 0.5  # the mean share of a run's groups or completions above which it is
 _FEW_STEPS = 50
 
 
-def advice(records: Records) -> list[str]:
-    """A sentence for each thing that a run's figures show, the likeliest cause first; one at least."""
+def advice(records: Records, weights: Mapping[str, float]) -> list[str]:
+    """A sentence for each thing that a run's figures show, the likeliest cause first; one at least.
+
+    weights: of the rewards; one of weight 0 is only logged, and holds nothing back.
+    """
     logged = logged_steps(records)
-    found = [*_cut_off(logged), *_constant(logged), *_equal_groups(logged)]
+    found = [*_cut_off(logged), *_constant(logged, weights), *_equal_groups(logged)]
     if not found:
         found = [*_undone(logged)]
     return found
@@ -41,19 +44,23 @@ def _cut_off(logged: Records) -> Iterator[str]:
         )
 
 
-def _constant(logged: Records) -> Iterator[str]:
-    names = dict.fromkeys(name for record in logged for name in record.get("rewards") or {})
-    for name in names:
+def _constant(logged: Records, weights: Mapping[str, float]) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for record in logged for name in record.get("rewards") or {}):
         values = {(record.get("rewards") or {}).get(name) for record in logged}
         equal = all(record.get("zero_std_share") in (1.0, None) for record in logged)
-        if len(values) == 1 and (equal or values <= {0.0, None}):
+        if weights.get(name) != 0 and len(values) == 1 and (equal or values <= {0.0, None}):
             (value,) = values
-            gave = "nothing" if value is None else f"{value:g}"
-            yield (
-                f"Reward {name} gave {gave} throughout, so nothing was learned from it. Read completions.jsonl: is "
-                f"what it looks for ever written? A reward of smaller steps, or run.warm_start, shows the way. "
-                f"{see('the-reward-stays-flat')}"
-            )
+            found.setdefault("nothing" if value is None else f"{value:g}", []).append(name)
+    for gave, names in found.items():
+        which, them, look = (
+            ("Reward", "it", "it looks") if len(names) == 1 else ("Rewards", "them", "they look")
+        )
+        yield (
+            f"{which} {', '.join(names)} gave {gave} throughout, so nothing was learned from {them}. Read "
+            f"completions.jsonl: is what {look} for ever written? A reward of smaller steps, or run.warm_start, "
+            f"shows the way. {see('the-reward-stays-flat')}"
+        )
 
 
 def _equal_groups(logged: Records) -> Iterator[str]:

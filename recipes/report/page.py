@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.config.source import read_text
 from recipes.output import lasting_output
 from recipes.problems import ConfigError, visible
 from recipes.report.advice import advice
@@ -49,12 +50,13 @@ def write_report(folder: RunFolder) -> Path:
         )
     plot_run(records, folder.path.name, folder.path / "report.png")
     summary, outcome = summarize(records), verdict(records)
-    config = folder.path / "config.yaml"
+    file = folder.path / "config.yaml"
+    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     page = render(
         "report",
         title=folder.path.name,
         verdict=outcome,
-        advice=[] if outcome.kind == "better" else advice(records),
+        advice=[] if outcome.kind == "better" else advice(records, _weights(config)),
         facts=_facts(summary),
         figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
         tables=[
@@ -62,10 +64,18 @@ def write_report(folder: RunFolder) -> Path:
         ],
         samples=list(_samples(folder.completions.read())),
         environment=environment_table(folder.read_json("environment.json") or {}),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=config,
     )
     path = folder.path / "report.html"
     return write_whole(path, page)
+
+
+def _weights(config: str) -> Mapping[str, float]:
+    """Of a run's rewards, from its config.yaml; none where the task's own hold, or the file is not a run's."""
+    try:
+        return read_text(config, "config.yaml").data["task"]["rewards"] or {}
+    except (ConfigError, KeyError, TypeError):
+        return {}
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:

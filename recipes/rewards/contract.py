@@ -127,6 +127,11 @@ def _import(name: str) -> Reward:
             remedy = f"mend {module}, which is there: python -c 'import {module}' shows where it fails"
         message = f"cannot be imported (it {said(error)})"
         raise ConfigError([Problem("task.rewards", message, name, remedy)]) from error
+    if isinstance(found, type):
+        remedy = (
+            f"make one there, such as judge = {function}(…) with a method __call__, and name {module}.judge"
+        )
+        raise ConfigError([Problem("task.rewards", "is a class, no function", name, remedy)])
     if not callable(found):
         raise ConfigError([Problem("task.rewards", f"{name} is no function", found, "name a function")])
     return found

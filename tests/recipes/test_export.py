@@ -123,6 +123,12 @@ def test_the_card_names_what_the_hub_knows(tmp_path):
         assert found == base | {"datasets": ["openai/gsm8k"]}
 
 
+def test_a_card_alone_is_named(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'final' / 'README.md'}\n"
+
+
 def test_merging_twice_is_refused(tmp_path, capsys):
     run = run_folder(tmp_path)
     assert main([str(run), "--merge"]) == 0

@@ -138,8 +138,8 @@ def test_it_is_the_packed_steps_oracle(policy, tmp_path, memhead_in_trl):
     model.zero_grad()
 
 
-def test_it_runs_the_quickstarts_task(monkeypatch, capsys):
-    """Two steps after a start of two."""
+def test_it_runs_the_quickstarts_task(monkeypatch, capsys, tmp_path):
+    """Two steps after a start of two, from another folder."""
     from recipes.config import load as config_load
 
     original = config_load.load_config
@@ -149,6 +149,7 @@ def test_it_runs_the_quickstarts_task(monkeypatch, capsys):
         return original(path, [*overrides, *more])
 
     monkeypatch.setattr(config_load, "load_config", short)
+    monkeypatch.chdir(tmp_path)
     assert main(["--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "of 16 held-out problems" in said

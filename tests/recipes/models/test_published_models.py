@@ -178,6 +178,14 @@ def test_a_loaded_tokenizer_pads_with_its_end_token(tmp_path):
     assert pretrained_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
 
 
+def test_a_loaded_bpe_tokenizer_does_not_warn_of_a_clean_up_that_is_ignored(tmp_path):
+    tokenizer = bpe_tokenizer(["2 , 3"], 300)
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).clean_up_tokenization_spaces
+    assert not pretrained_tokenizer(str(tmp_path)).clean_up_tokenization_spaces
+
+
 def test_a_tokenizer_that_loses_the_blanks_is_one_line(tmp_path):
     """A byte-level tokenizer.json under the class LlamaTokenizerFast, as DeepSeek's distilled Llamas are published."""
     saved_llama(tmp_path)

@@ -228,11 +228,12 @@ def test_every_card_of_the_memory_plan_has_a_rate():
     assert published("24 GiB") is None
 
 
-@pytest.mark.parametrize("text", ["40", "0+10", "a+b", "40+100+2"])
+@pytest.mark.parametrize("text", ["40", "0+10", "a+b", "40+100+2", "0.4+10", "40+100.5"])
 def test_lengths_that_are_none(text):
     with pytest.raises(ConfigError, match="--lengths"):
         parse_lengths(text, 100)
     assert parse_lengths(" 40 + 100 ", 100) == (40, 100)
+    assert parse_lengths("40.3+99.6", 100) == (40, 100)  # as metrics.jsonl has a mean
 
 
 def test_a_mean_completion_is_not_longer_than_the_longest(capsys):

@@ -3,6 +3,10 @@
 from recipes.report.advice import advice
 
 
+def advice_of(records, **weights):
+    return advice(records, weights)
+
+
 def records(count=60, **figures):
     usual = {"reward": 0.5, "rewards": {"correct": 0.5}, "clipped_share": 0.0, "zero_std_share": 0.2}
     lines = [{"step": step, **usual, **figures} for step in range(1, count + 1)]
@@ -11,19 +15,22 @@ def records(count=60, **figures):
 
 
 def test_each_cause_is_named_and_the_likeliest_first():
-    (cut,) = advice(records(clipped_share=0.7))
+    (cut,) = advice_of(records(clipped_share=0.7))
     assert cut.startswith("70 % of the completions were cut off")
-    (most,) = advice(records(clipped_share=0.97))
+    (most,) = advice_of(records(clipped_share=0.97))
     assert most.startswith("97 % of the completions were cut off")
-    (never,) = advice(records(clipped_share=1.0))
+    (never,) = advice_of(records(clipped_share=1.0))
     assert "end token" in never
-    (equal,) = advice(records(zero_std_share=0.9))
+    (equal,) = advice_of(records(zero_std_share=0.9))
     assert equal.startswith("In 90 % of the groups all completions earned the same (mean reward 0.5)")
-    assert [len(advice(records(**{share: 0.5}))) for share in ("clipped_share", "zero_std_share")] == [1, 1]
-    assert "grpo.learning_rate" in advice(records(clipped_share=0.49, zero_std_share=0.49))[0]
-    (half,) = advice(records(clipped_share=0.5))
+    assert [len(advice_of(records(**{share: 0.5}))) for share in ("clipped_share", "zero_std_share")] == [
+        1,
+        1,
+    ]
+    assert "grpo.learning_rate" in advice_of(records(clipped_share=0.49, zero_std_share=0.49))[0]
+    (half,) = advice_of(records(clipped_share=0.5))
     assert half.startswith("50 % of the completions were cut off")
-    first, second, third = advice(
+    first, second, third = advice_of(
         records(clipped_share=1.0, rewards={"correct": 0.0}, varies=0.0, zero_std_share=1.0, reward=0.0)
     )
     assert "ended by itself" in first
@@ -32,10 +39,19 @@ def test_each_cause_is_named_and_the_likeliest_first():
 
 
 def test_a_sound_run_is_told_of_steps_or_of_the_rate():
-    (short,) = advice(records(10))
+    (short,) = advice_of(records(10))
     assert short.startswith("10 steps are few")
-    (long,) = advice(records(60))
+    (long,) = advice_of(records(60))
     assert "grpo.learning_rate" in long
-    (long,) = advice([line | {"step": 5 * line["step"]} for line in records(10)])  # every fifth was logged
+    (long,) = advice_of([line | {"step": 5 * line["step"]} for line in records(10)])  # every fifth was logged
     assert "grpo.learning_rate" in long
-    assert advice([])  # nothing was logged
+    assert advice_of([])  # nothing was logged
+
+
+def test_flat_rewards_are_one_sentence_and_those_only_logged_none():
+    flat = {"form": 0.0, "tags": 0.0, "logged": 0.0, "missing": None, "alive": 0.5}
+    lines = [{"step": step, "reward": 0.5, "rewards": flat, "zero_std_share": 0.2} for step in range(60)]
+    both, nothing = advice_of(lines, form=1.0, logged=0)[:2]
+    assert both.startswith("Rewards form, tags gave 0 throughout, so nothing was learned from them.")
+    assert nothing.startswith("Reward missing gave nothing throughout, so nothing was learned from it.")
+    assert not any("logged" in line for line in (both, nothing))

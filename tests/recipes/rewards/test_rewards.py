@@ -455,6 +455,10 @@ def test_ctrl_c_passes_through():
         ("1 / 0\n", r"it raised ZeroDivisionError: .*; mend broken_rewards"),
         ("raise SystemExit(0)\n", r"it called sys\.exit\(0\)\).*; mend broken_rewards"),
         ("brevity = 3\n", r"is no function"),
+        (
+            "class brevity: ...\n",
+            r"is a class, no function .*; make one there, .* name broken_rewards\.judge",
+        ),
         ("", r"it raised AttributeError: .*; put a function brevity into broken_rewards\.py"),
     ],
 )
