@@ -73,9 +73,10 @@ def write_report(folder: RunFolder) -> Path:
 def _weights(config: str) -> Mapping[str, float]:
     """Of a run's rewards, from its config.yaml; none where the task's own hold, or the file is not a run's."""
     try:
-        return read_text(config, "config.yaml").data["task"]["rewards"] or {}
+        weights = read_text(config, "config.yaml").data["task"]["rewards"]
     except (ConfigError, KeyError, TypeError):
         return {}
+    return weights if isinstance(weights, dict) else {}
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -254,3 +254,21 @@ def test_a_card_names_what_lies_on_the_hub_and_no_path_of_this_machine(name, nam
     text = _front_matter({"model": {"name": name}, "task": {"dataset": name}})
     assert ("base_model: org/model" in text, "- org/model" in text) == (named, named)
     assert named or "model\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        (
+            "task: {name: countdown, rewards: {correct: 1.0, well_formed: 0.0}}",
+            {"correct": 1.0, "well_formed": 0.0},
+        ),
+        ("task: {name: countdown, rewards: null}", {}),
+        ("task: {name: countdown, rewards: [correct]}", {}),
+        ("task: countdown", {}),
+        ("task: {", {}),
+        ("", {}),
+    ],
+)
+def test_the_weights_of_a_runs_rewards_are_those_of_its_configuration(config, weights):
+    assert report_module._weights(config) == weights
