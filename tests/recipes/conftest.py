@@ -1,8 +1,14 @@
 """Fixtures that several tests of the recipes share."""
 
+import signal
 import sys
 
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job, whose children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What test_notebook.py has other processes do. They import this file, so it imports next to nothing."""
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ def speak(status):
 
 
 def work_until_interrupted(begun):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         written = Path(f"{begun}.part")
         written.write_text(str(os.getpid()))

@@ -147,9 +147,9 @@ PROSE = (
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="GSM8K is not beside this checkout (shared/data/gsm8k)")
-def test_every_answer_of_the_real_data_in_every_form():
+def test_every_third_answer_of_the_real_data_in_every_form():
     lines = (DATA / "test.jsonl").read_text().splitlines()
-    for row in map(json.loads, lines):
+    for row in map(json.loads, lines[::3]):
         reasoning, _, gold = row["answer"].rpartition("#### ")
         for template in (*TEMPLATES, *(reasoning + prose for prose in PROSE)):
             text = template.format(gold)

@@ -128,8 +128,8 @@ def test_what_is_sampled_and_counted_by_hand(problems, group, each, of_rollout):
 def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = [
-        "run.warm_start.steps=60",
-        "run.warm_start.check_every=60",
+        "run.warm_start.steps=40",
+        "run.warm_start.check_every=40",
         "run.checks=false",
         "run.evaluation.size=64",
         "run.output_root=elsewhere",
