@@ -1,6 +1,6 @@
 """Every command of the README and every kind of configuration, once, on this machine, at toy size.
 
-    python -m benchmarks.every_command --output DIR              # on a GPU: twelve minutes with vLLM and Unsloth
+    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 28 commands
     python -m benchmarks.every_command --output DIR --only quickstart lora
 
 The models are made here, with random weights: a Llama of two layers with a chat template. What a command needs and this

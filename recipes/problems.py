@@ -106,11 +106,8 @@ def place_of(key: str, name: str) -> Path:
             raise ValueError("it holds a NUL character")
         place = Path(name).expanduser()
         place.exists()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # too long, another user's folder, the home of nobody
+    # Too long, another user's folder, the home of nobody.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             [Problem(key, f"cannot be looked up: {reason}", name, "correct the path")]

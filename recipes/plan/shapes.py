@@ -143,9 +143,8 @@ class Trained:
         except ValueError as error:
             remedy = "name layers that the model has, or write all-linear"
             raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
-        if absent := _absent(
-            adapted.get_base_model(), lora.target_modules
-        ):  # PEFT adapts the others in silence
+        # PEFT adapts the others in silence.
+        if absent := _absent(adapted.get_base_model(), lora.target_modules):
             remedy = f"remove {one_of(absent)}, name layers that the model has, or write all-linear"
             raise ConfigError(
                 [Problem("lora.target_modules", "has a layer that the model has not", absent, remedy)]

@@ -198,9 +198,8 @@ def _ungrouped(run: str) -> list[str]:
     """The numbers of a run of digits: one if its groups are those of a number, else each group by itself."""
     grouped, comma, behind = run.rpartition(",")
     if comma and len(behind) <= 2 and re.fullmatch("[0-9]+(?:[ '’][0-9]{3})+", grouped):
-        return [
-            f"{one}.{behind}" for one in _ungrouped(grouped)
-        ]  # 1 234,50: the groups have another separator
+        # 1 234,50: the groups have another separator.
+        return [f"{one}.{behind}" for one in _ungrouped(grouped)]
     whole, dot, decimals = run.partition(".")
     separators = {character for character in whole if character in ",_'’ "}
     if not separators:

@@ -36,9 +36,8 @@ from recipes.rewards.latex import MONTH, split_outside, words
 _ANYWHERE = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _OPTIONS: dict[str, Any] = {"parsing_timeout": None}  # its alarms do not end what hangs; the kill does
 _BASE = re.compile(r"(?P<digits>[0-9A-Z]{1,100})_(?P<brace>\{)?(?P<base>[0-9]{1,2})(?(brace)\})")
-_RELATION = re.compile(
-    r"\s*(?:[<>]|\\(?:[gln]eq?|[gl]eqslant|[gl]t|not)(?![A-Za-z]))"
-)  # with nothing before it
+# With nothing before it.
+_RELATION = re.compile(r"\s*(?:[<>]|\\(?:[gln]eq?|[gl]eqslant|[gl]t|not)(?![A-Za-z]))")
 _MODULUS = re.compile(r"\\[bp]?mod|\\equiv")
 _LETTERS = re.compile("[A-Z]{3,}")  # names in an order, as CAB; not a product, which has any
 _PERCENT = re.compile(r"\\?%$")
@@ -88,9 +87,8 @@ def same(gold: str, given: str) -> bool:
         return _digits(bases[0]) == _digits(bases[1])
     if _same_expressions(_known(gold), _parse(given)):
         return True
-    bare = [
-        _PERCENT.sub("", part) for part in (gold, given)
-    ]  # of 50\% it takes 50, too, of 12.5\% it does not
+    # Of 50\% math-verify takes 50, too; of 12.5\% it does not take 12.5.
+    bare = [_PERCENT.sub("", part) for part in (gold, given)]
     return bare != [gold, given] and same(*bare)
 
 
