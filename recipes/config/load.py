@@ -79,11 +79,12 @@ class RunConfig(Section):
         if asked is not None:
             return asked
         model, grpo = self.model, self.grpo
-        tried = model.loader == "transformers" and not (model.load_in_4bit or model.load_in_8bit)
         beside_vllm = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate"
+        quantised = model.load_in_8bit or (model.load_in_4bit and beside_vllm)
+        tried = model.loader == "transformers" and not quantised
         long = not 0 < grpo["max_steps"] < COMPILING_PAYS
         alone = self.processes == 1 and not spread()
-        return cuda and tried and not beside_vllm and alone and long
+        return cuda and tried and alone and long
 
     @property
     def packs(self) -> bool:

@@ -88,7 +88,7 @@ class ModelConfig(Section):
         None,
         description="torch.compile the layers for warm start, scoring and loss: a fifth to a third less time and less "
         "memory, after up to a minute or so of compiling; on one GPU, by one process, and not under unsloth; null: for "
-        "a pretrained model that is not quantised, without vLLM in the same process, in 200 steps or more",
+        "a pretrained model in 200 steps or more, but not in 8 bits, nor in 4 with vLLM in the same process",
     )
     fast_inference: bool = Field(False, description="unsloth only: generate with vLLM, sharing its weights")
     gpu_memory_utilization: float | None = Field(

@@ -150,7 +150,7 @@ def test_hours_grow_with_steps_and_evaluations():
         return plan_time(config, Setting.of(config, device=True), H100)
 
     assert total("grpo.max_steps=560").total < total().total
-    for vllm, start in (("false", 25 + 46 + 30), ("true", 25 + 100)):  # seconds until the first step
+    for vllm, start in (("false", 25 + 46 + 30), ("true", 25 + 100 + 30)):  # seconds until the first step
         by = (f"grpo.use_vllm={vllm}", "run.warm_start=null")
         ends, often = total(*by, "run.evaluation.every=null"), total(*by, "run.evaluation.every=40")
         look = (often.total - ends.total) / 27  # after 40, 80, … 1080 of 1,120 steps

@@ -163,8 +163,9 @@ def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeyp
         (["grpo.max_steps=-1"], True),  # as many as the epochs have
         (["model.compile_layers=false"], False),
         (["grpo.max_steps=5", "model.compile_layers=true"], True),
-        (["model.load_in_4bit=true"], False),
-        (["grpo.use_vllm=true", "grpo.vllm_mode=colocate"], False),
+        (["model.load_in_4bit=true"], True),
+        (["grpo.use_vllm=true", "grpo.vllm_mode=colocate"], True),
+        (["model.load_in_4bit=true", "grpo.use_vllm=true", "grpo.vllm_mode=colocate"], False),
         (
             ["grpo.use_vllm=true", "grpo.vllm_mode=server", "grpo.vllm_server_base_url=http://localhost:1"],
             True,
