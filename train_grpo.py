@@ -81,6 +81,8 @@ def _main(arguments: list[str]) -> int:
     for name in ("device", "processes", "lengths"):
         if (value := getattr(options, name)) is not None and not options.plan:
             parser.error(f"--{name} {value!r}: means nothing without --plan; add it, or leave this out")
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes {options.processes}: is no number of processes; give 1 or more")
     if options.plan and not is_first_here():
         return 0
     if not options.plan and options.evaluate is None and is_first_here():
@@ -100,7 +102,9 @@ def _main(arguments: list[str]) -> int:
         return evaluation.show(config, options.evaluate)
     if options.pilot:
         if config.processes > 1:
-            parser.error(f"--pilot: is for one process, and a launcher started {config.processes}")
+            parser.error(
+                f"--pilot: is for one process, and a launcher started {config.processes}; start it with python alone"
+            )
         with TemporaryDirectory() as place:  # a pilot leaves no run behind
             run = config.run.model_copy(update={"output_root": place})
             return train(config.model_copy(update={"run": run}), pilot=True)
@@ -139,7 +143,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
 
 def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     from memhead.integrations.handle import HeadBypassed
-    from recipes.processes import MainFailed, is_first_with, lost_another
+    from recipes.processes import MainFailed, blame
     from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
     from recipes.training.pilot import show
@@ -158,8 +162,13 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
             trained = optimise(session)
         return finish(session, trained, command)
     except KeyboardInterrupt:
-        when = " before training began; run the same command again" if session is None else ""
-        complain(f"\nStopped{when}.")
+        if session is None:
+            complain("\nStopped before training began; run the same command again.")
+        elif pilot:
+            complain("\nStopped.")
+        else:
+            complain(f"\nStopped at once. {_how_to_go_on(session.folder)}")
+            _report_so_far(session.folder)
         return 130
     except ConfigError as error:
         complain(error)
@@ -172,11 +181,9 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
             _report_so_far(session.folder)
         return 1
     except Exception as error:
-        if lost_another(error):
-            goes_on = "run the same command again" if session is None else _how_to_go_on(session.folder)
-            complain(f"error: another process of this run has ended; {goes_on}")
-        elif is_first_with("traceback"):
-            raise  # a fault of our own
+        blame(error, "run the same command again" if session is None else _how_to_go_on(session.folder))
+        if session is not None and not pilot:
+            _report_so_far(session.folder)
         return 1
 
 
@@ -249,7 +256,7 @@ def optimise(session: Session) -> Trained:
     """GRPO from the first step, or the last checkpoint, to the last step or whatever ends it before."""
     from recipes.models.foreign import no_foreign_code
     from recipes.models.generation import by_trainer
-    from recipes.processes import anywhere
+    from recipes.processes import anywhere, count
     from recipes.report.model_card import model_card
     from recipes.tracking.tracker import track
     from recipes.training.callbacks import AccuracyEvery, BypassGuard, Interruption, SaySigns
@@ -289,8 +296,9 @@ def optimise(session: Session) -> Trained:
                 if not anywhere(interruption.asked):
                     tracker.evaluated(trainer.state.global_step, evaluate())
                     finished = True
-        except KeyboardInterrupt:
-            pass  # a second Ctrl-C
+        except KeyboardInterrupt:  # a second Ctrl-C
+            if count() > 1:  # the others may be anywhere, so nothing can be done together any more
+                raise
         except (RuntimeError, MemoryError) as error:
             explain(error, config, trainer, tracker.summary_of_now())
             raise

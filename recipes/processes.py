@@ -180,6 +180,17 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, _group().DistError) or any(words in str(error) for words in _LOST)
 
 
+def blame(error: Exception, goes_on: str) -> None:
+    """For an error that nobody expected: that another process has ended is a sentence, with `goes_on` as its remedy.
+
+    Raises the error, a fault of our own, in the first process that has one.
+    """
+    if lost_another(error):
+        complain(f"error: another process of this run has ended; {goes_on}")
+    elif is_first_with("traceback"):
+        raise error
+
+
 def end() -> None:
     """Leaves the group, at the end of a run that every process has come to."""
     if _together():

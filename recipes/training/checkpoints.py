@@ -25,7 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from recipes.models.finite import first_not_finite
 from recipes.models.manifest import condemn, seal
 from recipes.problems import ConfigError
-from recipes.processes import first
+from recipes.processes import first, is_first_with
 from recipes.tracking.files import naming_what_failed
 from recipes.training.resume import apply_settings
 from recipes.training.uploads import Uploads
@@ -155,8 +155,11 @@ class WholeCheckpoints(_Trainer):
         return self.why_unusable() if name is None else f"the optimizer's {name} is not finite"
 
     def condemn_checkpoints(self, step: int, reason: str) -> None:
-        """Have those of `step` and after passed over: from their weights no finite step was taken."""
-        if not self.is_world_process_zero():
+        """Have those of `step` and after passed over: from their weights no finite step was taken.
+
+        By the process that finds it first: sampling may fail in one alone, which need not be the main one.
+        """
+        if not is_first_with("condemned"):
             return
         for place in Path(self.args.output_dir).glob("checkpoint-*"):
             number = place.name.rpartition("-")[2]  # beside them may lie a copy: checkpoint-4-old

@@ -33,6 +33,7 @@ from recipes.rewards.verdicts import judge_all
 from recipes.tracking.phases import in_phase
 from recipes.tracking.terminal import silence_bars
 from recipes.training.finite import says_divergence
+from recipes.training.memory import explained
 from recipes.training.session import RunError
 
 if TYPE_CHECKING:
@@ -176,13 +177,21 @@ def show(config: RunConfig, place: str) -> int:
     """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
     silence_bars()
     try:
-        found = evaluate_checkpoint(config, Path(place))
+        with explained(config):
+            found = evaluate_checkpoint(config, Path(place))
         if processes.is_main():
             print(json.dumps(found, indent=2))
     except ConfigError as error:
         processes.complain(error)
         return EXIT_STATUS
+    except processes.MainFailed:
+        processes.let_the_first_speak()
+        return 1
     except (ImportError, OSError, RunError, ValueError) as error:
         processes.complain(f"error: {visible(str(error))}")
         return 1
+    except Exception as error:
+        processes.blame(error, "run the same command again")
+        return 1
+    processes.end()
     return 0

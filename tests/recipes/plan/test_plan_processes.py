@@ -120,3 +120,8 @@ def test_the_command_line_shows_both_and_counts_whole_groups_over_all(tmp_path, 
     assert "× 3 process(es)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train_grpo.main([*small, "--processes", "8"])
+    capsys.readouterr()
+    for none in ("0", "-1"):
+        with pytest.raises(SystemExit):
+            train_grpo.main([*small, "--plan", "--processes", none])
+        assert f"--processes {none}: is no number of processes; give 1 or more" in capsys.readouterr().err

@@ -253,6 +253,87 @@ def test_what_all_processes_find_is_said_once(tmp_path, more, once):
     assert output.count(once) == 1, output
 
 
+FAULTS = {
+    "a judge": """
+def measured(config, place):
+    config.grpo_config(place)  # makes the group
+    return processes.by_main(lambda: int("judge"))
+evaluation.evaluate_checkpoint = measured
+""",
+    "a lost process": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return processes.gathered(1)
+evaluation.evaluate_checkpoint = measured
+""",
+    "sampling": """
+sample = torch.multinomial
+def multinomial(probabilities, **options):
+    at_fault = processes.rank() == 1 and (out / "tiny/checkpoints/checkpoint-1/manifest.json").is_file()
+    return sample(probabilities * math.nan if at_fault else probabilities, **options)
+torch.multinomial = multinomial
+""",
+    "Ctrl-C": """
+compute = trl.GRPOTrainer._compute_loss
+def interrupted(self, *arguments, **options):
+    if processes.rank() == 1 and self.state.global_step == 1:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    return compute(self, *arguments, **options)
+trl.GRPOTrainer._compute_loss = interrupted
+""",
+}
+FAULTY = """
+import math, os, signal, sys, torch, trl, train_grpo
+from pathlib import Path
+from recipes import processes
+from recipes.training import evaluation
+out = Path(__file__).parent
+{fault}
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def faulty(folder, fault, *more):
+    """What a run in two processes says, in which one of them has met the fault."""
+    (folder / "faulty.py").write_text(FAULTY.format(fault=FAULTS[fault]))
+    short = ["run.warm_start=null", "run.evaluation.samples=0", "run.checks=false"]
+    process = torchrun(2, folder / "faulty.py", *arguments_of(folder, *short), *more)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "[rank" not in output  # a traceback of torch's, for each process
+    assert "gloo" not in output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("fault", "once"),
+    [
+        ("a judge", "error: invalid literal for int() with base 10: 'judge'"),
+        ("a lost process", "error: another process of this run has ended; run the same command again"),
+    ],
+)
+def test_an_evaluation_that_fails_in_one_process_is_one_line(tmp_path, fault, once):
+    assert faulty(tmp_path, fault, "--evaluate", "final").count(once) == 1
+
+
+def test_a_model_that_one_process_alone_cannot_sample_from_is_not_resumed_from(tmp_path):
+    output = faulty(tmp_path, "sampling")
+    assert output.count("error: step 2, generation: the model has diverged") == 1, output
+    assert "diverged from there" in damage(tmp_path / "tiny" / "checkpoints" / "checkpoint-1")
+    assert (tmp_path / "tiny" / "report.html").is_file()
+
+
+def test_a_second_ctrl_c_ends_a_process_without_the_others(tmp_path):
+    """What they do together would meet something else in them."""
+    output = faulty(tmp_path, "Ctrl-C")
+    assert output.count("Stopped at once. To go on: the same command --resume") == 1, output
+    assert RunFolder(tmp_path / "tiny").step == 1
+    assert (tmp_path / "tiny" / "report.html").is_file()
+
+
 def test_a_process_killed_in_the_warm_start_ends_the_others_in_a_sentence(tmp_path):
     process, _ = start_run(
         tmp_path, "run.warm_start.steps=100000", "run.warm_start.batch_size=8", "run.warm_start.check_every=2"
