@@ -143,6 +143,24 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     assert "is given twice" in capsys.readouterr().err
 
 
+def test_runs_of_one_name_are_told_apart_wherever_they_are_given_from(tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    for root in (tmp_path / "elsewhere", tmp_path):
+        folder_of(root, "one", "memhead")
+    monkeypatch.chdir(tmp_path)
+    assert compare_module.main(["elsewhere/one", "one"]) == 0
+    assert "elsewhere/one and one are equal" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_folder_at_hand_has_its_own_name(tmp_path, capsys, monkeypatch):
+    one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "memhead")
+    monkeypatch.chdir(one.path)
+    page = report_module.write_report(RunFolder(".")).read_text(encoding="utf-8")
+    assert "<title>one</title>" in page
+    assert compare_module.main([".", str(two.path)]) == 0
+    assert "one and two are equal" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("name", ["both", "both.html", "both.png"])
 def test_a_comparison_is_written_where_it_was_asked_for(tmp_path, capsys, name):
     runs = [str(folder_of(tmp_path, name, "memhead").path) for name in ("one", "two")]
