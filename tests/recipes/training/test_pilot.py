@@ -72,9 +72,15 @@ def test_the_smallest_group_that_teaches_nearly_as_much():
     assert "most groups" not in rare.lines()[1]
     some = pilot([[1.0] + [0.0] * 31] + [[0.0] * 32] * 3)
     assert "75 % without a gradient); most groups still teach nothing" in some.lines()[1]
-    none = pilot([[1.0] * 32, [0.0] * 32])
+    none = pilot([[(1.0,)] * 32, [(0.0,)] * 32])
     assert none.group_size is None
-    assert "no group has a gradient" in none.lines()[1]
+    assert none.lines()[1].startswith(
+        "no group has a gradient: all completions of a prompt earned the same, 0.5 on average. Of a low reward: easier"
+    )
+    best = pilot([[(1.0, 0.5)] * 32] * 2).lines()[1]
+    assert "1.5 on average" in best
+    assert "of the highest: harder problems" in best
+    assert "no completion got a reward" in pilot([[None] * 32]).lines()[1]
 
 
 def test_the_length_that_holds_nearly_all():
