@@ -35,18 +35,20 @@ def verdict(records: Records) -> Verdict:
 
 def _by_accuracy(before: dict[str, Any], after: dict[str, Any]) -> Verdict:
     first, last = before["accuracy"], after["accuracy"]
-    problems = after.get("accuracy_problems")
+    problems, earlier = after.get("accuracy_problems"), before.get("accuracy_problems")
     what = f"accuracy on {problems} held-out problems" if problems else "accuracy on held-out problems"
+    same = earlier == problems  # a resumed run may have another run.evaluation.size
+    if not same and earlier:
+        what += f" ({earlier} before)"
     change = f"from {100 * first:.1f} % to {100 * last:.1f} %"
     first_limits, last_limits = before.get("accuracy_interval"), after.get("accuracy_interval")
     if first_limits is None or last_limits is None:
         return Verdict("open", f"{what[0].upper()}{what[1:]} went {change}; no interval was recorded.")
     interval = difference_of_shares(first, first_limits, last, last_limits)
     points, low, high = (_signed(100 * value, 1) for value in (last - first, *interval))
-    note = (
-        "The interval is Newcombe's for independent samples. Both evaluations take the same problems, so that it is "
-        "rather too wide than too narrow."
-    )
+    note = "The interval is Newcombe's for independent samples."
+    if same:
+        note += " Both evaluations take the same problems, so that it is rather too wide than too narrow."
     kind = _kind(interval)
     if kind == "open":
         said = f"the 95 % interval of the change, {low} to {high}, contains zero."
@@ -75,7 +77,7 @@ def _by_reward(records: Records) -> Verdict:
         "worse": "Reward fell",
         "open": "Reward is not shown to have changed",
     }[kind]
-    means = f"{statistics.fmean(first):.3f} to {statistics.fmean(last):.3f}"
+    means = " to ".join(f"{statistics.fmean(side):.3f}".replace("-", "−") for side in (first, last))
     by, low, high = (_signed(value, 3) for value in (change, *interval))
     return Verdict(
         kind,

@@ -76,6 +76,14 @@ def test_report_without_accuracy_or_memory(tmp_path):
     assert "1 steps are few" in report_module.write_report(folder).read_text()  # nothing learned: what to do
 
 
+def test_a_machine_that_was_not_recorded_has_no_figures(tmp_path):
+    folder = folder_of(tmp_path, "one", "memhead")
+    (folder.path / "environment.json").unlink()
+    page = report_module.write_report(folder).read_text()
+    assert "not known: environment.json is missing or damaged" in page
+    assert "None cores" not in page
+
+
 def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
     assert report_module.main([str(tmp_path)]) == 2
     assert "give the folder of a run" in capsys.readouterr().err

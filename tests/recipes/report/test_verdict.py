@@ -51,6 +51,16 @@ def test_by_accuracy(right, kind, words):
         assert f"{100 * end:+.1f}".replace("-", "−") in found.sentence
 
 
+def test_another_number_of_problems_is_said():
+    """A resumed run may have another run.evaluation.size: then the problems are not the same."""
+    found = verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, 90, total=100)])
+    assert found.sentence.startswith(
+        "It learned: accuracy on 100 held-out problems (500 before) rose from 40.0 %"
+    )
+    assert "same problems" not in found.note
+    assert "same problems" in verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, 300)]).note
+
+
 def rewarded(rewards):
     return [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
 
@@ -65,6 +75,7 @@ def test_by_reward_where_accuracy_was_not_measured():
     assert 15.5 < degrees < 15.7
     assert f"{0.68 - 2.124 * math.sqrt((first + last) / 10):+.3f} to" in found.sentence
     assert verdict(rewarded([0.5, 0.6] * 10)).kind == "open"
+    assert "from −0.500 to −0.400, by +0.100" in verdict(rewarded([-0.5] * 10 + [-0.4] * 10)).sentence
 
 
 @pytest.mark.parametrize(
