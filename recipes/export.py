@@ -200,6 +200,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gguf", action="store_true", help="convert for llama.cpp")
     options = parser.parse_args(arguments)
+    if options.base and not (options.merge and options.saver == "peft"):
+        parser.error("--base: names weights to merge into; add --merge, and leave --saver unsloth out")
+    if options.saver == "unsloth" and not options.merge:
+        parser.error("--saver: says whose code merges; add --merge")
     silence_bars()
     try:
         if not (options.run / "final").is_dir():

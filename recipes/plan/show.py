@@ -67,7 +67,7 @@ def _time(
     """mean: tokens of a prompt and a completion; without it, prompt: those of a prompt, where they were seen."""
     rate = _rate(found, device)
     if rate is None:
-        return ["time is not planned: name a card, --device H100"]
+        return ["time is not planned: name a card, --device H100, or plan for this CPU, grpo.use_cpu=true"]
     s = found.setting
     planned = plan_time(config, s, rate, mean or (None if prompt is None else (prompt, s.completion)))
     if planned is None:

@@ -181,6 +181,15 @@ def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "convert_hf_to_gguf.py on the PATH" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options", [["--base", "x"], ["--saver", "unsloth"], ["--merge", "--saver", "unsloth", "--base", "x"]]
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), *options])
+    assert "--base: names" in (said := capsys.readouterr().err) or "--saver: says" in said
+
+
 def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):
     run = run_folder(tmp_path)
     place = run / "final" / "adapter_config.json"
