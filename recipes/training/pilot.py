@@ -44,6 +44,9 @@ class Pilot:
     ended: list[bool]
     prompt_tokens: float  # mean
     longest: int  # tokens that a completion may have
+    max_seq_length: int | None = (
+        None  # tokens that a prompt and its completion may have together, where that is set
+    )
 
     def without_gradient(self, size: int) -> float:
         """The expected share of groups of that size whose rewards are all equal."""
@@ -111,8 +114,10 @@ class Pilot:
 
     def _of_length(self) -> str:
         if self.completion_length is None:
-            twice = 2 * self.longest
-            return f"recommended: grpo.max_completion_length={twice}, and another pilot: too many are cut off"
+            asked = f"grpo.max_completion_length={2 * self.longest}"
+            if self.max_seq_length is not None:  # prompts keep the room that they have
+                asked += f" model.max_seq_length={self.max_seq_length + self.longest}"
+            return f"recommended: {asked}, and another pilot: too many are cut off"
         return f"recommended: grpo.max_completion_length={self.completion_length} (cuts off 1 % at most)"
 
 
@@ -189,4 +194,5 @@ def sample(session: Session, trainer: Any) -> Pilot:
         ended=[bool(ids) and ids[-1] in ends for ids in completions],
         prompt_tokens=sum(map(len, prompts)) / len(prompts),
         longest=session.config.completion_length,
+        max_seq_length=session.config.model.max_seq_length,
     )
