@@ -80,7 +80,7 @@ class Setting:
 
     @classmethod
     def of(cls, config: RunConfig, *, device: bool) -> Setting:
-        """Of a run, on a GPU where `device` says so or the model asks for one.
+        """Of a run, on a GPU where `device` says so or the model asks for one, unless grpo.use_cpu keeps off it.
 
         Raises ConfigError if the model's sizes are not at hand, or its adapters do not fit it.
         """
@@ -88,7 +88,7 @@ class Setting:
         shape, trained = sizes(model_config(config), None if lora is None else lora.peft_config())
         if model.attn_implementation == "eager":  # keeps its scores, which no formula counts
             shape = replace(shape, layer=None)
-        cuda = device or model.loader != "scratch"
+        cuda = (device or model.loader != "scratch") and not grpo["use_cpu"]
         completion = config.completion_length
         if model.max_seq_length is not None:
             prompt = model.max_seq_length - completion

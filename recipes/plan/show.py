@@ -30,6 +30,11 @@ def show(config: RunConfig, device: str | None, lengths: str | None = None) -> i
     try:
         mean = None if lengths is None else parse_lengths(lengths, config.completion_length)
         size = None if device is None else parse_device(device)
+        if size is not None and config.grpo["use_cpu"]:
+            remedy = "leave it out, or grpo.use_cpu"
+            raise ConfigError(
+                [Problem("--device", "is a GPU, and grpo.use_cpu keeps off it", device, remedy)]
+            )
         task = config.make_task()
         unseen = check_problems(config, task, network=False)
         seen = None if unseen else prompt_lengths(config, task)
@@ -67,7 +72,7 @@ def _time(
     """mean: tokens of a prompt and a completion; without it, prompt: those of a prompt, where they were seen."""
     rate = _rate(found, device)
     if rate is None:
-        return ["time is not planned: name a card, --device H100"]
+        return ["time is not planned: name a card, --device H100, or plan for this CPU, grpo.use_cpu=true"]
     s = found.setting
     planned = plan_time(config, s, rate, mean or (None if prompt is None else (prompt, s.completion)))
     if planned is None:

@@ -39,7 +39,7 @@ def _cut_off(logged: Records) -> Iterator[str]:
         )
     else:
         yield (
-            f"{100 * share:.0f} % of the completions were cut off before their end, and an answer there is never seen. "
+            f"{100 * share:.3g} % of the completions were cut off before their end, and an answer there is never seen. "
             f"Raise grpo.max_completion_length. {see('completions-are-cut-off')}"
         )
 
@@ -68,7 +68,7 @@ def _equal_groups(logged: Records) -> Iterator[str]:
     if share is None or share < _MANY:
         return
     yield (
-        f"In {100 * share:.0f} % of the groups all completions earned the same (mean reward {reward or 0.0:.3g}), and "
+        f"In {100 * share:.3g} % of the groups all completions earned the same (mean reward {reward or 0.0:.3g}), and "
         "from those nothing is learned. Of a low reward: easier problems, a warm start, more grpo.num_generations. "
         f"Of the highest: harder problems. {see('the-reward-stays-flat')}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,17 @@ def _read(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
         raise ValueError(f"runs: {len(paths)} given; give two to {MOST} run folders")
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"runs: {', '.join(map(str, paths))}: a folder is given twice; leave one out")
+    folders = [RunFolder(path) for path in paths]
+    names = Counter(folder.name for folder in folders)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in paths:
-        folder = RunFolder(path)
+    for folder in folders:
         records = folder.metrics.read()
         if not records:
-            raise FileNotFoundError(f"{path}: no metrics.jsonl with a line in it; give the folders of runs")
-        name = folder.path.name if folder.path.name not in runs else str(folder.path)
-        runs[name] = records
+            raise FileNotFoundError(
+                f"{folder.path}: no metrics.jsonl with a line in it; give the folders of runs"
+            )
+        # Of one name, each by its path: of the first run as of the others.
+        runs[folder.name if names[folder.name] == 1 else str(folder.path)] = records
     return runs
 
 

@@ -32,7 +32,7 @@ def model_card(run: Path) -> str:
     text = (run / "config.yaml").read_text(encoding="utf-8")
     parts = [
         _front_matter(config),
-        f"# {escape.markdown(run.name)}",
+        f"# {escape.markdown(folder.name)}",
         _opening(config),
         _figures(summarize(folder.metrics.read())),
         _head(folder),

@@ -48,17 +48,17 @@ def write_report(folder: RunFolder) -> Path:
         raise FileNotFoundError(
             f"{folder.path}: no metrics.jsonl with a line in it; give the folder of a run"
         )
-    plot_run(records, folder.path.name, folder.path / "report.png")
+    plot_run(records, folder.name, folder.path / "report.png")
     summary, outcome = summarize(records), verdict(records)
     file = folder.path / "config.yaml"
     config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     page = render(
         "report",
-        title=folder.path.name,
+        title=folder.name,
         verdict=outcome,
         advice=[] if outcome.kind == "better" else advice(records, _weights(config)),
         facts=_facts(summary),
-        figures=figures({folder.path.name: records}, folder.read_json("plan.json")),
+        figures=figures({folder.name: records}, folder.read_json("plan.json")),
         tables=[
             table for table in (before_and_after(summary), by_phase(summary), by_speed(summary)) if table
         ],

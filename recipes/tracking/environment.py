@@ -50,7 +50,10 @@ def device_name() -> str:
 
 
 def environment_table(found: dict[str, Any]) -> Table:
-    """environment.json as a table: machine, versions, commit, command."""
+    """environment.json as a table: machine, versions, commit, command. Of an empty one it says so."""
+    if not found:
+        rows = [("machine", "not known: environment.json is missing or damaged")]
+        return Table(("where it ran", ""), rows, numbers=False)
     packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", [])) or "none"
     git = found.get("git") or {}

@@ -39,6 +39,11 @@ class RunFolder:
         self._lock: Any = None  # held as long as this object lives
         self._writes = True
 
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where it was given as "." or "..", which have none."""
+        return os.path.basename(os.path.abspath(self.path))
+
     def __getstate__(self) -> dict[str, Any]:
         """Of the copy that another process gets."""
         state = {**vars(self), "_lock": None, "_writes": False}

@@ -43,9 +43,7 @@ class Speed:
         planned = (folder.read_json("plan.json") or {}).get("work")
         self._trainer = trainer
         self._work = None if planned is None else Work(**planned)
-        self._rate = (
-            None if self._work is None else matrix_rate(trainer.accelerator.device, compute_dtype(trainer))
-        )
+        self._rate = None if self._work is None else self._measured_rate()
         self._flows: dict[str, Flow] = defaultdict(Flow)
         self._sampled = 0
 
@@ -96,24 +94,37 @@ class Speed:
         for phase, value in seconds.items():
             if phase in TIMED:
                 spent[TIMED[phase]] += value * steps
+        counted = {phase: flow for phase, flow in self._flows.items() if flow.tokens and spent.get(phase)}
+        needed = {phase: self._operations(phase, flow) for phase, flow in counted.items()}
+        rate = self._rate_above(max((needed[phase] / spent[phase] for phase in counted), default=0.0))
         found: dict[str, Any] = {}
-        needed = 0.0
-        for phase, flow in self._flows.items():
-            if not (flow.tokens and spent.get(phase)):
-                continue
+        for phase, flow in counted.items():
             tokens = self._sampled if phase == "generation" else flow.tokens
             found[phase] = {"tokens": tokens / max(steps, 1), "per_second": tokens / spent[phase]}
-            if self._work is not None and self._rate is not None:
-                work = self._work.training(flow) if phase == TRAINING else self._work.forward(flow)
-                needed += work
-                found[phase]["share"] = work / self._rate / spent[phase]
+            if rate:
+                found[phase]["share"] = needed[phase] / rate / spent[phase]
         whole = sum(seconds.values()) * steps
-        if needed and self._rate and whole:
-            found[WHOLE] = {"share": needed / self._rate / whole}
-            found["rate"] = self._rate
+        if rate and whole and any(needed.values()):
+            found[WHOLE] = {"share": sum(needed.values()) / rate / whole}
+            found["rate"] = rate
         self._flows.clear()
         self._sampled = 0
         return found
+
+    def _operations(self, phase: str, flow: Flow) -> float:
+        """What a phase cannot do without; 0 where the model's sizes are not known."""
+        if self._work is None:
+            return 0.0
+        return self._work.training(flow) if phase == TRAINING else self._work.forward(flow)
+
+    def _rate_above(self, reached: float) -> float | None:
+        """The device's rate; measured again where a phase was faster: the product was timed beside other work."""
+        if self._rate is not None and self._rate < reached:
+            self._rate = max(self._rate, self._measured_rate())
+        return self._rate
+
+    def _measured_rate(self) -> float:
+        return matrix_rate(self._trainer.accelerator.device, compute_dtype(self._trainer))
 
 
 def of_all(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

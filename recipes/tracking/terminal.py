@@ -148,7 +148,7 @@ class Progress:
 def print_summary(summary: dict[str, Any], folder: RunFolder, console: Console | None = None) -> None:
     """The final table: accuracy, reward and tokens before and after, time and peak memory by phase; what is where."""
     console = console or Console()
-    title = f"{folder.path.name}: {summary['steps']} steps"
+    title = f"{folder.name}: {summary['steps']} steps"
     console.print(replace(before_and_after(summary), title=title).terminal())
     console.print(by_phase(summary).terminal())
     if (speed := by_speed(summary)) is not None:

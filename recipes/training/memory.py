@@ -42,12 +42,13 @@ class OutOfMemory(RunError):
 def plan_of(config: RunConfig) -> Plan | None:
     """The run's plan; None, and a line that says why, for a model that cannot be built without its weights.
 
+    It is of the device that the run takes: a CPU where there is no GPU, whatever the configuration was written for.
     Fetches the model's config.json where the hub alone has it. Raises ConfigError for adapters that do not fit it, and
     for a model that needs code of its own.
     """
     try:
         model_config(config, network=True)
-        return plan(config)
+        return plan(_here(config))
     except ConfigError:
         raise
     except (
@@ -55,6 +56,13 @@ def plan_of(config: RunConfig) -> Plan | None:
     ) as error:  # of a model's own building, on a device where most models have never been built
         print(f"No plan of this model's memory: {type(error).__name__}: {error}", flush=True)
         return None
+
+
+def _here(config: RunConfig) -> RunConfig:
+    """With grpo.use_cpu where there is no GPU, as TRL will have it."""
+    if torch.cuda.is_available():
+        return config
+    return config.model_copy(update={"grpo": {**config.grpo, "use_cpu": True}})
 
 
 def write_plan(planned: Plan | None, folder: RunFolder) -> None:
@@ -155,7 +163,7 @@ def remedies(config: RunConfig, phase: str) -> list[str]:
     key, size = own.get(phase, ("", 0))
     first = [f"{key}={size // 2}"] if size and size > 1 else []
     try:
-        setting = plan(config).setting
+        setting = plan(_here(config)).setting
     except Exception:  # a page without figures is better than none
         return [*first, *(text for text, _ in _changes(config, None))]
     name = PLANNED.get(phase.rpartition(": ")[2], "forward, loss and backward")
@@ -207,7 +215,7 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
 def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
     """The plan beside what was measured, a line per phase."""
     try:
-        phases = plan(config).memory.phases
+        phases = plan(_here(config)).memory.phases
     except Exception:  # a page without the plan is better than none
         return []
     peaks = {} if summary is None else _measured(summary)

@@ -32,17 +32,21 @@ SIZES = (4, 8, 16, 32)
 _ENOUGH = 0.9  # of the share of groups with a gradient at the largest size
 _CUT = 0.01  # share of completions that may be cut off
 _UNIT = 16  # tokens, to which a length is rounded up
+Earned = tuple[float, ...] | None  # of a completion, as `weighed` gives it
 
 
 @dataclass(frozen=True)
 class Pilot:
     """What was sampled. rewards: as `weighed` gives them; lengths: in tokens; ended: by the end token."""
 
-    rewards: list[list[Hashable]]
+    rewards: list[list[Earned]]
     lengths: list[int]
     ended: list[bool]
     prompt_tokens: float  # mean
     longest: int  # tokens that a completion may have
+    max_seq_length: int | None = (
+        None  # tokens that a prompt and its completion may have together, where that is set
+    )
 
     def without_gradient(self, size: int) -> float:
         """The expected share of groups of that size whose rewards are all equal."""
@@ -92,15 +96,28 @@ class Pilot:
 
     def _of_size(self) -> str:
         if self.group_size is None:
-            return "no group has a gradient: make problems easier, warm start, or weigh a reward that tells them apart"
+            return (
+                f"no group has a gradient: {self._earned()}. Of a low reward: easier problems, or a warm start; of the "
+                "highest: harder problems; or weigh a reward that tells completions apart"
+            )
         least = self.without_gradient(self.group_size)
         more = "; most groups still teach nothing: choose other problems" if least > 0.5 else ""
         return f"recommended: grpo.num_generations={self.group_size} ({100 * least:.0f} % without a gradient){more}"
 
+    def _earned(self) -> str:
+        totals = [math.fsum(reward) for group in self.rewards for reward in group if reward is not None]
+        if not totals:
+            return "no completion got a reward"
+        return (
+            f"all completions of a prompt earned the same, {math.fsum(totals) / len(totals):.3g} on average"
+        )
+
     def _of_length(self) -> str:
         if self.completion_length is None:
-            twice = 2 * self.longest
-            return f"recommended: grpo.max_completion_length={twice}, and another pilot: too many are cut off"
+            asked = f"grpo.max_completion_length={2 * self.longest}"
+            if self.max_seq_length is not None:  # prompts keep the room that they have
+                asked += f" model.max_seq_length={self.max_seq_length + self.longest}"
+            return f"recommended: {asked}, and another pilot: too many are cut off"
         return f"recommended: grpo.max_completion_length={self.completion_length} (cuts off 1 % at most)"
 
 
@@ -118,7 +135,7 @@ def chance_of_equal(rewards: Sequence[Hashable], size: int) -> float:
     return equal / math.comb(len(rewards), size)
 
 
-def weighed(judged: Tensor, weights: Tensor, *, apart: bool) -> list[Hashable]:
+def weighed(judged: Tensor, weights: Tensor, *, apart: bool) -> list[Earned]:
     """Of each completion what a group is compared by: the sum, or with `apart` (TRL normalises each function by itself)
     one value a function that counts. None where no function gave a reward: TRL leaves such a completion out.
 
@@ -158,7 +175,7 @@ def sample(session: Session, trainer: Any) -> Pilot:
     # No more than a rollout has: for that many there is room.
     at_once = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // group * group
     apart = session.config.grpo["multi_objective_aggregation"] == "normalize_then_sum"
-    rewards: list[Hashable] = []
+    rewards: list[Earned] = []
     completions: list[list[int]] = []
     prompts: list[list[int]] = []
     trainer.model.train()  # TRL asks it which number of completions a prompt has
@@ -177,4 +194,5 @@ def sample(session: Session, trainer: Any) -> Pilot:
         ended=[bool(ids) and ids[-1] in ends for ids in completions],
         prompt_tokens=sum(map(len, prompts)) / len(prompts),
         longest=session.config.completion_length,
+        max_seq_length=session.config.model.max_seq_length,
     )

@@ -35,8 +35,20 @@ _NEW_BASES = (
     "olora",
     "corda",
     "loftq",
+    "lora_ga",
     "eva",
 )  # ways to begin an adapter that change the weights below it
+_OTHER_ADAPTERS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)  # PEFT's, which vLLM does not read: it would compute a plain adapter
 _IN_MEMORY = Path("/dev/shm")  # a file system in memory, on Linux: adapters are read again at once
 _KEPT = 1  # adapters that vLLM holds: a new one takes the place of the one before
 
@@ -111,6 +123,10 @@ def refuse(adapter: Any) -> None:
             isinstance(begun, str) and begun.lower().startswith(_NEW_BASES) and begun,
             "changes the base, of which vLLM has its own",
         ),
+    }
+    wrong |= {
+        f"lora.{name}": (getattr(adapter, name, None), "vLLM computes plain adapters alone")
+        for name in _OTHER_ADAPTERS
     }
     remedy = "remove it, or set grpo.use_vllm: false"
     found = [Problem(key, message, value, remedy) for key, (value, message) in wrong.items() if value]

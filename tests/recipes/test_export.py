@@ -106,6 +106,23 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
     assert "base_model" not in front  # it was made from nothing
 
 
+def test_the_proof_reads_no_control_tokens(tmp_path, monkeypatch):
+    """Of SmolLM2, whose first 17 tokens they are, merges in bfloat16 were refused."""
+    seen, logits = [], export._logits
+    monkeypatch.setattr(export, "_logits", lambda model, ids: seen.append(ids) or logits(model, ids))
+    run = run_folder(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    assert added
+    export.merge(run)
+    assert len(seen) == 3
+    for ids in seen:
+        assert torch.equal(ids, seen[0])
+        assert ids.shape == (1, 32)
+        assert set(ids[0].tolist()) == set(range(len(tokenizer))) - added
+    assert export.ordinary_tokens(tokenizer, 1).unique().tolist() == [0]  # nothing but control tokens
+
+
 def test_experts_are_merged_and_proven(tmp_path, capsys):
     """Their weights are one parameter each, for which peft has a layer of another kind."""
     assert main([str(run_folder(tmp_path, model_of=qwen3_moe)), "--merge"]) == 0
@@ -179,6 +196,15 @@ def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "add --merge" in capsys.readouterr().err
     assert main([str(run), "--merge", "--gguf"]) == 1
     assert "convert_hf_to_gguf.py on the PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--base", "x"], ["--saver", "unsloth"], ["--merge", "--saver", "unsloth", "--base", "x"]]
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), *options])
+    assert "--base: names" in (said := capsys.readouterr().err) or "--saver: says" in said
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path, capsys):

@@ -236,6 +236,14 @@ def test_lengths_that_are_none(text):
     assert parse_lengths("40.3+99.6", 100) == (40, 100)  # as metrics.jsonl has a mean
 
 
+def test_a_card_is_not_planned_for_a_run_that_keeps_off_it(capsys):
+    quickstart = load_config(ROOT / "configs" / "quickstart.yaml", ["grpo.use_cpu=true"])
+    assert show(quickstart, "H100") == 2
+    assert capsys.readouterr().err.startswith(
+        "--device: is a GPU, and grpo.use_cpu keeps off it (value 'H100')"
+    )
+
+
 def test_a_mean_completion_is_not_longer_than_the_longest(capsys):
     quickstart = load_config(ROOT / "configs" / "quickstart.yaml")
     assert show(quickstart, "H100", "40+7") == 2

@@ -23,6 +23,8 @@ def test_each_cause_is_named_and_the_likeliest_first():
     assert "end token" in never
     (equal,) = advice_of(records(zero_std_share=0.9))
     assert equal.startswith("In 90 % of the groups all completions earned the same (mean reward 0.5)")
+    (nearly,) = advice_of(records(zero_std_share=0.998))
+    assert nearly.startswith("In 99.8 % of the groups")  # and not in all of them
     assert [len(advice_of(records(**{share: 0.5}))) for share in ("clipped_share", "zero_std_share")] == [
         1,
         1,

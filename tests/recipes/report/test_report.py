@@ -76,6 +76,14 @@ def test_report_without_accuracy_or_memory(tmp_path):
     assert "1 steps are few" in report_module.write_report(folder).read_text()  # nothing learned: what to do
 
 
+def test_a_machine_that_was_not_recorded_has_no_figures(tmp_path):
+    folder = folder_of(tmp_path, "one", "memhead")
+    (folder.path / "environment.json").unlink()
+    page = report_module.write_report(folder).read_text()
+    assert "not known: environment.json is missing or damaged" in page
+    assert "None cores" not in page
+
+
 def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
     assert report_module.main([str(tmp_path)]) == 2
     assert "give the folder of a run" in capsys.readouterr().err
@@ -141,6 +149,24 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     path = str(folder_of(tmp_path, "one", "memhead").path)
     assert compare_module.main([path, path, path]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart_wherever_they_are_given_from(tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    for root in (tmp_path / "elsewhere", tmp_path):
+        folder_of(root, "one", "memhead")
+    monkeypatch.chdir(tmp_path)
+    assert compare_module.main(["elsewhere/one", "one"]) == 0
+    assert "elsewhere/one and one are equal" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_folder_at_hand_has_its_own_name(tmp_path, capsys, monkeypatch):
+    one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "memhead")
+    monkeypatch.chdir(one.path)
+    page = report_module.write_report(RunFolder(".")).read_text(encoding="utf-8")
+    assert "<title>one</title>" in page
+    assert compare_module.main([".", str(two.path)]) == 0
+    assert "one and two are equal" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["both", "both.html", "both.png"])

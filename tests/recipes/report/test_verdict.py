@@ -1,10 +1,11 @@
 """The outcome of a run, and the step from which two runs differ."""
 
 import math
+import random
 
 import pytest
 
-from recipes.report.verdict import difference_of_shares, parting, verdict
+from recipes.report.verdict import difference_of_shares, parting, student_quantile, verdict
 from recipes.training.evaluation import wilson
 
 
@@ -50,6 +51,16 @@ def test_by_accuracy(right, kind, words):
         assert f"{100 * end:+.1f}".replace("-", "−") in found.sentence
 
 
+def test_another_number_of_problems_is_said():
+    """A resumed run may have another run.evaluation.size: then the problems are not the same."""
+    found = verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, 90, total=100)])
+    assert found.sentence.startswith(
+        "It learned: accuracy on 100 held-out problems (500 before) rose from 40.0 %"
+    )
+    assert "same problems" not in found.note
+    assert "same problems" in verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, 300)]).note
+
+
 def rewarded(rewards):
     return [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
 
@@ -58,10 +69,26 @@ def test_by_reward_where_accuracy_was_not_measured():
     found = verdict(rewarded([0.1, 0.2, 0.3, 0.2, 0.1] * 2 + [0.9, 0.8, 0.9, 0.8, 0.9] * 2))
     assert found.kind == "better"
     assert "from 0.180 to 0.860, by +0.680" in found.sentence
-    variance = sum((x - 0.18) ** 2 for x in [0.1, 0.2, 0.3, 0.2, 0.1] * 2) / 9
-    variance += sum((x - 0.86) ** 2 for x in [0.9, 0.8, 0.9, 0.8, 0.9] * 2) / 9
-    assert f"{0.68 - 1.959964 * math.sqrt(variance / 10):+.3f} to" in found.sentence
+    first = sum((x - 0.18) ** 2 for x in [0.1, 0.2, 0.3, 0.2, 0.1] * 2) / 9
+    last = sum((x - 0.86) ** 2 for x in [0.9, 0.8, 0.9, 0.8, 0.9] * 2) / 9
+    degrees = (first + last) ** 2 / ((first**2 + last**2) / 9)  # 15.6, of which Student's t is 2.124
+    assert 15.5 < degrees < 15.7
+    assert f"{0.68 - 2.124 * math.sqrt((first + last) / 10):+.3f} to" in found.sentence
     assert verdict(rewarded([0.5, 0.6] * 10)).kind == "open"
+    assert "from −0.500 to −0.400, by +0.100" in verdict(rewarded([-0.5] * 10 + [-0.4] * 10)).sentence
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tabled"), [(4, 2.776), (8, 2.306), (18, 2.101), (60, 2.000), (1e6, 1.960)]
+)
+def test_the_quantile_is_students(degrees, tabled):
+    assert student_quantile(degrees) == pytest.approx(tabled, rel=3e-3)
+
+
+def test_a_run_of_ten_steps_that_did_not_change_is_said_to_have_one_time_in_twenty():
+    rng = random.Random(0)
+    runs = [verdict(rewarded([rng.gauss(0.5, 0.1) for _ in range(10)])).kind for _ in range(1000)]
+    assert 0.03 < 1 - runs.count("open") / 1000 < 0.065  # by a normal's quantile 0.09
 
 
 def test_too_few_steps_are_not_judged():
@@ -108,3 +135,14 @@ def test_parting():
         )
     assert "in the one logged step that both have" in parting("a", run, "b", run[:1])
     assert parting("a", run, "b", []) == "a and b have no logged step in common."
+
+
+def test_lines_of_different_steps_are_not_compared():
+    """tracking.logging_every: a line is a mean over the steps since the one before."""
+    run = steps((0.5, 0.1), (0.6, 0.2), (0.7, 0.3), (0.8, 0.4))
+    means = [{**line, "steps": 2} for line in steps((0.0, 0.0), (0.55, 0.15), (0.0, 0.0), (0.75, 0.35))[1::2]]
+    said = parting("a", run, "b", means)
+    assert said == "a and b were logged over different steps (tracking.logging_every): nothing to compare."
+    first = parting("a", run, "b", [run[0], {**means[0], "steps": 1, "step": 3}, means[1]])
+    assert first.startswith("a and b part at step 3,")
+    assert "in the one logged step that both have" in parting("a", run, "b", [run[0], *means])

@@ -15,7 +15,7 @@ from recipes.plan.shapes import ModelShape, Trained
 from recipes.plan.work import Flow, Work
 from recipes.report.charts import charts
 from recipes.tracking.run_folder import RunFolder
-from recipes.tracking.speed import TRAINING, WHOLE, compute_dtype
+from recipes.tracking.speed import TRAINING, WHOLE, Speed, compute_dtype
 from recipes.tracking.summary import by_speed, summarize
 from recipes.tracking.tracker import print_summary, track
 from recipes.training.packed_step import packed
@@ -110,6 +110,26 @@ def test_the_summary_weighs_steps_by_their_time(run):
     assert "tokens a second" in shown
     titles = {chart.title for chart in charts({"run": records})}
     assert {"Tokens a second by phase", "Share of the matrix rate"} <= titles
+
+
+def test_a_rate_that_was_timed_beside_other_work_is_timed_again(run, tmp_path, monkeypatch):
+    """A phase cannot be faster than the device: the run would say so to its end."""
+    folder, work, _, _ = run
+    again = RunFolder.create(tmp_path, "run")
+    again.write_json("plan.json", folder.read_json("plan.json"))
+    rates = iter([1.0])
+    monkeypatch.setattr("recipes.tracking.speed.matrix_rate", lambda *_: next(rates, 1e12))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(bf16=False, fp16=False),
+        model=SimpleNamespace(dtype=torch.float32),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    speed = Speed(trainer, again)
+    speed.counter("generation")(([[1, 2]], [[3, 4, 5]]))
+    found = speed.take({"generation": 0.5}, 1)
+    floor = work.forward(Flow.of_lengths([2], [3], [0]))
+    assert found["rate"] == 1e12
+    assert found["generation"]["share"] == pytest.approx(floor / 1e12 / 0.5)
 
 
 def test_nothing_counted_has_no_table():

@@ -278,6 +278,17 @@ def test_other_errors_stay_what_they_are():
     explain(RuntimeError("shapes do not fit"), config=None)  # raises nothing
 
 
+def test_a_pretrained_model_without_a_gpu_is_planned_on_the_cpu(monkeypatch):
+    """Its run is: the bytes measured there are laid beside these."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = load_config(str(Path(CONFIG).parent / "llama3.2_1b_gsm8k.yaml"))
+    assert plan(config).setting.device_type == "cuda"  # --plan: what the configuration was written for
+    asked = load_config(str(Path(CONFIG).parent / "llama3.2_1b_gsm8k.yaml"), ["grpo.use_cpu=true"])
+    for found in (plan_of(config), plan(asked)):
+        assert found.setting.device_type == "cpu"
+        assert not found.setting.precision.autocast
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_on_a_tied_embedding_is_refused_before_training(without_unsloth, tied):
     lora = "lora={r: 2, target_modules: [q_proj, embed_tokens]}"

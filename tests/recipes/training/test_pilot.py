@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl.trainer.utils import nanstd
 
 import train_grpo
+from recipes.config.load import load_config
 from recipes.training.pilot import Pilot, chance_of_equal, sample, weighed
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -72,9 +73,15 @@ def test_the_smallest_group_that_teaches_nearly_as_much():
     assert "most groups" not in rare.lines()[1]
     some = pilot([[1.0] + [0.0] * 31] + [[0.0] * 32] * 3)
     assert "75 % without a gradient); most groups still teach nothing" in some.lines()[1]
-    none = pilot([[1.0] * 32, [0.0] * 32])
+    none = pilot([[(1.0,)] * 32, [(0.0,)] * 32])
     assert none.group_size is None
-    assert "no group has a gradient" in none.lines()[1]
+    assert none.lines()[1].startswith(
+        "no group has a gradient: all completions of a prompt earned the same, 0.5 on average. Of a low reward: easier"
+    )
+    best = pilot([[(1.0, 0.5)] * 32] * 2).lines()[1]
+    assert "1.5 on average" in best
+    assert "of the highest: harder problems" in best
+    assert "no completion got a reward" in pilot([[None] * 32]).lines()[1]
 
 
 def test_the_length_that_holds_nearly_all():
@@ -86,6 +93,16 @@ def test_the_length_that_holds_nearly_all():
     assert cut.completion_length is None
     assert "grpo.max_completion_length=128, and another pilot" in cut.lines()[2]
     assert "98.0 % end, 2.0 % are cut off at 64 tokens" in cut.lines()[0]
+
+
+def test_a_longer_completion_that_is_recommended_is_taken():
+    """With room for the prompts that there are: 768 tokens, 512 of them the completion's."""
+    place = QUICKSTART.with_name("llama3.2_1b_gsm8k.yaml")
+    room = load_config(place).model.max_seq_length
+    cut = Pilot([[(0.0,), (1.0,)] * 16], [512] * 32, [False] * 32, 90.0, longest=512, max_seq_length=room)
+    asked = re.findall(r"\S+=\d+", cut.lines()[2])
+    assert asked == ["grpo.max_completion_length=1024", f"model.max_seq_length={room + 512}"]
+    assert load_config(place, asked).completion_length == 1024
 
 
 @pytest.mark.parametrize(
@@ -112,7 +129,8 @@ def test_what_is_sampled_and_counted_by_hand(problems, group, each, of_rollout):
     )  # fmt: skip
     task = SimpleNamespace(train=Dataset.from_dict({"prompt": [str(n) for n in range(problems)]}))
     grpo = {"multi_objective_aggregation": "sum_then_normalize"}
-    session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6, grpo=grpo))
+    model = SimpleNamespace(max_seq_length=None)
+    session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6, grpo=grpo, model=model))
     found = sample(session, trainer)
     chosen = list(range(0, problems, 10 if problems > 64 else 1))
     assert [prompt for part in asked for prompt in part] == [str(n) for n in chosen for _ in range(each)]

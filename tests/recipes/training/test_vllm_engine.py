@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import LoraGAConfig
 from tiny import digits_reward, saved_llama
 from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -201,6 +202,11 @@ def test_a_server_or_no_vllm_is_left_alone():
         ({"rank_pattern": {"q_proj": 2}}, "lora.rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "lora.alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "lora.init_lora_weights"),
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}, "lora.init_lora_weights"),
+        ({"trainable_token_indices": [1]}, "lora.trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "lora.alora_invocation_tokens"),
+        ({"layer_replication": [(0, 1)]}, "lora.layer_replication"),
+        ({"target_parameters": ["mlp.experts"]}, "lora.target_parameters"),
     ],
 )
 def test_refused_by_name(options, key):
