@@ -88,8 +88,8 @@ class RunConfig(Section):
 
     @property
     def packs(self) -> bool:
-        """Whether the packed step is asked for and no key rules it out; the model still may."""
-        asked = self.step.impl == "packed" and self.model.loader != "unsloth"
+        """Whether the packed step is asked for and no key or launcher rules it out; the model still may."""
+        asked = self.step.impl == "packed" and self.model.loader != "unsloth" and spread() != "DeepSpeed"
         noisy = (self.lora is not None and self.lora.dropout) or self.grpo["neftune_noise_alpha"]
         return asked and not noisy
 

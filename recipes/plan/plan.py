@@ -233,7 +233,7 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     weights = memory.weight_bytes(shape, precision)
     gradients = _trained_bytes(s)
     states, temporaries = _optimizer_bytes(s)
-    cache = memory.kv_cache_bytes(shape, s.sampled, s.length, e)
+    cache = memory.kv_cache_bytes(shape, s.sampled, s.length, 4 if s.wide_cache else e)
     kv = cache + memory.sampling_bytes(shape, s.sampled)
     activations = {
         way: memory.activation_bytes(

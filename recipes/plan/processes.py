@@ -7,6 +7,8 @@ FSDP2, ZeRO-3   its part of everything that rests; while it computes, embedding 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from recipes.plan.plan import GIB, Memory, Plan
 from recipes.plan.setting import Setting
 from recipes.table import Table
@@ -22,6 +24,13 @@ def by_way(found: Plan, processes: int) -> Table:
     rows = [(name, f"{size / GIB:.3f}", f"{parts[name] / GIB:.3f}") for name, size in replicated.items()]
     rows.append(("peak", f"{max(replicated.values()) / GIB:.3f}", f"{max(parts.values()) / GIB:.3f}"))
     return Table((f"each of {processes} processes, GiB", "DDP", "FSDP2 or ZeRO-3"), rows)
+
+
+def in_each(found: Plan, processes: int, parts: str) -> Plan:
+    """With the phases of one process in place of one GPU's. parts: what keeps the model in parts, "" for DDP."""
+    memory = found.memory
+    phases = sharded(found.setting, memory, processes) if parts else ddp(memory)
+    return replace(found, memory=replace(memory, phases=phases))
 
 
 def ddp(memory: Memory) -> dict[str, int]:

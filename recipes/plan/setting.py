@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from recipes.config.load import RunConfig
 from recipes.plan.formulas import DTYPE_BYTES, Batch, Group, Precision
 from recipes.plan.shapes import ModelShape, Trained, model_config, sizes
+from recipes.processes import spread
 
 PROMPT = 256  # tokens, where the config gives no total length to take it from
 
@@ -32,6 +33,8 @@ class Setting:
     chunk_rows: int | None
     device_type: str
     kept_cache: bool = False  # the static cache of sampling, which stays between rollouts
+    # One that grows, under autocast: rotated keys of float32 weights stay float32, and it keeps values in their dtype.
+    wide_cache: bool = False
     compiled: bool = False  # the layers, by torch.compile
     bin_tokens: int | None = None  # of the packed step's bins; None: padded batches
 
@@ -100,10 +103,16 @@ class Setting:
         steps = grpo["steps_per_generation"] or grpo["gradient_accumulation_steps"]
         if model.loader == "unsloth":
             batch = max(batch, generations)
+        precision = _precision(config, shape, cuda)
+        generates = not grpo["use_vllm"] and model.loader != "unsloth"
+        static = grpo["cache_implementation"] == "static"
+        narrow = (
+            not precision.autocast or precision.weights < 4 or spread() == "DeepSpeed"
+        )  # whose are bfloat16
         return cls(
             shape=shape,
             trained=trained,
-            precision=_precision(config, shape, cuda),
+            precision=precision,
             lora_rank=0 if lora is None else lora.r,
             optim=str(grpo["optim"]),
             sequences=batch,
@@ -118,9 +127,8 @@ class Setting:
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
             compiled=config.compiles_layers(cuda=cuda),
-            kept_cache=grpo["cache_implementation"] == "static"
-            and not grpo["use_vllm"]
-            and model.loader != "unsloth",
+            kept_cache=generates and static,
+            wide_cache=generates and not static and not narrow,
         )
 
 

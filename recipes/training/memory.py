@@ -22,11 +22,12 @@ import torch
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
+from recipes.plan.processes import in_each
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
 from recipes.plan.work import Work
 from recipes.problems import ConfigError, see
-from recipes.processes import count
+from recipes.processes import count, spread
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.session import RunError
@@ -42,13 +43,12 @@ class OutOfMemory(RunError):
 def plan_of(config: RunConfig) -> Plan | None:
     """The run's plan; None, and a line that says why, for a model that cannot be built without its weights.
 
-    It is of the device that the run takes: a CPU where there is no GPU, whatever the configuration was written for.
     Fetches the model's config.json where the hub alone has it. Raises ConfigError for adapters that do not fit it, and
     for a model that needs code of its own.
     """
     try:
         model_config(config, network=True)
-        return plan(_here(config))
+        return _planned(config)
     except ConfigError:
         raise
     except (
@@ -58,11 +58,13 @@ def plan_of(config: RunConfig) -> Plan | None:
         return None
 
 
-def _here(config: RunConfig) -> RunConfig:
-    """With grpo.use_cpu where there is no GPU, as TRL will have it."""
-    if torch.cuda.is_available():
-        return config
-    return config.model_copy(update={"grpo": {**config.grpo, "use_cpu": True}})
+def _planned(config: RunConfig) -> Plan:
+    """For the device that the run takes, a CPU where there is no GPU whatever the configuration was written for, and
+    for one of its processes."""
+    if not torch.cuda.is_available():
+        config = config.model_copy(update={"grpo": {**config.grpo, "use_cpu": True}})
+    found = plan(config)
+    return in_each(found, config.processes, spread()) if config.processes > 1 else found
 
 
 def write_plan(planned: Plan | None, folder: RunFolder) -> None:
@@ -163,7 +165,7 @@ def remedies(config: RunConfig, phase: str) -> list[str]:
     key, size = own.get(phase, ("", 0))
     first = [f"{key}={size // 2}"] if size and size > 1 else []
     try:
-        setting = plan(_here(config)).setting
+        setting = _planned(config).setting
     except Exception:  # a page without figures is better than none
         return [*first, *(text for text, _ in _changes(config, None))]
     name = PLANNED.get(phase.rpartition(": ")[2], "forward, loss and backward")
@@ -215,7 +217,7 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
 def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
     """The plan beside what was measured, a line per phase."""
     try:
-        phases = plan(_here(config)).memory.phases
+        phases = _planned(config).memory.phases
     except Exception:  # a page without the plan is better than none
         return []
     peaks = {} if summary is None else _measured(summary)

@@ -469,6 +469,9 @@ def test_a_kept_cache_stays_between_rollouts():
     setting = plan(load_config(path), 24 * GIB).setting
     assert setting.kept_cache
     assert not plan(load_config(path, ["grpo.use_vllm=true"]), 24 * GIB).setting.kept_cache
+    assert not setting.wide_cache  # which has one dtype, as vLLM's
+    for other, wide in (("grpo.cache_implementation=null", True), ("grpo.use_vllm=true", False)):
+        assert plan(load_config(path, [other]), 24 * GIB).setting.wide_cache is wide
     kept, gone = measure(setting).phases, measure(replace(setting, kept_cache=False)).phases
     cache = 1024 * 256 * 30 * 2 * 3 * 64 * 2
     assert kept.pop("generation") == gone.pop("generation")

@@ -17,6 +17,7 @@ import train_grpo
 from recipes.config.load import load_config
 from recipes.models.tokenizers import character_tokenizer
 from recipes.plan.plan import plan
+from recipes.plan.processes import ddp, sharded
 from recipes.problems import ConfigError
 from recipes.training.memory import _asked, _free, explain, plan_of, remedies
 from recipes.training.packed_step import PackedStep
@@ -287,6 +288,18 @@ def test_a_pretrained_model_without_a_gpu_is_planned_on_the_cpu(monkeypatch):
     for found in (plan_of(config), plan(asked)):
         assert found.setting.device_type == "cpu"
         assert not found.setting.precision.autocast
+
+
+@pytest.mark.parametrize("launcher", ["", "FSDP", "DEEPSPEED"])
+def test_the_plan_of_a_run_in_several_processes_is_of_one_of_them(monkeypatch, launcher):
+    """Seen on two GPUs: DDP's buckets were not planned, and ZeRO-3 was planned whole and in bins."""
+    if launcher:
+        monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    config = load_config(CONFIG, processes=2)
+    whole, found = plan(config), plan_of(config)
+    assert found.memory.phases == (sharded(whole.setting, whole.memory, 2) if launcher else ddp(whole.memory))
+    assert found.memory.phases != whole.memory.phases
+    assert (found.setting.bin_tokens is None) is (launcher == "DEEPSPEED")
 
 
 @pytest.mark.parametrize("tied", [True, False])
