@@ -1,6 +1,6 @@
 """The notebook's cells, one after another in one IPython shell, as a user runs them: seconds of each.
 
-    python -m benchmarks.notebook_gpu --output DIR                    # on a GPU with Unsloth and vLLM; not timed as a whole
+    python -m benchmarks.notebook_gpu --output DIR                    # on a GPU with Unsloth and vLLM
     python -m benchmarks.notebook_gpu --output DIR --smoke --cells 3  # the first three, on a CPU
 
 Without a network: random weights of the Llama-3.1-8B architecture in place of the model, questions in GSM8K's form in
