@@ -10,6 +10,7 @@ inside `by_main` a process is alone, and nothing here talks to another.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _PATIENCE = 20.0  # seconds
+_MOMENT = 0.1
 _alone = ContextVar("alone", default=False)  # inside by_main
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
@@ -192,9 +194,16 @@ def blame(error: Exception, goes_on: str) -> None:
 
 
 def end() -> None:
-    """Leaves the group, at the end of a run that every process has come to."""
+    """Leaves the group, at the end of a run that every process has come to.
+
+    A thread of gloo's that lets go of its last tensor when Python has begun to end aborts the process ("terminate
+    called without an active exception"). The threads end with the last reference to the group, of which DDP keeps some
+    in cycles; where FSDP's or deepspeed's caches hold it too, a moment without the interpreter lets them do it now.
+    """
     if _together():
         _group().destroy_process_group()
+        gc.collect()
+        time.sleep(_MOMENT)
 
 
 def _together() -> bool:

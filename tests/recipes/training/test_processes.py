@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
 
 import on_ranks
@@ -221,6 +222,31 @@ def test_a_run_goes_on_in_more_processes(tmp_path):
     assert [record["step"] for record in folder.metrics.read()] == [0, 1, 2, 3]
     assert len(folder.metrics.read()[-1]["memory_by_process"]) == 3
     assert folder.step == 3
+
+
+HELD_IN_A_CYCLE = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from trl import GRPOConfig
+from recipes import processes
+GRPOConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False, report_to="none")  # makes the group
+held = [dist.distributed_c10d._get_default_group()]
+held.append(held)  # as DDP holds it
+del held
+assert processes.by_main(lambda: 1) == 1
+processes.end()
+sys.exit("gloo" in " ".join(map(Path.read_text, Path("/proc/self/task").glob("*/comm"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that lets go of a tensor when Python has begun to end aborts the process."""
+    (tmp_path / "held.py").write_text(HELD_IN_A_CYCLE)
+    process = torchrun(2, tmp_path / "held.py", tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
 
 
 BROKEN = """
