@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from datetime import timedelta
 from math import ceil
 from typing import Any, TypeVar
 
@@ -191,6 +192,12 @@ def blame(error: Exception, goes_on: str) -> None:
         complain(f"error: another process of this run has ended; {goes_on}")
     elif is_first_with("traceback"):
         raise error
+
+
+def wait_at_most(seconds: float) -> None:
+    """How long one waits for another, `grpo.ddp_timeout`: on a CPU transformers leaves gloo its own half an hour."""
+    if _together() and _group().get_backend() == "gloo":
+        _group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def end() -> None:

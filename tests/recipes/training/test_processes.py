@@ -294,6 +294,14 @@ def measured(config, place):
     return processes.gathered(1)
 evaluation.evaluate_checkpoint = measured
 """,
+    "a late process": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.rank() == 1:
+        time.sleep(100)
+    return processes.gathered(1)
+evaluation.evaluate_checkpoint = measured
+""",
     "sampling": """
 sample = torch.multinomial
 def multinomial(probabilities, **options):
@@ -312,7 +320,7 @@ trl.GRPOTrainer._compute_loss = interrupted
 """,
 }
 FAULTY = """
-import math, os, signal, sys, torch, trl, train_grpo
+import math, os, signal, sys, time, torch, trl, train_grpo
 from pathlib import Path
 from recipes import processes
 from recipes.training import evaluation
@@ -343,6 +351,11 @@ def faulty(folder, fault, *more):
 )
 def test_an_evaluation_that_fails_in_one_process_is_one_line(tmp_path, fault, once):
     assert faulty(tmp_path, fault, "--evaluate", "final").count(once) == 1
+
+
+def test_a_process_that_hangs_is_waited_for_as_long_as_was_said(tmp_path):
+    output = faulty(tmp_path, "a late process", "grpo.ddp_timeout=3", "--evaluate", "final")
+    assert output.count("error: another process of this run has ended") == 1, output
 
 
 def test_a_model_that_one_process_alone_cannot_sample_from_is_not_resumed_from(tmp_path):
