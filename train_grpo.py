@@ -320,7 +320,6 @@ def finish(session: Session, trained: Trained, command: str) -> int:
 
 def _report(session: Session, trained: Trained, command: str) -> int:
     from recipes.report.advice import advice
-    from recipes.report.model_card import model_card
     from recipes.report.page import write_report
     from recipes.report.verdict import verdict
     from recipes.tracking.terminal import print_summary
@@ -335,10 +334,7 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         print("".join(f"{line}\n" for line in lines), end="")
         write_report(folder)
     if folder.final.is_dir():
-        try:
-            (folder.final / "README.md").write_text(model_card(folder.path), encoding="utf-8")
-        except ConfigError as error:  # the run's config.yaml was changed or taken away
-            print(f"{folder.final} is left without a model card: {error}", file=sys.stderr)
+        trainer.write_card(folder.final)
     print_summary(trained.tracker.summary(), folder)
     outcome = verdict(records)
     print(

@@ -10,17 +10,20 @@ inside `by_main` a process is alone, and nothing here talks to another.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from datetime import timedelta
 from math import ceil
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _PATIENCE = 20.0  # seconds
+_MOMENT = 0.1
 _alone = ContextVar("alone", default=False)  # inside by_main
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
@@ -191,10 +194,23 @@ def blame(error: Exception, goes_on: str) -> None:
         raise error
 
 
+def wait_at_most(seconds: float) -> None:
+    """How long one waits for another, `grpo.ddp_timeout`: on a CPU transformers leaves gloo its own half an hour."""
+    if _together() and _group().get_backend() == "gloo":
+        _group().distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
 def end() -> None:
-    """Leaves the group, at the end of a run that every process has come to."""
+    """Leaves the group, at the end of a run that every process has come to.
+
+    A thread of gloo's that lets go of its last tensor when Python has begun to end aborts the process ("terminate
+    called without an active exception"). The threads end with the last reference to the group, of which DDP keeps some
+    in cycles; where FSDP's or deepspeed's caches hold it too, a moment without the interpreter lets them do it now.
+    """
     if _together():
         _group().destroy_process_group()
+        gc.collect()
+        time.sleep(_MOMENT)
 
 
 def _together() -> bool:

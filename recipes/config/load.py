@@ -35,7 +35,7 @@ from recipes.config.schema import (
 from recipes.config.source import dump, merge, read_file, read_overrides
 from recipes.config.unsloth import is_unsloths, trl_meaning
 from recipes.problems import EXIT_STATUS, ConfigError, Problem, one_of
-from recipes.processes import spread
+from recipes.processes import spread, wait_at_most
 
 COMPILING_PAYS = 200  # steps, from which on it takes less than it saves (docs/speed.md)
 
@@ -113,6 +113,7 @@ class RunConfig(Section):
             message = f"TRL refuses it: {error or type(error).__name__}"
             raise ConfigError([Problem("grpo", message, remedy="change the fields that it names")]) from error
         _load_whole()
+        wait_at_most(arguments.ddp_timeout)
         return arguments
 
     def make_task(self) -> Task:

@@ -20,7 +20,7 @@ from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
 from recipes.report.verdict import verdict
 from recipes.tracking.environment import environment_table
-from recipes.tracking.files import write_whole
+from recipes.tracking.files import naming_what_failed, write_whole
 from recipes.tracking.meters import MEANING
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import (
@@ -41,14 +41,15 @@ _HEAD = (200, 5)  # those that stay in sight
 def write_report(folder: RunFolder) -> Path:
     """Writes report.png and report.html into the folder from its other files; returns the HTML's path.
 
-    Raises FileNotFoundError if the folder has no metrics.
+    Raises FileNotFoundError if the folder has no metrics, CannotWrite for a full disk and the like.
     """
     records = folder.metrics.read()
     if not records:
         raise FileNotFoundError(
             f"{folder.path}: no metrics.jsonl with a line in it; give the folder of a run"
         )
-    plot_run(records, folder.name, folder.path / "report.png")
+    with naming_what_failed(folder.path / "report.png"):
+        plot_run(records, folder.name, folder.path / "report.png")
     summary, outcome = summarize(records), verdict(records)
     file = folder.path / "config.yaml"
     config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -12,8 +12,9 @@ they are asked for; so is the first after --resume.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
@@ -80,7 +81,6 @@ class AheadClient:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._threads = ThreadPoolExecutor(max_workers=1)
         self._options: dict[str, Any] = {}  # of the last request
         self._begun: tuple[Any, Future[Any]] | None = None
 
@@ -98,7 +98,7 @@ class AheadClient:
     def begin(self, prompts: Any) -> None:
         """Sends a request like the last one, and returns."""
         options = self._options
-        future = self._threads.submit(self._client.generate, prompts=prompts, **options)
+        future = in_background(lambda: self._client.generate(prompts=prompts, **options))
         self._begun = ((prompts, options), future)
 
     def update_named_params(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +106,21 @@ class AheadClient:
         if self._begun is not None:
             self._begun[1].exception()  # whoever asks for the completions gets it
         return self._client.update_named_params(*args, **kwargs)
+
+
+def in_background(action: Callable[[], Any]) -> Future[Any]:
+    """What `action` returns or raises. Unlike an executor's its thread keeps no process alive: one that ends without
+    the result, stopped or failed, must not wait for a server that may never answer."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def ahead(trainer_class: type) -> type:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from recipes.models.finite import first_not_finite
 from recipes.models.manifest import condemn, seal
 from recipes.problems import ConfigError
 from recipes.processes import first, is_first_with
-from recipes.tracking.files import naming_what_failed
+from recipes.tracking.files import naming_what_failed, write_whole
 from recipes.training.resume import apply_settings
 from recipes.training.uploads import Uploads
 
@@ -93,16 +94,16 @@ class WholeCheckpoints(_Trainer):
             self.write_card(Path(self.args.output_dir))
 
     def write_card(self, place: Path) -> None:
-        """The run's model card, as README.md of this folder."""
+        """The run's model card, as README.md of this folder. Raises CannotWrite."""
         if self.card is None:
             return
         try:
             card = self.card()
         except ConfigError as error:  # somebody changed the run's files; its weights do not depend on them
-            self._say(f"{place} is left without a model card: {error}")
+            print(f"{place} is left without a model card: {error}", file=sys.stderr, flush=True)
             return
         place.mkdir(parents=True, exist_ok=True)
-        (place / "README.md").write_text(card, encoding="utf-8")
+        write_whole(place / "README.md", card)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's. It is made before a checkpoint is read, of which deepspeed reads the optimizer by itself."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from recipes.report import compare as compare_module
 from recipes.report import page as report_module
 from recipes.report.model_card import _front_matter, model_card
+from recipes.tracking.files import CannotWrite
 from recipes.tracking.run_folder import RunFolder
 
 
@@ -91,6 +92,15 @@ def test_report_of_a_folder_that_is_no_run(tmp_path, capsys):
         report_module.main(["--help"])
     assert ended.value.code == 0
     assert "RUN_FOLDER" in capsys.readouterr().out
+
+
+def test_a_picture_that_finds_no_room_is_named_with_a_remedy(tmp_path):
+    folder = folder_of(tmp_path, "run", "memhead")
+    (folder.path / "report.png").symlink_to("/dev/full")  # which has room for nothing
+    with pytest.raises(
+        CannotWrite, match=r"report\.png could not be written, .* MiB are free there: .* make room"
+    ):
+        report_module.write_report(folder)
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):

@@ -1,10 +1,12 @@
 """What `step.ahead` asks a server for and when, call by call; whole runs: test_vllm_server.py."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
+import ready
 
-from recipes.training.ahead import Ahead
+from recipes.training.ahead import Ahead, AheadClient
 from recipes.training.generation_batches import Rows
 
 
@@ -54,8 +56,10 @@ def micro_batches(number):
 def asked_after(trainer, rows):
     """The requests so far, once a rollout has been sampled and what was begun has been sent."""
     trainer._generate_single_turn(rows)
-    trainer.vllm_generation.vllm_client._threads.submit(lambda: None).result()
-    return trainer.vllm_generation.vllm_client.asked
+    client = trainer.vllm_generation.vllm_client
+    if client._begun is not None:
+        client._begun[1].result()
+    return client.asked
 
 
 @pytest.mark.parametrize(("iterations", "following"), [(1, "1"), (2, "2")])
@@ -93,3 +97,26 @@ def test_of_an_epoch_that_was_left_nothing_is_trained_on_in_the_next():
     trainer.get_batch_samples(iter(given), 1, None)
     again = iter(given)
     assert trainer.get_batch_samples(again, 2, None) == given[:2]
+
+
+NEVER_ANSWERED = """
+import threading
+from types import SimpleNamespace
+from recipes.training.ahead import AheadClient
+AheadClient(SimpleNamespace(generate=lambda prompts: threading.Event().wait())).begin([])
+"""
+
+
+def test_a_request_that_is_never_answered_keeps_no_process_alive():
+    process = ready.python("-c", NEVER_ANSWERED, env=dict(os.environ))
+    try:
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_asked_for():
+    client = AheadClient(SimpleNamespace(generate=lambda prompts: 1 / 0))
+    client.begin(["a"])
+    with pytest.raises(ZeroDivisionError):
+        client.generate(["a"])

@@ -19,9 +19,10 @@ from tiny import made_up_checkpoint
 
 import train_grpo
 from recipes.models.manifest import condemn, damage, seal
+from recipes.tracking.files import CannotWrite
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.callbacks import BypassGuard
-from recipes.training.checkpoints import _publish, steps_of_generation
+from recipes.training.checkpoints import WholeCheckpoints, _publish, steps_of_generation
 
 KILLED_IN_A_WRITE = """
 import os, signal, torch
@@ -237,6 +238,15 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path):
     assert "could not be written, 0." in line
     assert "--resume goes on from the last whole checkpoint" in line
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_card_that_finds_no_room_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "README.md.partial").symlink_to("/dev/full")
+    (tmp_path / "README.md").symlink_to("/dev/full")
+    with pytest.raises(
+        CannotWrite, match=r"README\.md could not be written, .* MiB are free there: .* make room"
+    ):
+        WholeCheckpoints.write_card(SimpleNamespace(card=lambda: "a card"), tmp_path)
 
 
 def test_manifest_sums_are_the_files(tmp_path):

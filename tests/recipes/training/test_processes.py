@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
 
 import on_ranks
@@ -223,6 +224,31 @@ def test_a_run_goes_on_in_more_processes(tmp_path):
     assert folder.step == 3
 
 
+HELD_IN_A_CYCLE = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from trl import GRPOConfig
+from recipes import processes
+GRPOConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False, report_to="none")  # makes the group
+held = [dist.distributed_c10d._get_default_group()]
+held.append(held)  # as DDP holds it
+del held
+assert processes.by_main(lambda: 1) == 1
+processes.end()
+sys.exit("gloo" in " ".join(map(Path.read_text, Path("/proc/self/task").glob("*/comm"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that lets go of a tensor when Python has begun to end aborts the process."""
+    (tmp_path / "held.py").write_text(HELD_IN_A_CYCLE)
+    process = torchrun(2, tmp_path / "held.py", tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+
 BROKEN = """
 import sys, train_grpo
 train_grpo.begin = lambda *_, **__: 1 / 0
@@ -268,6 +294,14 @@ def measured(config, place):
     return processes.gathered(1)
 evaluation.evaluate_checkpoint = measured
 """,
+    "a late process": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.rank() == 1:
+        time.sleep(100)
+    return processes.gathered(1)
+evaluation.evaluate_checkpoint = measured
+""",
     "sampling": """
 sample = torch.multinomial
 def multinomial(probabilities, **options):
@@ -286,7 +320,7 @@ trl.GRPOTrainer._compute_loss = interrupted
 """,
 }
 FAULTY = """
-import math, os, signal, sys, torch, trl, train_grpo
+import math, os, signal, sys, time, torch, trl, train_grpo
 from pathlib import Path
 from recipes import processes
 from recipes.training import evaluation
@@ -317,6 +351,11 @@ def faulty(folder, fault, *more):
 )
 def test_an_evaluation_that_fails_in_one_process_is_one_line(tmp_path, fault, once):
     assert faulty(tmp_path, fault, "--evaluate", "final").count(once) == 1
+
+
+def test_a_process_that_hangs_is_waited_for_as_long_as_was_said(tmp_path):
+    output = faulty(tmp_path, "a late process", "grpo.ddp_timeout=3", "--evaluate", "final")
+    assert output.count("error: another process of this run has ended") == 1, output
 
 
 def test_a_model_that_one_process_alone_cannot_sample_from_is_not_resumed_from(tmp_path):
