@@ -128,6 +128,7 @@ REFUSED: dict[str, str] = {  # name -> why, and what to do
     "trust_remote_code": "a model's own code is never run here; use a model that transformers knows",
     "hub_token": "a token does not belong in a file that is kept with the run; log in with `hf auth login`",
     "auto_find_batch_size": "halving the batch would break the groups; lower per_device_train_batch_size",
+    "save_only_model": "a checkpoint without its optimizer is never resumed from; remove it, the model is in final/",
     "use_liger_kernel": "it patches the forward that head.impl replaces; set head.impl: memhead",
     "deepspeed": "accelerate's launcher asks for it: accelerate launch --config_file configs/accelerate/zero3.yaml …",
     "parallelism_config": "GRPO does not support context or sequence parallelism; remove it",

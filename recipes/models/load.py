@@ -90,7 +90,9 @@ def _from_scratch(
     else:
         tokenizer = character_tokenizer(task.characters)
     model = scratch_llama(shape, tokenizer, seed)
-    return model.to(_dtype(config) or torch.float32), tokenizer
+    for parameter in model.parameters():  # as from_pretrained: the rotary frequencies, a buffer, stay float32
+        parameter.data = parameter.data.to(_dtype(config) or torch.float32)
+    return model, tokenizer
 
 
 def _from_pretrained(

@@ -10,6 +10,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+REFERENCE = "reference/model.safetensors"  # where grpo.sync_ref_model moves the reference model
 # What each part of a checkpoint is called, by the trainer alone or with DeepSpeed or FSDP.
 PARTS = {"optimizer": "optim", "scheduler": "scheduler", "random state": "rng_state", "trainer state": STATE}
 

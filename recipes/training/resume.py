@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import STATE
+from recipes.models.manifest import REFERENCE, STATE
 from recipes.problems import ConfigError, Problem, join, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
@@ -64,6 +64,12 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
     if 0 < config.grpo["max_steps"] < folder.step:
         message = f"{config.grpo['max_steps']} is fewer than the {folder.step} steps that {folder.checkpoint} has taken"
         problems.append(Problem("grpo.max_steps", message, remedy="give as many at least"))
+    checkpoint = folder.checkpoint
+    if before["grpo"]["sync_ref_model"] and checkpoint and not (checkpoint / REFERENCE).is_file():
+        message = f"moved the reference model, and {checkpoint} is without it"
+        problems.append(
+            Problem("grpo.sync_ref_model", message, remedy="leave --resume out to begin another run")
+        )
     if problems:
         raise ConfigError(problems)
 

@@ -351,6 +351,7 @@ MISTAKES = {
     "grpo.report_to=wandb": "set tracking.report_to",
     "grpo.run_name=x": "set run.name",
     "grpo.trust_remote_code=true": "grpo.trust_remote_code: is refused",
+    "grpo.save_only_model=true": "grpo.save_only_model: is refused (value true); a checkpoint without its optimizer",
     "grpo.auto_find_batch_size=true": "lower per_device_train_batch_size",
     # combinations
     "grpo.num_generations=6": "a generation batch of 8 cannot be cut into groups of 6",
@@ -384,6 +385,11 @@ MISTAKES = {
 def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
     path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: gsm8k}\n")
     assert "gsm8k has no list of characters to make one of (value null); set it to bpe" in str(error_of(path))
+
+
+def test_the_reference_of_adapters_does_not_move(good):
+    error = error_of(good, "grpo.sync_ref_model=true", "grpo.beta=0.1", "lora.r=4", "run.warm_start.steps=1")
+    assert "grpo.sync_ref_model: the reference of adapters is the model without them" in str(error)
 
 
 def test_no_rewards_are_not_the_defaults(tmp_path):
