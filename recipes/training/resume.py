@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import REFERENCE, STATE
+from recipes.models.manifest import REFERENCE, STATE, damage
 from recipes.problems import ConfigError, Problem, join, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
@@ -72,6 +72,18 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def require_whole_warm_start(config: RunConfig, folder: RunFolder) -> None:
+    """Raises ConfigError if what the warm start left is not what was written.
+
+    Adapters lie on it and a reference is loaded from it: with another model there the run would be another.
+    """
+    place = folder.path / WARM_START
+    needed = config.lora is not None or config.grpo["beta"] or place.exists()
+    if config.run.warm_start is not None and needed and (found := damage(place, parts={})):
+        remedy = "put the file back, or leave --resume out to begin another run"
+        raise ConfigError([Problem("run.warm_start", f"of {place}, {found}", remedy=remedy)])
 
 
 def require_same_spread(folder: RunFolder) -> None:

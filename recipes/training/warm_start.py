@@ -22,6 +22,7 @@ from recipes.config.schema import WarmStartConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.load import load
+from recipes.models.manifest import seal
 from recipes.models.precision import Precision
 from recipes.processes import by_main, is_main
 from recipes.tracking.files import naming_what_failed
@@ -176,6 +177,7 @@ def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
     with naming_what_failed(place):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        seal(place)
     # An adapter remembers its base by this name.
     model.name_or_path = model.config._name_or_path = str(place.resolve())
 

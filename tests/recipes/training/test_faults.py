@@ -165,6 +165,35 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     assert merge(moved / "tiny")["logits_error"] < 1e-4
 
 
+def other_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapters", "reference"])
+def test_a_run_is_not_resumed_upon_another_warm_start(tmp_path, capsys, lora):
+    """Without its config.json the adapters went on with a model drawn at random, and ended well."""
+    more = ["run.save_every=1", "lora.r=2" if lora else "grpo.beta=0.1"]
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1", *more)) == 0
+    start, whole = tmp_path / "tiny" / "warm_start", tmp_path / "whole"
+    shutil.copytree(start, whole)
+    faults = {
+        "config.json is missing": lambda: (start / "config.json").unlink(),
+        "model.safetensors is not what was written": lambda: other_bit(start / "model.safetensors"),
+        "manifest.json is missing": lambda: shutil.rmtree(start),
+    }
+    for found, damage in faults.items():
+        damage()
+        capsys.readouterr()
+        assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"run.warm_start: of {start}, {found}")
+        assert line.endswith("; put the file back, or leave --resume out to begin another run")
+        shutil.copytree(whole, start, dirs_exist_ok=True)
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 0
+
+
 # Files
 
 
