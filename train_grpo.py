@@ -287,7 +287,7 @@ def optimise(session: Session) -> Trained:
             if checkpoint is None:
                 tracker.evaluated(0, evaluate())
                 trainer.train()
-            elif is_trained(config, folder):
+            elif is_trained(trainer, folder):
                 restore(trainer, checkpoint)
                 tracker.drop_after(trainer.state.global_step)
             else:

@@ -172,13 +172,19 @@ def is_finished(config: RunConfig, folder: RunFolder) -> bool:
     return _is_last(config, record["step"]) and there
 
 
-def is_trained(config: RunConfig, folder: RunFolder) -> bool:
+def is_trained(trainer: Any, folder: RunFolder) -> bool:
     """Whether the last checkpoint is after the last step, so that only what follows the training is missing."""
-    return _is_last(config, folder.step)
+    return 0 < steps_of(trainer) <= folder.step
+
+
+def steps_of(trainer: Any) -> int:
+    """All steps of the run, also where epochs decide."""
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(steps)
 
 
 def _is_last(config: RunConfig, step: int) -> bool:
-    """Whether no step comes after this one. Where epochs decide in place of max_steps, the trainer itself sees it."""
+    """Whether no step comes after this one. Where epochs decide in place of max_steps, only the trainer knows."""
     return 0 < config.grpo["max_steps"] <= step
 
 
@@ -201,7 +207,7 @@ def restore(trainer: Any, checkpoint: Path) -> None:
     """The checkpoint's weights and state, as after its last step: `trainer.train` would take one more."""
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
-    trainer.state.max_steps = trainer.args.max_steps
+    trainer.state.max_steps = steps_of(trainer)
 
 
 def _differences(

@@ -210,6 +210,21 @@ def test_a_cut_metrics_file_is_noticed_on_resume(saved_run, capsys):
     assert [line["step"] for line in LinesFile(metrics).read() if "step" in line] == [0, 1, 3]
 
 
+def test_a_checkpoint_beyond_a_limit_of_size_names_its_file(tmp_path):
+    """Much of the disk is free, as under a quota: torch.save says nothing but that its position is unexpected."""
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"""
+    run = start(command(tmp_path, "run.save_every=1"), limit)
+    _, said = run.communicate(timeout=120)
+    assert run.wait() == 1
+    assert "Traceback" not in said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'tiny'}/")
+    assert " could not be written, " in line
+
+
 def test_a_line_that_could_not_be_written_names_its_file_and_leaves_the_others(tmp_path):
     full = LinesFile(tmp_path / "full.jsonl")
     full.path.symlink_to("/dev/full")
