@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memhead.shortage import is_out_of_memory
 from recipes.config.schema import WarmStartConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
@@ -205,8 +206,8 @@ class _Gradient:
         while True:
             try:
                 return self._in_parts(batch, part)
-            except torch.OutOfMemoryError:
-                if part == 1:
+            except (RuntimeError, MemoryError) as error:
+                if part == 1 or not is_out_of_memory(error):
                     raise
             self._model.zero_grad()  # outside the handler, which would keep the failed pass's tensors alive
             torch.cuda.empty_cache()
