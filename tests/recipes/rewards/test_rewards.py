@@ -35,6 +35,7 @@ from recipes.rewards.contract import (
     too_many,
 )
 from recipes.rewards.signs import Signs
+from recipes.rewards.stuck import watched
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
 from recipes.rewards.verdicts import judge_all
 from recipes.tasks.gsm8k import Gsm8k
@@ -196,7 +197,7 @@ def test_the_limit_holds_where_no_thread_can_be_started():
             threading.Thread(target=print).start()
         with pytest.raises(TimeLimitReached), time_limit(0.1):
             spin()
-        with time_limit(0.05):
+        with watched("the judge", 60.0), time_limit(0.05):
             pass
     finally:
         threading.stack_size(before)

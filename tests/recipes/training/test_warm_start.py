@@ -107,7 +107,9 @@ def on_a_card():
     raise torch.OutOfMemoryError
 
 
-@pytest.mark.parametrize("fails", [on_a_card, lambda: torch.empty(2**50)], ids=["card", "a real one on a CPU"])
+@pytest.mark.parametrize(
+    "fails", [on_a_card, lambda: torch.empty(2**50)], ids=["card", "a real one on a CPU"]
+)
 def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys, fails):
     model, tokenizer = loaded
     model.double()
