@@ -306,6 +306,9 @@ def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "grpo.sync_ref_model", "needs a reference model", True, "set grpo.beta above 0, or remove it"
         )
+    if grpo["dataloader_persistent_workers"] and not grpo["dataloader_num_workers"]:
+        remedy = "set grpo.dataloader_num_workers above 0, or remove it"
+        yield Problem("grpo.dataloader_persistent_workers", "there are no workers to keep", True, remedy)
     if loss == "luspo" and level != "sequence":
         remedy = "set grpo.importance_sampling_level: sequence"
         yield Problem("grpo.loss_type", "luspo works on whole sequences", loss, remedy)

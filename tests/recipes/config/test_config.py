@@ -357,6 +357,7 @@ MISTAKES = {
     "grpo.num_generations=6": "a generation batch of 8 cannot be cut into groups of 6",
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
+    "grpo.dataloader_persistent_workers=true": "there are no workers to keep (value true); set grpo.dataloader_num_",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
     "grpo.lr_scheduler_kwargs={a: 1}": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected keyword argument 'a'",
     "grpo.lr_scheduler_type=warmup_stable_decay": "does not fit: missing a required argument: 'num_decay_steps'",
