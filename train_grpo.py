@@ -211,6 +211,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         model_to_load,
         require_same,
         require_same_spread,
+        require_whole_warm_start,
         what_changed,
     )
     from recipes.training.rewards import prepare
@@ -226,6 +227,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
             print(f"{begun.path} is finished; a larger grpo.max_steps would go on.")
             return None
         require_same_spread(begun)
+        by_main(partial(require_whole_warm_start, config, begun))
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
@@ -285,7 +287,7 @@ def optimise(session: Session) -> Trained:
             if checkpoint is None:
                 tracker.evaluated(0, evaluate())
                 trainer.train()
-            elif is_trained(config, folder):
+            elif is_trained(trainer, folder):
                 restore(trainer, checkpoint)
                 tracker.drop_after(trainer.state.global_step)
             else:

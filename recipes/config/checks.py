@@ -43,6 +43,9 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         remedy = "remove it, or set head.impl: memhead and another model.loader than unsloth"
         yield Problem("head.parallel", message, head.parallel, remedy)
     yield from _check_quantised(model, lora)
+    if lora is not None and grpo["sync_ref_model"]:
+        message = "the reference of adapters is the model without them, which stays as it is"
+        yield Problem("grpo.sync_ref_model", message, True, "set it to false, or set lora: null")
     if lora is not None and isinstance(lora.target_modules, list) and "lm_head" in lora.target_modules:
         remedy = "remove 'lm_head' from it: TRL does not train an adapter there"
         yield Problem("lora.target_modules", "adapts the head", lora.target_modules, remedy)

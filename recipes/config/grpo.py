@@ -128,6 +128,7 @@ REFUSED: dict[str, str] = {  # name -> why, and what to do
     "trust_remote_code": "a model's own code is never run here; use a model that transformers knows",
     "hub_token": "a token does not belong in a file that is kept with the run; log in with `hf auth login`",
     "auto_find_batch_size": "halving the batch would break the groups; lower per_device_train_batch_size",
+    "save_only_model": "a checkpoint without its optimizer is never resumed from; remove it, the model is in final/",
     "use_liger_kernel": "it patches the forward that head.impl replaces; set head.impl: memhead",
     "deepspeed": "accelerate's launcher asks for it: accelerate launch --config_file configs/accelerate/zero3.yaml …",
     "parallelism_config": "GRPO does not support context or sequence parallelism; remove it",
@@ -305,6 +306,9 @@ def _check_combinations(grpo: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "grpo.sync_ref_model", "needs a reference model", True, "set grpo.beta above 0, or remove it"
         )
+    if grpo["dataloader_persistent_workers"] and not grpo["dataloader_num_workers"]:
+        remedy = "set grpo.dataloader_num_workers above 0, or remove it"
+        yield Problem("grpo.dataloader_persistent_workers", "there are no workers to keep", True, remedy)
     if loss == "luspo" and level != "sequence":
         remedy = "set grpo.importance_sampling_level: sequence"
         yield Problem("grpo.loss_type", "luspo works on whole sequences", loss, remedy)

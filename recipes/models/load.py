@@ -90,7 +90,14 @@ def _from_scratch(
     else:
         tokenizer = character_tokenizer(task.characters)
     model = scratch_llama(shape, tokenizer, seed)
-    return model.to(_dtype(config) or torch.float32), tokenizer
+    set_dtype(model, _dtype(config) or torch.float32)
+    return model, tokenizer
+
+
+def set_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Of the weights, as from_pretrained: the rotary frequencies, a buffer, stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _from_pretrained(

@@ -1,15 +1,20 @@
-"""A checkpoint's manifest: every file with its size and sha256, written last. Nothing is resumed without it."""
+"""A manifest: every file of a checkpoint, or of a warm start, with its size and sha256, written last.
+
+Nothing is resumed without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+REFERENCE = "reference/model.safetensors"  # where grpo.sync_ref_model moves the reference model
 # What each part of a checkpoint is called, by the trainer alone or with DeepSpeed or FSDP.
 PARTS = {"optimizer": "optim", "scheduler": "scheduler", "random state": "rng_state", "trainer state": STATE}
 
@@ -32,8 +37,11 @@ def condemn(place: Path, reason: str) -> None:
     os.replace(partial, place / MANIFEST)
 
 
-def damage(place: Path) -> str:
-    """Why a checkpoint cannot be resumed from, naming the file; "" if it can. Reads the whole of it."""
+def damage(place: Path, parts: Mapping[str, str] = PARTS) -> str:
+    """Why a folder cannot be resumed from, naming the file; "" if it can. Reads the whole of it.
+
+    parts: what it must have beside the weights, by a word in a file's name.
+    """
     if not (place / MANIFEST).is_file():
         return f"{MANIFEST} is missing: it was not written to its end"
     try:
@@ -45,7 +53,7 @@ def damage(place: Path) -> str:
         return f"{MANIFEST} cannot be read"
     if "condemned" in manifest:
         return str(manifest["condemned"])
-    for part, word in PARTS.items():
+    for part, word in parts.items():
         if not any(word in name for name in files):
             return f"it was written without its {part}"
     for name, (size, digest) in files.items():

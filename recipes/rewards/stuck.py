@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from recipes.rewards.outside import seen_from_outside
 
@@ -44,7 +44,8 @@ def watched(whose: str, seconds: float, keep: Callable[[], str] = nothing_to_kee
             relieve()
             _end(whose, seconds, keep)
 
-        threading.Thread(target=_watch, args=(back, seconds, late), daemon=True).start()
+        with suppress(RuntimeError):  # no memory for its stack: the process beside is left, a little later
+            threading.Thread(target=_watch, args=(back, seconds, late), daemon=True).start()
         try:
             yield
         finally:

@@ -59,7 +59,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     outer = signal.setitimer(signal.ITIMER_REAL, seconds + _LATER, _AGAIN)
     timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, _SIGNAL))
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # no memory for its stack: the alarm is left, a little later
+        timer.start()
     try:
         try:
             yield
@@ -70,7 +71,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         sys.settrace(tracing)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         timer.cancel()
-        timer.join()
+        if timer.ident is not None:
+            timer.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
         if outer[0]:  # an alarm that was set before goes on

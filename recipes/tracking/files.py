@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 _NEXT_TO_NOTHING = 2**20  # bytes: with less, whatever failed in writing failed by that
+# What safetensors and torch.save say of a failed write, without its number: under a quota much may be free.
+_OF_WRITING = ("I/O", "inline_container", "PytorchStreamWriter", "iostream error")
 
 
 class LinesFile:
@@ -147,7 +149,8 @@ def naming_what_failed(place: Path) -> Iterator[None]:
         raise
     except Exception as error:  # SafetensorError, RuntimeError of torch.save, OSError
         free = shutil.disk_usage(next(path for path in place.absolute().parents if path.exists())).free
-        if not isinstance(error, OSError) and free > _NEXT_TO_NOTHING and "I/O" not in str(error):
+        of_writing = isinstance(error, OSError) or any(words in str(error) for words in _OF_WRITING)
+        if not of_writing and free > _NEXT_TO_NOTHING:
             raise
         remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, _MAKE_ROOM)
         raise CannotWrite(

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from recipes.models.finite import first_not_finite
-from recipes.models.manifest import condemn, seal
+from recipes.models.manifest import REFERENCE, condemn, seal
 from recipes.problems import ConfigError
-from recipes.processes import first, is_first_with
+from recipes.processes import first, is_first_with, spread
 from recipes.tracking.files import naming_what_failed, write_whole
 from recipes.training.resume import apply_settings
 from recipes.training.uploads import Uploads
@@ -56,6 +57,7 @@ class WholeCheckpoints(_Trainer):
         self.card: Callable[[], str] | None = (
             None  # the run's model card, for each checkpoint and for the hub
         )
+        self._reference_moved = self.args.sync_ref_model
         self.add_callback(_AtTheBorder(self))
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -80,6 +82,7 @@ class WholeCheckpoints(_Trainer):
         with naming_what_failed(place / name):
             with self._written_aside(place / ASIDE):
                 super()._save_checkpoint(model, trial)
+                self._save_reference(place / ASIDE / name / REFERENCE)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.write_card(place / ASIDE / name)
@@ -87,6 +90,19 @@ class WholeCheckpoints(_Trainer):
                 self.upload(place / name)
                 rotate_checkpoints(str(place), self.args.save_total_limit, use_mtime=True)
             self.accelerator.wait_for_everyone()
+
+    def _save_reference(self, file: Path) -> None:
+        """Where it moves, it is neither the model that the run began with nor the one that is trained."""
+        if self._reference_moved and self.args.should_save and not spread():
+            file.parent.mkdir()
+            save_model(self.accelerator.unwrap_model(self.ref_model), str(file))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / REFERENCE
+        if self.ref_model is not None and file.is_file():
+            load_model(self.accelerator.unwrap_model(self.ref_model), str(file))
+            self._reference_moved = True  # also where this session leaves it where it is
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours in the place of TRL's, which knows neither the run's data nor its figures; this one goes to the hub."""

@@ -30,9 +30,23 @@ _ATTENTION = {  # attn_implementation -> (its package, how to get it)
     "flash_attention_3": ("flash_attn_3", "build flash_attn_3 from its repository"),
 }
 _OPTIMIZERS_OF_BITSANDBYTES = ("8bit", "paged")  # parts of transformers' names for them
+_OPTIMIZERS = {  # how transformers' names for others begin -> the package, and what pip installs it by
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "galore": ("galore_torch", "git+https://github.com/jiaweizzhao/GaLore"),
+    "apollo": ("apollo_torch", "git+https://github.com/zhuhanqing/APOLLO"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+}
 OLDEST_VLLM = "0.21.0"  # that TRL 1.15 supports
 BITSANDBYTES_LEFT_VLLM = "0.28.0"  # from here on it is vllm-bnb-plugin that reads 4-bit weights
-_LOOKED_FOR = ("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3")
+_LOOKED_FOR = (
+    *("unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3"),
+    *(package for package, _ in _OPTIMIZERS.values()),
+)
 
 
 @dataclass(frozen=True)
@@ -236,6 +250,13 @@ def _older(version: str | None, than: str) -> bool:
 
 def _optimizer(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     name = config.grpo["optim"]
+    others = next((of for begins, of in _OPTIMIZERS.items() if name.startswith(begins)), None)
+    if others is not None:
+        package, installed = others
+        if package not in machine.packages:
+            remedy = f"pip install {installed}, or set it to adamw_torch_fused"
+            yield Problem("grpo.optim", f"{package} is not installed", name, remedy)
+        return
     if not any(part in name for part in _OPTIMIZERS_OF_BITSANDBYTES):
         return
     remedy = "or set it to adamw_torch_fused"

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import STATE
+from recipes.models.manifest import REFERENCE, STATE, damage
 from recipes.problems import ConfigError, Problem, join, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
@@ -64,8 +64,26 @@ def require_same(config: RunConfig, folder: RunFolder) -> None:
     if 0 < config.grpo["max_steps"] < folder.step:
         message = f"{config.grpo['max_steps']} is fewer than the {folder.step} steps that {folder.checkpoint} has taken"
         problems.append(Problem("grpo.max_steps", message, remedy="give as many at least"))
+    checkpoint = folder.checkpoint
+    if before["grpo"]["sync_ref_model"] and checkpoint and not (checkpoint / REFERENCE).is_file():
+        message = f"moved the reference model, and {checkpoint} is without it"
+        problems.append(
+            Problem("grpo.sync_ref_model", message, remedy="leave --resume out to begin another run")
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def require_whole_warm_start(config: RunConfig, folder: RunFolder) -> None:
+    """Raises ConfigError if what the warm start left is not what was written.
+
+    Adapters lie on it and a reference is loaded from it: with another model there the run would be another.
+    """
+    place = folder.path / WARM_START
+    needed = config.lora is not None or config.grpo["beta"] or place.exists()
+    if config.run.warm_start is not None and needed and (found := damage(place, parts={})):
+        remedy = "put the file back, or leave --resume out to begin another run"
+        raise ConfigError([Problem("run.warm_start", f"of {place}, {found}", remedy=remedy)])
 
 
 def require_same_spread(folder: RunFolder) -> None:
@@ -154,13 +172,19 @@ def is_finished(config: RunConfig, folder: RunFolder) -> bool:
     return _is_last(config, record["step"]) and there
 
 
-def is_trained(config: RunConfig, folder: RunFolder) -> bool:
+def is_trained(trainer: Any, folder: RunFolder) -> bool:
     """Whether the last checkpoint is after the last step, so that only what follows the training is missing."""
-    return _is_last(config, folder.step)
+    return 0 < steps_of(trainer) <= folder.step
+
+
+def steps_of(trainer: Any) -> int:
+    """All steps of the run, also where epochs decide."""
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(steps)
 
 
 def _is_last(config: RunConfig, step: int) -> bool:
-    """Whether no step comes after this one. Where epochs decide in place of max_steps, the trainer itself sees it."""
+    """Whether no step comes after this one. Where epochs decide in place of max_steps, only the trainer knows."""
     return 0 < config.grpo["max_steps"] <= step
 
 
@@ -183,7 +207,7 @@ def restore(trainer: Any, checkpoint: Path) -> None:
     """The checkpoint's weights and state, as after its last step: `trainer.train` would take one more."""
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
-    trainer.state.max_steps = trainer.args.max_steps
+    trainer.state.max_steps = steps_of(trainer)
 
 
 def _differences(

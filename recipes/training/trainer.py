@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from memhead.integrations.handle import Handle
@@ -10,6 +12,7 @@ from recipes.config.load import RunConfig
 from recipes.models.adapters import without_adapters
 from recipes.models.static_cache import sample_by_graphs
 from recipes.tracking.run_folder import RunFolder
+from recipes.training.resume import model_to_load
 from recipes.training.session import Session
 from recipes.training.sharding import keep_precision
 from recipes.training.step_choice import trainer_with_step
@@ -54,6 +57,33 @@ def count_calls(handle: Handle, folder: RunFolder) -> None:
     folder.write_json("head.json", {"impl": handle.impl, "calls": calls, "rows": rows})
 
 
+@contextmanager
+def reference_like_the_model(session: Session) -> Iterator[None]:
+    """Has TRL load the reference model as the trained one was: by the name alone it takes the main branch, in float32.
+
+    It says of these options that the model, which is loaded already, ignores them; that is meant so.
+    """
+    config, arguments, model = session.config, session.arguments, session.model
+    if not config.grpo["beta"] or config.lora is not None or config.model.loader == "unsloth":
+        yield
+        return
+    loaded = model_to_load(config, session.folder)
+    options = {"revision": loaded.revision, "attn_implementation": loaded.attn_implementation}
+    options = {name: value for name, value in options.items() if value is not None}
+    log, told = logging.getLogger("trl.trainer.grpo_trainer"), arguments.model_init_kwargs
+    log.addFilter(_ignores_no_options)
+    arguments.model_init_kwargs = {"dtype": model.dtype, **options}
+    try:
+        yield
+    finally:
+        arguments.model_init_kwargs = told
+        log.removeFilter(_ignores_no_options)
+
+
+def _ignores_no_options(record: logging.LogRecord) -> bool:
+    return "`model_init_kwargs` will be ignored" not in record.getMessage()
+
+
 def make_trainer(session: Session) -> Any:
     """The session's trainer; its GRPOConfig gets the rewards' weights.
 
@@ -72,7 +102,7 @@ def make_trainer(session: Session) -> Any:
         "peft_config": adapters,
         "max_bad_steps": config.run.max_bad_steps,
     }
-    with engine(config):
+    with engine(config), reference_like_the_model(session):
         trainer = trainer_with_step(session, given)
     keep_precision(trainer)
     say_where_it_fails(trainer)

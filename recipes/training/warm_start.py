@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memhead.shortage import is_out_of_memory
 from recipes.config.schema import WarmStartConfig
 from recipes.models.checkpoint import WARM_START
 from recipes.models.generation import NO_CHAT, by_transformers, rendered
 from recipes.models.load import load
+from recipes.models.manifest import seal
 from recipes.models.precision import Precision
 from recipes.processes import by_main, is_main
 from recipes.tracking.files import naming_what_failed
@@ -176,6 +178,7 @@ def _train_and_save(session: Session, settings: WarmStartConfig) -> None:
     with naming_what_failed(place):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
+        seal(place)
     # An adapter remembers its base by this name.
     model.name_or_path = model.config._name_or_path = str(place.resolve())
 
@@ -203,8 +206,8 @@ class _Gradient:
         while True:
             try:
                 return self._in_parts(batch, part)
-            except torch.OutOfMemoryError:
-                if part == 1:
+            except (RuntimeError, MemoryError) as error:
+                if part == 1 or not is_out_of_memory(error):
                     raise
             self._model.zero_grad()  # outside the handler, which would keep the failed pass's tensors alive
             torch.cuda.empty_cache()

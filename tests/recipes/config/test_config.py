@@ -351,11 +351,13 @@ MISTAKES = {
     "grpo.report_to=wandb": "set tracking.report_to",
     "grpo.run_name=x": "set run.name",
     "grpo.trust_remote_code=true": "grpo.trust_remote_code: is refused",
+    "grpo.save_only_model=true": "grpo.save_only_model: is refused (value true); a checkpoint without its optimizer",
     "grpo.auto_find_batch_size=true": "lower per_device_train_batch_size",
     # combinations
     "grpo.num_generations=6": "a generation batch of 8 cannot be cut into groups of 6",
     "grpo.generation_batch_size=12": "set generation_batch_size to 8 or 16",
     "grpo.sync_ref_model=true": "set grpo.beta above 0",
+    "grpo.dataloader_persistent_workers=true": "there are no workers to keep (value true); set grpo.dataloader_num_",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
     "grpo.lr_scheduler_kwargs={a: 1}": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected keyword argument 'a'",
     "grpo.lr_scheduler_type=warmup_stable_decay": "does not fit: missing a required argument: 'num_decay_steps'",
@@ -384,6 +386,11 @@ MISTAKES = {
 def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
     path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: gsm8k}\n")
     assert "gsm8k has no list of characters to make one of (value null); set it to bpe" in str(error_of(path))
+
+
+def test_the_reference_of_adapters_does_not_move(good):
+    error = error_of(good, "grpo.sync_ref_model=true", "grpo.beta=0.1", "lora.r=4", "run.warm_start.steps=1")
+    assert "grpo.sync_ref_model: the reference of adapters is the model without them" in str(error)
 
 
 def test_no_rewards_are_not_the_defaults(tmp_path):

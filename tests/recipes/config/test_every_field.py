@@ -48,6 +48,7 @@ ALONG: dict[str, dict[str, Any]] = {  # what TRL itself makes of a field beside 
 }
 TOGETHER: dict[str, list[str]] = {  # refused alone
     "sync_ref_model": ["grpo.beta=0.1"],
+    "dataloader_persistent_workers": ["grpo.dataloader_num_workers=2"],
     "dataloader_prefetch_factor": ["grpo.dataloader_num_workers=2"],
     "lr_scheduler_kwargs": ["grpo.lr_scheduler_type=polynomial"],
     "log_completions_hub_repo": ["tracking.print_completions=1"],

@@ -100,3 +100,17 @@ def test_saved_and_loaded_by_the_other_loader(tmp_path):
     assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
     assert its_tokenizer.padding_side == "left"
     assert its_tokenizer.decode(its_tokenizer("3*7+5").input_ids) == "3*7+5"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_new_model_in_16_bits_computes_what_its_saved_copy_does(tmp_path, dtype):
+    """The rotary frequencies are no weights: from_pretrained leaves them in float32, whatever the dtype."""
+    shape = ScratchConfig(hidden_size=64, layers=1, heads=2, intermediate_size=16)
+    config = ModelConfig(loader="scratch", scratch=shape, dtype=dtype)
+    model, tokenizer = models.load(config, TASK, seed=0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    ids = tokenizer(["3*7+5=26" * 60], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    assert model.lm_head.weight.dtype == again.lm_head.weight.dtype == getattr(torch, dtype)

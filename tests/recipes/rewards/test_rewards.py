@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +35,7 @@ from recipes.rewards.contract import (
     too_many,
 )
 from recipes.rewards.signs import Signs
+from recipes.rewards.stuck import watched
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
 from recipes.rewards.verdicts import judge_all
 from recipes.tasks.gsm8k import Gsm8k
@@ -185,6 +187,22 @@ def test_the_limit_ends_a_busy_loop_and_nothing_after_it():
     with time_limit(0.05):
         pass
     time.sleep(0.1)
+
+
+def test_the_limit_holds_where_no_thread_can_be_started():
+    """Memory is short: the error was the reward's, or a traceback, and the alarm stayed set."""
+    before = threading.stack_size(2**46)  # for which there is no memory
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threading.Thread(target=print).start()
+        with pytest.raises(TimeLimitReached), time_limit(0.1):
+            spin()
+        with watched("the judge", 60.0), time_limit(0.05):
+            pass
+    finally:
+        threading.stack_size(before)
+    time.sleep(0.6)
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == 0.0  # ours would repeat
 
 
 def test_a_failure_costs_its_completion_and_is_counted():

@@ -144,8 +144,9 @@ def _model(config: RunConfig, patch: Any, found: dict[str, Any]) -> None:
         made = load.scratch_config(shape, len(tokens)).to_dict()
         found.update({f"llama.{name}": value for name, value in made.items()})
         found["llama.seed"] = seed
-        return SimpleNamespace(to=lambda dtype: found.update({"llama.dtype": dtype}) or _Model())
+        return _Model()
 
+    patch.setattr(load, "set_dtype", lambda model, dtype: found.update({"llama.dtype": dtype}))
     patch.setattr(load, "scratch_llama", scratch)
     unsloth = SimpleNamespace(
         from_pretrained=_recorder(found, "unsloth", lambda: (_Model(), _Tokenizer())),
@@ -280,6 +281,7 @@ def _warm_start(session: Session, patch: Any, found: dict[str, Any]) -> None:
         inner.setattr(torch.optim, "AdamW", Watched)
         inner.setattr(warm_start, "evaluator", probing)
         inner.setattr(warm_start, "unusable_for", lambda _: None)
+        inner.setattr(warm_start, "seal", lambda place: None)  # nothing is saved
         limit = _recorder(found, "warm start.bad steps", lambda: SimpleNamespace(good=lambda step: None))
         inner.setattr(warm_start, "BadSteps", lambda most, remedy: limit(most))
         warm_start.begin_supervised(session, session.config.run.warm_start)

@@ -18,7 +18,7 @@ from test_finite import command
 from tiny import made_up_checkpoint
 
 import train_grpo
-from recipes.models.manifest import condemn, damage, seal
+from recipes.models.manifest import REFERENCE, condemn, damage, seal
 from recipes.tracking.files import CannotWrite
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.callbacks import BypassGuard
@@ -200,6 +200,33 @@ def test_a_checkpoint_in_a_generation_is_put_off_to_its_end(tmp_path, capsys):
     (tmp_path / "tiny" / "finished.json").unlink()
     assert train_grpo.main([*settings, "--resume"]) == 0
     assert all(torch.equal(wanted[key], value) for key, value in load_file(final).items())
+
+
+def test_a_reference_that_moves_is_kept_with_the_checkpoint(tmp_path, capsys):
+    """grpo.sync_ref_model: begun anew from the first model, it would be another reference without a word."""
+    sync = ["grpo.beta=0.5", "grpo.sync_ref_model=true", "grpo.ref_model_sync_steps=1"]
+    more = [
+        "grpo.learning_rate=0.01",
+        "run.warm_start.steps=2",
+        "run.warm_start.batch_size=8",
+        "run.save_every=1",
+    ]
+    settings = [*command(tmp_path, "grpo.max_steps=3", *more), *sync]
+    assert train_grpo.main(settings) == 0
+    folder = tmp_path / "tiny"
+    wanted = load_file(folder / "final" / "model.safetensors")
+    for place in ("final", "checkpoints/checkpoint-3"):
+        shutil.rmtree(folder / place)
+    (folder / "finished.json").unlink()
+    assert train_grpo.main([*settings, "--resume"]) == 0
+    ours = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(wanted[key], value) for key, value in ours.items())
+
+    (folder / "checkpoints" / "checkpoint-3" / REFERENCE).unlink()
+    seal(folder / "checkpoints" / "checkpoint-3")
+    settings[settings.index("grpo.max_steps=3")] = "grpo.max_steps=4"
+    assert train_grpo.main([*settings, "--resume"]) == 2
+    assert "grpo.sync_ref_model: moved the reference model, and " in capsys.readouterr().err
 
 
 def test_a_stop_inside_a_generation_waits_for_its_end(tmp_path, capsys, monkeypatch):

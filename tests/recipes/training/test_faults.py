@@ -165,6 +165,35 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     assert merge(moved / "tiny")["logits_error"] < 1e-4
 
 
+def other_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapters", "reference"])
+def test_a_run_is_not_resumed_upon_another_warm_start(tmp_path, capsys, lora):
+    """Without its config.json the adapters went on with a model drawn at random, and ended well."""
+    more = ["run.save_every=1", "lora.r=2" if lora else "grpo.beta=0.1"]
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1", *more)) == 0
+    start, whole = tmp_path / "tiny" / "warm_start", tmp_path / "whole"
+    shutil.copytree(start, whole)
+    faults = {
+        "config.json is missing": lambda: (start / "config.json").unlink(),
+        "model.safetensors is not what was written": lambda: other_bit(start / "model.safetensors"),
+        "manifest.json is missing": lambda: shutil.rmtree(start),
+    }
+    for found, damage in faults.items():
+        damage()
+        capsys.readouterr()
+        assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"run.warm_start: of {start}, {found}")
+        assert line.endswith("; put the file back, or leave --resume out to begin another run")
+        shutil.copytree(whole, start, dirs_exist_ok=True)
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 0
+
+
 # Files
 
 
@@ -179,6 +208,21 @@ def test_a_cut_metrics_file_is_noticed_on_resume(saved_run, capsys):
     assert f"{metrics} ends at step 1, the checkpoint at 2: the steps between are lost" in printed
     assert LinesFile(metrics).unreadable() == []
     assert [line["step"] for line in LinesFile(metrics).read() if "step" in line] == [0, 1, 3]
+
+
+def test_a_checkpoint_beyond_a_limit_of_size_names_its_file(tmp_path):
+    """Much of the disk is free, as under a quota: torch.save says nothing but that its position is unexpected."""
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"""
+    run = start(command(tmp_path, "run.save_every=1"), limit)
+    _, said = run.communicate(timeout=120)
+    assert run.wait() == 1
+    assert "Traceback" not in said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'tiny'}/")
+    assert " could not be written, " in line
 
 
 def test_a_line_that_could_not_be_written_names_its_file_and_leaves_the_others(tmp_path):

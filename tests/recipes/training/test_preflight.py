@@ -16,7 +16,10 @@ import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.training.preflight import Machine, _head, _older, check, explain, missing
 
-ALL = frozenset({"unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3"})
+OF_OPTIMIZERS = {"torchao", "optimi", "galore_torch"}
+ALL = frozenset(
+    {"unsloth", "vllm", "vllm_bnb_plugin", "bitsandbytes", "flash_attn", "flash_attn_3", *OF_OPTIMIZERS}
+)
 GPU = Machine(cuda=True, bfloat16=True, packages=ALL)
 T4 = Machine(cuda=True, bfloat16=False, packages=ALL)
 CPU = Machine(cuda=False, bfloat16=True, packages=ALL)
@@ -89,6 +92,14 @@ MISSING = [
     (CPU, ["grpo.optim=paged_adamw_8bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
     (CPU, ["grpo.optim=paged_adamw_32bit"], "grpo.optim: needs a GPU", "adamw_torch_fused"),
     (BARE, ["grpo.optim=adamw_8bit"], "grpo.optim: bitsandbytes is not installed", "requirements-cuda.lock"),
+    (BARE, ["grpo.optim=stable_adamw"], "grpo.optim: optimi is not installed", "pip install torch-optimi"),
+    (BARE, ["grpo.optim=adamw_torch_8bit"], "grpo.optim: torchao is not installed", "pip install torchao"),
+    (
+        BARE,
+        ["grpo.optim=galore_adamw_8bit_layerwise"],
+        "grpo.optim: galore_torch is not installed",
+        "/jiaweizzhao/GaLore",
+    ),
     (CPU, ["head.impl=trl"], "head.impl: TRL's needs a GPU", "set it to memhead or full"),
     (CPU, ["head.backend=triton"], "head.backend: needs a GPU", "set it to torch or null"),
     (T4, ["model.dtype=bfloat16"], "model.dtype: this GPU has no bfloat16", "set it to float16 or auto"),

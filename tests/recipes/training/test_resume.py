@@ -19,7 +19,6 @@ from recipes.training.callbacks import BypassGuard, Interruption, sigterm_as_ctr
 from recipes.training.resume import (
     apply_settings,
     is_finished,
-    is_trained,
     model_to_load,
     require_same,
     require_same_spread,
@@ -70,12 +69,11 @@ def of_steps(config, *counts):
     return (config.model_copy(update={"grpo": {**config.grpo, "max_steps": count}}) for count in counts)
 
 
-def test_a_run_is_trained_and_finished_after_its_last_step(begun):
+def test_a_run_is_finished_after_its_last_step(begun):
     """Where epochs decide, only the trainer knows which is the last."""
     configured, folder = begun
     configs = list(of_steps(configured(), -1, 0, 1, 2, 3))
     after_last = [False, False, True, True, False]
-    assert [is_trained(config, folder) for config in configs] == after_last
     folder.final.mkdir()
     (folder.path / "report.html").touch()
     assert not any(
@@ -227,10 +225,30 @@ def test_a_finished_run_whose_last_checkpoint_is_an_early_one_is_finished_too(be
 def test_a_run_that_was_to_be_longer_has_taken_every_step_of_a_shorter_one(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 9}')
     read = []
-    trainer = SimpleNamespace(_load_from_checkpoint=read.append, args=SimpleNamespace(max_steps=2))
+    trainer = SimpleNamespace(
+        _load_from_checkpoint=read.append,
+        args=None,
+        get_train_dataloader=lambda: None,
+        set_initial_training_values=lambda arguments, data: (1, 2, 2),
+    )
     restore(trainer, tmp_path)
     assert read == [str(tmp_path)]
     assert (trainer.state.global_step, trainer.state.max_steps) == (2, 2)
+
+
+def test_a_run_of_epochs_that_is_at_its_end_takes_no_step_more(tmp_path):
+    changed = ("grpo.max_steps", "run.evaluation.every", "run.warm_start.")
+    shape = [setting for setting in TINY if not setting.startswith(changed)]
+    epochs = ["grpo.max_steps=-1", "grpo.num_train_epochs=0.0004", "run.save_every=1", "run.warm_start=null"]
+    command = ["--config", CONFIG, *shape, *epochs, f"run.output_root={tmp_path}"]
+    assert train_grpo.main(command) == 0
+    folder = RunFolder(tmp_path / "tiny")
+    steps, weights = folder.step, (folder.final / "model.safetensors").read_bytes()
+    assert steps > 0
+    assert train_grpo.main([*command, "--resume"]) == 0
+    assert folder.step == steps
+    assert (folder.final / "model.safetensors").read_bytes() == weights
+    assert folder.read_json("finished.json") == {"step": steps}
 
 
 def test_a_stop_in_the_last_step_leaves_the_evaluation_to_resume(tmp_path, capsys, monkeypatch):

@@ -112,3 +112,24 @@ def test_weights_that_are_trained_are_float32_unless_asked_otherwise(path, tmp_p
         chosen = load_config(path, [*settings, "run.warm_start=null", *more])
         dtypes[name] = load(chosen.model, chosen.make_task(), 0, lora=chosen.lora)[0].dtype
     assert dtypes == {"full": torch.float32, "lora": torch.bfloat16, "asked": torch.bfloat16}
+
+
+def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_path, monkeypatch, capsys):
+    """TRL loads it by the model's name alone: from a hub of two revisions it took main, in float32."""
+    config, hub = load_config(path), tmp_path / "hub"
+    task, place = config.make_task(), hub / "models--some--model"
+    for number, name in enumerate(("main", "v2")):
+        commit = str(number) * 40
+        for made in load(config.model, task, number):
+            made.save_pretrained(place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named = ["model.loader=transformers", "model.scratch=null", "model.name=some/model", "model.revision=v2"]
+    more = ["model.dtype=bfloat16", "run.warm_start=null", "grpo.beta=0.1", f"run.output_root={tmp_path}"]
+    assert train_grpo.main(["--config", str(path), *named, *more]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] == 0.0  # before the first update, to the bit
+    said = capsys.readouterr()
+    assert "will be ignored" not in said.out + said.err

@@ -103,7 +103,14 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys):
+def on_a_card():
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(
+    "fails", [on_a_card, lambda: torch.empty(2**50)], ids=["card", "a real one on a CPU"]
+)
+def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys, fails):
     model, tokenizer = loaded
     model.double()
     batch = collate(tokenizer, [*EXAMPLES, ("1>", "1"), ("22>", "2+2")])  # rows of unequal length
@@ -116,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys)
 
     def cramped(**rows):
         if len(rows["input_ids"]) > 2:
-            raise torch.OutOfMemoryError
+            fails()
         return forward(**rows)
 
     model.forward = cramped
