@@ -174,12 +174,11 @@ class PackedForward(_Trainer):
             model, batch.input_ids, batch.attention_mask, batch.completion_width
         )[0]
 
-    def give_up_packing(self) -> None:
-        """Go on as TRL's trainer: the same object, its attention as it was."""
+    def give_up_packing(self, otherwise: type) -> None:
+        """Go on as a trainer of that class, this one's without packing: the same object, its attention as it was."""
         for model in self._causal_models():
             packed_attention.leave_varlen(model)
-        order = type(self).__mro__
-        self.__class__ = order[order.index(PackedForward) + 1]
+        self.__class__ = otherwise
 
     def _causal_model(self, model: Any) -> Any:
         """The causal language model inside its wrappers."""

@@ -66,7 +66,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
             _compile_no_more(session, trainer, reason)
             reason = None
     if reason is not None:
-        trainer.give_up_packing()
+        trainer.give_up_packing(guarded(trainer_class))
         if "impl" in config.step.model_fields_set:
             raise ConfigError([Problem("step.impl", reason, "packed", "set it to trl")])
         trainer = _with_right_layers(session, trainer)

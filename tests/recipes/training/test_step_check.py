@@ -123,6 +123,6 @@ def test_one_that_gives_up_is_trls(trainer, tmp_path):
     made = trainer_of(type(trainer), trainer.model, tmp_path, trainer.processing_class)
     packed_attention.use_varlen(made.model)
     assert made.model.config._attn_implementation == "packed_sdpa"
-    made.give_up_packing()
+    made.give_up_packing(GRPOTrainer)
     assert type(made) is GRPOTrainer
     assert made.model.config._attn_implementation == "sdpa"

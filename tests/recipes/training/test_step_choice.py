@@ -15,6 +15,7 @@ import train_grpo
 from recipes.config.load import RunConfig, load_config
 from recipes.models import load
 from recipes.models.compiled import compile_layers
+from recipes.models.manifest import damage
 from recipes.plan.plan import GIB, plan
 from recipes.tracking.run_folder import RunFolder
 from recipes.training import preflight, step_check, step_choice
@@ -85,7 +86,8 @@ def does_not_run(monkeypatch):
 @pytest.mark.parametrize("fault", [disagrees, does_not_run])
 def test_a_step_that_fails_its_check_is_trls(tmp_path, capsys, monkeypatch, fault):
     reason = fault(monkeypatch)
-    assert run(tmp_path) == 0
+    assert run(tmp_path, "run.save_every=1") == 0
+    assert damage(tmp_path / "tiny" / "checkpoints" / "checkpoint-1") == ""  # it stays guarded
     line = f"step.impl: packed would not be exact, so TRL's step is used: {reason}"
     assert line in capsys.readouterr().out
     step, check, tokens = kept(tmp_path)
