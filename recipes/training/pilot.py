@@ -44,9 +44,7 @@ class Pilot:
     ended: list[bool]
     prompt_tokens: float  # mean
     longest: int  # tokens that a completion may have
-    max_seq_length: int | None = (
-        None  # tokens that a prompt and its completion may have together, where that is set
-    )
+    max_seq_length: int | None = None  # those of a prompt and its completion together, where that is set
 
     def without_gradient(self, size: int) -> float:
         """The expected share of groups of that size whose rewards are all equal."""
