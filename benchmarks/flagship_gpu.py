@@ -36,7 +36,7 @@ def coin(completions: list[Any], **_: Any) -> list[float]:
     return [float(zlib.crc32(text_of(completion).encode()) % 2) for completion in completions]
 
 
-def make_model(place: Path, toy: bool) -> None:
+def make_model(place: Path, toy: bool, name: str = "llama-8b") -> None:
     """Random weights in bfloat16, a tokenizer with as many entries as the model has, questions in GSM8K's form."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def make_model(place: Path, toy: bool) -> None:
     ]
     lines = (json.dumps(row) + "\n" for row in rows)
     (place / "data.jsonl").write_text("".join(lines), encoding="utf-8")
-    shape = MODELS["toy" if toy else "llama-8b"] | ({"vocab_size": 600} if toy else {})
+    shape = MODELS["toy" if toy else name] | ({"vocab_size": 600} if toy else {})
     bpe_tokenizer([text for row in rows for text in row.values()], 600).save_pretrained(place)
     fill(place / "tokenizer.json", shape["vocab_size"])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

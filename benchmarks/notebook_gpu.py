@@ -1,11 +1,12 @@
 """The notebook's cells, one after another in one IPython shell, as a user runs them: seconds of each.
 
     python -m benchmarks.notebook_gpu --output DIR                    # on a GPU with Unsloth and vLLM
+    python -m benchmarks.notebook_gpu --output DIR --shape llama-1b   # sooner
     python -m benchmarks.notebook_gpu --output DIR --smoke --cells 3  # the first three, on a CPU
 
-Without a network: random weights of the Llama-3.1-8B architecture in place of the model, questions in GSM8K's form in
-place of the data, and nothing is installed. Two steps, completions of 256 tokens, the merge on. Needs IPython.
-Written after each cell: notebook.json. Status 1 if a cell failed; those after it are not run.
+Without a network: random weights of the Llama-3.1-8B architecture in place of the model, or of a smaller one; questions
+in GSM8K's form in place of the data; nothing is installed. Two steps, completions of 256 tokens, the merge on. Needs
+IPython. Written after each cell: notebook.json. Status 1 if a cell failed; those after it are not run.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shape", choices=["llama-1b", "llama-8b"], default="llama-8b")
     parser.add_argument("--cells", type=int, help="so many from the top, all without")
     parser.add_argument("--smoke", action="store_true", help="the notebook's own setting for a CPU")
     options = parser.parse_args(argv)
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         place, data = root / "model", root / "model" / "data.jsonl"
         if not place.is_dir():
-            make_model(place, toy=False)
+            make_model(place, toy=False, name=options.shape)
         settings |= {"model": str(place), "steps": 2, "completion_length": 256, "merge": True}
     root.mkdir(parents=True, exist_ok=True)
     return int(not run(cells(settings, data)[: options.cells], root / "notebook.json"))
