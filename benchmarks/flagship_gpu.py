@@ -55,6 +55,9 @@ def make_model(place: Path, toy: bool, name: str = "llama-8b") -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     model.save_pretrained(place)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the commands have the card to themselves
 
 
 def fill(path: Path, size: int) -> None:

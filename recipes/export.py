@@ -163,7 +163,7 @@ def _merged(model: Any) -> Any:
 def _digest(weight: torch.Tensor) -> bytes:
     """Of the bits: a copy of every adapted weight would be most of a second model."""
     bits = weight.contiguous().flatten().view(torch.uint8).cpu()
-    return hashlib.sha256(bits.numpy()).digest()
+    return hashlib.sha256(bits.numpy().data).digest()
 
 
 def _wanted(final: Path, base: str | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ OPTIMIZER_STATES = {  # bytes per trained element; the rest as AdamW, two states
 }
 # Layer inputs that stay on the card where Unsloth moves them to host memory: the current layer's, and two in transit.
 OFFLOADED_INPUTS = 3
+ENGINE = 128 * 2**20  # of Unsloth's vLLM while it sleeps, whatever the model
 TEMPORARIES = {"adamw_torch": 1}  # copies of the parameters during the step: without the fused kernel, one
 
 
@@ -133,9 +134,18 @@ def optimizer_bytes(parameters: int, size: int, optim: str) -> tuple[int, int]:
 
 
 def merge_bytes(shape: ModelShape, trained: Trained, size: int) -> int:
-    """Main memory of recipes.export's merge, weights of `size` bytes: the base, the merged model read again to be
-    compared, a copy of the weights that change, and the adapter."""
-    return (2 * shape.parameters + trained.adapted + trained.whole) * size + trained.adapters * 4
+    """Main memory of recipes.export's merge, weights of `size` bytes: the file's pages, its model in float32, and the
+    adapter. As measured: docs/memory.md."""
+    return shape.parameters * (size + 4) + trained.adapters * 4
+
+
+def asleep_bytes(shape: ModelShape, quantised: str) -> int:
+    """What Unsloth's vLLM keeps while it sleeps, graphs and buffers; in 4 bits also the widest product's weights in 16.
+
+    Fitted to what four configurations of two sizes kept: docs/memory.md.
+    """
+    intermediate = shape.layer.intermediate if shape.layer and quantised else 0
+    return ENGINE + 3 * 2**10 * shape.layers * shape.hidden + 4 * shape.hidden * intermediate
 
 
 def kv_cache_bytes(shape: ModelShape, sequences: int, length: int, e: int) -> int:

@@ -171,10 +171,23 @@ class Plan:
             f"{s.sampled} sampled at a time",
             f"chunk: {self.chunk.rows} rows × {self.chunk.columns} vocabulary entries = {tile:.1f} MiB of logits in "
             f"place of {rows} × {s.shape.vocab} = {rows * s.shape.vocab * 4 / MIB:.1f} MiB: {why}",
+            *self._smaller_bins(),
             *self._verdict(),
             *self.storage.lines(),
         ]
         return found + [f"note: {note}" for note in self.notes]
+
+    def _smaller_bins(self) -> list[str]:
+        """How to stay within the memory of TRL's step, where bins of the size that is fastest do not."""
+        s = self.setting
+        if s.bin_tokens is None or not s.varlen or not s.complete:
+            return []
+        within = tokens_as_trl(s)
+        if not s.packed <= within < s.bin_tokens:
+            return []
+        return [
+            f"step.token_budget={within} would take no more memory than TRL's own step; larger bins are faster"
+        ]
 
     def _verdict(self) -> list[str]:
         peak = f"peak {'' if self.setting.complete else 'at least '}{self.peak / GIB:.2f} GiB"
@@ -256,6 +269,7 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
         "adapter and saved modules": gradients if s.lora_rank else 0,
         "gradients": gradients,
         "optimizer": states,
+        "sleeping vLLM": memory.asleep_bytes(shape, precision.quantised) if s.asleep else 0,
         "KV cache and sampling": kv,
         "weights cast by autocast": copies,
         "activations": activations[s.checkpointing],
@@ -266,9 +280,8 @@ def measure(s: Setting, batch: memory.Batch | None = None) -> Memory:
     if shape.layer is not None:
         way = "without" if s.checkpointing else "with"
         instead[f"activations {way} checkpointing"] = activations[not s.checkpointing]
-    resting = sum(
-        parts[part] for part in ("parameters", "reference model", "adapter and saved modules", "optimizer")
-    )
+    at_rest = ("parameters", "reference model", "adapter and saved modules", "optimizer", "sleeping vLLM")
+    resting = sum(parts[part] for part in at_rest)
     inference = memory.inference_bytes(shape, precision, batch.tokens)
     if s.offloaded:
         inference = activations[True]  # as measured: Unsloth's scoring takes what its forward pass takes
@@ -369,9 +382,22 @@ def plan_token_budget(s: Setting, device_bytes: int) -> int:
 
 def tokens_as_padded(s: Setting) -> int:
     """The largest bin with which a step takes no more than with TRL's padded micro-batches."""
-    padded = measure(s, memory.Batch.padded(s.sequences, s.prompt, s.completion, mask=False)).step
+    return _tokens_within(s, _padded_step(s))
+
+
+def tokens_as_trl(s: Setting) -> int:
+    """The same, beside TRL's step as it comes, whose layers are not compiled."""
+    return _tokens_within(s, _padded_step(replace(s, compiled=False)))
+
+
+def _padded_step(s: Setting) -> int:
+    return measure(s, memory.Batch.padded(s.sequences, s.prompt, s.completion, mask=False)).step
+
+
+def _tokens_within(s: Setting, size: int) -> int:
+    """The largest bin whose step takes at most `size` bytes."""
     return _largest(
-        2 * s.slots, lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).step <= padded
+        2 * s.slots, lambda tokens: measure(s, s.group.most(tokens, varlen=s.varlen)).step <= size
     )
 
 

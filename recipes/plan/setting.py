@@ -35,6 +35,7 @@ class Setting:
     kept_cache: bool = False  # the static cache of sampling, which stays between rollouts
     # One that grows, under autocast: rotated keys of float32 weights stay float32, and it keeps values in their dtype.
     wide_cache: bool = False
+    asleep: bool = False  # Unsloth's vLLM, while the model trains
     compiled: bool = False  # the layers, by torch.compile
     bin_tokens: int | None = None  # of the packed step's bins; None: padded batches
 
@@ -126,6 +127,7 @@ class Setting:
             head=config.head.impl,
             chunk_rows=config.head.chunk,
             device_type="cuda" if cuda else "cpu",
+            asleep=bool(model.fast_inference and model.vllm_standby),
             compiled=config.compiles_layers(cuda=cuda),
             kept_cache=generates and static,
             wide_cache=generates and not static and not narrow,

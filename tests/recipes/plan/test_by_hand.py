@@ -93,9 +93,16 @@ def test_states_of_an_optimizer(optim, states, temporaries):
 
 
 def test_a_merge():
-    """The base twice, the 400 weights under adapters and the 20 trained whole once more, 30 numbers of adapters."""
+    """Two bytes and four for each of 2,000 weights, four for 30 numbers of adapters."""
     trained = Trained(adapters=30, whole=20, adapted=400, head=False)
-    assert memory.merge_bytes(SHAPE, trained, 2) == (2 * 2000 + 420) * 2 + 30 * 4
+    assert memory.merge_bytes(SHAPE, trained, 2) == 2000 * (2 + 4) + 30 * 4
+
+
+def test_what_a_sleeping_engine_keeps():
+    """128 MiB, 3 KiB for each of 6 hidden in 5 layers; of quantised weights 6 x 2 x 10 in 16 bits besides."""
+    assert memory.asleep_bytes(SHAPE, "") == 134_217_728 + 3072 * 30
+    assert memory.asleep_bytes(SHAPE, "4bit") == 134_217_728 + 3072 * 30 + 2 * 120
+    assert memory.asleep_bytes(replace(SHAPE, layer=None), "4bit") == memory.asleep_bytes(SHAPE, "")
 
 
 def test_what_sampling_keeps():
@@ -229,6 +236,13 @@ def test_compiled_layers_change_the_activations_alone():
     assert plain.parts | {"activations": plain.parts["activations"] - spared} == compiled.parts
 
 
+def test_a_sleeping_engine_is_there_in_every_phase():
+    alone, beside = measure(SETTING), measure(replace(SETTING, asleep=True))
+    kept = memory.asleep_bytes(SHAPE, "")
+    assert beside.parts == alone.parts | {"sleeping vLLM": kept}
+    assert beside.phases == {phase: size + kept for phase, size in alone.phases.items()}
+
+
 def test_parts_and_phases():
     found = measure(SETTING)
     one = 14 * (56 + 64 + 60 + 2 * 52 + 2 * 56) + 14 * 48 + 14 * 7 * 2
@@ -239,6 +253,7 @@ def test_parts_and_phases():
         "adapter and saved modules": 120,
         "gradients": 120,
         "optimizer": 240,
+        "sleeping vLLM": 0,
         "KV cache and sampling": 5040 + 7272,
         "weights cast by autocast": 1600,
         "activations": 5 * one + ends,
@@ -320,7 +335,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def test_what_is_kept_of_a_model_in_another_dtype_than_its_checkpoints():
-    """It comes in two bytes a weight and is trained and left in four; a merge reads it as it came."""
+    """It comes in two bytes a weight and is trained and left in four; a merge reads two."""
     s = replace(SETTING, shape=replace(SHAPE, dtype="bfloat16"))
     told = ["grpo.max_steps=1000", "run.save_every=300", "model.name=org/model"]
 
@@ -335,7 +350,7 @@ def test_what_is_kept_of_a_model_in_another_dtype_than_its_checkpoints():
         kept=4,
         final=120,
         warm_start=8000,
-        merge=(2 * 2000 + 800) * 2 + 120,
+        merge=2000 * (2 + 4) + 120,
         host=0,
     )
     assert found == expected
