@@ -163,7 +163,7 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return finish(session, trained, command)
     except KeyboardInterrupt:
         if session is None:
-            complain("\nStopped before training began; run the same command again.")
+            complain(f"\nStopped before training began{_or_lost()}; run the same command again.")
         elif pilot:
             complain("\nStopped.")
         else:
@@ -185,6 +185,13 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         if session is not None and not pilot:
             _report_so_far(session.folder)
         return 1
+
+
+def _or_lost() -> str:
+    """Of several processes one that dies has the launcher send the others the SIGTERM of somebody who stops the run."""
+    from recipes.processes import count
+
+    return "" if count() == 1 else ", by a signal or since another process of this run has ended"
 
 
 def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | None:

@@ -14,10 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from recipes.models.mode import in_evaluation_mode
 from recipes.models.precision import AS_WEIGHTS, Precision
 from recipes.models.static_cache import rows_by_graphs
+from recipes.processes import spread
 
 Prompt = Any  # text, or a list of chat messages
 NO_CHAT: Mapping[str, Any] = MappingProxyType({})
@@ -87,7 +89,7 @@ def by_trainer(trainer: Any) -> Generate:
     def generate(prompts: list[Prompt], sampling: Sampling) -> list[list[str]]:
         ids = token_ids(tokenizer, prompts, chat)
         if trainer.state.global_step != trainer._last_loaded_step:  # as the trainer does before it samples
-            engine.sync_weights()
+            _send_weights(engine)
             trainer._last_loaded_step = trainer.state.global_step
         repeated = [prompt for prompt in ids for _ in range(sampling.samples)]
         with _sampled_with(engine, sampling):
@@ -97,6 +99,22 @@ def by_trainer(trainer: Any) -> Generate:
         return _grouped(tokenizer.batch_decode(answers, skip_special_tokens=True), sampling.samples)
 
     return generate
+
+
+def _send_weights(engine: Any) -> None:
+    """To the server or the engine. TRL puts parts together from the start, but FSDP2 makes them when training begins.
+
+    The names are not kept, since those of the parts differ: of tied weights both, and not one alone.
+    """
+    if spread() != "FSDP" or any(isinstance(module, FSDPModule) for module in engine.model.modules()):
+        engine.sync_weights()
+        return
+    backend = engine._dist
+    version, backend.fsdp_version = backend.fsdp_version, None
+    try:
+        engine.sync_weights()
+    finally:
+        backend.fsdp_version, engine._weight_metadata = version, None
 
 
 @contextmanager

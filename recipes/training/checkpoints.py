@@ -135,11 +135,13 @@ class WholeCheckpoints(_Trainer):
             apply_settings(self.optimizer, self.lr_scheduler, self._settings)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"
-        if checkpoint is not None and not (Path(checkpoint) / name).is_file():
-            print(
-                f"{checkpoint} has no {name}, as after another number of processes: sampling goes on from the seed"
-            )
+        """The trainer's, where each process finds its own: after another number of them only some would."""
+        kept = (
+            self.args.world_size if checkpoint is None else len(list(Path(checkpoint).glob("rng_state*.pth")))
+        )
+        if kept != self.args.world_size:
+            self._say(f"{checkpoint} has random states of {kept} process(es): sampling goes on from the seed")
+            return
         super()._load_rng_state(checkpoint)
 
     @contextmanager

@@ -218,6 +218,9 @@ def test_a_run_goes_on_in_more_processes(tmp_path):
         process = torchrun(processes, "train_grpo.py", *arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
+    assert (
+        output.count("checkpoint-2 has random states of 2 process(es): sampling goes on from the seed") == 1
+    )
     folder = RunFolder(tmp_path / "tiny")
     assert [record["step"] for record in folder.metrics.read()] == [0, 1, 2, 3]
     assert len(folder.metrics.read()[-1]["memory_by_process"]) == 3
@@ -373,17 +376,26 @@ def test_a_second_ctrl_c_ends_a_process_without_the_others(tmp_path):
     assert (tmp_path / "tiny" / "report.html").is_file()
 
 
-def test_a_process_killed_in_the_warm_start_ends_the_others_in_a_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("which", "once"),
+    [
+        (0, "error: another process of this run has ended; run the same command again"),
+        (
+            1,
+            "Stopped before training began, by a signal or since another process of this run has ended; run the same",
+        ),
+    ],
+    ids=["the one that trains", "one that waits"],
+)
+def test_a_process_killed_in_the_warm_start_ends_the_others_in_a_sentence(tmp_path, which, once):
     process, _ = start_run(
         tmp_path, "run.warm_start.steps=100000", "run.warm_start.batch_size=8", "run.warm_start.check_every=2"
     )
     wait_for(process, "warm start  step 2")
-    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    os.kill(ranks_of(process)[which], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert output.count("error: another process of this run has ended; run the same command again") == 1, (
-        output
-    )
+    assert output.count(once) == 1, output
     assert "gloo" not in output
 
 

@@ -5,6 +5,7 @@ import shutil
 import fsdp_on_cpu
 import pytest
 import ready
+import vllm_on_ranks
 from launched import ROOT, launched, torchrun
 from safetensors.torch import load_file
 from test_quickstart import CONFIG
@@ -89,3 +90,17 @@ def test_parts_are_resumed_as_parts_and_whole_as_whole(roots, monkeypatch, capsy
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert train_grpo.main([*longer, f"run.output_root={whole}"]) == 2
     assert "optimizer whole in each process, and this session in parts by FSDP" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_gets_the_weights_before_they_are_parts_and_after(tmp_path):
+    """The evaluation before training is of the model in one piece, which TRL would put together."""
+    given = ("run.warm_start.", "grpo.per_device", "task.rewards.")
+    kept = [key for key in RUN if not str(key).startswith(given)]
+    small = ["run.warm_start=null", "grpo.per_device_train_batch_size=4", f"run.output_root={tmp_path}"]
+    on_server = ["grpo.num_generations=4", "grpo.use_vllm=true", "grpo.vllm_mode=server", "step.ahead=true"]
+    ended(launched(*FSDP2[:-1], vllm_on_ranks.__file__, tmp_path, *kept, *small, *on_server))
+    records = RunFolder(tmp_path / "tiny").metrics.read()
+    assert [record["accuracy_problems"] for record in records] == [15, 15, 15]
+    gap = [record["trl"]["sampling/sampling_logp_difference/max"] for record in records[1:]]
+    assert gap[0] < 1e-4  # the first rollout is by the weights of the evaluation before
