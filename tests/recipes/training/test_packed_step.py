@@ -304,13 +304,15 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)]
+    ("mode", "accumulation", "windows", "budget"),
+    [("token_mask", 4, 1, None), ("token_mask", 4, 1, 1), ("sequence_truncate", 3, 2, None)],
 )
 def test_every_generation_of_a_window_has_its_own_figures_of_another_engine(
-    pairs, mode, accumulation, windows
+    pairs, mode, accumulation, windows, budget
 ):
     """A window's are the mean of its generations': TRL's largest difference is a mean of largest ones."""
     pair = pairs("llama")
+    pair.packed._token_budget = budget  # one token: every micro-batch is a bin
     pair.set(
         use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,
