@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache, reduce
 from operator import or_
@@ -325,6 +327,9 @@ def _check_arguments(grpo: Mapping[str, Any]) -> Iterator[Problem]:
     kind, given = SchedulerType(grpo["lr_scheduler_type"]), grpo["lr_scheduler_kwargs"] or {}
     signature = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind])
     trainers = {"num_warmup_steps", "num_training_steps"} & signature.parameters.keys()
+    if isinstance(given, str):
+        with suppress(ValueError):  # transformers says it itself
+            given = json.loads(given)
     if isinstance(given, dict):
         try:
             signature.bind(None, **dict.fromkeys(trainers, 0), **given)

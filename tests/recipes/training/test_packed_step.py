@@ -158,8 +158,8 @@ def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts
 
 
 ARCHITECTURES = (
-    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "phi3-window", "olmo2",
-    "granite", "smollm3", "smollm3-window", "cohere",
+    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3",
+    "phi3-window", "olmo2", "granite", "smollm3", "smollm3-window", "cohere",
 )  # fmt: skip
 
 

@@ -124,6 +124,9 @@ def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_pa
             made.save_pretrained(place / "snapshots" / commit)
         (place / "refs").mkdir(exist_ok=True)
         (place / "refs" / name).write_text(commit)
+    main = place / "snapshots" / ("0" * 40) / "config.json"  # which no part of the run has a use for
+    quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    main.write_text(json.dumps(json.loads(main.read_text()) | quantised))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     named = ["model.loader=transformers", "model.scratch=null", "model.name=some/model", "model.revision=v2"]
