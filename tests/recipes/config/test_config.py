@@ -361,6 +361,7 @@ MISTAKES = {
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
     "grpo.lr_scheduler_kwargs={a: 1}": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected keyword argument 'a'",
     "grpo.lr_scheduler_kwargs='{\"a\": 1}'": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected",
+    "grpo.lr_scheduler_kwargs=power": "grpo.lr_scheduler_kwargs: does not fit: it is no mapping (value 'power')",
     "grpo.lr_scheduler_type=warmup_stable_decay": "does not fit: missing a required argument: 'num_decay_steps'",
     "grpo.optim_args=junk": "grpo.optim_args: is no list of name=value (value 'junk'); write a=1,b=2",
     'grpo.optim_args="a=1,junk"': "grpo.optim_args: is no list of name=value (value 'a=1,junk'); write a=1,b=2",
