@@ -158,7 +158,7 @@ def verifier():
         ("5", "~5", True),
         ("2500000", r"\frac{5 million}{2}", True), ("2000", r"\sqrt{4 million}", True),
         ("1:2", "0.5", True), ("1:2", r"\frac12", True), ("2:4:2", "1:2:3:1", False),
-        ("3:4:5", "6:4:5", False), ("AB", "BA", True),
+        ("3:4:5", "6:4:5", False), ("AB", "BA", True), (r"x \equiv 3", "3", True),
         ("3:4:5", "3:5:4", False), ("3:4:5", "3 : 4 : 5", True), ("3:4:5", "6:8:10", True), ("1:2:3", "1:2", False),
         (r"5\text{ million}", "5000000", True), (r"\$5\text{ million dollars}", "5,000,000", True),
         ("700", "7 hundred", True), ("12000000", r"12\mathrm{~million}", True), ("5", r"5\text{ million}", False),
