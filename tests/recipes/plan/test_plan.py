@@ -445,7 +445,7 @@ def trls(config):
     return config.model_copy(update={"step": config.step.model_copy(update={"impl": "trl"})})
 
 
-def test_a_run_takes_the_bins_it_is_told_to():
+def test_a_run_takes_the_bins_it_is_told_to(monkeypatch):
     assert bin_of(80 * GIB, "step.token_budget=9000") == 9000
     assert bin_of(80 * GIB, "step.token_budget=100") == 256 + 8 * 511  # one group, which is not divided
     assert bin_of(80 * GIB, "step.token_budget=1000000") == 4 * (256 + 8 * 511)  # all that is sampled
@@ -455,6 +455,10 @@ def test_a_run_takes_the_bins_it_is_told_to():
     assert bin_of(80 * GIB, "step.impl=trl") is None
     for ruled_out in ("lora.dropout=0.05", "grpo.neftune_noise_alpha=5"):  # TRL's step is what runs then
         assert bin_of(80 * GIB, ruled_out) is None
+    for launcher, packs in (("FSDP", True), ("DEEPSPEED", False)):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+            assert (bin_of(80 * GIB) is not None) is packs
 
 
 def test_bins_leave_room_for_a_vllm_that_stays():
