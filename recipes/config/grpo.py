@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache, reduce
 from operator import or_
@@ -325,14 +327,16 @@ def _check_arguments(grpo: Mapping[str, Any]) -> Iterator[Problem]:
     kind, given = SchedulerType(grpo["lr_scheduler_type"]), grpo["lr_scheduler_kwargs"] or {}
     signature = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind])
     trainers = {"num_warmup_steps", "num_training_steps"} & signature.parameters.keys()
-    if isinstance(given, dict):
-        try:
-            signature.bind(None, **dict.fromkeys(trainers, 0), **given)
-        except TypeError as error:
-            remedy = (
-                f"grpo.lr_scheduler_type {kind.value} takes what transformers' schedule of that name does"
-            )
-            yield Problem("grpo.lr_scheduler_kwargs", f"does not fit: {error}", given, remedy)
+    if isinstance(given, str):  # transformers takes JSON, too
+        with suppress(ValueError):
+            given = json.loads(given)
+    try:
+        if not isinstance(given, dict):
+            raise TypeError("it is no mapping")
+        signature.bind(None, **dict.fromkeys(trainers, 0), **given)
+    except TypeError as error:
+        remedy = f"grpo.lr_scheduler_type {kind.value} takes what transformers' schedule of that name does"
+        yield Problem("grpo.lr_scheduler_kwargs", f"does not fit: {error}", given, remedy)
     options = grpo["optim_args"]
     if options and not all(part.count("=") == 1 for part in options.split(",")):
         yield Problem("grpo.optim_args", "is no list of name=value", options, "write a=1,b=2")

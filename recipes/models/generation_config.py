@@ -74,11 +74,10 @@ def _mend(model: Any, name: str) -> str | None:
     reason = refusal(given)
     if reason is None:
         return None
-    given.do_sample, before = True, given.do_sample
+    given.do_sample = True
     if refusal(given) is None:
         change = "do_sample is true from here on"
     else:
-        given.do_sample = before
         kept = {id: number for id in _IDS if _is_id(number := getattr(given, id)) and number is not None}
         model.generation_config = GenerationConfig(**kept)
         change = "of it the token ids alone are kept"

@@ -144,7 +144,7 @@ class Trained:
             remedy = "name layers that the model has, or write all-linear"
             raise ConfigError([Problem("lora.target_modules", str(error), remedy=remedy)]) from error
         # PEFT adapts the others in silence.
-        if absent := _absent(adapted.get_base_model(), lora.target_modules):
+        if absent := _absent(adapted.get_base_model(), lora.target_modules or ()):
             remedy = f"remove {one_of(absent)}, name layers that the model has, or write all-linear"
             raise ConfigError(
                 [Problem("lora.target_modules", "has a layer that the model has not", absent, remedy)]
@@ -166,11 +166,10 @@ class Trained:
         )
 
 
-def _absent(model: PreTrainedModel, targets: Iterable[str] | str | None) -> list[str]:
-    """Those of a list of layers that the model does not have; a text, such as all-linear, names a kind."""
+def _absent(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
+    """Those of the layers that the model does not have. For all-linear PEFT has put their names in."""
     layers = [f".{name}" for name, _ in model.named_modules()]
-    named = () if targets is None or isinstance(targets, str) else targets
-    return sorted(name for name in named if not any(layer.endswith(f".{name}") for layer in layers))
+    return sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers))
 
 
 def sizes(config: PretrainedConfig, lora: LoraConfig | None) -> tuple[ModelShape, Trained]:

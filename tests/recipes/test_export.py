@@ -1,5 +1,6 @@
 """Export: a merged adapter is verified against base plus adapter, and a useless one is refused."""
 
+import copy
 import json
 import math
 import shutil
@@ -123,6 +124,42 @@ def test_the_proof_reads_no_control_tokens(tmp_path, monkeypatch):
         assert ids.shape == (1, 32)
         assert set(ids[0].tolist()) == set(range(len(tokenizer))) - added
     assert export.ordinary_tokens(tokenizer, 1).unique().tolist() == [0]  # nothing but control tokens
+
+
+def test_the_proofs_tokens_are_spread_over_the_vocabulary_without_what_was_added():
+    """A token that was added need not be called special: <|im_start|> of some models is not."""
+    tokenizer = character_tokenizer("".join(map(chr, range(1000, 2600))))
+    (marker,) = tokenizer.convert_tokens_to_ids(["<|im_start|>"] * tokenizer.add_tokens("<|im_start|>"))
+    assert marker not in tokenizer.all_special_ids
+    some = export.ordinary_tokens(tokenizer, len(tokenizer))[0].tolist()
+    assert [(token - 3) // 50 for token in some] == list(range(32))  # one of each fifty
+    few = character_tokenizer("ab")
+    few.add_tokens("<|im_start|>")
+    assert set(export.ordinary_tokens(few, len(few))[0].tolist()) == set(
+        few.convert_tokens_to_ids(["a", "b"])
+    )
+
+
+def test_logits_are_computed_in_float32_and_without_dropout():
+    torch.manual_seed(0)
+    model = llama(20).bfloat16().train()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    exact = copy.deepcopy(model).double().eval()
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = exact(input_ids=tokens).logits
+    assert (export._logits(model, tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_a_digest_sees_every_bit():
+    weight = torch.randn(40, 30)
+    assert export._digest(weight) == export._digest(weight.clone()) == export._digest(weight.T.contiguous().T)
+    for place in (0, 1199):
+        other = weight.clone()
+        other.view(torch.int32).flatten()[place] ^= 1
+        assert export._digest(other) != export._digest(weight)
 
 
 def test_experts_are_merged_and_proven(tmp_path, capsys):

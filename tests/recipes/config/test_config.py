@@ -360,8 +360,12 @@ MISTAKES = {
     "grpo.dataloader_persistent_workers=true": "there are no workers to keep (value true); set grpo.dataloader_num_",
     "grpo.loss_type=luspo": "set grpo.importance_sampling_level: sequence",
     "grpo.lr_scheduler_kwargs={a: 1}": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected keyword argument 'a'",
+    "grpo.lr_scheduler_kwargs='{\"a\": 1}'": "grpo.lr_scheduler_kwargs: does not fit: got an unexpected",
+    "grpo.lr_scheduler_kwargs=power": "grpo.lr_scheduler_kwargs: does not fit: it is no mapping (value 'power')",
     "grpo.lr_scheduler_type=warmup_stable_decay": "does not fit: missing a required argument: 'num_decay_steps'",
     "grpo.optim_args=junk": "grpo.optim_args: is no list of name=value (value 'junk'); write a=1,b=2",
+    'grpo.optim_args="a=1,junk"': "grpo.optim_args: is no list of name=value (value 'a=1,junk'); write a=1,b=2",
+    "grpo.optim_args=a==1": "grpo.optim_args: is no list of name=value",
     "grpo.reward_weights=[1]": "grpo.reward_weights: is not set here (value [1]); set task.rewards, by name",
     "task.rewards={correct: 0.0, well_formed: 0.0}": "task.rewards: weighs nothing",
     "grpo.max_completion_length=1024": "no room for a prompt within model.scratch.max_positions 1024 (value 1024)",
@@ -391,6 +395,12 @@ def test_a_new_model_needs_a_tokenizer_of_the_task(tmp_path):
 def test_the_reference_of_adapters_does_not_move(good):
     error = error_of(good, "grpo.sync_ref_model=true", "grpo.beta=0.1", "lora.r=4", "run.warm_start.steps=1")
     assert "grpo.sync_ref_model: the reference of adapters is the model without them" in str(error)
+
+
+def test_arguments_of_a_schedule_may_be_json(tmp_path):
+    path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: countdown}\n")
+    told = ["grpo.lr_scheduler_type=polynomial", "grpo.lr_scheduler_kwargs='{\"power\": 2.0}'"]
+    assert load_config(path, told).grpo_config(tmp_path).lr_scheduler_kwargs == {"power": 2.0}
 
 
 def test_no_rewards_are_not_the_defaults(tmp_path):

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 import train_grpo
-from recipes.models.load import pretrained_tokenizer
+from recipes.config.load import load_config
+from recipes.config.schema import LoraSection, ModelConfig
+from recipes.models.load import load, pretrained_tokenizer
 from recipes.models.published import (
     require_blanks,
     require_known_tokens,
@@ -29,6 +31,7 @@ from recipes.models.published import (
 )
 from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer, character_tokenizer
 from recipes.problems import ConfigError
+from recipes.training.evaluation import evaluate_checkpoint
 
 
 def edit(place, file, **more):
@@ -135,6 +138,14 @@ run: {{name: tiny, output_root: {tmp_path}, evaluation: {{size: 4}}}}
     assert not list(tmp_path.glob("tiny/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(("make", "said"), [(by_another_tool, "by awq"), (an_encoder, "is an encoder")])
+def test_nor_is_it_loaded_without_a_plan_before(tmp_path, make, said):
+    """A program of the user's may ask for the model alone."""
+    make(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        load(ModelConfig(loader="transformers", name=str(tmp_path)), None, 0, lora=LoraSection())
+
+
 def test_tokens_that_are_not_used_may_be_beyond_the_model(tmp_path):
     """Gemma 3's tokenizer has one more than the text models' embeddings."""
     tokenizer = saved_llama(tmp_path)
@@ -170,11 +181,30 @@ run: {{evaluation: {{size: 4}}}}
     assert "has the token" in capsys.readouterr().err
 
 
-def test_a_loaded_tokenizer_pads_with_its_end_token(tmp_path):
-    tokenizer = saved_llama(tmp_path)
-    tokenizer.pad_token = None
+def test_every_prompt_of_an_evaluation_has_to_be_known(tmp_path):
+    """A rare token need not be in the first: here it is the 9, the last of the vocabulary."""
+    tokenizer = saved_llama(tmp_path / "base")
+    last = character_tokenizer("012345678+-*=>9")
+    last.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {loader: scratch}\ntask: {name: countdown}\n")
+    config = load_config(path, ["run.seed=1", "run.evaluation.size=8", "grpo.use_cpu=true"])
+    asked = ["9" in prompt for prompt in config.make_task().held_out[:8]["prompt"]]
+    assert not asked[0]
+    assert any(asked)
+    with pytest.raises(ConfigError, match="a text of the task has the token '9'"):
+        evaluate_checkpoint(config, tmp_path / "base")
+
+
+@pytest.mark.parametrize("written", [None, ""])
+def test_a_loaded_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path, written):
+    tokenizer = bpe_tokenizer(["2 , 3"], 300)
     tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    edit(tmp_path, "tokenizer_config.json", pad_token=written)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == written
     assert pretrained_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
 
 
@@ -212,6 +242,7 @@ def test_an_attention_that_config_json_asks_for_is_the_users_to_change(tmp_path,
     edit(tmp_path / "base", "config.json", attn_implementation="flash_attention_2")
     config = tmp_path / "run.yaml"
     config.write_text(FLASH.format(place=tmp_path / "base"))
+    capsys.readouterr()
     assert train_grpo.main(["--config", str(config), "--plan"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("model.attn_implementation: ")

@@ -14,6 +14,7 @@ import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
 from recipes.plan import setting
+from recipes.plan.formulas import sampling_bytes
 from recipes.plan.plan import (
     CARDS,
     GIB,
@@ -464,7 +465,7 @@ def test_a_plan_names_the_bins_that_take_no_more_than_trls_step(compiled):
     assert not any("step.token_budget" in line for line in smaller.lines() + trls_step.lines())
 
 
-def test_a_run_takes_the_bins_it_is_told_to():
+def test_a_run_takes_the_bins_it_is_told_to(monkeypatch):
     assert bin_of(80 * GIB, "step.token_budget=9000") == 9000
     assert bin_of(80 * GIB, "step.token_budget=100") == 256 + 8 * 511  # one group, which is not divided
     assert bin_of(80 * GIB, "step.token_budget=1000000") == 4 * (256 + 8 * 511)  # all that is sampled
@@ -474,6 +475,10 @@ def test_a_run_takes_the_bins_it_is_told_to():
     assert bin_of(80 * GIB, "step.impl=trl") is None
     for ruled_out in ("lora.dropout=0.05", "grpo.neftune_noise_alpha=5"):  # TRL's step is what runs then
         assert bin_of(80 * GIB, ruled_out) is None
+    for launcher, packs in (("FSDP", True), ("DEEPSPEED", False)):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+            assert (bin_of(80 * GIB) is not None) is packs
 
 
 def test_bins_leave_room_for_a_vllm_that_stays():
@@ -490,12 +495,34 @@ def test_a_kept_cache_stays_between_rollouts():
     assert setting.kept_cache
     assert not plan(load_config(path, ["grpo.use_vllm=true"]), 24 * GIB).setting.kept_cache
     assert not setting.wide_cache  # which has one dtype, as vLLM's
-    for other, wide in (("grpo.cache_implementation=null", True), ("grpo.use_vllm=true", False)):
-        assert plan(load_config(path, [other]), 24 * GIB).setting.wide_cache is wide
     kept, gone = measure(setting).phases, measure(replace(setting, kept_cache=False)).phases
     cache = 1024 * 256 * 30 * 2 * 3 * 64 * 2
     assert kept.pop("generation") == gone.pop("generation")
     assert {phase: size - gone[phase] for phase, size in kept.items()} == dict.fromkeys(gone, cache)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launcher", "size"),
+    [
+        ([], "", 4),
+        (["grpo.use_cpu=true", "model.dtype=bfloat16"], "", 2),  # nothing is cast there
+        (["lora={}", "model.dtype=bfloat16"], "", 2),
+        ([], "FSDP", 4),
+        ([], "DeepSpeed", 2),
+        (["grpo.use_vllm=true"], "", 2),
+    ],
+)
+def test_a_cache_that_grows_has_four_bytes_where_float32_weights_are_cast(
+    monkeypatch, overrides, launcher, size
+):
+    """FSDP and autocast cast for a product alone; DeepSpeed's weights are bfloat16, and so is a vLLM's cache."""
+    if launcher:
+        monkeypatch.setenv(f"ACCELERATE_USE_{launcher.upper()}", "true")
+    path = ROOT / "configs" / "smollm2_135m_char_count.yaml"
+    found = plan(load_config(path, ["grpo.cache_implementation=null", *overrides]))
+    tokens, shape = 1024 * 256, found.setting.shape
+    held = found.memory.parts["KV cache and sampling"] - sampling_bytes(shape, 1024)
+    assert held == tokens * 30 * 2 * 3 * 64 * size
 
 
 def test_a_bin_is_one_micro_batch_where_nothing_can_be_planned(tmp_path):

@@ -114,6 +114,9 @@ def test_layers_that_are_not_there_are_an_error_with_the_key():
         ConfigError, match=r"^lora\.target_modules: .*gate_proj.*; name layers that the model has"
     ):
         sizes(small_config("gpt2"), LoraConfig(r=4, target_modules=["gate_proj"]))
+    some = LoraConfig(r=4, target_modules=["q_proj", "self_attn.k_proj", "proj", "ate_proj"])
+    with pytest.raises(ConfigError, match=r"remove ate_proj or proj, name layers"):
+        sizes(small_config("llama"), some)  # the others are there, and a part of a name is none
 
 
 def test_what_a_cache_keeps():
@@ -176,6 +179,17 @@ def test_a_local_folder_gives_its_dtype_and_quantisation(tmp_path):
         shape = sizes(model_config(adapted), None)[0]
         assert shape.dtype == "float16"
         assert shape.quantised == expected
+
+
+def test_what_transformers_cannot_train_is_not_planned_for_it(tmp_path):
+    """Unsloth, which has kernels of its own, may be able to."""
+    written = small_config("llama").to_dict() | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = config_of(tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.name: is quantised by awq"):
+        model_config(config)
+    unsloths = config.model.model_copy(update={"loader": "unsloth"})
+    assert model_config(config.model_copy(update={"model": unsloths})).hidden_size == 48
 
 
 def test_an_architecture_that_nobody_knows_is_an_error(tmp_path):

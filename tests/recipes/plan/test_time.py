@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.models.prompts import prompt_lengths
+from recipes.models.tokenizers import character_tokenizer
 from recipes.plan.plan import CARDS, GIB, in_bins, plan
 from recipes.plan.rate import _SIZES, Rate, matrix_rate, published
 from recipes.plan.setting import Setting
@@ -234,6 +236,7 @@ def test_lengths_that_are_none(text):
         parse_lengths(text, 100)
     assert parse_lengths(" 40 + 100 ", 100) == (40, 100)
     assert parse_lengths("40.3+99.6", 100) == (40, 100)  # as metrics.jsonl has a mean
+    assert parse_lengths("1+1", 100) == (1, 1)
 
 
 def test_a_card_is_not_planned_for_a_run_that_keeps_off_it(capsys):
@@ -242,6 +245,8 @@ def test_a_card_is_not_planned_for_a_run_that_keeps_off_it(capsys):
     assert capsys.readouterr().err.startswith(
         "--device: is a GPU, and grpo.use_cpu keeps off it (value 'H100')"
     )
+    assert show(quickstart, None) == 0
+    assert show(load_config(ROOT / "configs" / "quickstart.yaml"), "H100") == 0
 
 
 def test_a_mean_completion_is_not_longer_than_the_longest(capsys):
@@ -271,6 +276,22 @@ def test_the_prompts_of_a_task_on_this_machine_are_measured(
     shown = capsys.readouterr().out
     assert f"time is planned for mean lengths of {told} and " in shown
     assert (note in shown) if note else ("note: these" not in shown and "note: the prompts" not in shown)
+
+
+def test_memory_is_planned_for_the_longest_prompt_and_time_for_a_mean_one(capsys, tmp_path):
+    character_tokenizer(string.printable).save_pretrained(tmp_path)
+    told = [
+        "task={name: countdown_tinyzero, prompt: plain, train_size: 64}", f"model.tokenizer={tmp_path}",
+        "model.scratch.max_positions=1024", "run.warm_start=null",
+    ]  # fmt: skip
+    config = load_config(ROOT / "configs" / "quickstart.yaml", told)
+    lengths = [len(prompt) for prompt in config.make_task().train["prompt"]]  # a token a character
+    mean = round(sum(lengths) / len(lengths))
+    assert mean < max(lengths)
+    assert show(config, None) == 0
+    shown = capsys.readouterr().out
+    assert f"the longest of this task's prompts has {max(lengths)} tokens" in shown
+    assert f"time is planned for mean lengths of {mean} + 6 tokens" in shown
 
 
 def test_a_tokenizer_that_is_not_here(capsys, tmp_path):

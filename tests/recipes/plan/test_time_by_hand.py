@@ -102,6 +102,10 @@ def test_a_cpu():
     assert found == pytest.approx(Work.of(narrow.shape, narrow.trained).training(flow(8)) / 5e11)
     launched = seconds(s=s, rate=Rate(1e30, 2e10)).phases["forward and backward"]
     assert launched == pytest.approx(2 * 0.005)
+    evaluated = ["run.evaluation.size=2", "run.evaluation.batch_size=2", "run.evaluation.every=null"]
+    run = seconds("grpo.max_steps=10", *evaluated, s=s, rate=Rate(1e12, 2e10))
+    look = WORK.forward(flow(2, True)) / 6e11 + 500 * (5 * (0.002 + 2 * 9e-6) + weights)
+    assert run.total == pytest.approx(10 * run.step + 2 * look + 20)  # with the process's start
 
 
 def test_unsloths_layers_are_a_quarter_faster(without_unsloth):

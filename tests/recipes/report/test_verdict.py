@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from recipes.report.verdict import difference_of_shares, parting, student_quantile, verdict
+from recipes.report.verdict import difference_of_shares, parting, student_quantile, verdict, welch_half_width
 from recipes.training.evaluation import wilson
 
 
@@ -58,6 +58,9 @@ def test_another_number_of_problems_is_said():
         "It learned: accuracy on 100 held-out problems (500 before) rose from 40.0 %"
     )
     assert "same problems" not in found.note
+    first = evaluated(0, 200)
+    del first["accuracy_problems"]  # as a run had it that began before it was recorded
+    assert "on 100 held-out problems rose" in verdict([first, evaluated(2, 90, total=100)]).sentence
     assert "same problems" in verdict([evaluated(0, 200), {"step": 1, "reward": 0.5}, evaluated(2, 300)]).note
 
 
@@ -83,6 +86,33 @@ def test_by_reward_where_accuracy_was_not_measured():
 )
 def test_the_quantile_is_students(degrees, tabled):
     assert student_quantile(degrees) == pytest.approx(tabled, rel=3e-3)
+
+
+def student(limit, degrees, pieces=4000):
+    """The probability below a limit, by Simpson's rule over Student's density."""
+    scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    density = [(1 + (limit * i / pieces) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(pieces + 1)]
+    weights = [1, *[4, 2] * (pieces // 2 - 1), 4, 1]
+    return 0.5 + scale * limit / pieces / 3 * math.fsum(w * d for w, d in zip(weights, density, strict=True))
+
+
+def test_every_term_of_the_quantile_is_right():
+    """To what the next one, which is left out, would change: more than a wrong sign in the third does."""
+    assert student(student_quantile(30), 30) == pytest.approx(0.975, abs=2e-7)
+    assert student(student_quantile(100), 100) == pytest.approx(0.975, abs=2e-9)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "tabled", "error"),
+    [
+        ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10], 2.306, 1.0),  # equal scatter: 8 degrees
+        ([1, 2, 3, 4, 5], [7, 7, 7, 7, 7], 2.776, 2**-0.5),  # one side alone: its 4 degrees
+        ([7, 7, 7, 7, 7, 7, 7, 7, 7], [1, 2, 3, 4, 5], 2.776, 2**-0.5),
+    ],
+)
+def test_the_half_width_has_welchs_degrees_of_freedom(one, two, tabled, error):
+    assert welch_half_width(one, two) == pytest.approx(tabled * error, rel=3e-3)
+    assert welch_half_width([7, 7], [8, 8]) == 0.0
 
 
 def test_a_run_of_ten_steps_that_did_not_change_is_said_to_have_one_time_in_twenty():

@@ -145,9 +145,13 @@ def configurations() -> dict[str, Any]:
         "gemma3": t.Gemma3TextConfig(**gemma, sliding_window=4, layer_types=kinds),
         "phi": t.PhiConfig(**SMALL),
         "phi3": t.Phi3Config(**SMALL),
+        "phi3-window": t.Phi3Config(**SMALL, sliding_window=4),
         "olmo2": t.Olmo2Config(**SMALL),
         "granite": t.GraniteConfig(**SMALL, logits_scaling=3.0),
         "smollm3": t.SmolLM3Config(**SMALL),
+        "smollm3-window": t.SmolLM3Config(
+            **SMALL, use_sliding_window=True, sliding_window=4, layer_types=kinds
+        ),
         "cohere": t.CohereConfig(**SMALL, logit_scale=0.25),
     }
 

@@ -73,6 +73,27 @@ def test_rows_under_a_dense_mask_are_as_long_as_pays(completion, in_a_row):
     assert cost(in_a_row) <= 1.1 * min(map(cost, (1, 2, 4, 8)))
 
 
+@pytest.mark.parametrize(
+    ("completions", "rows"),
+    [
+        ([7, 7, 7, 7], [0, 0, 1, 1]),  # a row is best with √(4 · (4 + 8 · 4)) = 12 tokens behind its prompt
+        ([7, 8, 6, 1], [0, 1, 1, 1]),  # the prompt's last state scores each one's first token: 7 + 5
+        ([1, 1, 99, 2], [0, 0, 0, 1]),  # completions of one token cost nothing: no row of their own
+    ],
+)
+def test_rows_are_divided_at_the_token(completions, rows):
+    """Groups by turns, the second of which has no room to spare either; and the lengths that were given stay."""
+    twice = torch.tensor(completions).repeat_interleave(2)
+    given = Lengths(torch.full_like(twice, 4), twice, torch.tensor([0, 1] * len(completions)))
+    found = in_short_rows(given, range(len(twice)), 4).group
+    wanted = [(row, group) for row in rows for group in (0, 1)]
+    pairs = set(zip(found.tolist(), wanted, strict=True))
+    assert (
+        len(pairs) == len(set(found.tolist())) == len(set(wanted))
+    )  # the same division, whatever its numbers
+    assert given.group.tolist() == [0, 1] * len(completions)
+
+
 def test_a_group_is_of_the_same_prompt_padding_aside():
     """Whatever numbers stand in the padding; and a prompt may begin with the token that pads."""
     ids = torch.tensor([[0, 0, 5, 7], [0, 0, 5, 8], [3, 9, 5, 7], [0, 0, 6, 7]])

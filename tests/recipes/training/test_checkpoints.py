@@ -222,11 +222,19 @@ def test_a_reference_that_moves_is_kept_with_the_checkpoint(tmp_path, capsys):
     ours = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(wanted[key], value) for key, value in ours.items())
 
-    (folder / "checkpoints" / "checkpoint-3" / REFERENCE).unlink()
+    kept = folder / "checkpoints" / "checkpoint-3" / REFERENCE
+    moved = kept.rename(tmp_path / "moved")
     seal(folder / "checkpoints" / "checkpoint-3")
     settings[settings.index("grpo.max_steps=3")] = "grpo.max_steps=4"
     assert train_grpo.main([*settings, "--resume"]) == 2
     assert "grpo.sync_ref_model: moved the reference model, and " in capsys.readouterr().err
+
+    moved.rename(kept)
+    seal(folder / "checkpoints" / "checkpoint-3")
+    settings[settings.index("grpo.sync_ref_model=true")] = "grpo.sync_ref_model=false"
+    assert train_grpo.main([*settings, "--resume"]) == 0
+    stays = load_file(folder / "checkpoints" / "checkpoint-4" / REFERENCE)  # where it was left
+    assert all(torch.equal(stays[key], value) for key, value in load_file(kept).items())
 
 
 def test_a_stop_inside_a_generation_waits_for_its_end(tmp_path, capsys, monkeypatch):

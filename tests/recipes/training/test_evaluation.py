@@ -23,6 +23,7 @@ from recipes.training.evaluation import (
     sampled_figures,
     wilson,
 )
+from recipes.training.finite import Diverged
 
 
 def test_wilson_known_values():
@@ -221,6 +222,26 @@ def test_an_evaluation_asks_for_what_the_configuration_says(tmp_path, monkeypatc
     engine.asked.clear()
     assert "pass@1" not in measure(sampled=False)
     assert engine.asked == [(4, greedy), (4, greedy), (2, greedy)]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        (lambda: torch.multinomial(torch.tensor([torch.nan, 1.0]), 1), "evaluation: the model has diverged"),
+        (lambda: torch.ones(2) + torch.ones(3), "size of tensor"),
+    ],
+    ids=["nothing to sample", "another error"],
+)
+def test_of_what_fails_while_it_samples_a_divergence_alone_is_called_so(tmp_path, drawn, said):
+    def engine(prompts, sampling):
+        if sampling.temperature:
+            drawn()
+        return [["0"] * sampling.samples for _ in prompts]
+
+    config = configured(tmp_path, "run.evaluation.size=2", "run.evaluation.samples=2")
+    with pytest.raises(RuntimeError, match=said) as error:
+        evaluator(config, Zero(Zero.Options(), 0), engine)()
+    assert isinstance(error.value, Diverged) == ("diverged" in said)
 
 
 def test_sampling_leaves_the_random_state_as_it_was(tmp_path):

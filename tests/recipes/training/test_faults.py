@@ -194,6 +194,18 @@ def test_a_run_is_not_resumed_upon_another_warm_start(tmp_path, capsys, lora):
     assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 0
 
 
+def test_a_warm_start_that_is_there_is_whole_and_one_that_nothing_needs_may_be_gone(tmp_path, capsys):
+    """Of a run without adapters and reference: the model is made as its config.json says, before the checkpoint's."""
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1", "run.save_every=1")) == 0
+    start = tmp_path / "tiny" / "warm_start"
+    (start / "config.json").unlink()
+    capsys.readouterr()
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", "run.save_every=1", "--resume")) == 2
+    assert f"run.warm_start: of {start}, config.json is missing" in capsys.readouterr().err
+    shutil.rmtree(start)
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", "run.save_every=1", "--resume")) == 0
+
+
 # Files
 
 

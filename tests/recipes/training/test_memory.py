@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from tiny import saved_llama
+from transformers import LlamaForCausalLM
 
 import train_grpo
 from recipes.config.load import load_config
@@ -63,6 +65,21 @@ def fail(monkeypatch):
         return lambda: monkeypatch.setattr(PackedStep, "_compute_loss", compute)
 
     return fail
+
+
+def test_an_evaluation_without_memory_is_one_page(tmp_path, capsys, monkeypatch):
+    saved_llama(tmp_path / "base")
+    forward = LlamaForCausalLM.forward
+
+    def computed(model, *given, **options):
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+        return forward(model, *given, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", computed)
+    assert train_grpo.main(["--config", CONFIG, *TINY, "--evaluate", str(tmp_path / "base")]) == 1
+    said = capsys.readouterr().err
+    assert "out of memory in the phase" in said
+    assert f"asked for  {TOO_MUCH / 2**30:.2f} GiB" in said
 
 
 def test_a_step_without_memory_is_one_page_and_a_checkpoint(tmp_path, capsys, fail):

@@ -158,8 +158,8 @@ def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts
 
 
 ARCHITECTURES = (
-    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3", "olmo2",
-    "granite", "smollm3", "cohere",
+    "llama-window", "qwen2", "qwen3", "mistral", "mistral-window", "gemma2", "gemma3", "phi", "phi3",
+    "phi3-window", "olmo2", "granite", "smollm3", "smollm3-window", "cohere",
 )  # fmt: skip
 
 
@@ -218,17 +218,47 @@ def test_token_budget_changes_nothing_but_the_bins(pairs, budget):
     compare(pair, rollout("shared", "some"), windows=1)
 
 
-def test_the_entropy_is_that_of_the_completions_that_are_computed(pairs):
+@pytest.mark.parametrize(
+    ("window", "budget"),
+    [(1, None), (4, 1), (4, 60), (4, 10_000)],
+    ids=["one", "a bin each", "some", "together"],
+)
+def test_the_entropy_is_that_of_the_completions_that_are_computed(pairs, window, budget):
+    """All tokens of a window count alike, whichever bin they are in."""
     pair = pairs("llama")
-    pair.set(gradient_accumulation_steps=1, steps_per_generation=1)
+    pair.set(gradient_accumulation_steps=window, steps_per_generation=window)
+    pair.packed._token_budget = budget
+    run(pair.packed, rollout("shared", "some", seed=1), windows=1)  # of which nothing is left
     fed = rollout("shared", "some")
-    batch, live = padded(fed), (fed["advantages"] != 0)[:, None] & fed["completion_mask"].bool()
-    arguments = batch.input_ids, batch.attention_mask, batch.completion_width
-    with torch.no_grad():
-        found = pair.trl._get_per_token_logps_and_entropies(pair.trl.model, *arguments, compute_entropy=True)
+    live = (fed["advantages"] != 0)[:, None] & fed["completion_mask"].bool()
     (step,) = run(pair.packed, fed, windows=1)
     assert step.metrics["step/left_out"] == 5 / 16
-    assert step.metrics["entropy"] == pytest.approx(float(found[1][live].mean()), rel=TOLERANCE)
+    assert step.metrics["entropy"] == pytest.approx(float(entropies(pair, fed)[live].mean()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("zeros", ["all", "some"], ids=["nothing counts", "the second generation counts"])
+def test_a_completion_that_keeps_a_bin_busy_has_an_entropy_where_no_other_has(pairs, zeros):
+    pair = pairs("llama")
+    pair.set(gradient_accumulation_steps=8, steps_per_generation=4)
+    first, second = rollout("shared", "all"), rollout("shared", zeros, seed=1)
+    live = (second["advantages"] != 0)[:, None] & second["completion_mask"].bool()
+    wanted = entropies(pair, second)[live]
+    if zeros == "all":  # of each generation the shortest, which has one token
+        wanted = torch.stack([entropies(pair, fed)[0, 0] for fed in (first, second)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", torch.arange)
+        (step,) = run(pair.packed, [first, second], windows=1)
+    assert step.metrics["entropy"] == pytest.approx(float(wanted.mean()), rel=TOLERANCE)
+
+
+def entropies(pair, fed):
+    """Of every token, by TRL's padded way."""
+    batch = padded(fed)
+    arguments = batch.input_ids, batch.attention_mask, batch.completion_width
+    with torch.no_grad():
+        return pair.trl._get_per_token_logps_and_entropies(pair.trl.model, *arguments, compute_entropy=True)[
+            1
+        ]
 
 
 @pytest.mark.parametrize(("budget", "rows"), [(None, 4), (None, None), (40, 4)])
@@ -304,13 +334,15 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "accumulation", "windows"), [("token_mask", 4, 1), ("sequence_truncate", 3, 2)]
+    ("mode", "accumulation", "windows", "budget"),
+    [("token_mask", 4, 1, None), ("token_mask", 4, 1, 1), ("sequence_truncate", 3, 2, None)],
 )
 def test_every_generation_of_a_window_has_its_own_figures_of_another_engine(
-    pairs, mode, accumulation, windows
+    pairs, mode, accumulation, windows, budget
 ):
     """A window's are the mean of its generations': TRL's largest difference is a mean of largest ones."""
     pair = pairs("llama")
+    pair.packed._token_budget = budget  # one token: every micro-batch is a bin
     pair.set(
         use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0,

@@ -129,7 +129,7 @@ def test_what_is_sampled_and_counted_by_hand(problems, group, each, of_rollout):
     )  # fmt: skip
     task = SimpleNamespace(train=Dataset.from_dict({"prompt": [str(n) for n in range(problems)]}))
     grpo = {"multi_objective_aggregation": "sum_then_normalize"}
-    model = SimpleNamespace(max_seq_length=None)
+    model = SimpleNamespace(max_seq_length=70)
     session = SimpleNamespace(task=task, config=SimpleNamespace(completion_length=6, grpo=grpo, model=model))
     found = sample(session, trainer)
     chosen = list(range(0, problems, 10 if problems > 64 else 1))
@@ -141,6 +141,7 @@ def test_what_is_sampled_and_counted_by_hand(problems, group, each, of_rollout):
     assert found.ended == [n % 3 != 0 for n in range(count)]
     assert found.prompt_tokens == pytest.approx(sum(2 + n % 2 for n in chosen) / len(chosen))
     assert found.longest == 6
+    assert found.max_seq_length == 70
 
 
 def test_on_the_quickstarts_model(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """One precision from the first evaluation to the last, as seen in the dtypes that the model's layers compute in."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from recipes.config.load import load_config
 from recipes.models.load import load
 from recipes.models.precision import Precision
 from recipes.training.evaluation import evaluate_checkpoint
+from recipes.training.trainer import reference_like_the_model
 
 CONFIG = """
 model:
@@ -124,6 +126,9 @@ def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_pa
             made.save_pretrained(place / "snapshots" / commit)
         (place / "refs").mkdir(exist_ok=True)
         (place / "refs" / name).write_text(commit)
+    main = place / "snapshots" / ("0" * 40) / "config.json"  # which no part of the run has a use for
+    quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    main.write_text(json.dumps(json.loads(main.read_text()) | quantised))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     named = ["model.loader=transformers", "model.scratch=null", "model.name=some/model", "model.revision=v2"]
@@ -133,3 +138,14 @@ def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_pa
     assert lines[-1]["kl"] == 0.0  # before the first update, to the bit
     said = capsys.readouterr()
     assert "will be ignored" not in said.out + said.err
+
+
+def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path, tmp_path):
+    config = load_config(path, ["grpo.beta=0.1"])
+    arguments = config.grpo_config(tmp_path)
+    model, folder = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(path=tmp_path)
+    session = SimpleNamespace(config=config, arguments=arguments, model=model, folder=folder)
+    told = arguments.model_init_kwargs
+    with reference_like_the_model(session):
+        assert arguments.model_init_kwargs == {"dtype": torch.bfloat16}
+    assert arguments.model_init_kwargs is told

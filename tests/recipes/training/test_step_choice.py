@@ -176,7 +176,7 @@ def test_layers_that_a_compiler_got_wrong_are_an_error(tmp_path, capsys, monkeyp
     ],
     ids=str,
 )
-def test_which_runs_compile_their_layers(overrides, compiled):
+def test_which_runs_compile_their_layers(monkeypatch, overrides, compiled):
     config = load_config(ONE_B, overrides)
     assert config.compiles_layers(cuda=True) is compiled
     assert plan(config, 80 * GIB).setting.compiled is compiled
@@ -184,6 +184,10 @@ def test_which_runs_compile_their_layers(overrides, compiled):
     assert config.compiles_layers(cuda=False) is asked
     assert config.model_copy(update={"processes": 2}).compiles_layers(cuda=True) is asked
     assert not load_config(CONFIG).compiles_layers(cuda=True)  # a model from scratch
+    for launcher in ("FSDP", "DEEPSPEED"):  # which take the layers apart, in a process alone, too
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+            assert config.compiles_layers(cuda=True) is asked
 
 
 def test_what_a_run_loads_by_says_whether_layers_are_compiled(tmp_path, monkeypatch):

@@ -215,6 +215,31 @@ def test_refused_by_name(options, key):
     refuse(LoraConfig(r=4, target_modules=ADAPTED, use_rslora=True))
 
 
+# Of a LoraConfig: what is checked above or by its value, and what changes neither base nor product of an adapter.
+COMPUTED = {
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern",
+    "use_dora", "use_rslora",
+}  # fmt: skip
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core",
+    "peft_type", "peft_version", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
+}  # fmt: skip
+OF_A_BEGINNING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}  # told by init_lora_weights
+FURTHER = sorted(
+    set(LoraConfig.__dataclass_fields__) - COMPUTED - HARMLESS - OF_A_BEGINNING - {"qalora_group_size"}
+)
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_whatever_else_peft_has_is_refused(name):
+    """Also what PEFT has added since: vLLM would sample by an adapter without it."""
+    adapter = LoraConfig(r=4, target_modules=ADAPTED)
+    setattr(adapter, name, [1])
+    with pytest.raises(ConfigError, match=f"lora\\.{name}"):
+        refuse(adapter)
+
+
 def test_refused_when_the_configuration_is_read():
     with pytest.raises(ConfigError, match=r"lora\.modules_to_save: vLLM takes adapters alone"):
         config("lora.modules_to_save=[lm_head]")

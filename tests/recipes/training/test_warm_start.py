@@ -107,8 +107,14 @@ def on_a_card():
     raise torch.OutOfMemoryError
 
 
+def by_python():
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
-    "fails", [on_a_card, lambda: torch.empty(2**50)], ids=["card", "a real one on a CPU"]
+    "fails",
+    [on_a_card, lambda: torch.empty(2**50), by_python],
+    ids=["card", "a real one on a CPU", "Python's own"],
 )
 def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys, fails):
     model, tokenizer = loaded
@@ -141,6 +147,15 @@ def test_a_batch_that_does_not_fit_is_cut_with_the_same_gradient(loaded, capsys,
     model.forward = lambda **rows: (_ for _ in ()).throw(torch.OutOfMemoryError("none left"))
     with pytest.raises(torch.OutOfMemoryError):
         cut(batch)
+
+
+def test_a_batch_that_fails_otherwise_is_not_cut(loaded, capsys):
+    model, tokenizer = loaded
+    batch = collate(tokenizer, EXAMPLES)
+    batch["input_ids"] = batch["input_ids"][:, :-1]  # labels of another length
+    with pytest.raises((ValueError, RuntimeError), match="size"):
+        _Gradient(model, Precision())(batch)
+    assert capsys.readouterr().out == ""
 
 
 def test_it_computes_in_the_precision_of_the_run(loaded):
