@@ -129,6 +129,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     from recipes import processes
     from recipes.training.callbacks import last_words
 
+    processes.end_with_launcher()
     with processes.only_main_speaks():
         try:
             with last_words():

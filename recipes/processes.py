@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,18 @@ def is_main() -> bool:
 def is_first_here() -> bool:
     """Whether this is the first on its machine, by what launchers say before there is a group."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+
+
+def end_with_launcher() -> None:
+    """SIGTERM where the launcher dies without a word, by kill -9 or out of memory: its processes would train on unseen.
+
+    On Linux; elsewhere nothing is told of a parent's end.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)
 
 
 def spread() -> str:

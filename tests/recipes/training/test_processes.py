@@ -399,6 +399,18 @@ def test_a_process_killed_in_the_warm_start_ends_the_others_in_a_sentence(tmp_pa
     assert "gloo" not in output
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where a process hears of its parent's end")
+def test_a_launcher_that_is_killed_takes_the_run_with_it_in_order(tmp_path):
+    """Its processes are in sessions of their own, and would go on unseen."""
+    process, _ = start_run(tmp_path, "run.warm_start=null", "grpo.max_steps=100000")
+    wait_for(process, "step 2: accuracy")
+    process.kill()
+    output, _ = process.communicate(timeout=60)  # until all of them have closed it
+    assert "Stopped at step" in output, output
+    folder = RunFolder.to_resume(tmp_path, "tiny")
+    assert folder.step == folder.metrics.read()[-1]["step"] >= 2
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_leaves_its_checkpoints(tmp_path):
     process, _ = start_run(tmp_path, "run.warm_start=null")
