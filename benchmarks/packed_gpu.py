@@ -43,20 +43,6 @@ from recipes.training.packed_step import PackedStep, packed
 WAYS = ("packed", "compiled", "padded")
 
 
-def use_liger(model: Any) -> None:
-    """Liger's kernels in the body alone: the head stays what the contestant says."""
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(
-        without_adapters(model),
-        rope=True,
-        rms_norm=True,
-        swiglu=True,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-    )
-
-
 def arithmetic(model: Any) -> Work:
     """Of the benchmark's model, adapters included."""
     adapters = getattr(model, "peft_config", {}).get("default")
@@ -331,11 +317,6 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument(
         "--budget", type=int, nargs="+", help="tokens of a bin, one after another; as planned without"
     )
-    parser.add_argument(
-        "--liger",
-        action="store_true",
-        help="Liger's RMSNorm, RoPE and SwiGLU in the model's body, for every way",
-    )
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     until = time.time() + options.limit
@@ -345,8 +326,6 @@ def main(argv: list[str] | None = None) -> Path:
     path = options.output / f"packed_{'toy' if options.toy else 'gpu'}.json"
     for name in models:
         model = make_model(name, options.toy, options.checkpoint)
-        if options.liger:
-            use_liger(model)
         for shape in TOY_SHAPES.values() if options.toy else [shape_for(name, s) for s in options.shapes]:
             measure(name, model, shape, options, rows, until)
             device = "cpu" if options.toy else torch.cuda.get_device_name()

@@ -32,7 +32,7 @@ from typing import Any
 from recipes.table import Table
 from recipes.tracking.files import MetricsFile
 
-CARDS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")  # to train on, and the server's
+CARDS = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")  # to train on, and the server's
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "smollm2_135m_char_count_published.yaml"
 WAYS = ("server", "ahead", "colocated")
