@@ -73,6 +73,7 @@ NARROWER: dict[str, Any] = {  # name -> its type, where TRL's annotation allows 
     "importance_sampling_level": Literal["token", "sequence"],
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
     "scale_rewards": Literal["group", "batch", "none", True, False],
+    "remove_unused_columns": Literal[False],  # rewards read them
     "vllm_mode": Literal["colocate", "server"],
     "vllm_model_impl": Literal["vllm", "transformers"],
     "vllm_importance_sampling_mode": Literal[

@@ -327,6 +327,7 @@ MISTAKES = {
     "grpo.loss_type=ppo": "grpo.loss_type: unknown choice (value 'ppo'); use grpo, dr_grpo, dapo",
     "grpo.lr_scheduler_type=cosin": "use linear, cosine",
     "grpo.scale_rewards=batches": "use group, batch, none, true or false",
+    "grpo.remove_unused_columns=true": "use false",  # rewards read them
     "grpo.optim=adam": "use adamw_torch",
     "model.loader=hf": "model.loader: unknown choice (value 'hf'); use scratch, transformers or unsloth",
     "head.impl=liger": "use memhead, trl or full",
