@@ -22,7 +22,7 @@
 #
 # The run of `configs/llama3.1_8b_gsm8k.yaml` (Unsloth, 4-bit, vLLM), cell by cell: what it will need, rewards,
 # training, one question before and after, saving and serving, and memhead beside full logits. **Planned** for a card
-# of 16 GB (T4) and more, 8.4 GiB at the peak; **not run on one yet**, nor in Colab. Every cell is run on a CPU with
+# of 16 GB (T4) and more, 9.1 GiB at the peak; **not run on one yet**, nor in Colab. Every cell is run on a CPU with
 # `smoke`, at toy size; on an H200 all of them ran with random weights of this model's shape and two steps, but for the
 # end of the last comparison (`benchmarks/results/flagship_h100.md`). Its twin `grpo_llama3_1_8b.py` is what to edit;
 # `make notebook` brings the two in step. When something looks wrong: `docs/troubleshooting.md`.
@@ -35,10 +35,10 @@
 # | step | T4, minutes | H100, minutes | GPU, GiB | disk, GB | main memory, GB |
 # |---|---|---|---|---|---|
 # | install | not measured | not measured | – | several, not measured | – |
-# | training, 250 steps | planned 530 | planned 62 | planned 8.4 | planned 8.6 | planned 1.5 beside Python |
+# | training, 250 steps | planned 530 | planned 62 | planned 9.1 | planned 8.6 | planned 1.5 beside Python |
 # | a question before and after | not measured | not measured | planned 5.3 | – | – |
 # | saving, with `merge` | not measured | not measured | not planned | 16 by size | 48 by size |
-# | beside full logits, 2 × 5 steps | planned 2 × 7 | planned 2 × 3 | planned 10.7 | planned 0.7 more | as training |
+# | beside full logits, 2 × 5 steps | planned 2 × 7 | planned 2 × 3 | planned 11.4 | planned 0.7 more | as training |
 #
 # The stored output of Unsloth's notebook, whose settings these are, took 230 minutes on a T4. Of the disk, 5.7 GB are
 # the model's; the rest is adapters and checkpoints.

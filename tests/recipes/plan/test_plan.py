@@ -95,6 +95,21 @@ def test_the_readme_says_what_the_plan_says(file, card, peak):
     assert plan(load_config(ROOT / file), parse_device(card)).peak / GIB == pytest.approx(peak, abs=0.06)
 
 
+def test_the_notebook_says_what_the_plan_says():
+    said = (ROOT / "notebooks" / "grpo_llama3_1_8b.py").read_text()
+    (config,) = set(re.findall(r'"(configs/\S+?\.yaml)"', said))
+    rows = {
+        name: re.findall(r"planned ([\d.]+) (?!×)", rest)
+        for name, rest in re.findall(r"(?m)^# \| (\w+)(.*)$", said)
+    }
+    whole = plan(load_config(ROOT / config), parse_device("T4")).peak / GIB
+    short = ["grpo.max_completion_length=256", "head.impl=full"]
+    beside = plan(load_config(ROOT / config, short), parse_device("T4")).peak / GIB
+    assert float(re.search(r"([\d.]+) GiB at the peak", said)[1]) == pytest.approx(whole, abs=0.06)
+    assert float(rows["training"][2]) == pytest.approx(whole, abs=0.06)
+    assert float(rows["beside"][0]) == pytest.approx(beside, abs=0.06)
+
+
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
 def test_a_run_of_hours_is_saved_on_its_way(path):
     config = load_config(path)

@@ -1,0 +1,253 @@
+"""The tables of benchmarks/results say what the JSON beside them holds, and their ratios are its ratios."""
+
+import json
+import re
+
+import pytest
+from published import ROOT, text
+
+from benchmarks import gpu_tables, head, step_tables
+
+RESULTS = ROOT / "benchmarks" / "results"
+WAYS = {"packed": ("packed", "memhead"), "compiled": ("compiled", "memhead"), "TRL's": ("padded", "trl")}
+
+
+def stored(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def sections(page):
+    """(heading, text) of each part of a page, the part before its first second-level heading among them."""
+    for part in re.split(r"^(?=## )", text(RESULTS / page), flags=re.MULTILINE):
+        yield part.splitlines()[0], part
+
+
+def tables(part):
+    """Each table as a list of rows, {column: cell}, without the marks of bold type."""
+    for lines in re.findall(r"(?:^\|.*\n?)+", part, re.MULTILINE):
+        cells = [
+            [cell.strip().replace("**", "") for cell in line.strip()[1:-1].split("|")]
+            for line in lines.splitlines()
+        ]
+        if len(cells) > 2:
+            yield [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "markdown"),
+    [("head_h100", gpu_tables.markdown), ("step_h100", step_tables.markdown), ("head_cpu", head.markdown)],
+)
+def test_a_page_that_a_benchmark_writes_is_what_it_writes(name, markdown):
+    assert text(RESULTS / f"{name}.md") == markdown(stored(name))
+
+
+def shares(row, rows):
+    """Of TRL's loss pass, and of that with its scoring, in the same run; nothing where TRL's was not timed."""
+    for other in rows:
+        same = all(other.get(key) == row.get(key) for key in ("model", "shape"))
+        if same and (other.get("way"), other.get("head")) == ("padded", "trl") and "seconds" in other:
+            scored = (row["seconds"] + row.get("scoring", 0.0)) / (other["seconds"] + other["scoring"])
+            return f"{row['seconds'] / other['seconds']:.2f}", f"{scored:.2f}"
+    return None, None
+
+
+def found(rows, **wanted):
+    """The rows that were timed and have these values."""
+    return [
+        row
+        for row in rows
+        if "seconds" in row and all(row.get(key) == value for key, value in wanted.items())
+    ]
+
+
+def compare(cells, row, rows):
+    """A line of a table against its row of the JSON, as far as the table has the column."""
+    loss, scored = shares(row, rows)
+    expected = {
+        "seconds": f"{row['seconds']:.3f}",
+        "scoring": f"{row.get('scoring', 0.0):.3f}",
+        "of TRL's loss": loss,
+        "with scoring": scored,
+        "of TRL's with scoring": scored,
+        "peak GiB": f"{row['peak_mib'] / 1024:.1f}",
+        "tokens computed": f"{row['computed']:.0f}",
+        "real tokens/s": f"{row['real_per_second']:.0f}",
+        "of the matrix rate": f"{row['share']:.0%}" if "share" in row else None,
+        "first, s": f"{row['first_seconds']:.0f}" if "first_seconds" in row else None,
+    }
+    for column, value in expected.items():
+        shown = cells.get(column, "")
+        if column in cells and value is not None and not (column == "first, s" and shown == ""):
+            assert shown == value, (cells, column)
+        elif value is None:
+            assert shown in ("", "–"), (cells, column)
+
+
+def test_the_packed_step_on_an_h100():
+    count = 0
+    for rows in tables(text(RESULTS / "packed_h100.md")):
+        if "real tokens/s" not in rows[0]:
+            continue
+        kept = stored("packed_h100" if "bins of" in rows[0] else "packed_earlier_h100")["rows"]
+        for cells in rows:
+            way, _, computes = cells["way"].partition(", ")
+            wanted = {"model": cells["model"], "shape": cells["shape"], "way": way, "head": computes}
+            if "bins of" in cells:
+                budget = cells["bins of"]
+                wanted["budget"] = budget if budget == "slots" else int(budget)
+            (row,) = (r for r in found(kept, **wanted) if f"{r['zeros']:.0%}" == cells["zero groups"])
+            compare(cells, row, kept)
+            count += 1
+    assert count == 32
+
+
+def kept_of(heading, part):
+    """The rows of packed_h200.json that a section of its page shows: by the commit that it names."""
+    results = stored("packed_h200")
+    named = re.search(r"rows_of_commit_(\w+)", part)
+    return results[named[0]] if named and not heading.startswith("# ") else results["rows"]
+
+
+def test_the_packed_step_on_an_h200():
+    count = 0
+    for heading, part in sections("packed_h200.md"):
+        for rows in tables(part):
+            if "bins of" not in rows[0] or "way" not in rows[0]:
+                continue
+            kept = kept_of(heading, part)
+            for cells in rows:
+                if cells["way"] not in WAYS:  # Unsloth's, which packed_gpu does not run
+                    continue
+                way, computes = WAYS[cells["way"]]
+                budget = cells["bins of"]
+                wanted = {"model": cells["model"], "shape": cells["shape"], "way": way, "head": computes}
+                wanted["budget"] = budget if budget == "slots" else int(budget)
+                row = next(r for r in found(kept, **wanted) if f"{r['zeros']:.0%}" == cells["zero groups"])
+                compare(cells, row, kept)
+                count += 1
+    assert count == 47
+
+
+BITS = {"16 bits": None, "4 bits": 4}
+
+
+def agree(shown, seconds):
+    """Milliseconds: some rows are stored with six digits, so that a half may have been rounded either way."""
+    return all(
+        cell == "–" if value is None else float(cell) == pytest.approx(value, abs=0.00051)
+        for cell, value in zip(shown, seconds, strict=True)
+    )
+
+
+def beside_unsloth(commit, shape, bits):
+    """Seconds of the packed and the compiled step of the 8B model, of Unsloth's loss pass and of its scoring."""
+    results = stored("packed_h200")
+    of_it = [
+        row
+        for row in found(results[f"rows_of_commit_{commit}"], model="llama-8b", shape=shape, zeros=0.0)
+        if (4 if "weights" in row else row.get("bits")) == bits and row["budget"] != "slots"
+    ]
+    theirs = [
+        row
+        for row in found(results[f"unsloths_step_of_commit_{commit}"], model="llama-8b", shape=shape)
+        if (4 if row.get("weights") or row.get("stack") == "unsloth4" else None) == bits
+    ]
+    return found(of_it, way="packed"), found(of_it, way="compiled"), theirs
+
+
+def test_the_8b_model_beside_unsloths_step():
+    count = 0
+    for heading, part in sections("packed_h200.md"):
+        for rows in tables(part):
+            if "packed, s" not in rows[0]:
+                continue
+            (commit,) = set(re.findall(r"unsloths_step_of_commit_(\w+)", part))
+            for cells in rows:
+                bits = BITS[cells.get("weights", "4 bits")]
+                packed, compiled, theirs = beside_unsloth(commit, cells["shape"], bits)
+                seconds = [row[0]["seconds"] if row else None for row in (packed, compiled, theirs)]
+                shown = [cells[name] for name in ("packed, s", "compiled, s", "Unsloth's: loss, s")]
+                assert agree(shown, seconds), (heading, cells)
+                peaks = [
+                    f"{row[0]['peak_mib'] / 1024:.1f}" if row else "–" for row in (packed, compiled, theirs)
+                ]
+                assert cells["peak GiB: packed, compiled, Unsloth's"] == ", ".join(peaks), (heading, cells)
+                if not theirs:
+                    continue
+                best, loss, scoring = (
+                    (compiled or packed)[0]["seconds"],
+                    theirs[0]["seconds"],
+                    theirs[0]["scoring"],
+                )
+                assert cells["its scoring, s"] == f"{scoring:.3f}"
+                ratio = cells.get("compiled of Unsloth's loss") or cells["compiled of it"]
+                assert ratio.split(" ")[0] == f"{best / loss:.2f}", (heading, cells)
+                assert cells["… with its scoring"] == f"{best / (loss + scoring):.2f}", (heading, cells)
+                if "packed of Unsloth's loss" in cells:
+                    assert cells["packed of Unsloth's loss"] == f"{packed[0]['seconds'] / loss:.2f}"
+                count += 1
+    assert count == 8
+
+
+def test_the_1b_model_beside_trls_and_unsloths_step():
+    results = stored("packed_h200")
+    kept, unsloths = results["rows_of_commit_19d151c"], results["unsloths_step_of_commit_19d151c"]
+    (rows,) = (
+        rows for rows in tables(text(RESULTS / "packed_h200.md")) if "compiled of Unsloth's" in rows[0]
+    )
+    for cells in rows:
+        mine = [
+            row
+            for row in found(kept, model="llama-1b", shape=cells["shape"])
+            if row["budget"] == "slots" or row["budget"] > 8192
+        ]
+        (trl,) = found(mine, way="padded", head="trl")
+        (packed,) = (row for row in found(mine, way="packed", zeros=0.0) if row["budget"] != "slots")
+        (compiled,) = found(mine, way="compiled", zeros=0.0)
+        (fewer,) = (row for row in found(mine, way="compiled") if row["zeros"])
+        (theirs,) = found(unsloths, model="llama-1b", shape=cells["shape"], zeros=0.0, checkpointing=True)
+        seconds = [row["seconds"] for row in (trl, packed, compiled, theirs)]
+        assert agree([cells[name] for name in ("TRL's", "packed", "compiled", "Unsloth's")], seconds)
+        assert cells["compiled of Unsloth's"] == f"{compiled['seconds'] / theirs['seconds']:.2f}"
+        (left_out,) = (value for name, value in cells.items() if name.startswith("a third of the groups"))
+        assert left_out == f"{fewer['seconds'] / trl['seconds']:.2f}"
+        peaks = ", ".join(f"{row['peak_mib'] / 1024:.1f}" for row in (trl, packed, compiled, theirs))
+        assert cells["peak GiB: TRL's, packed, compiled, Unsloth's"] == peaks
+
+
+def of_one(row, rows):
+    """A row's time as a share of the same step's on one GPU, in the same run."""
+    plain = row["way"].split(": ")[1].removesuffix(", vocabulary split")
+    alone = [other for other in rows if other.get("processes") == 1 and other["way"].endswith(plain)]
+    alone = [other for other in alone if other["model"] == row["model"]]
+    return f"{row['seconds'] / alone[0]['seconds']:.2f}" if alone else "–"
+
+
+@pytest.mark.parametrize(
+    ("heading", "key", "lines"),
+    [
+        ("# Two H100s of one host beside one", None, 17),
+        (
+            "## The 8B model on two cards beside one, all in one call",
+            "8B on two H200 beside one, 2026-11-29, commit b88e2ae",
+            11,
+        ),
+    ],
+)
+def test_several_gpus_beside_one(heading, key, lines):
+    results = stored("multi_gpu_h100")
+    kept = found((results[key] if key else results)["rows"])
+    part = dict(sections("multi_gpu_h100.md"))[heading]
+    (rows,) = (rows for rows in tables(part) if "peak GiB by process" in rows[0])
+    assert len(rows) == lines
+
+    def called(row):
+        way = row["way"].replace("one process: ", "").replace(" (trl)", "")
+        return way.replace("ddp: ", "DDP: ").replace("fsdp2: ", "FSDP2: ")
+
+    for cells in rows:
+        (row,) = (r for r in found(kept, model=cells["model"]) if called(r) == cells["way"])
+        assert cells["seconds"] == f"{row['seconds']:.3f}", cells
+        assert cells["of one GPU's"] == of_one(row, kept), cells
+        assert cells["peak GiB by process"] == ", ".join(f"{peak:.2f}" for peak in row["peak_gib"]), cells
+        assert cells["loss"] == f"{row['loss']:.5f}", cells
