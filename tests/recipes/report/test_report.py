@@ -123,6 +123,18 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     )
 
 
+def test_a_key_in_which_the_last_of_three_differs_is_shown_and_names_are_no_markup(tmp_path):
+    runs = [
+        folder_of(tmp_path, name, impl)
+        for name, impl in (("a[b]", "full"), ("two", "full"), ("three", "trl"))
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    compare_module.compare([run.path for run in runs], console=console)
+    shown = console.file.getvalue()
+    assert re.search(r"head\.impl\W+full\W+full\W+trl", shown)
+    assert "a[b] and two are equal" in shown
+
+
 def test_memory_is_labelled_by_each_runs_own_kind(tmp_path):
     one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
     lines = two.metrics.path.read_text().replace("tensor_peak_mib", "allocated_peak_mib")
@@ -159,6 +171,9 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     path = str(folder_of(tmp_path, "one", "memhead").path)
     assert compare_module.main([path, path, path]) == 2
     assert "is given twice" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(path)
+    assert compare_module.main([path, str(tmp_path / "link")]) == 2
+    assert "is given twice" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_apart_wherever_they_are_given_from(tmp_path, capsys, monkeypatch):
@@ -179,13 +194,14 @@ def test_the_folder_at_hand_has_its_own_name(tmp_path, capsys, monkeypatch):
     assert "one and two are equal" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("name", ["both", "both.html", "both.png"])
+@pytest.mark.parametrize("name", ["both", "both.html", "both.png", "both-0.5"])
 def test_a_comparison_is_written_where_it_was_asked_for(tmp_path, capsys, name):
     runs = [str(folder_of(tmp_path, name, "memhead").path) for name in ("one", "two")]
     place = tmp_path / "not" / "yet"
     assert compare_module.main([*runs, "--out", str(place / name)]) == 0
-    assert sorted(path.name for path in place.iterdir()) == ["both.html", "both.png"]
-    assert capsys.readouterr().out.endswith(f"{place / 'both.html'}\n")
+    written = name.removesuffix(".html").removesuffix(".png")
+    assert sorted(path.name for path in place.iterdir()) == [f"{written}.html", f"{written}.png"]
+    assert capsys.readouterr().out.endswith(f"{place / written}.html\n")
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])

@@ -385,7 +385,9 @@ def test_an_upload_is_checked_before_training(configured, hub, tmp_path, monkeyp
     hub(200, **ME)
     check(config, CPU)
     assert config.grpo_config("x").hub_model_id == "run"  # not the name of its folder of checkpoints
-    check(uploaded(configured, tmp_path, "grpo.hub_model_id=lab/model"), CPU)
+    named = uploaded(configured, tmp_path, "grpo.hub_model_id=lab/model")
+    check(named, CPU)
+    assert named.grpo_config("x").hub_model_id == "lab/model"
     with pytest.raises(
         ConfigError, match=r"grpo\.hub_model_id: is of an owner you are not .*name one of me, lab"
     ):
