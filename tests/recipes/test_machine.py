@@ -114,3 +114,18 @@ def test_where_processes_do_not_divide_the_items_the_last_comes_more_than_once(m
     for place, share in enumerate(shares):
         monkeypatch.setattr(processes, "rank", lambda place=place: place)
         assert "".join(processes.mine(items)) == share
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "false", ""),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", ""),
+    ],
+)
+def test_what_keeps_the_model_in_parts(monkeypatch, variable, value, found):
+    assert processes.spread() == ""
+    monkeypatch.setenv(variable, value)
+    assert processes.spread() == found

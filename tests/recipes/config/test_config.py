@@ -664,6 +664,11 @@ def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
     assert expected in error.lines[0]
 
 
+def test_a_warm_start_without_kl_is_unsloths_too(good, without_unsloth):
+    config = load_config(good, [*UNSLOTH, "lora.r=4", "run.warm_start={steps: 5}", "grpo.beta=0"])
+    assert config.run.warm_start.steps == 5
+
+
 # the reference and the repo's own configurations
 
 

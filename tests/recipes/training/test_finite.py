@@ -141,6 +141,15 @@ def test_an_update_that_deepspeeds_engine_has_taken_is_not_called_skipped(memhea
     assert trainer.bad_steps.total == (engine is None)
 
 
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")], ids=["none", "float16's"])
+def test_a_gradient_that_overflows_under_a_scaler_is_the_scalers_to_skip(memhead_in_trl, tmp_path, scaler):
+    """It looks for its scale so, in the first steps of every run in float16."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    trainer.accelerator.scaler, trainer._loss_so_far = scaler, torch.tensor(1.0)
+    trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf))
+    assert trainer.bad_steps.total == (scaler is None)
+
+
 def test_an_optimizer_that_is_not_finite_is_not_saved(memhead_in_trl, tmp_path, capsys):
     """Its weights may be: they would be lost at the next step."""
     trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
