@@ -71,8 +71,16 @@ def test_checkpoints_from_which_no_finite_step_was_taken_are_condemned(memhead_i
         return trainer
 
     (tmp_path / "checkpoints" / "checkpoint-2-old").mkdir(parents=True)  # a copy that somebody keeps there
+    trainer = diverging(2)
     with pytest.raises(Diverged, match="3 steps in a row were not finite"):
-        diverging(2).train()
+        trainer.train()
+    assert [line["bad_step"] for line in trainer.state.log_history] == [0, 0, 1, 1]  # the third ends it
+    written = {place.name for place in (tmp_path / "checkpoints").glob("checkpoint-*")}
+    assert written == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-2-old",
+    }  # none after a step that was not taken
     bad = LinesFile(tmp_path / "bad_steps.jsonl").read()
     assert [(line["step"], line["phase"]) for line in bad] == [(3, "forward"), (4, "forward"), (5, "forward")]
     found = {n: damage(tmp_path / "checkpoints" / f"checkpoint-{n}") for n in (1, 2)}

@@ -301,6 +301,8 @@ def raised(error):
 
 assert in_turn(lambda: is_first_with("made up")) is (rank == 1)
 assert is_first_with("made up") is (rank == 1)  # asked again
+if rank == 0:
+    assert is_first_with("something else")  # which nobody has asked
 assert in_turn(lambda: raised(ValueError("a fault of our own"))) is (rank == 1)
 gone = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
 text = "error: another process of this run has ended; go on\\n" * (rank == 1)
