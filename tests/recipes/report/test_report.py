@@ -71,6 +71,24 @@ def test_the_verdict_stands_first_and_completions_are_first_middle_and_last(tmp_
     assert "<reasoning>" not in page
 
 
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [("a" * 400, False), ("a" * 401, True), ("a\n" * 11 + "a", False), ("a\n" * 12 + "a", True)],
+    ids=["400 characters", "401 characters", "12 lines", "13 lines"],
+)
+def test_which_texts_are_folded(text, folded):
+    assert report_module.Text(text).folded is folded
+
+
+@pytest.mark.parametrize(
+    ("advantage", "shown"), [(0.5, "advantage +0.50"), (-1.25, "advantage −1.25"), (None, "right 1.000")]
+)
+def test_an_advantage_has_its_sign(advantage, shown):
+    sample = {"step": 1, "prompt": "1>", "completion": "2", "rewards": {"right": 1.0}, "advantage": advantage}
+    (step,) = report_module._samples([sample])
+    assert step["completions"][0]["rewards"].split(" · ")[-1] == shown
+
+
 def test_report_without_accuracy_or_memory(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write({"step": 1, "reward": 0.5})
