@@ -21,7 +21,7 @@ from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.schema import ModelConfig
 from recipes.config.source import dump, read_file, read_text
-from recipes.problems import visible
+from recipes.problems import unknown_key, visible
 from recipes.tasks.gsm8k import Gsm8k
 
 ROOT = Path(__file__).parents[3]
@@ -484,6 +484,14 @@ def test_a_length_that_unsloth_takes_where_none_is_given():
     (found,) = _check_lengths(model, {"max_completion_length": 2048})
     assert found.message == "leaves no room for a prompt within model.max_seq_length 2048"
     assert not list(_check_lengths(model, {"max_completion_length": 2047}))
+
+
+@pytest.mark.parametrize(
+    ("known", "remedy"), [(20, "known here: a0, a1, a10"), (21, "docs/configuration.md lists every key")]
+)
+def test_a_few_known_keys_are_listed_and_many_are_not(known, remedy):
+    found = unknown_key("x", "zzzz", 1, [f"x.a{number}" for number in range(known)])
+    assert remedy in found.remedy
 
 
 def test_every_problem_is_listed_one_a_line(good):

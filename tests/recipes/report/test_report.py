@@ -302,6 +302,17 @@ def test_the_card_names_the_problems_of_the_last_evaluation(tmp_path):
     assert "greedy accuracy on 77 problems" in model_card(folder.path)
 
 
+@pytest.mark.parametrize(("start", "told"), [("null", False), ("{steps: 5}", True)])
+def test_the_card_tells_of_a_supervised_start_and_a_models_name_is_no_markup(tmp_path, start, told):
+    folder = run_folder(tmp_path)
+    (folder.path / "config.yaml").write_text(
+        f"model: {{name: me/<b>}}\ntask: {{name: a}}\nrun: {{warm_start: {start}}}\nhead: {{impl: memhead}}\n"
+    )
+    opening = model_card(folder.path).split("\n## Configuration")[0]
+    assert ("after a supervised start on right answers" in opening) is told
+    assert "me/<b>, trained" not in opening
+
+
 def test_the_card_tells_how_exact_the_head_was(tmp_path):
     folder = run_folder(tmp_path)
     (folder.path / "config.yaml").write_text("model: {}\ntask: {name: a}\nrun: {}\nhead: {impl: memhead}\n")
