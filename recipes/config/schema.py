@@ -30,7 +30,7 @@ class Section(BaseModel):
 class ScratchConfig(Section):
     """A Llama made from nothing. Its vocabulary is the tokenizer's; the defaults give 0.8 M parameters."""
 
-    hidden_size: Positive = Field(128, description="width of the residual stream; a multiple of `heads`")
+    hidden_size: Positive = Field(128, description="width of the residual stream; a multiple of 2 × `heads`")
     layers: Positive = Field(3, description="transformer layers")
     heads: Positive = Field(4, description="attention heads")
     kv_heads: Positive | None = Field(

@@ -33,7 +33,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"characters: {characters!r} holds a character twice; give each once")
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()  # characters are joined again without blanks
     return _wrapped(tokenizer, unk_token=UNKNOWN)
 

@@ -85,9 +85,10 @@ def test_equals_full_logits(kind, options, with_entropy):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_has_run_in_evaluation():
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
+def test_a_layer_that_has_run_in_evaluation(kind):
     """On some CPUs bitsandbytes then rearranges the codes, and rounds the scales to bfloat16."""
-    layer, whole = quantized("nf4", vocab=160)
+    layer, whole = quantized(kind, vocab=160)
     layer.eval()
     with torch.no_grad():
         layer(torch.randn(2, 64))

@@ -196,6 +196,11 @@ def test_bad_settings_of_install():
         memhead_trl.install("fused")
     with pytest.raises(ValueError, match="chunk=0"):
         memhead_trl.install(chunk=0)
+    for impl in ("full", "trl"):
+        with pytest.raises(
+            ValueError, match=f"vocab_parallel=True is memhead's; impl='{impl}' computes the whole"
+        ):
+            memhead_trl.install(impl, vocab_parallel=True)
 
 
 def test_a_handle_says_what_it_did():

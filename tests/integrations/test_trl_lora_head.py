@@ -137,6 +137,15 @@ class TestStatesOfTheAdapter:
             logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         torch.testing.assert_close(scored, logp.gather(2, ids[:, 1:, None]).squeeze(2))
 
+    def test_disabled_while_it_is_merged(self, checkpoints):
+        """As PEFT's own layer, which takes it out of the weight then."""
+        model, ids = wrapped(checkpoints["llama"]), torch.arange(3, 11)[None]
+        with model.disable_adapter(), torch.no_grad():
+            logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            model.merge_adapter()
+            scored = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        torch.testing.assert_close(scored, logp.gather(2, ids[:, 1:, None]).squeeze(2))
+
     def test_merged(self, checkpoints):
         model = wrapped(checkpoints["llama"])
         model.merge_adapter()

@@ -65,7 +65,12 @@ def test_a_trained_scale(function, name):
         function(HEAD.hidden, HEAD.weight, HEAD.targets, **{name: trained})
 
 
-def test_forward_mode():
-    hidden, tangent = HEAD.hidden, torch.ones_like(HEAD.hidden)
-    with pytest.raises(ValueError, match="hidden carries a tangent"):
-        jvp(lambda h: linear_logprobs(h, HEAD.weight, HEAD.targets).logprobs, (hidden,), (tangent,))
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_forward_mode(name):
+    head = {key: getattr(HEAD, key) for key in ("hidden", "weight", "bias")}
+
+    def logprobs(value):
+        return linear_logprobs(targets=HEAD.targets, **{**head, name: value}).logprobs
+
+    with pytest.raises(ValueError, match=f"{name} carries a tangent"):
+        jvp(logprobs, (head[name],), (torch.ones_like(head[name]),))

@@ -51,6 +51,7 @@ CASES = [
     ({"chunk": (4, 4, 4)}, r"chunk=\(4, 4, 4\)"),
     ({"chunk": (4,)}, r"chunk=\(4,\) must be a number of rows or \(rows, vocabulary columns\)"),
     ({"chunk": 2.5}, r"chunk=2\.5"),
+    ({"chunk": (4, 2.5)}, r"chunk=\(4, 2\.5\) must be a number of rows or"),
     ({"extra_outputs": ("perplexity",)}, r"extra_outputs contains \['perplexity'\]; known are"),
     ({"backend": "cuda"}, "backend='cuda' is not one of torch, triton"),
     (
@@ -112,6 +113,10 @@ def test_a_sharded_weight_is_refused_with_the_way_to_gather_it():
         ValueError, match=r"weight is \(11, 24\) but partitioned by ZeRO-3.*GatheredParameters"
     ):
         linear_logprobs(head.hidden, partitioned, head.targets)
+    gathered = torch.nn.Parameter(head.weight.clone())  # inside GatheredParameters
+    gathered.ds_shape = gathered.shape
+    found = linear_logprobs(head.hidden, gathered, head.targets).logprobs
+    assert torch.equal(found, linear_logprobs(head.hidden, head.weight, head.targets).logprobs)
 
 
 def test_ignored_targets_are_for_cross_entropy():
@@ -157,3 +162,11 @@ def test_a_lora_head_is_refused_with_its_update_named():
         ValueError, match=r"as lm_head\.weight, .*low_rank=memhead\.integrations\.peft\.low_rank_update"
     ):
         linear_logprobs(head.hidden, model.lm_head, head.targets)
+
+
+def test_an_argument_of_rows_on_another_device_is_refused():
+    head = make_head(4, 11)
+    with pytest.raises(ValueError, match=r"row_args\[1\] is on meta and hidden on cpu"):
+        chunked_linear(
+            head.hidden, head.weight, lambda z, *_: z.sum(-1), head.targets, torch.ones(4, device="meta")
+        )

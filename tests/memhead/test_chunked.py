@@ -325,3 +325,40 @@ def test_float16_products_of_a_gpu_do_not_flush_small_gradients(monkeypatch, ups
         assert relative_error(row, expected) < 2e-3
     assert relative_error(weight_grad, by_logits.t() @ head.hidden.float()) < 2e-3
     assert relative_error(bias_grad, by_logits.sum(0)) < 1e-5
+
+
+def test_no_rows_have_no_gradient_where_the_caller_divides_by_their_number():
+    """A mean over none of them: infinite times nothing is NaN."""
+    weight = torch.ones(7, 4, requires_grad=True)
+    loss = chunked_linear(torch.ones(0, 4), weight, lambda z: z.sum(-1), reduction="sum")
+    (loss / torch.tensor(0.0)).backward()
+    assert torch.equal(weight.grad, torch.zeros(7, 4))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_transform_runs_under_the_autocast_around_the_call(enabled):
+    seen = []
+
+    def transform(logits):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return logits.sum(-1)
+
+    hidden = torch.ones(3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        chunked_linear(hidden, torch.ones(7, 4), transform)
+    assert {found[0] for found in seen} == {enabled}
+    assert not enabled or {found[1] for found in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("trained", "chunks"), [(True, 2), (False, 8)])
+def test_a_trained_weights_gradient_is_not_read_for_every_few_rows(trained, chunks):
+    """16 MiB of logits are 32 rows here; of a trained weight a chunk has 128."""
+    seen = []
+
+    def transform(logits):
+        seen.append(len(logits))
+        return logits[:, 0]
+
+    weight = torch.ones(131_072, 2, requires_grad=trained)
+    chunked_linear(torch.ones(256, 2, requires_grad=True), weight, transform)
+    assert seen == [256 // chunks] * chunks

@@ -307,3 +307,13 @@ def test_a_product_that_keeps_nothing_takes_the_whole_vocabulary_and_one_that_ke
         linear_logprobs(head.hidden.requires_grad_(grad), head.weight, head.targets, chunk=(4, 5))
         assert widths == expected
         widths.clear()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_gradient_of_transposed_rows_is_contiguous_as_a_compiler_is_told(entropy):
+    head = make_head(40, 31)
+    hidden = head.hidden.t().contiguous().t().requires_grad_()
+    assert not hidden.is_contiguous()
+    found = linear_logprobs(hidden, head.weight, head.targets, entropy=entropy)
+    (grad,) = torch.autograd.grad(found.logprobs.sum() + (found.entropy.sum() if entropy else 0), hidden)
+    assert grad.is_contiguous()

@@ -299,3 +299,18 @@ def test_opcheck(masked, bias_grad):
             "test_aot_dispatch_dynamic",
         ),
     )
+
+
+def test_no_rows_leave_the_gradient_of_the_weight_at_zero():
+    """Whatever was in its memory before: torch fills it with NaN here."""
+    weight = torch.ones(7, 4, requires_grad=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = linear_cross_entropy(
+            torch.ones(0, 4), weight, torch.zeros(0, dtype=torch.long), reduction="sum"
+        )
+        (grad,) = torch.autograd.grad(loss, weight)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(grad, torch.zeros(7, 4))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recipes.ask import Answerer, ask, main, talk
+from recipes.ask import Answerer, _instead, _typed, ask, main, talk
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.checkpoint import load_checkpoint
 from recipes.models.generation import Sampling, by_transformers
 from recipes.models.load import load
 from recipes.models.precision import Precision
-from recipes.models.tokenizers import character_tokenizer
+from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
 from recipes.tasks.countdown import Countdown
 from recipes.tracking.run_folder import RunFolder
 
@@ -132,3 +132,34 @@ def test_an_empty_question_is_a_line(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(
         "question: is empty; write one, or leave it out to be asked for it\n"
     )
+
+
+def test_another_question_stands_in_the_place_of_the_last_message():
+    chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    asked = _instead(chat, "2 + 2?")
+    assert asked == [{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]
+    assert chat[1]["content"] == "1 + 1?"
+
+
+def test_a_tokenizer_of_bytes_knows_every_question(config):
+    model, _ = load(config.model, config.make_task(), config.run.seed)
+    characters, of_bytes = character_tokenizer("2+?"), bpe_tokenizer(["2 + 2?"], 270)
+    assert [
+        Answerer(model, tokenizer, config, Precision()).knows(question)
+        for tokenizer in (characters, of_bytes)
+        for question in ("2+2?", "\u2211?")
+    ] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt, lambda: " "])
+def test_questions_end_by_ctrl_d_ctrl_c_or_an_empty_line(monkeypatch, end):
+    typed = iter([" 2+2? ", "3?"])
+
+    def answer(_):
+        question = next(typed, None)
+        if question is None and isinstance(end, type):
+            raise end
+        return " " if question is None else question
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert list(_typed()) == ["2+2?", "3?"]

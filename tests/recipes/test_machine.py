@@ -34,6 +34,9 @@ def test_cards_are_read_and_a_failing_tool_is_none(smi):
         Card("NVIDIA A100-SXM4-40GB", "580.65.06", 40.0),
     ]
     assert str(cards()[1]) == "NVIDIA A100-SXM4-40GB, 40.0 GiB, driver 580.65.06"
+    unified = 'echo "NVIDIA GB10, 580.95.05, [N/A]"\n'  # has no memory of its own
+    smi(f"#!/bin/sh\necho No devices were found\n{unified}")
+    assert cards() == []
     smi("#!/bin/sh\necho NVIDIA-SMI has failed, because it could not communicate\nexit 9\n")
     assert cards() == []
 
@@ -49,7 +52,15 @@ def test_no_gpu_is_told_from_one_out_of_reach(smi):
 
 @pytest.mark.parametrize(
     ("driver", "cuda", "fault"),
-    [("580.65", "13.0", False), ("579.1", "13.0", True), ("525.60", "12.8", False), ("?", "13.0", False)],
+    [
+        ("580.65", "13.0", False),
+        ("579.1", "13.0", True),
+        ("525.60", "12.8", False),
+        ("524.9", "12.8", True),
+        ("450.80", "11.8", False),
+        ("449.9", "11.8", True),
+        ("?", "13.0", False),
+    ],
 )
 def test_the_least_driver(driver, cuda, fault):
     assert bool(too_old(driver, cuda)) == fault
@@ -61,6 +72,18 @@ def test_what_a_lock_lacks(tmp_path):
         f"# a comment==1\npytest=={pytest.__version__}\nno-such-package==1.0\npluggy==0.0.1; python_version > '3'\n"
     )
     assert missing(lock) == ["no-such-package==1.0", "pluggy==0.0.1"]
+
+
+def test_the_build_that_stands_behind_the_plus_is_no_other_version(tmp_path, monkeypatch):
+    place = tmp_path / "made_up_wheel-2.9.0+cu130.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-wheel\nVersion: 2.9.0+cu130\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lock = tmp_path / "some.lock"
+    lock.write_text("made-up-wheel==2.9.0\n")
+    assert missing(lock) == []
+    lock.write_text("made-up-wheel==2.9.1\n")
+    assert missing(lock) == ["made-up-wheel==2.9.1"]
 
 
 def test_it_needs_nothing_installed():
@@ -91,3 +114,18 @@ def test_where_processes_do_not_divide_the_items_the_last_comes_more_than_once(m
     for place, share in enumerate(shares):
         monkeypatch.setattr(processes, "rank", lambda place=place: place)
         assert "".join(processes.mine(items)) == share
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "false", ""),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", ""),
+    ],
+)
+def test_what_keeps_the_model_in_parts(monkeypatch, variable, value, found):
+    assert processes.spread() == ""
+    monkeypatch.setenv(variable, value)
+    assert processes.spread() == found

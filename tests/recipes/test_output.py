@@ -14,7 +14,9 @@ def test_a_pipe_that_is_closed_is_written_to_in_vain(monkeypatch):
     stream = os.fdopen(write, "w")
     monkeypatch.setattr(sys, "stdout", stream)
     with lasting_output():
-        print("heard", flush=True)
+        print("heard", end="", flush=True)
+        assert sys.stdout.write("\n") == 1  # libraries count by it what is left to write
+        sys.stdout.flush()
         assert os.read(read, 100) == b"heard\n"
         os.close(read)
         for _ in range(3):
@@ -82,3 +84,15 @@ def test_what_a_library_logs_and_a_traceback_control_no_terminal(caplog, capsys,
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last):\n")
     assert said.endswith("ValueError: no\\x1b[31m\n")
+
+
+def test_a_librarys_log_whose_arguments_do_not_fit_costs_no_run(capsys):
+    """logging itself says so on standard error, and goes on."""
+    log = logging.getLogger("memhead.made_up")
+    log.propagate = False
+    handler = logging.StreamHandler(io.StringIO())
+    log.addHandler(handler)
+    with lasting_output():
+        log.warning("%s of %s", 1)
+    log.removeHandler(handler)
+    assert "--- Logging error ---" in capsys.readouterr().err

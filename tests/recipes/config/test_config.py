@@ -20,8 +20,8 @@ from recipes.config.grpo import GONE, OWNED, REFUSED, defaults, grpo_section, im
 from recipes.config.load import ConfigError, load_config
 from recipes.config.reference import markdown
 from recipes.config.schema import ModelConfig
-from recipes.config.source import dump, read_text
-from recipes.problems import visible
+from recipes.config.source import dump, read_file, read_text
+from recipes.problems import unknown_key, visible
 from recipes.tasks.gsm8k import Gsm8k
 
 ROOT = Path(__file__).parents[3]
@@ -78,6 +78,18 @@ def test_resolved_yaml_gives_an_equal_config(good, tmp_path):
     assert again == config
     assert again.to_yaml() == config.to_yaml()
     assert config != load_config(good)
+
+
+def test_a_step_that_nobody_named_stays_unnamed_in_the_resolved_yaml(good):
+    """The default gives way where it is not exact, the name does not: a rerun would end where the run went on."""
+    assert "impl" not in yaml.safe_load(load_config(good).to_yaml())["step"]
+    named = load_config(good, ["step.impl=packed"])
+    assert yaml.safe_load(named.to_yaml())["step"]["impl"] == "packed"
+
+
+def test_the_first_step_is_logged_however_many_lie_between_two_logs(good, tmp_path):
+    arguments = load_config(good, ["tracking.logging_every=7"]).grpo_config(tmp_path)
+    assert (arguments.logging_steps, arguments.logging_first_step) == (7, True)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +179,19 @@ def test_base_that_leads_back_to_itself(tmp_path):
     assert "base: goes round in a circle: b.yaml -> a.yaml -> b.yaml" in str(error_of(path))
 
 
+def test_a_base_by_another_way_to_it_is_the_same_file(tmp_path):
+    """Each round would lead there by a longer path, until the system takes no more of it."""
+    path = write(tmp_path, "a.yaml", f"base: ../{tmp_path.name}/a.yaml\n")
+    assert "base: goes round in a circle: a.yaml -> a.yaml" in str(error_of(path))
+
+
 def test_base_that_is_missing(tmp_path):
     path = write(tmp_path, "a.yaml", "base: none.yaml\n")
     assert str(error_of(path)) == f"{path}:1: base: no such file (value 'none.yaml'); " + (
         "the path is relative to the file that names it"
     )
+    path = write(tmp_path, "a.yaml", "base: .\n")  # a folder
+    assert str(error_of(path)).startswith(f"{path}:1: base: no such file (value '.')")
 
 
 def test_an_error_in_a_base_names_the_base(good, tmp_path):
@@ -184,6 +204,8 @@ def test_another_task_drops_the_options_of_its_base(tmp_path):
     write(tmp_path, "base.yaml", GOOD.replace("countdown", "other\n  nothing: 3"))
     path = write(tmp_path, "child.yaml", "base: base.yaml\ntask: {name: countdown}\n")
     assert load_config(path).task.name == "countdown"
+    assert read_file(path).where.keys() >= {"task", "task.name", "grpo.learning_rate"}
+    assert "task.nothing" not in read_file(path).where  # a mistake would be looked for where it is not read
 
 
 # mistakes in the file
@@ -336,6 +358,9 @@ MISTAKES = {
     "head.chunk=0": "head.chunk: out of range (value 0); must be >= 1",
     "task.eval_problems=0": "task.eval_problems: out of range (value 0); must be >= 1",
     "run.warm_start.target_accuracy=1.5": "must be <= 1",
+    "model.scratch={hidden_size: 36, heads: 4}": "model.scratch.hidden_size: not a multiple of 2 × heads 4 (value 36); "
+    "set it to 32 or 40",
+    "model.scratch={hidden_size: 4, heads: 4}": "not a multiple of 2 × heads 4 (value 4); set it to 8",
     "run.name=a/b": "run.name: is no folder name (value 'a/b')",
     "run.name=" + 201 * "a": "run.name: is no folder name (value 'aaaa",
     "grpo.max_steps=-5": "grpo.max_steps: is no number of steps (value -5); set it to 1 or more, or to -1",
@@ -398,6 +423,21 @@ def test_the_reference_of_adapters_does_not_move(good):
     assert "grpo.sync_ref_model: the reference of adapters is the model without them" in str(error)
 
 
+def test_the_reference_of_a_new_models_adapters_is_no_problem_beside_theirs(good):
+    (line,) = error_of(good, "grpo.beta=0.1", "lora.r=4").lines
+    assert "lora: a new model's adapters would be all that is kept of it" in line
+
+
+@pytest.mark.parametrize("server", ["grpo.use_vllm=false", "grpo.vllm_mode=server"])
+def test_options_of_vllm_in_this_process_are_refused_without_it(tmp_path, server):
+    path = write(tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: countdown}\n")
+    given = ["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "model.vllm_engine={max_num_seqs: 8}"]
+    assert load_config(path, given).model.vllm_engine == {"max_num_seqs": 8}
+    replaced = [text for text in given if text.partition("=")[0] != server.partition("=")[0]]
+    (line,) = error_of(path, *replaced, server).lines
+    assert "model.vllm_engine: is for vLLM beside TRL's trainer" in line
+
+
 def test_arguments_of_a_schedule_may_be_json(tmp_path):
     path = write(tmp_path, "x.yaml", "model: {loader: scratch}\ntask: {name: countdown}\n")
     told = ["grpo.lr_scheduler_type=polynomial", "grpo.lr_scheduler_kwargs='{\"power\": 2.0}'"]
@@ -445,6 +485,14 @@ def test_a_length_that_unsloth_takes_where_none_is_given():
     (found,) = _check_lengths(model, {"max_completion_length": 2048})
     assert found.message == "leaves no room for a prompt within model.max_seq_length 2048"
     assert not list(_check_lengths(model, {"max_completion_length": 2047}))
+
+
+@pytest.mark.parametrize(
+    ("known", "remedy"), [(20, "known here: a0, a1, a10"), (21, "docs/configuration.md lists every key")]
+)
+def test_a_few_known_keys_are_listed_and_many_are_not(known, remedy):
+    found = unknown_key("x", "zzzz", 1, [f"x.a{number}" for number in range(known)])
+    assert remedy in found.remedy
 
 
 def test_every_problem_is_listed_one_a_line(good):
@@ -606,6 +654,7 @@ VLLM = "model.fast_inference=true"
         (["model.vllm_standby=true"], "model.vllm_standby: is vLLM's"),
         (["model.gpu_memory_utilization=0.5"], "set model.fast_inference: true"),
         (["grpo.use_vllm=true"], "grpo.use_vllm: is model.fast_inference here"),
+        (["head.parallel=vocabulary"], "head.parallel: is memhead's, in TRL's trainer"),
         ([VLLM, "model.revision=v1"], "model.revision: vLLM loads the main branch"),
         ([VLLM, "model.load_in_8bit=true"], "model.load_in_8bit: vLLM has no such weights"),
         ([VLLM, "lora.modules_to_save=[embed_tokens]"], "lora.modules_to_save: vLLM takes adapters alone"),
@@ -622,6 +671,11 @@ def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
     error = error_of(good, *given, *overrides)
     assert len(error.lines) == 1
     assert expected in error.lines[0]
+
+
+def test_a_warm_start_without_kl_is_unsloths_too(good, without_unsloth):
+    config = load_config(good, [*UNSLOTH, "lora.r=4", "run.warm_start={steps: 5}", "grpo.beta=0"])
+    assert config.run.warm_start.steps == 5
 
 
 # the reference and the repo's own configurations

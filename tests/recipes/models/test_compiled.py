@@ -105,7 +105,10 @@ def test_with_gradient_checkpointing(model):
 
 def test_where_layers_run_compiled(model):
     graphs, ids, layers = Graphs(), tokens(9), SHAPE["num_hidden_layers"]
+    assert not is_compiled(model)
     compile_layers(model, graphs)
+    assert is_compiled(model)
+    assert not is_compiled(model.lm_head)  # which has no layers
     scored = model(input_ids=ids, use_cache=False).logits
     once = graphs.compiled
     with torch.no_grad():

@@ -89,6 +89,26 @@ def test_a_prompt_begins_once(plain):
     assert token_ids(tokenizer, [prompt]) == [expected] == encode(tokenizer, [prompt])["input_ids"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("rows", "samples", "cache", "batch"),
+    [(3, 1, "static", 3), (2, 1, None, 3), (5, 1, "static", 5), (7, 2, "static", 3), (5, 2, None, 3)],
+)
+def test_a_batch_has_the_kept_cache_up_to_its_rows(loaded, monkeypatch, rows, samples, cache, batch):
+    """Three prompts, each completed so often."""
+    model, tokenizer = loaded
+    asked = []
+
+    def generate(input_ids, generation_config, **_):
+        asked.append((generation_config.cache_implementation, len(input_ids)))
+        return input_ids.repeat_interleave(samples, 0)
+
+    monkeypatch.setattr(model, "generate", generate)
+    sampling = Sampling(4, samples=samples, temperature=1.0)
+    found = by_transformers(model, tokenizer, kept_rows=rows)(PROMPTS, sampling)
+    assert asked == [(cache, batch)]
+    assert [len(texts) for texts in found] == [samples] * 3
+
+
 def test_a_trainer_without_vllm_generates_with_its_model(memhead_in_trl, tmp_path):
     trainer = tiny_trainer(tmp_path)
     prompts = ["01>", "42>"]

@@ -26,6 +26,15 @@ def test_one_token_for_each_character_and_back():
     assert tokenizer("3x").input_ids[1] == tokenizer.unk_token_id
 
 
+def test_blanks_and_line_breaks_are_characters_too_however_many():
+    tokenizer = character_tokenizer("12 \n\t")
+    for text in ("1\n\n2", "1  2", "\n", " \n \t\n1"):
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
 def test_a_character_given_twice_is_an_error():
     with pytest.raises(ValueError, match="twice"):
         character_tokenizer("112")

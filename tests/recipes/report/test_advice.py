@@ -57,3 +57,21 @@ def test_flat_rewards_are_one_sentence_and_those_only_logged_none():
     assert both.startswith("Rewards form, tags gave 0 throughout, so nothing was learned from them.")
     assert nothing.startswith("Reward missing gave nothing throughout, so nothing was learned from it.")
     assert not any("logged" in line for line in (both, nothing))
+
+
+def test_a_mean_that_stayed_the_same_is_no_constant_reward_where_groups_differed():
+    """In one step they did not: of all the others something could be learned."""
+    lines = [
+        {"step": step, "reward": 0.5, "rewards": {"correct": 0.5}, "zero_std_share": 0.2}
+        for step in range(60)
+    ]
+    assert not any("throughout" in line for line in advice_of([*lines, lines[0] | {"zero_std_share": 1.0}]))
+    equal = [line | {"zero_std_share": 1.0} for line in lines]
+    assert advice_of(equal)[0].startswith("Reward correct gave 0.5 throughout")
+
+
+def test_a_share_is_of_the_steps_that_have_it():
+    lines = records(clipped_share=0.7)
+    for line in lines[1::2]:
+        line["clipped_share"] = None
+    assert advice_of(lines)[0].startswith("70 % of the completions were cut off")

@@ -71,6 +71,24 @@ def test_the_verdict_stands_first_and_completions_are_first_middle_and_last(tmp_
     assert "<reasoning>" not in page
 
 
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [("a" * 400, False), ("a" * 401, True), ("a\n" * 11 + "a", False), ("a\n" * 12 + "a", True)],
+    ids=["400 characters", "401 characters", "12 lines", "13 lines"],
+)
+def test_which_texts_are_folded(text, folded):
+    assert report_module.Text(text).folded is folded
+
+
+@pytest.mark.parametrize(
+    ("advantage", "shown"), [(0.5, "advantage +0.50"), (-1.25, "advantage −1.25"), (None, "right 1.000")]
+)
+def test_an_advantage_has_its_sign(advantage, shown):
+    sample = {"step": 1, "prompt": "1>", "completion": "2", "rewards": {"right": 1.0}, "advantage": advantage}
+    (step,) = report_module._samples([sample])
+    assert step["completions"][0]["rewards"].split(" · ")[-1] == shown
+
+
 def test_report_without_accuracy_or_memory(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write({"step": 1, "reward": 0.5})
@@ -123,6 +141,18 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     )
 
 
+def test_a_key_in_which_the_last_of_three_differs_is_shown_and_names_are_no_markup(tmp_path):
+    runs = [
+        folder_of(tmp_path, name, impl)
+        for name, impl in (("a[b]", "full"), ("two", "full"), ("three", "trl"))
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    compare_module.compare([run.path for run in runs], console=console)
+    shown = console.file.getvalue()
+    assert re.search(r"head\.impl\W+full\W+full\W+trl", shown)
+    assert "a[b] and two are equal" in shown
+
+
 def test_memory_is_labelled_by_each_runs_own_kind(tmp_path):
     one, two = folder_of(tmp_path, "one", "memhead"), folder_of(tmp_path, "two", "full")
     lines = two.metrics.path.read_text().replace("tensor_peak_mib", "allocated_peak_mib")
@@ -159,6 +189,9 @@ def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
     path = str(folder_of(tmp_path, "one", "memhead").path)
     assert compare_module.main([path, path, path]) == 2
     assert "is given twice" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(path)
+    assert compare_module.main([path, str(tmp_path / "link")]) == 2
+    assert "is given twice" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_apart_wherever_they_are_given_from(tmp_path, capsys, monkeypatch):
@@ -179,13 +212,14 @@ def test_the_folder_at_hand_has_its_own_name(tmp_path, capsys, monkeypatch):
     assert "one and two are equal" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("name", ["both", "both.html", "both.png"])
+@pytest.mark.parametrize("name", ["both", "both.html", "both.png", "both-0.5"])
 def test_a_comparison_is_written_where_it_was_asked_for(tmp_path, capsys, name):
     runs = [str(folder_of(tmp_path, name, "memhead").path) for name in ("one", "two")]
     place = tmp_path / "not" / "yet"
     assert compare_module.main([*runs, "--out", str(place / name)]) == 0
-    assert sorted(path.name for path in place.iterdir()) == ["both.html", "both.png"]
-    assert capsys.readouterr().out.endswith(f"{place / 'both.html'}\n")
+    written = name.removesuffix(".html").removesuffix(".png")
+    assert sorted(path.name for path in place.iterdir()) == [f"{written}.html", f"{written}.png"]
+    assert capsys.readouterr().out.endswith(f"{place / written}.html\n")
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])
@@ -266,6 +300,17 @@ def test_the_card_names_the_problems_of_the_last_evaluation(tmp_path):
     folder.metrics.write({"step": last["step"] + 1, "accuracy": 0.5, "accuracy_problems": 77})
     (folder.path / "config.yaml").write_text("model: {}\ntask: {name: a}\nrun: {}\nhead: {impl: memhead}\n")
     assert "greedy accuracy on 77 problems" in model_card(folder.path)
+
+
+@pytest.mark.parametrize(("start", "told"), [("null", False), ("{steps: 5}", True)])
+def test_the_card_tells_of_a_supervised_start_and_a_models_name_is_no_markup(tmp_path, start, told):
+    folder = run_folder(tmp_path)
+    (folder.path / "config.yaml").write_text(
+        f"model: {{name: me/<b>}}\ntask: {{name: a}}\nrun: {{warm_start: {start}}}\nhead: {{impl: memhead}}\n"
+    )
+    opening = model_card(folder.path).split("\n## Configuration")[0]
+    assert ("after a supervised start on right answers" in opening) is told
+    assert "me/<b>, trained" not in opening
 
 
 def test_the_card_tells_how_exact_the_head_was(tmp_path):

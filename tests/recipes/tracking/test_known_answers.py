@@ -674,6 +674,16 @@ def test_processes_are_those_of_all_machines(monkeypatch):
     assert environment.environment()["processes"] == 16
 
 
+def test_the_device_of_a_process_is_that_of_its_number_on_the_machine(monkeypatch):
+    """Of the second machine the tenth process has the second card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    assert environment.device_name() == "card 0"
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert environment.device_name() == "card 1"
+
+
 def test_what_was_computed_before_the_first_step_is_in_no_figure_of_it():
     """The evaluation before training, and a step of the worst case."""
     calls = []

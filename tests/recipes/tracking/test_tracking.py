@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from transformers import TrainerCallback
 from recipes.config.load import load_config
 from recipes.config.schema import LoraSection, TrackingConfig
 from recipes.tracking import reporters as trackers
-from recipes.tracking.files import CannotWrite, LinesFile, MetricsFile
+from recipes.tracking.files import CannotWrite, CompletionsFile, LinesFile, MetricsFile
 from recipes.tracking.phases import PHASES, PhaseClock, attach
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import before_and_after, main_figures, summarize
@@ -241,6 +243,32 @@ def test_resume_takes_the_latest_run_that_has_a_whole_checkpoint(tmp_path):
     assert (found.path.name, found.checkpoint.name) == ("run", "checkpoint-10")
 
 
+def test_of_checkpoints_the_latest_is_read_first_and_its_name_is_free_for_the_next(tmp_path, capsys):
+    """By number: by name 8 comes after 10."""
+    run = RunFolder.create(tmp_path, "run").path
+    made_up_checkpoint(run, 8)
+    (made_up_checkpoint(run, 10) / "optimizer.pt").unlink()
+    folder = RunFolder.to_resume(tmp_path, "run")
+    assert "checkpoint-10 is passed over: optimizer.pt is missing" in capsys.readouterr().out
+    assert folder.checkpoint.name == "checkpoint-8"
+    folder.begin_session()
+    made_up_checkpoint(run, 10)
+    assert folder.checkpoint.name == "checkpoint-10"
+
+
+def test_a_second_session_of_one_object_keeps_the_folder_and_equal_configurations_are_one(tmp_path):
+    """Whoever closes a file lets go of every lock that the process has on it."""
+    config = SimpleNamespace(to_yaml=lambda: "run: {name: run}\n")
+    folder = RunFolder.create(tmp_path, "run", config)
+    folder.begin_session(config)
+    assert sorted(path.name for path in folder.path.glob("*.1.*")) == ["environment.1.json"]
+    code = "import sys; from pathlib import Path; from recipes.tracking.lock import lock; lock(Path(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(folder.path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"is in use by process {os.getpid()}" in other.stderr
+
+
 def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):
     file = LinesFile(tmp_path / "x.jsonl")
     file.append({"step": 1, "value": float("nan")})
@@ -248,6 +276,14 @@ def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):
     with file.path.open("a") as handle:
         handle.write('{"step": 3, "val')
     assert file.read() == [{"step": 1, "value": None}, {"step": 2, "value": 2.5}]
+
+
+def test_a_reward_that_is_a_whole_number_is_read_and_one_that_is_a_text_is_not(tmp_path):
+    file = CompletionsFile(tmp_path / "completions.jsonl")
+    for step, reward in enumerate((1, 0.5, None, "1")):
+        file.append({"step": step, "rewards": {"right": reward}})
+    assert [record["step"] for record in file.read()] == [0, 1, 2]
+    assert file.unreadable() == [4]
 
 
 def test_an_evaluation_joins_the_line_of_its_step(tmp_path):

@@ -115,6 +115,22 @@ def test_where_nothing_has_an_advantage_the_shortest_completion_is_computed(coun
         assert made.lengths.completion[rows][made.live[rows]].tolist() == [1]
 
 
+def test_a_run_of_micro_batches_is_agreed_on_once():
+    """Asked again it is the same cut: a process that asked the others once more would wait for them in vain."""
+    asked = []
+
+    def agree(end):
+        asked.append(end)
+        return end
+
+    made = Rollout.shuffled(rollout("shared", "all"), 4, True, 1, agree)
+    bins = made.cut(range(4))
+    agreements = len(asked)
+    assert agreements > 0
+    assert made.cut(range(4)) == bins
+    assert len(asked) == agreements
+
+
 def test_what_a_bin_counts_for_the_log():
     """A prompt as often as it has completions; rows without a token, and those left out."""
     fed = rollout("shared", "some")

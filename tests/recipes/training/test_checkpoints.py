@@ -248,7 +248,10 @@ def test_a_stop_inside_a_generation_waits_for_its_end(tmp_path, capsys, monkeypa
     monkeypatch.setattr(BypassGuard, "on_step_end", stop)
     assert train_grpo.main(command(tmp_path, "grpo.max_steps=6", "grpo.num_iterations=3")) == 130
     assert "Stopped at step 3. To go on: " in capsys.readouterr().out
-    assert RunFolder.to_resume(tmp_path, "tiny").step == 3
+    folder = RunFolder.to_resume(tmp_path, "tiny")
+    assert folder.step == 3
+    assert (folder.path / "interrupted" / "model.safetensors").is_file()
+    assert not folder.final.exists()
 
 
 def test_a_full_disk_is_named_with_what_to_do(tmp_path):

@@ -71,8 +71,16 @@ def test_checkpoints_from_which_no_finite_step_was_taken_are_condemned(memhead_i
         return trainer
 
     (tmp_path / "checkpoints" / "checkpoint-2-old").mkdir(parents=True)  # a copy that somebody keeps there
+    trainer = diverging(2)
     with pytest.raises(Diverged, match="3 steps in a row were not finite"):
-        diverging(2).train()
+        trainer.train()
+    assert [line["bad_step"] for line in trainer.state.log_history] == [0, 0, 1, 1]  # the third ends it
+    written = {place.name for place in (tmp_path / "checkpoints").glob("checkpoint-*")}
+    assert written == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-2-old",
+    }  # none after a step that was not taken
     bad = LinesFile(tmp_path / "bad_steps.jsonl").read()
     assert [(line["step"], line["phase"]) for line in bad] == [(3, "forward"), (4, "forward"), (5, "forward")]
     found = {n: damage(tmp_path / "checkpoints" / f"checkpoint-{n}") for n in (1, 2)}
@@ -139,6 +147,15 @@ def test_an_update_that_deepspeeds_engine_has_taken_is_not_called_skipped(memhea
     trainer._compute_loss = lambda model, inputs: computed(model, inputs) + math.nan
     trainer.train()
     assert trainer.bad_steps.total == (engine is None)
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")], ids=["none", "float16's"])
+def test_a_gradient_that_overflows_under_a_scaler_is_the_scalers_to_skip(memhead_in_trl, tmp_path, scaler):
+    """It looks for its scale so, in the first steps of every run in float16."""
+    trainer = tiny_trainer(tmp_path / "checkpoints", steps=1)
+    trainer.accelerator.scaler, trainer._loss_so_far = scaler, torch.tensor(1.0)
+    trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf))
+    assert trainer.bad_steps.total == (scaler is None)
 
 
 def test_an_optimizer_that_is_not_finite_is_not_saved(memhead_in_trl, tmp_path, capsys):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 
+import httpx
 import pytest
 import ready
 from hub import hub
+from huggingface_hub.errors import HFValidationError
 from test_quickstart import CONFIG, TINY
+
+from recipes.training.uploads import Uploads
 
 KEPT = [word for word in TINY if not word.startswith(("run.warm_start", "run.evaluation.every"))]
 MORE = [
@@ -69,3 +73,22 @@ def test_a_hub_that_takes_nothing_costs_no_run(uploaded):
     assert "by hand: hf upload me/tiny RUN/final\n" in said
     assert (folder / "final" / "model.safetensors").is_file()
     assert "after GRPO: accuracy" in said
+
+
+@pytest.mark.parametrize(
+    "error", [HFValidationError("no name"), ConnectionError("gone"), httpx.ConnectError("gone")]
+)
+def test_whatever_the_last_upload_fails_by_is_told(capsys, error):
+    class Trainer:
+        hub_model_id = "me/tiny"
+
+        def is_world_process_zero(self):
+            return True
+
+        def push_to_hub(self, *_, **__):
+            raise error
+
+    made = type("Uploading", (Uploads, Trainer), {"__init__": lambda self: None})()
+    assert made.push_to_hub() is None
+    told = f"the upload to the hub failed: {error}; by hand: hf upload me/tiny RUN/final\n"
+    assert capsys.readouterr().out == told

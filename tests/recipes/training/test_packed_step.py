@@ -333,6 +333,17 @@ def test_importance_ratio_of_another_engine(pairs, loss, mode):
     compare(pair, fed, windows=1)
 
 
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
+def test_a_completion_without_a_token_is_in_trls_figures_of_another_engine_by_sequence(pairs, mode):
+    pair = pairs("llama")
+    pair.set(use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
+             vllm_importance_sampling_clip_min=0.5, vllm_importance_sampling_clip_max=2.0)  # fmt: skip
+    fed = rollout("shared", "none")
+    fed["completion_mask"][::2] = 0
+    fed["sampling_per_token_logps"] = torch.randn(fed["completion_ids"].shape, dtype=torch.float64) - 4
+    compare(pair, fed, windows=1)
+
+
 @pytest.mark.parametrize(
     ("mode", "accumulation", "windows", "budget"),
     [("token_mask", 4, 1, None), ("token_mask", 4, 1, 1), ("sequence_truncate", 3, 2, None)],

@@ -302,6 +302,8 @@ def test_more_processes_than_gpus_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"4 processes here, and there are 2 GPUs; .*--nproc-per-node 2 "):
         check(config, dataclasses.replace(GPU, processes_here=4, gpus=2))
     check(config, dataclasses.replace(GPU, processes_here=2, gpus=2))  # of four, on two machines
+    on_cpu = load_config(path, ["grpo.use_cpu=true"], processes=4)
+    check(on_cpu, dataclasses.replace(GPU, processes_here=4, gpus=2))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +321,28 @@ def test_unsloth_in_several_processes_is_refused(tmp_path, without_unsloth):
     config = load_config(path, processes=2)
     with pytest.raises(ConfigError, match="with Unsloth 2 processes have not been tried"):
         check(config, dataclasses.replace(GPU, processes_here=2, gpus=2))
+
+
+@pytest.mark.parametrize(("impl", "refused"), [("memhead", True), ("full", True), ("trl", False)])
+def test_scoring_past_unsloths_head_matters_where_it_is_replaced(configured, monkeypatch, impl, refused):
+    monkeypatch.setattr("recipes.training.preflight.import_unsloth", lambda standby: None)
+    monkeypatch.setenv("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
+    config = configured("model.loader=unsloth", f"head.impl={impl}")
+    said = [problem.message for problem in missing(config, GPU)]
+    assert (
+        said == ["UNSLOTH_GRPO_LOGPROB_RECOMPUTE=1 makes Unsloth score without memhead; unset it"] * refused
+    )
+
+
+def test_another_tokenizer_is_looked_for_on_its_own_main_branch(configured, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", asked.append)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub")
+    check(configured("model.revision=v1", "model.tokenizer=other/words"), GPU)
+    assert [url.partition("://")[2].partition("/")[2] for url in asked] == [
+        "some/model/resolve/v1/config.json",
+        "other/words/resolve/main/tokenizer_config.json",
+    ]
 
 
 def test_unsloth_was_never_imported():
@@ -385,7 +409,9 @@ def test_an_upload_is_checked_before_training(configured, hub, tmp_path, monkeyp
     hub(200, **ME)
     check(config, CPU)
     assert config.grpo_config("x").hub_model_id == "run"  # not the name of its folder of checkpoints
-    check(uploaded(configured, tmp_path, "grpo.hub_model_id=lab/model"), CPU)
+    named = uploaded(configured, tmp_path, "grpo.hub_model_id=lab/model")
+    check(named, CPU)
+    assert named.grpo_config("x").hub_model_id == "lab/model"
     with pytest.raises(
         ConfigError, match=r"grpo\.hub_model_id: is of an owner you are not .*name one of me, lab"
     ):

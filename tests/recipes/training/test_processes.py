@@ -252,6 +252,83 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     assert process.returncode == 0, output
 
 
+AGREED = """
+import contextlib, io, os, sys, time
+import torch.distributed as dist
+from trl import GRPOConfig
+from recipes import processes
+from recipes.processes import anywhere, by_main, first, gathered, is_first_with, mine, smallest, whole
+GRPOConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False, report_to="none")  # makes the group
+rank, others = processes.rank(), range(5)
+
+assert gathered(10 * rank) == [0, 10]
+assert (smallest(3 - rank), anywhere(rank == 1), anywhere(False)) == (2, True, False)
+assert (first("" if rank else None), first(None), first(rank)) == ("", None, 0)
+assert whole([7 * number for number in mine(others)], 5) == [7 * number for number in others]
+
+assert (by_main(processes.count), processes.count()) == (1, 2)  # inside it one is alone, and only there
+for _ in range(2):
+    try:
+        by_main(lambda: 1 / 0)
+    except processes.MainFailed:
+        assert rank == 1
+    except ZeroDivisionError:
+        assert rank == 0
+    else:
+        raise AssertionError("nothing was raised")
+    assert gathered(rank) == [0, 1]
+
+def in_turn(action):  # the second process first
+    found = [action()] if rank == 1 else []
+    gathered(None)
+    found += [action()] if rank == 0 else []
+    gathered(None)
+    return found[0]
+
+def said(action):
+    with contextlib.redirect_stderr(io.StringIO()) as heard:
+        began = time.monotonic()
+        action()
+    assert time.monotonic() - began < 2  # nobody waits for who has spoken
+    return heard.getvalue()
+
+def raised(error):
+    try:
+        processes.blame(error, "go on")
+    except ValueError as found:
+        return found is error
+    return False
+
+assert in_turn(lambda: is_first_with("made up")) is (rank == 1)
+assert is_first_with("made up") is (rank == 1)  # asked again
+if rank == 0:
+    assert is_first_with("something else")  # which nobody has asked
+assert in_turn(lambda: raised(ValueError("a fault of our own"))) is (rank == 1)
+gone = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
+text = "error: another process of this run has ended; go on\\n" * (rank == 1)
+assert in_turn(lambda: said(lambda: processes.blame(gone, "go on"))) == text
+assert processes.lost_another(RuntimeError("Timed out waiting 3000ms for recv operation to complete"))
+assert processes.lost_another(dist.DistError("NCCL")) and not processes.lost_another(ValueError("x"))
+
+processes._PATIENCE = 0.3
+began = time.monotonic()
+processes.let_the_first_speak()
+assert time.monotonic() - began >= 0.3
+os.environ["LOCAL_RANK"] = "0"  # the first of its machine
+with processes.only_main_speaks():
+    print("heard", rank, flush=True)
+gathered(None)
+"""
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    (tmp_path / "agreed.py").write_text(AGREED)
+    process = torchrun(2, tmp_path / "agreed.py", tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert (output.count("heard 0"), output.count("heard 1")) == (1, 0)
+
+
 BROKEN = """
 import sys, train_grpo
 train_grpo.begin = lambda *_, **__: 1 / 0

@@ -137,6 +137,23 @@ def test_counts_by_hand():
     assert len(labels()) == len(EDGES) + 1
 
 
+def test_a_token_that_one_of_two_holds_impossible_is_far_off_and_counted():
+    meter, inf = RatioMeter(), float("inf")
+    meter.add("sampler", torch.tensor([inf, -inf, -inf, 0.0]))
+    (shares,) = from_logs(meter.take(ALONE))["ratios"].values()
+    assert (shares[0], shares[-1]) == (2 / 4, 1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "by_1", "by_10"), [(1.07, 1.0, 0.0), (1.2, 1.0, 1.0), (0.92, 1.0, 0.0), (0.85, 1.0, 1.0)]
+)
+def test_what_is_outside_of_one_and_of_ten_per_cent(ratio, by_1, by_10):
+    meter = RatioMeter()
+    meter.add("policy", torch.tensor([ratio]).log())
+    (shares,) = from_logs(meter.take(ALONE))["ratios"].values()
+    assert (outside(shares, 1), outside(shares, 10)) == pytest.approx((by_1, by_10))
+
+
 def test_the_parts_add_up():
     meter = RatioMeter(every=10)
     whole, head = torch.randn(500), torch.randn(500)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.callbacks import BypassGuard, Interruption, sigterm_as_ctrl_c
+from recipes.training.callbacks import BypassGuard, Interruption, last_words, sigterm_as_ctrl_c
 from recipes.training.resume import (
     apply_settings,
     is_finished,
@@ -321,6 +321,46 @@ def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_ctrl_c_that_comes_with_the_second_cuts_nothing_short():
+    """The run is being closed, and who presses twice means no third time."""
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pytest.fail("cut short")
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_closed_terminal_ends_no_run_under_nohup(heard):
+    def hear(number, frame):
+        """Whoever listened before."""
+
+    before = signal.signal(signal.SIGHUP, hear if heard else signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.asked is heard
+        assert signal.getsignal(signal.SIGHUP) == (hear if heard else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("within", [sigterm_as_ctrl_c, last_words])
+def test_handlers_are_put_back_where_the_body_fails(within):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def fail():
+        assert signal.getsignal(signal.SIGTERM) is not before
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), within():
+        fail()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_stop_waits_for_the_end_of_a_generation():

@@ -1,6 +1,7 @@
 """One precision from the first evaluation to the last, as seen in the dtypes that the model's layers compute in."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -140,12 +141,36 @@ def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_pa
     assert "will be ignored" not in said.out + said.err
 
 
-def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path, tmp_path):
-    config = load_config(path, ["grpo.beta=0.1"])
-    arguments = config.grpo_config(tmp_path)
+REFERENCE = "grpo.beta=0.1"
+HUB = ["model.loader=transformers", "model.scratch=null", "model.name=some/model", "run.warm_start=null"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([REFERENCE], {"dtype": torch.bfloat16}),
+        (
+            [REFERENCE, *HUB, "model.revision=v2", "model.attn_implementation=eager"],
+            {"dtype": torch.bfloat16, "revision": "v2", "attn_implementation": "eager"},
+        ),
+        (["grpo.beta=0"], None),  # there is none
+        ([REFERENCE, "lora.r=4", *HUB], None),  # it is the model without them
+    ],
+    ids=["new", "of the hub", "none", "adapters"],
+)
+def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path, tmp_path, overrides, told):
+    config = load_config(path, overrides)
+    arguments, filters = config.grpo_config(tmp_path), logging.getLogger("trl.trainer.grpo_trainer").filters
     model, folder = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(path=tmp_path)
     session = SimpleNamespace(config=config, arguments=arguments, model=model, folder=folder)
-    told = arguments.model_init_kwargs
+    own, heard = arguments.model_init_kwargs, list(filters)
     with reference_like_the_model(session):
-        assert arguments.model_init_kwargs == {"dtype": torch.bfloat16}
-    assert arguments.model_init_kwargs is told
+        assert arguments.model_init_kwargs == (own if told is None else told)
+
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), reference_like_the_model(session):
+        fail()
+    assert arguments.model_init_kwargs is own
+    assert filters == heard

@@ -218,6 +218,42 @@ def test_the_group_of_processes_is_left_unless_the_others_may_be_anywhere(monkey
     assert bool(ends) is left
 
 
+@pytest.mark.parametrize(
+    ("here", "command"),
+    [
+        ({}, "python train_grpo.py --config a.yaml 'run.name=a b'"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "python train_grpo.py --config a.yaml 'run.name=a b'"),
+        (
+            {"LOCAL_WORLD_SIZE": "4"},
+            "torchrun --nproc-per-node 4 train_grpo.py --config a.yaml 'run.name=a b'",
+        ),
+        ({"LOCAL_WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}, "the same command"),
+    ],
+)
+def test_the_command_to_go_on_with_is_the_one_that_began(monkeypatch, here, command):
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    assert train_grpo._command(SimpleNamespace(config="a.yaml", overrides=["run.name=a b"])) == command
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [
+        ("begin", "Stopped before training began; run the same command again."),
+        ("optimise", "Stopped at once. "),
+    ],
+)
+def test_a_run_that_is_cut_short_ends_as_ctrl_c_does(tmp_path, monkeypatch, capsys, moment, said):
+    def cut_short(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_grpo, "begin", lambda *_, **__: SimpleNamespace(folder=RunFolder(tmp_path)))
+    monkeypatch.setattr(train_grpo, moment, cut_short)
+    config = load_config(CONFIG, TINY)
+    assert train_grpo._run(config, resume=False, command="", pilot=False) == 130
+    assert capsys.readouterr().err.startswith(f"\n{said}")
+
+
 def test_calls_of_all_sessions_are_added_up(tmp_path):
     folder = RunFolder(tmp_path)
     for _ in range(2):

@@ -1,6 +1,7 @@
 """grpo.vllm_mode: server, with TRL's real client and a stand-in for vLLM's server."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import train_grpo
 from recipes.models import load
 from recipes.tracking.run_folder import RunFolder
 from recipes.training.preflight import Machine
+from recipes.training.session import RunError
+from recipes.training.vllm_server import say_where_it_fails
 
 
 @pytest.fixture
@@ -168,3 +171,21 @@ def test_a_server_that_fails_is_a_line_and_the_run_goes_on_when_it_is_there_agai
     monkeypatch.setattr(vllm_stand_in._Handler, "do_POST", post)
     assert train_grpo.main([*command, "--resume"]) == 0
     assert RunFolder(tmp_path / "tiny").metrics.read()[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RunError("said")]
+)
+def test_what_is_no_fault_of_the_server_is_not_laid_to_it(error):
+    """A card that is full while it sends the weights: the plan's advice is for that."""
+
+    def send(*_, **__):
+        raise error
+
+    client = SimpleNamespace(
+        base_url="http://x", generate=send, update_named_params=send, reset_prefix_cache=send
+    )
+    say_where_it_fails(SimpleNamespace(vllm_generation=SimpleNamespace(vllm_client=client)))
+    with pytest.raises(type(error)) as raised:
+        client.update_named_params([])
+    assert raised.value is error
