@@ -70,6 +70,8 @@ def test_leaves_a_whole_run_folder(whole):
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "final"))
     assert (folder / "final" / "model.safetensors").is_file()
+    card = (folder / "final" / "README.md").read_text()
+    assert "3 optimizer steps; greedy accuracy on" in card  # with the figures of the end
     assert "accuracy" in printed
     assert "generation" in printed
 
