@@ -152,12 +152,18 @@ def _fault(proof: dict[str, Any]) -> str:
 
 def _merged(model: Any) -> Any:
     """Each weight rounded once: peft in half precision rounds the adapter's product, and then the sum."""
-    named = model.get_base_model().named_parameters()
-    dtypes = {name.replace(".base_layer", ""): weight.dtype for name, weight in named}
+    named = model.get_base_model().named_parameters(remove_duplicate=False)  # tied ones may part
+    dtypes = {_plain(name): weight.dtype for name, weight in named}
     merged = model.float().merge_and_unload(safe_merge=True)
     for name, weight in merged.named_parameters():
         weight.data = weight.to(dtypes[name])
     return merged
+
+
+def _plain(name: str) -> str:
+    """Of a base weight that peft wraps, or keeps beside its trained copy, the name without that."""
+    wrappers = {"base_layer", "original_module", "token_adapter"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _digest(weight: torch.Tensor) -> bytes:

@@ -47,17 +47,28 @@ def qwen3_moe(vocab_size):
     )
 
 
-def run_folder(tmp_path, dtype=torch.float32, learnt=True, model_of=llama):
+def tied(vocab_size):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **sizes))
+
+
+def run_folder(tmp_path, dtype=torch.float32, learnt=True, model_of=llama, **lora):
     """A run's folder as training leaves it: an adapter in final/, figures and config."""
     tokenizer = character_tokenizer("0123456789")
     base = tmp_path / "base"
     model_of(len(tokenizer)).to(dtype).save_pretrained(base)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(r=4, target_modules="all-linear")
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
+        LoraConfig(r=4, target_modules="all-linear", **lora),
     )
     if learnt:
         for name, weight in model.named_parameters():
-            if "lora_B" in name:
+            if (
+                "lora_B" in name
+                or "lora_bias" in name
+                or "trainable_tokens" in name
+                or "modules_to_save" in name
+            ):
                 torch.nn.init.normal_(weight, std=0.1)
     run = tmp_path / "run"
     model.save_pretrained(run / "final")
@@ -107,6 +118,25 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["grpo", "trl", "memhead"]
     assert "base_model" not in front  # it was made from nothing
+
+
+@pytest.mark.parametrize("model_of", [llama, tied])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [1, 2]},
+        {"use_dora": True},
+        {"use_rslora": True},
+    ],
+    ids=lambda lora: "-".join(lora),
+)
+def test_what_is_trained_beside_an_adapter_is_merged_in_the_dtype_of_the_base(tmp_path, model_of, lora):
+    proof = export.merge(run_folder(tmp_path, torch.bfloat16, model_of=model_of, **lora))
+    assert proof["logits_error"] < 0.02 < proof["adapter_effect"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype="auto")
+    assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
 
 
 def test_the_proof_reads_no_control_tokens(tmp_path, monkeypatch):
