@@ -34,9 +34,9 @@ from recipes.report.model_card import model_card
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
-def llama(vocab_size):
+def llama(vocab_size, **more):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **more))
 
 
 def qwen3_moe(vocab_size):
@@ -48,8 +48,7 @@ def qwen3_moe(vocab_size):
 
 
 def tied(vocab_size):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **sizes))
+    return llama(vocab_size, tie_word_embeddings=True)
 
 
 def run_folder(tmp_path, dtype=torch.float32, learnt=True, model_of=llama, **lora):
@@ -134,7 +133,9 @@ def test_merged_weights_are_proven_and_load_alone(tmp_path, capsys, dtype):
 )
 def test_what_is_trained_beside_an_adapter_is_merged_in_the_dtype_of_the_base(tmp_path, model_of, lora):
     proof = export.merge(run_folder(tmp_path, torch.bfloat16, model_of=model_of, **lora))
-    assert proof["logits_error"] < 0.02 < proof["adapter_effect"]
+    assert (
+        proof["logits_error"] < 5 / 2**8 < proof["adapter_effect"]
+    )  # a rounding is 1 / 2**8 of a weight at most
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype="auto")
     assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
 

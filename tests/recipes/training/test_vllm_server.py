@@ -1,6 +1,5 @@
 """grpo.vllm_mode: server, with TRL's real client and a stand-in for vLLM's server."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -29,17 +28,7 @@ def server(monkeypatch):
         monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: None)
         machine = Machine(cuda=True, bfloat16=True, packages=frozenset({"vllm"}))
         monkeypatch.setattr(Machine, "here", lambda: machine)
-        loaded = load.load
-
-        def keep(*args, **kwargs):
-            model, tokenizer = loaded(*args, **kwargs)
-            server.model = copy.deepcopy(model)
-            with torch.no_grad():  # of no use until weights arrive
-                for parameter in server.model.parameters():
-                    parameter.zero_()
-            return model, tokenizer
-
-        monkeypatch.setattr(load, "load", keep)
+        monkeypatch.setattr(load, "load", server.model_of(load.load))
         yield server
 
 

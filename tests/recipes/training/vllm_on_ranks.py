@@ -1,13 +1,10 @@
 """train_grpo.py under FSDP2 with vLLM's server, whose stand-in the first process serves: vllm_on_ranks.py FOLDER …"""
 
-import copy
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 from fsdp_on_cpu import make_sharding
 from trl.generation import vllm_client, vllm_generation
@@ -39,17 +36,7 @@ def main(folder: Path, arguments: list[str]) -> int:
         vllm_client.VLLMClient.init_communicator = lambda self, device: None
         Machine.here = lambda: MACHINE  # type: ignore[method-assign]
         AcceleratorState.__init__ = make_sharding  # type: ignore[method-assign]
-        loaded = load.load
-
-        def keep(*args: Any, **options: Any) -> Any:
-            model, tokenizer = loaded(*args, **options)
-            server.model = copy.deepcopy(model)
-            with torch.no_grad():  # of no use until weights arrive
-                for parameter in server.model.parameters():
-                    parameter.zero_()
-            return model, tokenizer
-
-        load.load = keep
+        load.load = server.model_of(load.load)
         return train_grpo.main([*arguments, f"grpo.vllm_server_base_url={address(folder, server)}"])
 
 

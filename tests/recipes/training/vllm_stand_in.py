@@ -6,8 +6,10 @@ that the trainer must find the same log-probabilities.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
 from types import SimpleNamespace
@@ -43,6 +45,19 @@ class StandIn(ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
+
+    def model_of(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """`load` of recipes.models, a copy of whose model is served from then on, of no use until weights arrive."""
+
+        def keep(*args: Any, **options: Any) -> Any:
+            model, tokenizer = load(*args, **options)
+            self.model = copy.deepcopy(model)
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.zero_()
+            return model, tokenizer
+
+        return keep
 
     @torch.no_grad()
     def complete(self, request: dict[str, Any]) -> list[dict[str, Any]]:
