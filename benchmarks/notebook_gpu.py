@@ -2,6 +2,7 @@
 
     python -m benchmarks.notebook_gpu --output DIR                    # on a GPU with Unsloth and vLLM
     python -m benchmarks.notebook_gpu --output DIR --shape llama-1b   # sooner
+    python -m benchmarks.notebook_gpu --output DIR --untrained        # what needs no trained model, the comparison too
     python -m benchmarks.notebook_gpu --output DIR --smoke --cells 3  # the first three, on a CPU
 
 Without a network: random weights of the Llama-3.1-8B architecture in place of the model, or of a smaller one; questions
@@ -43,6 +44,21 @@ def cells(settings: dict[str, Any], data: Path | None) -> list[str]:
     return whole.split("\0")
 
 
+def untrained(sources: list[str]) -> list[str]:
+    """Without the run, its picture, answers and export; the comparison's picture goes to a folder of its own."""
+    first, last = (
+        next(i for i, source in enumerate(sources) if source.startswith(line))
+        for line in ("import train_grpo", "from benchmarks.side_by_side")
+    )
+    in_their_place = (
+        "import train_grpo\n"
+        "from IPython.display import Image, display\n"
+        "from recipes.tracking.run_folder import RunFolder\n"
+        'run = RunFolder(Path(output) / "untrained")'
+    )
+    return [*sources[:first], in_their_place, *sources[last:]]
+
+
 def run(sources: list[str], record: Path) -> bool:
     """Whether all of them ended well; their seconds and first lines go to `record` one by one."""
     from IPython.core.interactiveshell import InteractiveShell
@@ -73,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", choices=["llama-1b", "llama-8b"], default="llama-8b")
     parser.add_argument("--cells", type=int, help="so many from the top, all without")
+    parser.add_argument(
+        "--untrained", action="store_true", help="leave out what trains, shows and exports a run"
+    )
     parser.add_argument("--smoke", action="store_true", help="the notebook's own setting for a CPU")
     options = parser.parse_args(argv)
     root = options.output.resolve()
@@ -86,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
             make_model(place, toy=False, name=options.shape)
         settings |= {"model": str(place), "steps": 2, "completion_length": 256, "merge": True}
     root.mkdir(parents=True, exist_ok=True)
-    return int(not run(cells(settings, data)[: options.cells], root / "notebook.json"))
+    sources = cells(settings, data)
+    sources = untrained(sources) if options.untrained else sources
+    return int(not run(sources[: options.cells], root / "notebook.json"))
 
 
 if __name__ == "__main__":
