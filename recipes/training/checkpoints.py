@@ -191,10 +191,12 @@ class WholeCheckpoints(_Trainer):
 
 
 def guarded(trainer_class: type) -> type:
-    """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints."""
+    """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints, rewards
+    that fail seldom."""
     from recipes.training.finite import FiniteSteps
+    from recipes.training.rewards import FailuresOfAll
 
-    parts = (WholeCheckpoints, Uploads, FiniteSteps, trainer_class)
+    parts = (WholeCheckpoints, Uploads, FiniteSteps, FailuresOfAll, trainer_class)
     return type(f"Guarded{trainer_class.__name__}", parts, {})
 
 
