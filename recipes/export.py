@@ -27,7 +27,7 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
-from recipes.models.checkpoint import REMEDY, is_adapter, with_adapter
+from recipes.models.checkpoint import REMEDY, is_adapter, whole_base, with_adapter
 from recipes.models.generation_config import settle_generation_config
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
@@ -119,12 +119,12 @@ def merge_by_unsloth(run: Path) -> Path:
 def _with_adapter(final: Path, base: str | None) -> Any:
     """The model of an adapter, on its own base or on another one with the same weights unquantised."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     if base is None:
         return with_adapter(final)
-    with readable("model", base, "give --base a whole model"):
-        unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    remedy = "give --base a whole model"
+    with readable("model", base, remedy):
+        unquantised = whole_base(base, remedy)
     with readable("adapter", str(final), REMEDY):
         return PeftModel.from_pretrained(unquantised, final)
 

@@ -154,6 +154,26 @@ def test_the_base_that_a_warm_start_left_is_found_where_the_run_folder_is_now(sa
     assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"])
 
 
+def test_a_base_that_lacks_weights_is_one_line(saved, tmp_path, capsys):
+    """They were drawn at random, and the adapter put on it."""
+    base, place = tmp_path / "base", tmp_path / "final"
+    shutil.copytree(saved / "whole", base)
+    shutil.copytree(saved / "adapter", place)
+    file = place / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    without_norm(base)
+    (tmp_path / "config.yaml").write_text(RUN)
+    for command in (
+        lambda: train_grpo.main(["--config", str(tmp_path / "config.yaml"), "--evaluate", str(place)]),
+        lambda: export.main([str(tmp_path), "--merge"]),
+        lambda: export.main([str(tmp_path), "--merge", "--base", str(base)]),
+    ):
+        capsys.readouterr()
+        assert command() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{base}: its weights lack model.norm.weight")
+
+
 def test_an_adapter_is_loaded_on_a_base_that_is_quantised_as_in_training(saved):
     trained = ModelConfig(loader="transformers", name="a/b", load_in_4bit=True)
     assert load_checkpoint(saved / "adapter", trained)[0].get_base_model().is_loaded_in_4bit
