@@ -27,7 +27,7 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
-from recipes.models.checkpoint import REMEDY, is_adapter, whole_base, with_adapter
+from recipes.models.checkpoint import REMEDY, is_adapter, put_on, whole_base, with_adapter
 from recipes.models.generation_config import settle_generation_config
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
@@ -118,15 +118,13 @@ def merge_by_unsloth(run: Path) -> Path:
 
 def _with_adapter(final: Path, base: str | None) -> Any:
     """The model of an adapter, on its own base or on another one with the same weights unquantised."""
-    from peft import PeftModel
-
     if base is None:
         return with_adapter(final)
     remedy = "give --base a whole model"
     with readable("model", base, remedy):
         unquantised = whole_base(base, remedy)
     with readable("adapter", str(final), REMEDY):
-        return PeftModel.from_pretrained(unquantised, final)
+        return put_on(unquantised, final)
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def with_adapter(place: Path, **options: Any) -> Any:
     A base that the run's warm start left is looked for in the run folder: the path on record is of where it was then.
     Raises ConfigError for an adapter or a base that cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from transformers import AutoConfig
 
     recorded = _require_base(place)
@@ -87,7 +88,7 @@ def with_adapter(place: Path, **options: Any) -> Any:
         options |= {"revision": PeftConfig.from_pretrained(place).revision}
         model = whole_base(base, "put back the whole of it", **options)
         _make_room(model, place)
-        return PeftModel.from_pretrained(model, place)
+        return put_on(model, place)
 
 
 def whole_base(name: str, remedy: str, **options: Any) -> Any:
@@ -101,6 +102,18 @@ def whole_base(name: str, remedy: str, **options: Any) -> Any:
     model, found = AutoModelForCausalLM.from_pretrained(name, **options)
     require_whole(model, found, name, remedy)
     return model
+
+
+def put_on(model: Any, place: Path) -> Any:
+    """The model with the adapter in `place` on it. PEFT only warns of parts that are not in the file, and draws them.
+
+    Raises UserWarning where there are such.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, place)
 
 
 def _make_room(model: Any, place: Path) -> None:

@@ -50,6 +50,12 @@ def without_norm(place):
               place / "model.safetensors", {"format": "pt"})  # fmt: skip
 
 
+def without_half(place):
+    weights = load_file(place / "adapter_model.safetensors")
+    save_file({key: value for key, value in weights.items() if "lora_B" not in key},
+              place / "adapter_model.safetensors")  # fmt: skip
+
+
 def of_another_shape(place):
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
@@ -79,6 +85,7 @@ FAULTS = [
     ("whole", gone("tokenizer_config.json"), "its tokenizer cannot be loaded (it has no end token"),
     ("adapter", gone("adapter_model.safetensors"), "holds no weights (adapter_model.safetensors)"),
     ("adapter", cut("adapter_model.safetensors"), "its adapter on "),
+    ("adapter", without_half, "its adapter on "),
     ("adapter", gone("tokenizer.json"), "its tokenizer cannot be loaded (there is no tokenizer.json)"),
     ("adapter", on_no_base, "its base "),
 ]
