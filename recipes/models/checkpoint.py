@@ -76,12 +76,12 @@ def with_adapter(place: Path, **options: Any) -> Any:
     from peft import PeftConfig
     from transformers import AutoConfig
 
-    recorded = _require_base(place)
+    recorded = require_base(place)
     base = str(_own_warm_start(place, recorded) or recorded)
     if Path(base).is_absolute() and not Path(base).exists():
         remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}"
         raise unusable(str(place), f"its base {base} is not there", remedy)
-    _require_own_start(place, Path(base))
+    require_own_start(place, Path(base))
     with readable(f"adapter on {recorded}", str(place), REMEDY):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         require_own_attention("", str(place), config)
@@ -137,7 +137,7 @@ def _own_warm_start(place: Path, base: str) -> Path | None:
     return next((folder for folder in there if not other_base(place, folder)), there[0] if there else None)
 
 
-def _require_own_start(place: Path, base: Path) -> None:
+def require_own_start(place: Path, base: Path) -> None:
     """Raises ConfigError for a warm start's model that is another than the adapter's, or is not what was written."""
     if base.name != WARM_START:
         return
@@ -146,7 +146,7 @@ def _require_own_start(place: Path, base: Path) -> None:
         raise unusable(str(place), f"of its base {base}, {found}", "put back the folder that its run wrote")
 
 
-def _require_base(place: Path) -> str:
+def require_base(place: Path) -> str:
     """What the adapter in `place` belongs to. Raises ConfigError if it does not say."""
     base = read_object(place / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
