@@ -27,7 +27,15 @@ import torch
 
 from recipes.config.load import load_config
 from recipes.config.unsloth import MAX_SEQ_LENGTH
-from recipes.models.checkpoint import REMEDY, is_adapter, with_adapter
+from recipes.models.checkpoint import (
+    REMEDY,
+    is_adapter,
+    put_on,
+    require_base,
+    require_own_start,
+    whole_base,
+    with_adapter,
+)
 from recipes.models.generation_config import settle_generation_config
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
@@ -96,13 +104,15 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
 def merge_by_unsloth(run: Path) -> Path:
     """Merge `run/final` into 16-bit weights in `run/merged`, by the loader that trained it. Returns the folder.
 
-    Raises ExportError: another loader, no Unsloth here, or no GPU for it.
+    Raises ExportError: another loader, no Unsloth here, or no GPU for it; ConfigError: another base than the adapter's.
     """
     config, final, place = load_config(run / "config.yaml"), run / "final", run / "merged"
     if config.model.loader != "unsloth":
         raise ExportError(f"{run} was trained by model.loader: {config.model.loader}; leave --saver out")
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
+    if is_adapter(final):
+        require_own_start(final, Path(require_base(final)))  # which Unsloth loads by the path on record
     try:
         from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError, RuntimeError) as error:
@@ -118,15 +128,13 @@ def merge_by_unsloth(run: Path) -> Path:
 
 def _with_adapter(final: Path, base: str | None) -> Any:
     """The model of an adapter, on its own base or on another one with the same weights unquantised."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     if base is None:
         return with_adapter(final)
-    with readable("model", base, "give --base a whole model"):
-        unquantised = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    remedy = "give --base a whole model"
+    with readable("model", base, remedy):
+        unquantised = whole_base(base, remedy)
     with readable("adapter", str(final), REMEDY):
-        return PeftModel.from_pretrained(unquantised, final)
+        return put_on(unquantised, final)
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> torch.Tensor:

@@ -57,6 +57,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "max_grad_norm": _NOT_NEGATIVE,
     "top_entropy_quantile": _SHARE,
     "vllm_gpu_memory_utilization": _OPEN_SHARE,
+    "vllm_server_timeout": _NOT_NEGATIVE,
     "vllm_tensor_parallel_size": _COUNT,
     "vllm_max_model_length": _COUNT,
     "ref_model_mixup_alpha": _SHARE,

@@ -10,10 +10,11 @@ Every mistake is a ConfigError with one line each: file and line, key, what is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.config import packed
 from recipes.config.checks import check_across
 from recipes.config.grpo import check_grpo, defaults, import_grpo_config, world_size
 from recipes.config.parse import parse_section, unknown_keys
@@ -90,8 +91,12 @@ class RunConfig(Section):
     def packs(self) -> bool:
         """Whether the packed step is asked for and no key or launcher rules it out; the model still may."""
         asked = self.step.impl == "packed" and self.model.loader != "unsloth" and spread() != "DeepSpeed"
-        noisy = (self.lora is not None and self.lora.dropout) or self.grpo["neftune_noise_alpha"]
-        return asked and not noisy
+        return asked and not any(self.against_packing())
+
+    def against_packing(self) -> Iterator[str]:
+        """Why the packed step is not exact with these keys, as the trainer will say it."""
+        yield from packed.by_embeddings(self.grpo["neftune_noise_alpha"])
+        yield from packed.by_adapter(self.lora.dropout if self.lora is not None else None)
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:

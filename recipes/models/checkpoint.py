@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from recipes.config.schema import ModelConfig
 from recipes.models.foreign import require_own_attention
 from recipes.models.generation_config import settle_generation_config
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
+from recipes.models.manifest import MANIFEST, damage, other_base
 from recipes.models.published import require_whole
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 from recipes.problems import place_of
@@ -71,32 +73,80 @@ def with_adapter(place: Path, **options: Any) -> Any:
     A base that the run's warm start left is looked for in the run folder: the path on record is of where it was then.
     Raises ConfigError for an adapter or a base that cannot be loaded.
     """
-    from peft import AutoPeftModelForCausalLM, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from peft import PeftConfig
+    from transformers import AutoConfig
 
-    base = _require_base(place)
-    options |= {"dtype": "auto", "trust_remote_code": False}
-    started = _own_warm_start(place, base)
-    if started is None and Path(base).is_absolute() and not Path(base).exists():
+    recorded = require_base(place)
+    base = str(_own_warm_start(place, recorded) or recorded)
+    if Path(base).is_absolute() and not Path(base).exists():
         remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}"
         raise unusable(str(place), f"its base {base} is not there", remedy)
-    with readable(f"adapter on {base}", str(place), REMEDY):
-        config = AutoConfig.from_pretrained(started or base, trust_remote_code=False)
+    require_own_start(place, Path(base))
+    with readable(f"adapter on {recorded}", str(place), REMEDY):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         require_own_attention("", str(place), config)
-        if started is None:
-            return AutoPeftModelForCausalLM.from_pretrained(place, **options)
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(started, **options), place)
+        options |= {"revision": PeftConfig.from_pretrained(place).revision}
+        model = whole_base(base, "put back the whole of it", **options)
+        _make_room(model, place)
+        return put_on(model, place)
+
+
+def whole_base(name: str, remedy: str, **options: Any) -> Any:
+    """A model to put an adapter on, by folder or hub id. transformers would draw what is missing in it at random.
+
+    Raises ConfigError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(name, **options)
+    require_whole(model, found, name, remedy)
+    return model
+
+
+def put_on(model: Any, place: Path) -> Any:
+    """The model with the adapter in `place` on it. PEFT only warns of parts that are not in the file, and draws them.
+
+    Raises UserWarning where there are such.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, place)
+
+
+def _make_room(model: Any, place: Path) -> None:
+    """For tokens that were added beside an adapter, as PEFT's own loader makes it."""
+    if not (place / "tokenizer_config.json").is_file():
+        return
+    tokens = len(pretrained_tokenizer(str(place)))
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokens)
 
 
 def _own_warm_start(place: Path, base: str) -> Path | None:
-    """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base."""
+    """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base.
+
+    The one on record where a copy of the adapter lies in another run's folder.
+    """
     if Path(base).name != WARM_START:
         return None
     around = [folder / WARM_START for folder in place.resolve().parents[:2]]
-    return next((folder for folder in around if (folder / "config.json").is_file()), None)
+    there = [folder for folder in (*around, Path(base)) if (folder / "config.json").is_file()]
+    return next((folder for folder in there if not other_base(place, folder)), there[0] if there else None)
 
 
-def _require_base(place: Path) -> str:
+def require_own_start(place: Path, base: Path) -> None:
+    """Raises ConfigError for a warm start's model that is another than the adapter's, or is not what was written."""
+    if base.name != WARM_START:
+        return
+    sealed = (base / MANIFEST).is_file()
+    if found := other_base(place, base) or (sealed and damage(base, parts={})):
+        raise unusable(str(place), f"of its base {base}, {found}", "put back the folder that its run wrote")
+
+
+def require_base(place: Path) -> str:
     """What the adapter in `place` belongs to. Raises ConfigError if it does not say."""
     base = read_object(place / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:

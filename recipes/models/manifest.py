@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+BASE = "base.json"  # beside an adapter on a warm start's model: the sum of that one's manifest, and so of its files
 STATE = "trainer_state.json"
 REFERENCE = "reference/model.safetensors"  # where grpo.sync_ref_model moves the reference model
 # What each part of a checkpoint is called, by the trainer alone or with DeepSpeed or FSDP.
@@ -35,6 +36,27 @@ def condemn(place: Path, reason: str) -> None:
     partial = place / f"{MANIFEST}.partial"
     partial.write_text(json.dumps({**manifest, "condemned": reason}, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, place / MANIFEST)
+
+
+def note_base(place: Path, base: Path) -> None:
+    """Note beside an adapter which sealed folder holds its base: another one may come to lie under the same path."""
+    noted = {"manifest": _digest(base / MANIFEST)}
+    (place / BASE).write_text(json.dumps(noted) + "\n", encoding="utf-8")
+
+
+def other_base(place: Path, base: Path) -> str:
+    """Why a folder is not the one that `note_base` noted beside the adapter in `place`; "" if it is, or nothing is."""
+    try:
+        noted = json.loads((place / BASE).read_text(encoding="utf-8"))["manifest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        noted = None  # by a version before this one, or somebody else
+    if noted is None:
+        return ""
+    if not (base / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    if noted != _digest(base / MANIFEST):
+        return "it is another model: that of another run, or of another start of this one"
+    return ""
 
 
 def damage(place: Path, parts: Mapping[str, str] = PARTS) -> str:

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recipes.problems import ConfigError, Problem, one_of
+from recipes.processes import count
 from recipes.rewards.call import (
     MAX_REWARD,
     Fault,
@@ -220,12 +221,30 @@ def too_many(failed: int, scored: int, share: float) -> bool:
     return failed > share * max(scored, FIRST_VERDICT) or failed > max(share, 0.5) * scored
 
 
+class Failures(NamedTuple):
+    """How often a reward failed, in completions so far, and in the last batch; the last failure of that batch."""
+
+    scored: int
+    failed: int
+    now: int
+    last: str | None
+
+    @classmethod
+    def of_all(cls, processes: Sequence[Failures]) -> Failures:
+        """Those of several processes together."""
+        scored, failed, now, last = zip(*processes, strict=True)
+        return cls(sum(scored), sum(failed), sum(now), next((one for one in last if one is not None), None))
+
+
 class Guarded:
     """A reward function whose failures cost single completions: None for those, until too many fail.
 
     `scored` and `failed` count completions. None makes TRL leave this function out of the completion's sum, and a
     completion with nothing but None out of its group. A call that nothing ends ends the run, after `keep`, which saves
     what there is and returns a sentence about it.
+
+    Of several processes each calls it on its own completions, and none can tell when too many have failed: when all
+    have called it, `judge` is given what they counted (recipes.training.rewards.FailuresOfAll).
     """
 
     def __init__(self, name: str, function: Reward, seconds: float, share: float) -> None:
@@ -233,6 +252,8 @@ class Guarded:
         self.__name__ = name  # what TRL logs it as
         self._function, self._seconds, self._share = function, seconds, share
         self.scored = self.failed = 0
+        self._now = 0  # of the last batch
+        self._last: str | None = None
         self.keep: Callable[[], str] = nothing_to_keep
 
     @contextmanager
@@ -252,23 +273,31 @@ class Guarded:
     def _settle(
         self, completions: list[Any], found: Sequence[float | Fault | None], columns: Mapping[str, Any]
     ) -> Values:
-        """Count and log the faults; the values, None in their places."""
+        """Count the faults; the values, None in their places."""
         faults = [(one, text) for one, text in zip(found, completions) if isinstance(one, Fault)]
         self.scored += len(completions)
         self.failed += len(faults)
-        log = columns.get("log_metric")
-        if log is not None:
-            log(f"reward_failures/{self.__name__}", float(len(faults)))
+        self._now, self._last = len(faults), None
         if faults:
             fault, completion = faults[-1]
-            self._stop_past_share(fault.what, completion)
+            self._last = f"{fault.what}, on {show(completion)}"
+        if count() == 1:
+            self.judge(self.failures, columns.get("log_metric"))
         return [None if isinstance(one, Fault) else one for one in found]
 
-    def _stop_past_share(self, fault: str, completion: Any) -> None:
-        if too_many(self.failed, self.scored, self._share):
+    @property
+    def failures(self) -> Failures:
+        """Those of this process."""
+        return Failures(self.scored, self.failed, self._now, self._last)
+
+    def judge(self, found: Failures, log: Callable[[str, float], None] | None) -> None:
+        """Logs a batch's failures of all processes; raises RewardError if there are too many by now."""
+        if log is not None:
+            log(f"reward_failures/{self.__name__}", float(found.now))
+        if found.now and too_many(found.failed, found.scored, self._share):
             raise RewardError(
-                f"reward {self.__name__}: failed on {self.failed} of {self.scored} completions, more than "
-                f"task.reward_failures {self._share:g} allows; the last time it {fault}, on {show(completion)}"
+                f"reward {self.__name__}: failed on {found.failed} of {found.scored} completions, more than "
+                f"task.reward_failures {self._share:g} allows; the last time it {found.last}"
             )
 
 

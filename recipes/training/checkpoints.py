@@ -24,8 +24,9 @@ from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from recipes.models.checkpoint import WARM_START
 from recipes.models.finite import first_not_finite
-from recipes.models.manifest import REFERENCE, condemn, seal
+from recipes.models.manifest import MANIFEST, REFERENCE, condemn, note_base, seal
 from recipes.problems import ConfigError
 from recipes.processes import first, is_first_with, spread
 from recipes.tracking.files import naming_what_failed, write_whole
@@ -90,6 +91,14 @@ class WholeCheckpoints(_Trainer):
                 self.upload(place / name)
                 rotate_checkpoints(str(place), self.args.save_total_limit, use_mtime=True)
             self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's. With adapters it also notes which warm start's model they belong to."""
+        super().save_model(output_dir, _internal_call)
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        for base in {Path(one.base_model_name_or_path or "") for one in adapters.values()}:
+            if self.args.should_save and base.name == WARM_START and (base / MANIFEST).is_file():
+                note_base(Path(output_dir or self.args.output_dir), base)
 
     def _save_reference(self, file: Path) -> None:
         """Where it moves, it is neither the model that the run began with nor the one that is trained."""
@@ -191,10 +200,12 @@ class WholeCheckpoints(_Trainer):
 
 
 def guarded(trainer_class: type) -> type:
-    """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints."""
+    """The class of a trainer with what makes its run trustworthy before it: finite steps, whole checkpoints, rewards
+    that fail seldom."""
     from recipes.training.finite import FiniteSteps
+    from recipes.training.rewards import FailuresOfAll
 
-    parts = (WholeCheckpoints, Uploads, FiniteSteps, trainer_class)
+    parts = (WholeCheckpoints, Uploads, FiniteSteps, FailuresOfAll, trainer_class)
     return type(f"Guarded{trainer_class.__name__}", parts, {})
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from recipes.config import packed
+
 # Attention only over whole prefixes, relative positions, nothing that depends on the batch or on a row's length. Each
 # is tested against TRL's padded way in float64 (tests/recipes/training/test_packed_step.py).
 ARCHITECTURES = frozenset(
@@ -39,8 +41,7 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
 def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
     if (cards := given["args"].n_gpu) > 1:
         yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
-    if getattr(given["args"], "neftune_noise_alpha", None):
-        yield "neftune_noise_alpha adds noise by the length of a row, and a packed row has another"
+    yield from packed.by_embeddings(getattr(given["args"], "neftune_noise_alpha", None))
     plugin = getattr(given["args"], "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         yield "ZeRO-3 takes the model apart when training begins, so the packed step cannot be tried out before it"
@@ -62,15 +63,14 @@ def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
         if rope.get("rope_type") in _ROPES_BY_LENGTH:
             yield f"its rotary positions ({rope['rope_type']}) depend on the length of a row"
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-        if getattr(text, name, 0.0):
-            yield f"{name} is {getattr(text, name)}, and a packed row draws other numbers"
+        yield from packed.by_noise(name, getattr(text, name, None))
     adapters = [lora] if lora is not None else list(getattr(model, "peft_config", {}).values())
     for adapter in adapters:
         if not hasattr(adapter, "lora_dropout"):
             yield f"adapters of type {adapter.peft_type} may add tokens of their own"
-        elif adapter.lora_dropout:
-            yield f"lora.dropout is {adapter.lora_dropout}, and a packed row draws other numbers"
-        elif getattr(adapter, "use_dora", False):
+            continue
+        yield from packed.by_adapter(adapter.lora_dropout)
+        if getattr(adapter, "use_dora", False):
             yield "DoRA has not been tested"
     if hasattr(text, "output_router_logits"):
         yield "a mixture of experts balances its load over the rows of a batch"

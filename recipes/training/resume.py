@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import REFERENCE, STATE, damage
+from recipes.models.manifest import REFERENCE, STATE, damage, other_base
 from recipes.problems import ConfigError, Problem, join, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
@@ -81,7 +81,10 @@ def require_whole_warm_start(config: RunConfig, folder: RunFolder) -> None:
     """
     place = folder.path / WARM_START
     needed = config.lora is not None or config.grpo["beta"] or place.exists()
-    if config.run.warm_start is not None and needed and (found := damage(place, parts={})):
+    if config.run.warm_start is None or not needed:
+        return
+    found = damage(place, parts={}) or (folder.checkpoint and other_base(folder.checkpoint, place))
+    if found:
         remedy = "put the file back, or leave --resume out to begin another run"
         raise ConfigError([Problem("run.warm_start", f"of {place}, {found}", remedy=remedy)])
 

@@ -1,13 +1,21 @@
-"""A run's rewards, tried out before anything is loaded: prepare(task) -> Rewards(functions, weights)."""
+"""A run's rewards: tried out before anything is loaded, and their failures counted over all processes.
+
+prepare(task) -> Rewards(functions, weights)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes.processes import by_main
-from recipes.rewards.contract import check, choose, guard
+from recipes.processes import by_main, count, gathered
+from recipes.rewards.contract import Failures, Guarded, check, choose, guard
 from recipes.tasks import Task
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
 
 PROBES = (
     "",
@@ -39,3 +47,20 @@ def prepare(task: Task) -> Rewards:
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in PROBES]
     by_main(lambda: check(functions, rows, completions, task.options.reward_seconds))
     return Rewards(guard(functions, task.options), list(task.reward_weights.values()))
+
+
+class FailuresOfAll(_Trainer):
+    """To be put before the trainer's class: `task.reward_failures` is a share of the completions of all processes.
+
+    TRL's method ends by gathering the rewards. So whoever comes to its end has all the others there, with every reward
+    called, and one more message waits for nobody new; all of them find the same, and end together.
+    """
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._calculate_rewards(*args, **kwargs)
+        if count() > 1:
+            functions = [one for one in self.reward_funcs if isinstance(one, Guarded)]
+            counted = gathered([function.failures for function in functions])
+            for function, processes in zip(functions, zip(*counted, strict=True), strict=True):
+                function.judge(Failures.of_all(processes), self._log_metric)
+        return found

@@ -17,7 +17,7 @@ from recipes.training.session import Session
 from recipes.training.sharding import keep_precision
 from recipes.training.step_choice import trainer_with_step
 from recipes.training.vllm_engine import engine
-from recipes.training.vllm_server import say_where_it_fails
+from recipes.training.vllm_server import giving_up, say_where_it_fails
 
 
 def install_head(config: RunConfig, arguments: Any) -> Handle:
@@ -102,7 +102,7 @@ def make_trainer(session: Session) -> Any:
         "peft_config": adapters,
         "max_bad_steps": config.run.max_bad_steps,
     }
-    with engine(config), reference_like_the_model(session):
+    with engine(config), giving_up(config), reference_like_the_model(session):
         trainer = trainer_with_step(session, given)
     keep_precision(trainer)
     say_where_it_fails(trainer)

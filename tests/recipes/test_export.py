@@ -28,6 +28,7 @@ from recipes import export
 from recipes.config.load import load_config
 from recipes.export import LOGITS_TOLERANCE, _fault, _relative, main
 from recipes.models.checkpoint import with_adapter
+from recipes.models.manifest import note_base, seal
 from recipes.models.tokenizers import character_tokenizer
 from recipes.report.model_card import model_card
 
@@ -296,6 +297,16 @@ def test_unsloths_saver_is_for_what_unsloth_trained(tmp_path, capsys, without_un
     assert main([str(run), "--merge", "--saver", "unsloth"]) == 1
     assert "Unsloth does not start here" in capsys.readouterr().err
     assert not (run / "merged").exists()
+
+    start = (tmp_path / "base").rename(tmp_path / "warm_start")
+    file = run / "final" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(start)}))
+    seal(start)
+    note_base(run / "final", start)
+    (start / "config.json").write_text("{}")
+    seal(start)  # as another run's
+    assert main([str(run), "--merge", "--saver", "unsloth"]) == 2
+    assert f"of its base {start}, it is another model" in capsys.readouterr().err
 
 
 def spoil(place, change):

@@ -50,6 +50,12 @@ def without_norm(place):
               place / "model.safetensors", {"format": "pt"})  # fmt: skip
 
 
+def without_half(place):
+    weights = load_file(place / "adapter_model.safetensors")
+    save_file({key: value for key, value in weights.items() if "lora_B" not in key},
+              place / "adapter_model.safetensors")  # fmt: skip
+
+
 def of_another_shape(place):
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
@@ -79,6 +85,7 @@ FAULTS = [
     ("whole", gone("tokenizer_config.json"), "its tokenizer cannot be loaded (it has no end token"),
     ("adapter", gone("adapter_model.safetensors"), "holds no weights (adapter_model.safetensors)"),
     ("adapter", cut("adapter_model.safetensors"), "its adapter on "),
+    ("adapter", without_half, "its adapter on "),
     ("adapter", gone("tokenizer.json"), "its tokenizer cannot be loaded (there is no tokenizer.json)"),
     ("adapter", on_no_base, "its base "),
 ]
@@ -152,6 +159,26 @@ def test_the_base_that_a_warm_start_left_is_found_where_the_run_folder_is_now(sa
     weights = load_file(tmp_path / "warm_start" / "model.safetensors")
     found = with_adapter(tmp_path / where).get_base_model().state_dict()
     assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"])
+
+
+def test_a_base_that_lacks_weights_is_one_line(saved, tmp_path, capsys):
+    """They were drawn at random, and the adapter put on it."""
+    base, place = tmp_path / "base", tmp_path / "final"
+    shutil.copytree(saved / "whole", base)
+    shutil.copytree(saved / "adapter", place)
+    file = place / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    without_norm(base)
+    (tmp_path / "config.yaml").write_text(RUN)
+    for command in (
+        lambda: train_grpo.main(["--config", str(tmp_path / "config.yaml"), "--evaluate", str(place)]),
+        lambda: export.main([str(tmp_path), "--merge"]),
+        lambda: export.main([str(tmp_path), "--merge", "--base", str(base)]),
+    ):
+        capsys.readouterr()
+        assert command() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{base}: its weights lack model.norm.weight")
 
 
 def test_an_adapter_is_loaded_on_a_base_that_is_quantised_as_in_training(saved):

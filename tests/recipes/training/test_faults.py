@@ -17,7 +17,9 @@ from test_finite import command
 from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import train_grpo
+from recipes import ask, export
 from recipes.export import merge
+from recipes.models.manifest import seal
 from recipes.report.page import write_report
 from recipes.tracking.files import CannotWrite, LinesFile, naming_what_failed
 from recipes.tracking.run_folder import RunFolder
@@ -163,6 +165,51 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
     assert measured[0] == measured[1] != []
     assert merge(moved / "tiny")["logits_error"] < 1e-4
+
+
+def sealed_anew(start):
+    """As another run's would be."""
+    other_bit(start / "model.safetensors")
+    seal(start)
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (lambda start: other_bit(start / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda start: (start / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda start: (start / "manifest.json").unlink(), "manifest.json is missing"),
+        (sealed_anew, "it is another model: that of another run"),
+    ],
+    ids=["damaged", "cut", "unsealed", "another"],
+)
+def test_an_adapter_is_not_put_on_another_warm_start(tmp_path, capsys, harm, found):
+    """Figures, answers and a merged model came of it, and nothing was said."""
+    more = ["run.save_every=1", "lora.r=2"]
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1", *more)) == 0
+    run = tmp_path / "tiny"
+    start, copied = run / "warm_start", tmp_path / "another" / "final"
+    shutil.copytree(run / "final", copied)
+    shutil.copytree(start, copied.parent / "warm_start")
+    sealed_anew(copied.parent / "warm_start")
+    assert (
+        train_grpo.main([*command(tmp_path, *more), "--evaluate", str(copied)]) == 0
+    )  # on the one on record
+    harm(start)
+    places = [run / "final", run / "checkpoints" / "checkpoint-1"]
+    commands = [
+        lambda p=p: train_grpo.main([*command(tmp_path, *more), "--evaluate", str(p)]) for p in places
+    ]
+    commands += [lambda: export.main([str(run), "--merge"]), lambda: ask.main([str(run), "1+1>2="])]
+    for place, refused in zip([*places, places[0], places[0]], commands, strict=True):
+        capsys.readouterr()
+        assert refused() == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"{place}: of its base {start}, {found}")
+    assert not (run / "merged").exists()
+    capsys.readouterr()
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 2
+    assert f"run.warm_start: of {start}, {found}" in capsys.readouterr().err
 
 
 def other_bit(path):

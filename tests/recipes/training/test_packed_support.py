@@ -10,8 +10,10 @@ import pytest
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
+from ready import ROOT
 from rollouts import SMALL, configurations, model_of
 
+from recipes.config.load import load_config
 from recipes.training.packed_support import ARCHITECTURES, why_not
 
 
@@ -80,6 +82,16 @@ def test_what_is_not_packed_is_named(changes, reason):
     found = why_not(given(**changes), varlen=False)
     assert found is not None
     assert re.match(reason, found), found
+
+
+@pytest.mark.parametrize("override", [None, "lora.dropout=0.05", "grpo.neftune_noise_alpha=5"])
+def test_the_plan_and_the_trainer_have_the_same_reasons(override):
+    """The plan asks before there is a model; what it then counts is the step that will be taken."""
+    config = load_config(ROOT / "configs" / "llama3.2_1b_gsm8k.yaml", [override] if override else [])
+    args = SimpleNamespace(n_gpu=1, neftune_noise_alpha=config.grpo["neftune_noise_alpha"])
+    said = why_not(given(args=args, peft_config=config.lora.peft_config()), varlen=False)
+    assert next(config.against_packing(), None) == said
+    assert config.packs is (said is None) is (override is None)
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,14 @@ def multinomial(probabilities, **options):
     return sample(probabilities * math.nan if at_fault else probabilities, **options)
 torch.multinomial = multinomial
 """,
+    "a reward": """
+from recipes.tasks.countdown import Countdown
+def correct(self, completions, trainer_state, **_):
+    if trainer_state is not None and (processes.rank() == 1 or trainer_state.global_step >= 2):
+        raise KeyError("answer")
+    return [0.0] * len(completions)
+Countdown.correct = correct
+""",
     "Ctrl-C": """
 compute = trl.GRPOTrainer._compute_loss
 def interrupted(self, *arguments, **options):
@@ -443,6 +451,14 @@ def test_a_model_that_one_process_alone_cannot_sample_from_is_not_resumed_from(t
     assert output.count("error: step 2, generation: the model has diverged") == 1, output
     assert "diverged from there" in damage(tmp_path / "tiny" / "checkpoints" / "checkpoint-1")
     assert (tmp_path / "tiny" / "report.html").is_file()
+
+
+def test_a_rewards_failures_are_those_of_all_processes(tmp_path):
+    """In the first two steps a half fails, that of one process, of which 0.6 allows; then all do."""
+    output = faulty(tmp_path, "a reward", "task.reward_failures=0.6")
+    assert output.count("error: reward correct: failed on 32 of 48 completions") == 1, output
+    steps = [record for record in RunFolder(tmp_path / "tiny").metrics.read() if record["step"] > 0]
+    assert [record["trl"]["reward_failures/correct"] for record in steps] == [8.0, 8.0]
 
 
 def test_a_second_ctrl_c_ends_a_process_without_the_others(tmp_path):

@@ -1,5 +1,8 @@
 """grpo.vllm_mode: server, with TRL's real client and a stand-in for vLLM's server."""
 
+import re
+from threading import Event
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from vllm_stand_in import StandIn, weight_transfer
 import train_grpo
 from recipes.models import load
 from recipes.tracking.run_folder import RunFolder
+from recipes.training import vllm_server
 from recipes.training.preflight import Machine
 from recipes.training.session import RunError
 from recipes.training.vllm_server import say_where_it_fails
@@ -160,6 +164,92 @@ def test_a_server_that_fails_is_a_line_and_the_run_goes_on_when_it_is_there_agai
     monkeypatch.setattr(vllm_stand_in._Handler, "do_POST", post)
     assert train_grpo.main([*command, "--resume"]) == 0
     assert RunFolder(tmp_path / "tiny").metrics.read()[-1]["step"] == 3
+
+
+class Hanging:
+    """While it is a context, the stand-in takes requests and never answers, from a moment on."""
+
+    def __init__(self, monkeypatch, hangs):
+        self.patch, self.hangs, self.over = monkeypatch, hangs, Event()
+
+    def __enter__(self):
+        handler = vllm_stand_in._Handler
+        self.usual = {name: getattr(handler, name) for name in ("do_GET", "do_POST")}
+        for name, usual in self.usual.items():
+            self.patch.setattr(handler, name, self.instead_of(usual))
+
+    def instead_of(self, usual):
+        def answer(handler):
+            if self.hangs(handler.path):
+                self.over.wait()
+            else:
+                usual(handler)
+
+        return answer
+
+    def __exit__(self, *_):
+        self.over.set()
+        for name, usual in self.usual.items():
+            self.patch.setattr(vllm_stand_in._Handler, name, usual)
+
+
+@pytest.mark.parametrize(
+    ("paths", "updates", "what", "key", "changes"),
+    [
+        ({"/v1/completions", "/health"}, 2, "to sample", "vllm_server_timeout", []),
+        ({"/v1/completions", "/health"}, 3, "to sample", "vllm_server_timeout", []),  # by the evaluation
+        ({"/v1/completions"}, 2, "to sample", "ddp_timeout", ["step.ahead=true"]),
+        ({"/start_weight_update", "/health"}, 2, "to take new weights", "vllm_server_timeout", []),
+    ],
+)
+def test_a_server_that_never_answers_is_given_up_and_the_work_is_kept(
+    tmp_path, server, capsys, monkeypatch, paths, updates, what, key, changes
+):
+    """It hangs after so many updates of its weights: the second is for a step, the third for an evaluation."""
+    monkeypatch.setattr(vllm_server, "_LEAST", 0.1)
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start.")]
+    changes = [*changes, "grpo.use_vllm=true", "grpo.vllm_mode=server", "run.warm_start=null"]
+    changes += [f"grpo.vllm_server_base_url={server.url}", f"run.output_root={tmp_path}"]
+    command = ["--config", CONFIG, *kept, *changes]
+    with Hanging(monkeypatch, lambda path: server.updates >= updates and path in paths):
+        assert train_grpo.main([*command, f"grpo.{key}=2"]) == 1
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"the vLLM server at {server.url} was asked {what} and failed (Unanswered: no answer " in line
+    assert re.search(rf"for [23] s\b.* raise grpo\.{key}\)", line)
+    assert re.search(r"Checkpoint: .*/checkpoint-[12]; ", line)
+    assert "Traceback" not in said
+    assert train_grpo.main([*command, "--resume"]) == 0
+    assert RunFolder(tmp_path / "tiny").metrics.read()[-1]["step"] == 3
+
+
+def unready(handler):
+    answer(handler, 503, b"")
+
+
+@pytest.mark.parametrize("silent_at", ["/health", "/v1/models", None])
+def test_a_server_that_is_never_ready_is_one_line(tmp_path, server, capsys, monkeypatch, silent_at):
+    """It takes a question and is silent, or answers that it is not ready, again and again."""
+    monkeypatch.setattr(vllm_server, "_LEAST", 0.1)
+    changes = ["grpo.use_vllm=true", "grpo.vllm_mode=server", f"grpo.vllm_server_base_url={server.url}"]
+    changes += ["run.warm_start=null", "grpo.vllm_server_timeout=1", "grpo.ddp_timeout=3"]
+    kept = [setting for setting in TINY if not setting.startswith("run.warm_start.")]
+    with Hanging(monkeypatch, lambda path: path == silent_at):
+        if silent_at is None:
+            monkeypatch.setattr(vllm_stand_in._Handler, "do_GET", unready)
+        assert train_grpo.main(["--config", CONFIG, *kept, *changes, f"run.output_root={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"the vLLM server at {server.url} is not ready: no answer " in line
+    assert "Traceback" not in said
+
+
+def test_a_server_that_is_at_work_is_waited_for(monkeypatch):
+    """Longer than it may be silent, as long as it answers that it lives."""
+    looks = iter([True, False, True, True, False] * 9)
+    patience = vllm_server.Patience(silent=0.4, busy=60.0)
+    waited = patience.wait_for(lambda: sleep(1.5) or "answer", lambda _: next(looks))
+    assert waited == "answer"
 
 
 @pytest.mark.parametrize(
