@@ -8,7 +8,7 @@ After training on a quantised base, `--base` names the weights that it was quant
 
 `--merge` checks two things and prints the figures: the merged weights differ from the base, and the merged model's
 logits are those of base plus adapter. A model that fails either check is not left in the folder. Merging and proof are
-computed in float32, four bytes a weight. What Unsloth saves is Unsloth's, and not checked.
+computed in float32, a layer at a time. What Unsloth saves is Unsloth's, and not checked.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from recipes.models.checkpoint import (
     with_adapter,
 )
 from recipes.models.generation_config import settle_generation_config
+from recipes.models.parts import in_float32, merged_once_rounded
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
@@ -74,7 +75,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
         raise ExportError("the base is quantised; name the unquantised one that it was made from with --base")
     before = {name: _digest(weight) for name, weight in _adapted(model)}
     try:
-        merged = _merged(model)
+        merged = merged_once_rounded(model)
     except ValueError as error:  # NaN in a merged weight
         raise ExportError(f"{final} cannot be merged: {error}") from error
     after = dict(merged.named_parameters())
@@ -158,22 +159,6 @@ def _fault(proof: dict[str, Any]) -> str:
     return ""
 
 
-def _merged(model: Any) -> Any:
-    """Each weight rounded once: peft in half precision rounds the adapter's product, and then the sum."""
-    named = model.get_base_model().named_parameters(remove_duplicate=False)  # tied ones may part
-    dtypes = {_plain(name): weight.dtype for name, weight in named}
-    merged = model.float().merge_and_unload(safe_merge=True)
-    for name, weight in merged.named_parameters():
-        weight.data = weight.to(dtypes[name])
-    return merged
-
-
-def _plain(name: str) -> str:
-    """Of a base weight that peft wraps, or keeps beside its trained copy, the name without that."""
-    wrappers = {"base_layer", "original_module", "token_adapter"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
 def _digest(weight: torch.Tensor) -> bytes:
     """Of the bits: a copy of every adapted weight would be most of a second model."""
     bits = weight.contiguous().flatten().view(torch.uint8).cpu()
@@ -191,7 +176,8 @@ def _wanted(final: Path, base: str | None, tokens: torch.Tensor) -> tuple[torch.
 @torch.no_grad()
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Computed in float32: what a forward pass in half precision rounds can be as large as a fault of the merge."""
-    logits: torch.Tensor = model.eval().float()(input_ids=tokens.to(model.device)).logits.cpu()
+    with in_float32(model.eval()):
+        logits: torch.Tensor = model(input_ids=tokens.to(model.device)).logits.float().cpu()
     return logits
 
 
