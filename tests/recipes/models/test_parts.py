@@ -1,4 +1,4 @@
-"""A model in half precision computed with in float32, a layer at a time: as if it were all float32, and then as before."""
+"""A model in half precision computed with in float32, a layer at a time: as if all of it were, and then as before."""
 
 import copy
 from collections.abc import Iterator
