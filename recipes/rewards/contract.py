@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -170,7 +171,8 @@ def check(
         if isinstance(found, Fault):
             which = "first completion" if found.index is None else "completion"
             raise RewardError(
-                f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
+                f"reward {name}: {found.what}{_there(found, columns)}; the {which} was "
+                f"{show(completions[found.index or 0])}"
             )
         given[name] = found
     return given
@@ -186,6 +188,14 @@ def _checked(
     alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
     faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
     return faults[0] if faults else found
+
+
+def _there(fault: Fault, columns: Mapping[str, Any]) -> str:
+    """The columns that there are, where a function has asked for another one."""
+    if not re.match(r"raised (KeyError:|TypeError: .* missing \d+ required)", fault.what):
+        return ""
+    names = [name for name, values in columns.items() if isinstance(values, list)]
+    return f" (the columns are {', '.join(names)})"
 
 
 def _now(function: Reward, plain: Any, waiting: Any) -> Any:

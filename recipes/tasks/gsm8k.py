@@ -24,6 +24,7 @@ from recipes.data import (
     BadValue,
     Column,
     Rows,
+    dataset_of,
     hold_out,
     is_one_file,
     read_rows,
@@ -161,11 +162,12 @@ class Gsm8k(Task):
         return [self._split[0][place] for place in sorted(self._drawn)]
 
     def _dataset(self, rows: Rows) -> Dataset:
-        return Dataset.from_dict(
+        return dataset_of(
+            rows,
             {
                 "prompt": [self._prompt(row["question"]) for row in rows],
                 "answer": [_number(row["answer"]) for row in rows],
-            }
+            },
         )
 
     def _prompt(self, question: str) -> Any:
