@@ -213,6 +213,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
+    from recipes.training.inputs import inputs_of, keep, what_changed_in
     from recipes.training.memory import plan_of, write_plan
     from recipes.training.resume import (
         is_finished,
@@ -239,11 +240,15 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
+    read = inputs_of(task)
+    if begun is not None:
+        print("".join(f"{line}\n" for line in what_changed_in(read, task, begun)), end="", flush=True)
     print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
     if (seen := prompt_lengths(config, task)) is not None:
         config = config.model_copy(update={"longest_prompt": seen.longest})
     planned = plan_of(config)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
+    by_main(partial(keep, read, folder))
     if not pilot:
         print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
