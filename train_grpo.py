@@ -213,7 +213,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
-    from recipes.training.inputs import inputs_of, keep, what_changed_in
+    from recipes.training.inputs import commit_of, inputs_of, keep, keep_commit, what_changed_in
     from recipes.training.memory import plan_of, write_plan
     from recipes.training.resume import (
         is_finished,
@@ -246,7 +246,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
     if (seen := prompt_lengths(config, task)) is not None:
         config = config.model_copy(update={"longest_prompt": seen.longest})
-    planned = plan_of(config)
+    planned, commit = plan_of(config), commit_of(begun)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
     by_main(partial(keep, read, folder))
     if not pilot:
@@ -254,6 +254,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
+    print(by_main(lambda: keep_commit(model, folder, commit)), end="", flush=True)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
     if config.model.name is not None or config.model.tokenizer is not None:
         check_tokens(config, task, model, tokenizer)

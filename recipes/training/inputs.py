@@ -3,6 +3,7 @@
     found = inputs_of(task)         {"problems": {"train": …, "held_out": …}, "rewards": {"my_rewards": …}}
     what_changed_in(found, task, folder)     before a session of the folder goes on: refuses other problems
     keep(found, folder)
+    keep_commit(model, folder, before)                of a model that the hub gave: its main branch moves
 
 A file may be another one tomorrow, by the same name: held-out problems among those that are trained on, another reward.
 """
@@ -80,3 +81,21 @@ def what_changed_in(inputs: dict[str, dict[str, str]], task: Task, folder: RunFo
 def keep(inputs: dict[str, dict[str, str]], folder: RunFolder) -> None:
     """Into the session's environment.json."""
     folder.write_json(_FILE, (folder.read_json(_FILE) or {}) | {_KEY: inputs})
+
+
+def commit_of(folder: RunFolder | None) -> str | None:
+    """Of the model, as the folder's last session had it; None where it came from no hub, or nobody recorded it."""
+    found = folder and folder.read_json(_FILE)
+    return ((found or {}).get(_KEY) or {}).get("model_commit")
+
+
+def keep_commit(model: Any, folder: RunFolder, before: str | None) -> str:
+    """The commit of a model from the hub, into environment.json. A sentence where it was another `before`, or ""."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit is None:
+        return ""
+    found = folder.read_json(_FILE) or {}
+    folder.write_json(_FILE, found | {_KEY: {**(found.get(_KEY) or {}), "model_commit": commit}})
+    if before in (None, commit):
+        return ""
+    return f"model.name: commit {commit} of it from here on, {before} in the session before\n"

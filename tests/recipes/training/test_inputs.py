@@ -2,13 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from recipes.problems import ConfigError
 from recipes.tasks import get_task
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.inputs import inputs_of, keep, what_changed_in
+from recipes.training.inputs import commit_of, inputs_of, keep, keep_commit, what_changed_in
 from recipes.training.rewards import prepare
 
 
@@ -81,3 +82,33 @@ def test_problems_that_a_task_makes_are_recorded_too(begun):
     keep(found, folder)
     with pytest.raises(ConfigError, match=r"^task: the problems"):
         what_changed_in(inputs_of(made("countdown", eval_problems=11)), task, folder)
+
+
+def test_the_commit_of_a_model_of_the_hub_is_kept_and_another_one_said(begun):
+    made, folder = begun
+    model = SimpleNamespace(config=SimpleNamespace(_commit_hash="0123"))
+    assert commit_of(None) is None
+    assert commit_of(folder) is None
+    assert keep_commit(SimpleNamespace(config=SimpleNamespace()), folder, None) == ""
+    assert keep_commit(model, folder, None) == ""
+    assert commit_of(folder) == "0123"
+    assert folder.read_json("environment.json")["inputs"]["problems"] == inputs_of(made())["problems"]
+    assert keep_commit(model, folder, "0123") == ""
+    said = "model.name: commit 0123 of it from here on, 4567 in the session before\n"
+    assert keep_commit(model, folder, "4567") == said
+
+
+def test_transformers_says_the_commit(tmp_path, monkeypatch):
+    """Of a model in the hub's cache, by the name of an attribute that is transformers' own."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    commit = "01" * 20
+    place = tmp_path / "models--me--tiny"
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).save_pretrained(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    model = AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
+    folder = RunFolder.create(tmp_path / "runs", "hub")
+    keep_commit(model, folder, None)
+    assert commit_of(folder) == commit
