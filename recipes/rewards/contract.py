@@ -28,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from recipes.problems import ConfigError, Problem, one_of
 from recipes.rewards.call import (
     MAX_REWARD,
+    Extras,
     Fault,
     Reward,
     Values,
@@ -219,7 +220,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "completion_ids": [[0] for _ in rows],
         **columns,
         "trainer_state": None,
-        "log_extra": lambda *_: None,
+        "log_extra": Extras(len(rows)),
         "log_metric": lambda *_: None,
     }
 
@@ -243,6 +244,7 @@ class Guarded:
         self.__name__ = name  # what TRL logs it as
         self._function, self._seconds, self._share = function, seconds, share
         self.scored = self.failed = 0
+        self._logged: list[str] = []  # columns of log_extra so far
         self.keep: Callable[[], str] = nothing_to_keep
 
     @contextmanager
@@ -250,10 +252,20 @@ class Guarded:
         with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), _as_it_was():
             yield
 
+    @contextmanager
+    def _extras(self, count: int, columns: dict[str, Any]) -> Iterator[None]:
+        """What is logged beside the completions reaches TRL once, in their order."""
+        log = columns.get("log_extra")
+        if log is not None:
+            columns["log_extra"] = Extras(count, self._logged)
+        yield
+        if log is not None:
+            self._logged = columns["log_extra"].pass_on(log)
+
     def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""
         found: Values | Fault | list[float | Fault | None]
-        with self._watched():
+        with self._watched(), self._extras(len(completions), columns):
             found = call(self._function, completions, columns, self._seconds)
             if isinstance(found, Fault):
                 found = isolate(self._function, completions, columns, self._seconds)
@@ -288,7 +300,7 @@ class AsyncGuarded(Guarded):
     async def __call__(self, completions: list[Any], **columns: Any) -> Values:  # type: ignore[override]
         """The batch at once; one by one only if that fails."""
         found: Values | Fault | list[float | Fault | None]
-        with self._watched():
+        with self._watched(), self._extras(len(completions), columns):
             found = await call_async(self._function, completions, columns, self._seconds)
             if isinstance(found, Fault):
                 found = await isolate_async(self._function, completions, columns, self._seconds)
