@@ -201,6 +201,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
+    from recipes.models.precision import rounded_away
     from recipes.models.prompts import (
         check_longest,
         check_problems,
@@ -262,6 +263,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     if (given := config.model.name) is not None:
         by_main(lambda: require_savable(model, tokenizer, given, "model.name"))
     require_finite(session)
+    if told := rounded_away(config, model):
+        print(told, flush=True)
     if config.run.warm_start is not None and folder.checkpoint is None:
         session = begin_supervised(session, config.run.warm_start)
     require_exact_head(session)
