@@ -136,6 +136,12 @@ class Gsm8k(Task):
         texts = [text for row in self._solved for text in (row["question"], solution_text(row["answer"]))]
         return [self.options.system_prompt, *texts]
 
+    def prompt_of(self, question: str, example: Any) -> Any:
+        """With what is said before each of them, in a plain prompt, too, unless that is there already."""
+        system = self.options.system_prompt
+        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
+        return question if whole else self._prompt(question)
+
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
         """All rows as (train, held out). Raises ConfigError or ValueError, with what to do about it."""

@@ -124,6 +124,12 @@ class Math(Task):
     def _verifier(self) -> Verifier:
         return Verifier(VERIFY_SECONDS)
 
+    def prompt_of(self, question: str, example: Any) -> Any:
+        """With what is said before each of them, in a plain prompt, too, unless that is there already."""
+        system = self.options.system_prompt
+        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
+        return question if whole else self._prompt(question)
+
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
         options = self.options
