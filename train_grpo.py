@@ -201,6 +201,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     pilot: nothing is said of the folder, which does not outlast it.
     """
     from recipes.models import load
+    from recipes.models.precision import rounded_away
     from recipes.models.prompts import (
         check_longest,
         check_problems,
@@ -213,6 +214,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     from recipes.tracking.run_folder import RunFolder
     from recipes.training.finite import require_finite
     from recipes.training.head_check import require_exact_head
+    from recipes.training.inputs import commit_of, inputs_of, keep, keep_commit, what_changed_in
     from recipes.training.memory import plan_of, write_plan
     from recipes.training.resume import (
         is_finished,
@@ -239,16 +241,21 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
+    read = inputs_of(task)
+    if begun is not None:
+        print("".join(f"{line}\n" for line in what_changed_in(read, task, begun)), end="", flush=True)
     print("".join(f"{line}\n" for line in trained_on_too(task)), end="", flush=True)
     if (seen := prompt_lengths(config, task)) is not None:
         config = config.model_copy(update={"longest_prompt": seen.longest})
-    planned = plan_of(config)
+    planned, commit = plan_of(config), commit_of(begun)
     folder = by_main(lambda: begun.with_session(config) if begun else RunFolder.create(root, name, config))
+    by_main(partial(keep, read, folder))
     if not pilot:
         print(f"Everything is kept in {folder.path}", flush=True)
     write_plan(planned, folder)
     arguments = config.grpo_config(folder.path / "checkpoints")
     model, tokenizer = load.load(model_to_load(config, folder), task, config.run.seed, lora=config.lora)
+    print(by_main(lambda: keep_commit(model, folder, commit)), end="", flush=True)
     session = Session(config, task, rewards, folder, arguments, model, tokenizer, planned)
     if config.model.name is not None or config.model.tokenizer is not None:
         check_tokens(config, task, model, tokenizer)
@@ -256,6 +263,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     if (given := config.model.name) is not None:
         by_main(lambda: require_savable(model, tokenizer, given, "model.name"))
     require_finite(session)
+    if told := rounded_away(config, model):
+        print(told, flush=True)
     if config.run.warm_start is not None and folder.checkpoint is None:
         session = begin_supervised(session, config.run.warm_start)
     require_exact_head(session)

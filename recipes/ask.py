@@ -83,7 +83,7 @@ def ask(config: RunConfig, run: RunFolder, question: str = "") -> dict[str, str]
     """
     task = config.make_task()
     row = task.held_out[0]
-    prompt = _instead(row["prompt"], question) if question else row["prompt"]
+    prompt = task.prompt_of(question, row["prompt"]) if question else row["prompt"]
     answers = {name: answerer.answer(prompt) for name, answerer in answerers(config, run, task, base=True)}
     gc.collect()
     torch.cuda.empty_cache()  # the next run needs the whole device
@@ -121,16 +121,12 @@ def _untrained(config: RunConfig, run: RunFolder, task: Task) -> tuple[Any, Any]
     return models.load(config.model, task, config.run.seed, lora=config.lora)
 
 
-def _instead(prompt: Any, question: str) -> Any:
-    """The prompt with another question: the last message of a chat, or the whole of a plain prompt."""
-    return question if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": question}]
-
-
-def talk(models: list[tuple[str, Answerer]], example: Any, questions: Iterable[str]) -> None:
+def talk(models: list[tuple[str, Answerer]], task: Task, questions: Iterable[str]) -> None:
     """Prints each question's answers as they come."""
     _, trained = models[0]
+    example = task.held_out[0]["prompt"]
     for question in questions:
-        prompt = _instead(example, question)
+        prompt = task.prompt_of(question, example)
         if not trained.knows(prompt):
             print(
                 f"(the model has no token for some of that; it was trained on: {visible(last_words(example))})"
@@ -171,15 +167,14 @@ def main(arguments: list[str]) -> int:
         config = load_config(options.run / "config.yaml")
         silence_bars()
         task = config.make_task()
-        example = task.held_out[0]["prompt"]
         models = list(answerers(config, RunFolder(options.run), task, base=options.base))
         if options.question is None:
             print(
-                f"A question as in training: {visible(last_words(example))}",
+                f"A question as in training: {visible(last_words(task.held_out[0]['prompt']))}",
                 "An empty line ends it.",
                 sep="\n",
             )
-        talk(models, example, _typed() if options.question is None else [options.question])
+        talk(models, task, _typed() if options.question is None else [options.question])
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS

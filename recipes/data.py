@@ -19,13 +19,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from recipes.problems import ABSENT, ConfigError, Problem, one_of, place_of
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
 _KINDS = (".jsonl", ".json", ".parquet")
+# What TRL or a reward's call passes by these names, or takes for something else than a column.
+_TAKEN = {
+    *("prompt", "prompts", "completion", "completions", "completion_ids", "image", "images", "self"),
+    *("environment", "environments", "trainer_state", "log_extra", "log_metric"),
+}
 MAX_TEXT = 1_000_000  # characters of one value: a book, or a mistake
 _ARCHIVES = {  # what a file of another kind begins with
     b"\x1f\x8b": "gzip",
@@ -152,6 +157,28 @@ def hold_out(rows: Rows, count: int, seed: str, same: Callable[[dict[str, Any]],
         remedy = "give it problems that differ, or lower task.held_out"
         raise ConfigError([Problem("task.dataset", message, remedy=remedy)])
     return train, held_out
+
+
+def dataset_of(rows: Rows, columns: Mapping[str, list[Any]]) -> Dataset:
+    """A task's columns, and beside them the data's own, which rewards may read; None where a row lacks one.
+
+    Left out is a column whose values are not of one kind, which no table holds, and one by a name of TRL's.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in _TAKEN and name not in columns)
+    others = {name: [row.get(name) for row in rows] for name in names}
+    return Dataset.from_dict(
+        {**columns, **{name: values for name, values in others.items() if _is_a_column(values)}}
+    )
+
+
+def _is_a_column(values: list[Any]) -> bool:
+    import pyarrow
+
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def rounds(rows: Sequence[T], count: int, seed: str) -> list[T]:

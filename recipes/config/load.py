@@ -226,7 +226,7 @@ def _check(data: dict[str, Any], processes: int) -> tuple[list[Problem], dict[st
     model = data["model"] if isinstance(data.get("model"), dict) else {}
     grpo_config = import_grpo_config(model.get("loader", ""), model.get("vllm_standby") is True)
     trls = defaults(grpo_config)
-    known = [*schema_keys(), *(f"grpo.{name}" for name in trls)]
+    known = [*schema_keys(), *(f"grpo.{name}" for name in trls), *_task_keys(data.get("task"))]
     problems = unknown_keys("", data, ORDER, known)
     sections: dict[str, Any] = {}
     for name in ORDER:
@@ -250,6 +250,16 @@ def _check(data: dict[str, Any], processes: int) -> tuple[list[Problem], dict[st
     return problems or list(check_across(sections)), sections
 
 
+def _task_keys(section: Any) -> list[str]:
+    """The dotted keys of the named task: whoever writes `rewards:` at the top level means task.rewards."""
+    from recipes.tasks import get_task, task_names
+
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str) or name not in task_names():
+        return []
+    return [f"task.{key}" for key in leaves(get_task(name).Options)]
+
+
 def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], TaskConfig | None]:
     """The task's name against the registry, its options against the task's own Options class."""
     from recipes.tasks import get_task, task_names
@@ -260,7 +270,6 @@ def _check_task(data: dict[str, Any], known: list[str]) -> tuple[list[Problem], 
         value = {} if name is None else {"value": name}
         return [Problem("task.name", message, remedy=f"use {one_of(sorted(task_names()))}", **value)], None
     options_class = get_task(name).Options
-    known = [*known, *(f"task.{key}" for key in leaves(options_class))]
     options = {key: value for key, value in data.items() if key != "name"}
     problems, parsed = parse_section("task", options_class, options, known)
     return problems, TaskConfig.model_construct(name=name, options=parsed) if parsed is not None else None

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from recipes.processes import spread
+
+if TYPE_CHECKING:
+    from recipes.config.load import RunConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,24 @@ class Precision:
 
 
 AS_WEIGHTS = Precision()
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def rounded_away(config: RunConfig, model: Any) -> str:
+    """A sentence where a full fine-tuning's own weights are in half precision, which keeps few of its updates; or "".
+
+    DeepSpeed keeps float32 ones beside them; adapters are small, begin at 0 and have a rate ten times as high.
+    """
+    halves = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in _HALVES}
+    if config.lora is not None or not halves or spread() == "DeepSpeed":
+        return ""
+    dtype = min(halves, key=str)
+    coarse = f"{torch.finfo(dtype).eps / 2:.1g}"
+    return (
+        f"model.dtype: the weights that are trained are {_name(dtype)}, which rounds to {coarse} of each; an update "
+        f"of AdamW is about grpo.learning_rate, {config.grpo['learning_rate']:g}, so that most change nothing. "
+        "model.dtype=auto trains in float32, at four bytes a weight; adapters (lora) need neither"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

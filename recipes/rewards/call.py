@@ -16,7 +16,7 @@ import itertools
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,42 @@ async def isolate_async(
     return [_alone(found, seconds) for found in alone]
 
 
+class Extras:
+    """TRL's log_extra: what a function logs, a value for each of `count` completions, until all its calls are over.
+
+    A call that fails and is repeated would give TRL more values than completions, each beside another one.
+    """
+
+    def __init__(self, count: int, names: Iterable[str] = ()) -> None:
+        self._count = count
+        self._kept: dict[str, list[Any]] = {name: [None] * count for name in names}
+
+    def __call__(self, name: str, values: Any) -> None:
+        """Keeps a column of the batch. Raises ValueError for another number of values."""
+        given = list(values)
+        if len(given) != self._count:
+            raise ValueError(
+                f"log_extra({show(name, 60)}, …) takes {self._count} values, one for each completion, not {len(given)}"
+            )
+        self._kept[str(name)] = given
+
+    def at(self, index: int) -> Callable[[str, Any], None]:
+        """The same for a call with one completion."""
+
+        def log(name: str, values: Any) -> None:
+            one = Extras(1)
+            one(name, values)
+            self._kept.setdefault(str(name), [None] * self._count)[index] = one._kept[str(name)][0]
+
+        return log
+
+    def pass_on(self, log: Callable[[str, list[Any]], None]) -> list[str]:
+        """Gives TRL every column; returns their names, of which a later batch needs each again, if only as None."""
+        for name, values in self._kept.items():
+            log(name, values)
+        return list(self._kept)
+
+
 def row_at(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
     """The row of one of `count` completions, from the columns that a reward is called with."""
     return {
@@ -120,7 +156,10 @@ def _singles(
 ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     for index, completion in enumerate(completions):
         row = row_at(columns, index, len(completions))
-        yield [completion], {**columns, **{name: [value] for name, value in row.items()}}
+        one = {**columns, **{name: [value] for name, value in row.items()}}
+        if isinstance(extras := columns.get("log_extra"), Extras):
+            one["log_extra"] = extras.at(index)
+        yield [completion], one
 
 
 def _alone(found: Values | Fault, seconds: float) -> float | Fault | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from recipes.problems import ConfigError, Problem, one_of
 from recipes.processes import count
 from recipes.rewards.call import (
     MAX_REWARD,
+    Extras,
     Fault,
     Reward,
     Values,
@@ -171,7 +173,8 @@ def check(
         if isinstance(found, Fault):
             which = "first completion" if found.index is None else "completion"
             raise RewardError(
-                f"reward {name}: {found.what}; the {which} was {show(completions[found.index or 0])}"
+                f"reward {name}: {found.what}{_there(found, columns)}; the {which} was "
+                f"{show(completions[found.index or 0])}"
             )
         given[name] = found
     return given
@@ -187,6 +190,14 @@ def _checked(
     alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
     faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
     return faults[0] if faults else found
+
+
+def _there(fault: Fault, columns: Mapping[str, Any]) -> str:
+    """The columns that there are, where a function has asked for another one."""
+    if not re.match(r"raised (KeyError:|TypeError: .* missing \d+ required)", fault.what):
+        return ""
+    names = [name for name, values in columns.items() if isinstance(values, list)]
+    return f" (the columns are {', '.join(names)})"
 
 
 def _now(function: Reward, plain: Any, waiting: Any) -> Any:
@@ -210,7 +221,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "completion_ids": [[0] for _ in rows],
         **columns,
         "trainer_state": None,
-        "log_extra": lambda *_: None,
+        "log_extra": Extras(len(rows)),
         "log_metric": lambda *_: None,
     }
 
@@ -254,6 +265,7 @@ class Guarded:
         self.scored = self.failed = 0
         self._now = 0  # of the last batch
         self._last: str | None = None
+        self._logged: list[str] = []  # columns of log_extra so far
         self.keep: Callable[[], str] = nothing_to_keep
 
     @contextmanager
@@ -261,10 +273,20 @@ class Guarded:
         with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), _as_it_was():
             yield
 
+    @contextmanager
+    def _extras(self, count: int, columns: dict[str, Any]) -> Iterator[None]:
+        """What is logged beside the completions reaches TRL once, in their order."""
+        log = columns.get("log_extra")
+        if log is not None:
+            columns["log_extra"] = Extras(count, self._logged)
+        yield
+        if log is not None:
+            self._logged = columns["log_extra"].pass_on(log)
+
     def __call__(self, completions: list[Any], **columns: Any) -> Values:
         """The batch at once; one by one only if that fails."""
         found: Values | Fault | list[float | Fault | None]
-        with self._watched():
+        with self._watched(), self._extras(len(completions), columns):
             found = call(self._function, completions, columns, self._seconds)
             if isinstance(found, Fault):
                 found = isolate(self._function, completions, columns, self._seconds)
@@ -307,7 +329,7 @@ class AsyncGuarded(Guarded):
     async def __call__(self, completions: list[Any], **columns: Any) -> Values:  # type: ignore[override]
         """The batch at once; one by one only if that fails."""
         found: Values | Fault | list[float | Fault | None]
-        with self._watched():
+        with self._watched(), self._extras(len(completions), columns):
             found = await call_async(self._function, completions, columns, self._seconds)
             if isinstance(found, Fault):
                 found = await isolate_async(self._function, completions, columns, self._seconds)

@@ -96,6 +96,15 @@ class Task(ABC):
         """Texts to train a tokenizer on, for `model.tokenizer: bpe`. By default the prompts of `train`."""
         return [text_of(prompt) for prompt in self.train["prompt"]]
 
+    def prompt_of(self, question: str, example: Any) -> Any:
+        """A question of somebody's in the form of `example`, a prompt of the task's rows.
+
+        By default in place of the last message of a chat, or of the whole of a plain prompt.
+        """
+        if isinstance(example, str):
+            return question
+        return [*example[:-1], {**example[-1], "content": question}]
+
     @property
     def reward_weights(self) -> Mapping[str, float]:
         """The weights of this run: `task.rewards` in the YAML, or the task's own."""

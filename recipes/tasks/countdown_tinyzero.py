@@ -20,7 +20,17 @@ from typing import Any, Literal, Self
 from datasets import Dataset
 from pydantic import Field, model_validator
 
-from recipes.data import BadValue, Column, Rows, hold_out, kind_of, read_rows, renamed, whole_number
+from recipes.data import (
+    BadValue,
+    Column,
+    Rows,
+    dataset_of,
+    hold_out,
+    kind_of,
+    read_rows,
+    renamed,
+    whole_number,
+)
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
 from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
@@ -140,12 +150,13 @@ class TinyZero(Task):
         return train[: options.train_size], held_out
 
     def _dataset(self, rows: Rows) -> Dataset:
-        return Dataset.from_dict(
+        return dataset_of(
+            rows,
             {
                 "prompt": [self._prompt(row) for row in rows],
                 "nums": [list(row["nums"]) for row in rows],
                 "target": [row["target"] for row in rows],
-            }
+            },
         )
 
     def _prompt(self, row: Row) -> Any:

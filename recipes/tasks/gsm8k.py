@@ -24,6 +24,7 @@ from recipes.data import (
     BadValue,
     Column,
     Rows,
+    dataset_of,
     hold_out,
     is_one_file,
     read_rows,
@@ -135,6 +136,12 @@ class Gsm8k(Task):
         texts = [text for row in self._solved for text in (row["question"], solution_text(row["answer"]))]
         return [self.options.system_prompt, *texts]
 
+    def prompt_of(self, question: str, example: Any) -> Any:
+        """With what is said before each of them, in a plain prompt, too, unless that is there already."""
+        system = self.options.system_prompt
+        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
+        return question if whole else self._prompt(question)
+
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
         """All rows as (train, held out). Raises ConfigError or ValueError, with what to do about it."""
@@ -161,11 +168,12 @@ class Gsm8k(Task):
         return [self._split[0][place] for place in sorted(self._drawn)]
 
     def _dataset(self, rows: Rows) -> Dataset:
-        return Dataset.from_dict(
+        return dataset_of(
+            rows,
             {
                 "prompt": [self._prompt(row["question"]) for row in rows],
                 "answer": [_number(row["answer"]) for row in rows],
-            }
+            },
         )
 
     def _prompt(self, question: str) -> Any:

@@ -16,7 +16,18 @@ from typing import Any, Literal
 from datasets import Dataset
 from pydantic import Field
 
-from recipes.data import BadValue, Column, Rows, hold_out, is_one_file, kind_of, read_rows, renamed, text
+from recipes.data import (
+    BadValue,
+    Column,
+    Rows,
+    dataset_of,
+    hold_out,
+    is_one_file,
+    kind_of,
+    read_rows,
+    renamed,
+    text,
+)
 from recipes.rewards.call import Reward
 from recipes.rewards.contract import MAX_SECONDS, ColumnNames, RewardOptions
 from recipes.rewards.final_answer import boxed, boxes, text_of
@@ -113,6 +124,12 @@ class Math(Task):
     def _verifier(self) -> Verifier:
         return Verifier(VERIFY_SECONDS)
 
+    def prompt_of(self, question: str, example: Any) -> Any:
+        """With what is said before each of them, in a plain prompt, too, unless that is there already."""
+        system = self.options.system_prompt
+        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
+        return question if whole else self._prompt(question)
+
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
         options = self.options
@@ -128,11 +145,12 @@ class Math(Task):
         return read_rows(self.options.dataset, split, self.options.config, columns)
 
     def _dataset(self, rows: Rows) -> Dataset:
-        return Dataset.from_dict(
+        return dataset_of(
+            rows,
             {
                 "prompt": [self._prompt(row["problem"]) for row in rows],
                 "answer": [row["answer"] for row in rows],
-            }
+            },
         )
 
     def _prompt(self, problem: str) -> Any:

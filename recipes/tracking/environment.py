@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -63,7 +64,7 @@ def environment_table(found: dict[str, Any]) -> Table:
         ("machine", machine),
         ("versions", f"Python {found.get('python')}, {packages}"),
         ("commit", git.get("commit", "unknown") + (" with changes" if git.get("modified") else "")),
-        ("command", " ".join(found.get("command", []))),
+        ("command", shlex.join(found.get("command", []))),
     ]
     return Table(("where it ran", ""), rows, numbers=False)
 

@@ -229,16 +229,20 @@ def highest(peaks: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, flo
 
 
 def last_completions(trainer: Any) -> list[dict[str, Any]]:
-    """The completions of the trainer's last batch, each with its prompt, rewards and advantage."""
+    """The completions of the trainer's last batch, each with its prompt, rewards, advantage and what rewards logged."""
     kept = getattr(trainer, "_logs", None)
     if not kept:
         return []
+    logged = {
+        name: values for name, values in kept.get("extra", {}).items() if len(values) == len(kept["prompt"])
+    }
     return [
         {
             "prompt": prompt,
             "completion": completion,
             "rewards": {name: values[i] for name, values in kept["rewards"].items()},
             "advantage": kept["advantages"][i],
+            **({"extra": {name: values[i] for name, values in logged.items()}} if logged else {}),
         }
         for i, (prompt, completion) in enumerate(zip(kept["prompt"], kept["completion"], strict=False))
     ]

@@ -1,12 +1,13 @@
 """A question before and after: the base and the adapter of a saved run, or the two whole models."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recipes.ask import Answerer, _instead, _typed, ask, main, talk
+from recipes.ask import Answerer, _typed, ask, main, talk
 from recipes.config.load import load_config
 from recipes.config.schema import ModelConfig, ScratchConfig
 from recipes.models.checkpoint import load_checkpoint
@@ -14,6 +15,7 @@ from recipes.models.generation import Sampling, by_transformers
 from recipes.models.load import load
 from recipes.models.precision import Precision
 from recipes.models.tokenizers import bpe_tokenizer, character_tokenizer
+from recipes.tasks import get_task
 from recipes.tasks.countdown import Countdown
 from recipes.tracking.run_folder import RunFolder
 
@@ -102,11 +104,11 @@ def test_an_empty_answer_is_called_that(config, capsys):
     model, tokenizer = load(config.model, task, config.run.seed)
     answerer = Answerer(model, tokenizer, config, Precision())
     example = task.held_out[0]["prompt"]
-    talk([("after training", answerer)], example, [example])
+    talk([("after training", answerer)], task, [example])
     assert "(an empty answer)" not in capsys.readouterr().out
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    talk([("after training", answerer)], example, [example])
+    talk([("after training", answerer)], task, [example])
     assert capsys.readouterr().out.split() == ["(an", "empty", "answer)"]
 
 
@@ -119,7 +121,8 @@ def test_an_answer_and_an_example_control_no_terminal(config, capsys):
         head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
         head.bias[tokenizer.convert_tokens_to_ids("\x1b")] = 1.0
     answerer = Answerer(model, tokenizer, config, Precision())
-    talk([("after training", answerer)], "\x9b2J", ["=", "unknown"])
+    task = SimpleNamespace(held_out=[{"prompt": "\x9b2J"}], prompt_of=lambda question, _: question)
+    talk([("after training", answerer)], task, ["=", "unknown"])
     printed = capsys.readouterr().out
     assert "\\x1b" * 6 in printed
     assert "it was trained on: \\x9b2J" in printed
@@ -134,11 +137,26 @@ def test_an_empty_question_is_a_line(tmp_path, capsys):
     )
 
 
-def test_another_question_stands_in_the_place_of_the_last_message():
+def test_another_question_stands_in_the_place_of_the_last_message(config):
     chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
-    asked = _instead(chat, "2 + 2?")
+    asked = config.make_task().prompt_of("2 + 2?", chat)
     assert asked == [{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]
     assert chat[1]["content"] == "1 + 1?"
+
+
+@pytest.mark.parametrize(("name", "column"), [("gsm8k", "question"), ("math", "problem")])
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_a_question_has_before_it_what_was_said_in_training(tmp_path, name, column, form):
+    """A plain prompt was replaced as a whole, so the model was asked without its instruction."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{column: f"{number} + 1?", "answer": str(number + 1)} for number in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind = get_task(name)
+    task = kind(kind.Options(dataset=str(file), held_out=2, prompt=form), 0)
+    first, second = task.held_out
+    assert task.prompt_of(f"{int(second['answer']) - 1} + 1?", first["prompt"]) == second["prompt"]
+    if form == "plain":
+        assert task.prompt_of(second["prompt"], first["prompt"]) == second["prompt"]
 
 
 def test_a_tokenizer_of_bytes_knows_every_question(config):

@@ -320,6 +320,8 @@ MISTAKES = {
     "model.scratch.hiden_size=2": "did you mean model.scratch.hidden_size?",
     "run.warm_start.stepz=3": "did you mean run.warm_start.steps?",
     "task.eval_problemz=3": "did you mean task.eval_problems?",
+    "rewards={correct: 1.0}": "did you mean task.rewards?",
+    "grpo.eval_problems=3": "did you mean task.eval_problems?",
     "task.name=countdwn": "task.name: unknown task (value 'countdwn'); use ",
     # types
     "grpo.learning_rate=abc": "grpo.learning_rate: must be a number (value 'abc')",

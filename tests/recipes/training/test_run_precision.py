@@ -10,7 +10,7 @@ import torch
 import train_grpo
 from recipes.config.load import load_config
 from recipes.models.load import load
-from recipes.models.precision import Precision
+from recipes.models.precision import Precision, rounded_away
 from recipes.training.evaluation import evaluate_checkpoint
 from recipes.training.trainer import reference_like_the_model
 
@@ -174,3 +174,24 @@ def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path
         fail()
     assert arguments.model_init_kwargs is own
     assert filters == heard
+
+
+def test_weights_too_coarse_for_their_updates_are_said(path):
+    """Of a model in bfloat16 98.6 % of the weights were after four steps of 1e-6 what they had been."""
+    model = torch.nn.Linear(2, 2).bfloat16()
+    full, adapted = load_config(path), load_config(path, ["lora.r=4"])
+    said = rounded_away(full, model)
+    assert said.startswith(
+        "model.dtype: the weights that are trained are bfloat16, which rounds to 0.004 of each; "
+    )
+    assert "grpo.learning_rate, 1e-12," in said
+    assert "float16" in rounded_away(full, torch.nn.Linear(2, 2).half())
+    assert rounded_away(adapted, model) == rounded_away(full, model.float()) == ""
+    assert rounded_away(full, torch.nn.Linear(2, 2).bfloat16().requires_grad_(False)) == ""
+
+
+def test_a_run_says_it_before_it_trains(path, tmp_path, capsys):
+    overrides = ["model.dtype=bfloat16", "run.warm_start=null", f"run.output_root={tmp_path}"]
+    assert train_grpo.main(["--config", str(path), *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("rounds to 0.004") < printed.index("before GRPO")
