@@ -134,9 +134,10 @@ def optimizer_bytes(parameters: int, size: int, optim: str) -> tuple[int, int]:
 
 
 def merge_bytes(shape: ModelShape, trained: Trained, size: int) -> int:
-    """Main memory of recipes.export's merge, weights of `size` bytes: the file's pages, its model in float32, and the
-    adapter. As measured: docs/memory.md."""
-    return shape.parameters * (size + 4) + trained.adapters * 4
+    """Main memory of recipes.export's merge: weights of `size` bytes, the adapter, the largest layer in float32. The
+    file's pages come on top only where there is room. As measured: docs/memory.md."""
+    largest = max(shape.vocab * shape.hidden, shape.parameters // shape.layers)
+    return shape.parameters * size + trained.adapters * 4 + largest * 4
 
 
 def asleep_bytes(shape: ModelShape, quantised: str) -> int:

@@ -93,9 +93,11 @@ def test_states_of_an_optimizer(optim, states, temporaries):
 
 
 def test_a_merge():
-    """Two bytes and four for each of 2,000 weights, four for 30 numbers of adapters."""
+    """Two bytes for each of 2,000 weights, four for 30 numbers of adapters and for the largest part's weights."""
     trained = Trained(adapters=30, whole=20, adapted=400, head=False)
-    assert memory.merge_bytes(SHAPE, trained, 2) == 2000 * (2 + 4) + 30 * 4
+    assert memory.merge_bytes(SHAPE, trained, 2) == 2000 * 2 + 30 * 4 + 101 * 6 * 4
+    few_words = replace(SHAPE, vocab=50)  # so that a fifth of all weights is more
+    assert memory.merge_bytes(few_words, trained, 2) == 2000 * 2 + 30 * 4 + 400 * 4
 
 
 def test_what_a_sleeping_engine_keeps():
@@ -350,7 +352,7 @@ def test_what_is_kept_of_a_model_in_another_dtype_than_its_checkpoints():
         kept=4,
         final=120,
         warm_start=8000,
-        merge=2000 * (2 + 4) + 120,
+        merge=2000 * 2 + 120 + 606 * 4,
         host=0,
     )
     assert found == expected

@@ -351,19 +351,19 @@ def test_checkpoints_that_stay():
 
 
 def test_disk_and_main_memory_of_the_8b():
-    """8,030,261,248 weights, 41,943,040 adapters at rank 16, 6,979,321,856 weights under them: 2, 4 and 2 bytes."""
+    """8,030,261,248 weights, 41,943,040 adapters at rank 16, 128,256 × 4,096 in the embedding: 2, 4 and 4 bytes."""
     found = plan(load_config(ROOT / "configs" / "llama3.1_8b_gsm8k.yaml", ["lora.r=16"]), parse_device("L4"))
     assert found.storage.download == 2 * 8_030_261_248
     assert found.storage.download_4bit == found.memory.parts["parameters"] < found.storage.download / 2
     assert found.storage.final == 4 * 41_943_040
-    assert found.storage.merge == (2 + 4) * 8_030_261_248 + 4 * 41_943_040
+    assert found.storage.merge == 2 * 8_030_261_248 + 4 * 41_943_040 + 4 * 128_256 * 4096
     assert found.storage.host == 29 * 6 * 1024 * 4096 * 2  # all layers' inputs but three
     lines = found.lines()
     assert (
         "disk: 5.31 GiB to download if Unsloth has a 4-bit copy, else 14.96 GiB; 0.16 GiB for the final"
         in (next(line for line in lines if line.startswith("disk")))
     )
-    assert any(line.startswith("main memory: 45.03 GiB to merge the adapter") for line in lines)
+    assert any(line.startswith("main memory: 17.07 GiB to merge the adapter") for line in lines)
 
 
 def test_a_saved_head_has_a_copy_a_gradient_and_states():
