@@ -232,6 +232,11 @@ def of_one(row, rows):
             "8B on two H200 beside one, 2026-11-29, commit b88e2ae",
             11,
         ),
+        (
+            "## All of it in one call",
+            "all of it in one call on two H200, 2026-11-29, commit a7cdacc",
+            22,
+        ),
     ],
 )
 def test_several_gpus_beside_one(heading, key, lines):
