@@ -230,14 +230,15 @@ def trace(trainer: Any, handle: Any, name: str, options: argparse.Namespace) -> 
 
 
 def keep_trace(profiler: Any, path: Path) -> None:
-    """Of the profiler's trace what says when a device computed and gathered, and FSDP2's own marks: a tenth of it."""
+    """Of the profiler's trace what says when a device computed and gathered, and FSDP2's own marks."""
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(whole))
         events = json.loads(whole.read_text(encoding="utf-8"))["traceEvents"]
     kept = [
-        {key: value for key, value in event.items() if key != "args" or "nccl" in event["name"]}
+        event
         | {"name": event["name"][:80]}
+        | ({} if event["ph"] == "M" or "nccl" in event["name"] else {"args": {}})
         for event in events
         if event.get("ph") == "M" or event.get("cat") == "kernel" or "FSDP" in event.get("name", "")
     ]
