@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import script_on_ranks
 import torch
 from datasets import Dataset, IterableDataset
+from launched import torchrun
 from peft import LoraConfig
 from rollouts import WIDTH, model_of
 from test_packed_runs import reward
+from tiny import saved_llama
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
+from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes import packed_trainer
@@ -89,6 +93,14 @@ class Streamed:
         return iter({"prompt": prompt} for prompt in PROMPTS)
 
 
+def messages():
+    """Prompts as chat messages."""
+    tokenizer = character_tokenizer("0123456789+-*=>abcdef")
+    tokenizer.chat_template = "{% for message in messages %}>{{ message.content }}{% endfor %}="
+    rows = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    return {"processing_class": tokenizer, "train_dataset": Dataset.from_dict({"prompt": rows})}
+
+
 CASES = {
     "plain": (dict, {}),
     "lora, its head's too": (lambda: {"peft_config": lora()}, {}),
@@ -100,6 +112,9 @@ CASES = {
     ),
     "streamed": (lambda: {"train_dataset": IterableDataset.from_generator(lambda: iter(Streamed()))}, {}),
     "small bins": (dict, {}),
+    "messages": (messages, {}),
+    "checkpointed": (dict, {"gradient_checkpointing": True}),
+    "checkpointed, lora": (lambda: {"peft_config": lora()}, {"gradient_checkpointing": True}),
 }  # fmt: skip
 
 
@@ -376,3 +391,65 @@ def test_a_head_that_is_installed_stays(tmp_path):
     made(PackedGRPOTrainer, tmp_path, max_steps=1).train()
     assert memhead_trl.installed() is handle
     assert handle.calls > 0
+
+
+def unlike(completion_ids, **_):
+    """Hardly ever equal for a whole group."""
+    return [sum(ids) / 100 for ids in completion_ids]
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_where_vllm_samples_the_importance_ratio_is_trls(tmp_path, mode):
+    """With no pass for it: the sampler differs smoothly, as rounding would enlarge any difference."""
+    tokenizer = saved_llama(tmp_path / "model", initializer_range=0.3)
+    found = []
+    for kind in (PackedGRPOTrainer, GRPOTrainer):
+        with vllm_stand_in() as engines:
+            trainer = made(
+                kind, tmp_path, model=str(tmp_path / "model"), use_vllm=True, vllm_mode="colocate",
+                vllm_importance_sampling_mode=mode,
+                script={"reward_funcs": unlike, "processing_class": tokenizer,
+                        "train_dataset": Dataset.from_dict({"prompt": [f"{n:02d}>" for n in range(32)]})},
+            )  # fmt: skip
+            engines[0].base.model.norm.register_forward_hook(lambda module, given, out: 1.02 * out)
+            trainer.train()
+        found.append(history(trainer)[0])
+    compared(*found)
+    whole = [(mine, other) for mine, other in zip(*found, strict=True) if mine["step/left_out"] == 0.0]
+    assert len(whole) > 2
+    for mine, other in whole:
+        names = [name for name in other if name.startswith("sampling/")]
+        assert len(names) == 5
+        assert other["sampling/sampling_logp_difference/mean"] > 1e-3
+        for name in names:
+            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+def by_two_processes(folder, kind):
+    process = torchrun(2, script_on_ranks.__file__, folder, kind)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_go_trls_way(tmp_path):
+    """Each has half of the groups, and their means over all are TRL's."""
+    ours, theirs = (by_two_processes(tmp_path, kind) for kind in ("packed", "trl"))
+    assert [found["why"] for found in ours] == [None, None]
+    compared(ours[0]["steps"], theirs[0]["steps"])
+    for name, value in ours[0]["weights"].items():
+        assert torch.equal(ours[1]["weights"][name], value), name
+        torch.testing.assert_close(value, theirs[0]["weights"][name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_what_one_process_finds_all_do(tmp_path):
+    found = by_two_processes(tmp_path, "fault")
+    assert all(one["why"].startswith("it disagrees with TRL's padded way") for one in found)
+    assert [len(one["said"]) for one in found] == [1, 0]  # the main process speaks
+    assert "step/left_out" not in found[0]["steps"][0]
+
+
+def test_unsloths_trainer_is_not_packed(tmp_path, monkeypatch):
+    trainer = made(PackedGRPOTrainer, tmp_path)
+    monkeypatch.setattr(packed_trainer.GRPOTrainer, "__module__", "UnslothGRPOTrainer")
+    assert next(packed_trainer._of_the_script(trainer)).startswith("Unsloth has put its own trainer")
