@@ -54,9 +54,8 @@ class PackedGRPOTrainer(GRPOTrainer):
     def __init__(
         self, *args: Any, token_budget: int | None = None, require_packed: bool = False, **kwargs: Any
     ) -> None:
-        if (
-            memhead_trl.installed() is None
-        ):  # before TRL looks at the adapters: LoRA on the head is then allowed
+        # Before TRL looks at the adapters: LoRA on the head is then allowed.
+        if memhead_trl.installed() is None:
             memhead_trl.install()
         super().__init__(*args, **kwargs)
         self.why_not_packed: str | None = None

@@ -17,6 +17,7 @@ from rollouts import model_of
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from memhead.integrations import trl as memhead_trl
 from recipes.models.tokenizers import character_tokenizer
 from recipes.packed_trainer import PackedGRPOTrainer
 from recipes.training import step_check
@@ -34,6 +35,8 @@ def main(folder: Path, kind: str) -> None:
     state = PartialState(cpu=True)
     if kind == "fault" and state.is_last_process:
         step_check.check_step = fail
+    if kind == "trl":
+        memhead_trl.install()  # TRL's own head needs a GPU
     set_seed(0)
     trainer = (GRPOTrainer if kind == "trl" else PackedGRPOTrainer)(
         model=model_of("llama").float(),
