@@ -9,7 +9,7 @@ import script_on_ranks
 import torch
 from datasets import Dataset, IterableDataset
 from launched import torchrun
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from rollouts import WIDTH, model_of
 from test_packed_runs import reward
 from tiny import saved_llama
@@ -139,6 +139,21 @@ def test_the_steps_are_trls(tmp_path, name):
     assert all(0 < step["step/tokens_computed"] < step["step/tokens_real"] for step in steps)
     assert any(step["grad_norm"] > 0.1 for step in steps)
     assert ours.args.gradient_accumulation_steps == settings.get("gradient_accumulation_steps", 2)
+
+
+def test_adapters_that_a_model_comes_with_and_their_reference(tmp_path):
+    found = []
+    for kind in (PackedGRPOTrainer, GRPOTrainer):
+        set_seed(3)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+        model = get_peft_model(model_of("llama").float(), config)
+        trainer = made(kind, tmp_path, model=model, beta=0.1)
+        trainer.train()
+        found.append(history(trainer)[0])
+    compared(*found)
+    for mine, other in zip(*found, strict=True):
+        assert mine["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
+    assert found[0][-1]["kl"] > 1e-3
 
 
 def test_rows_without_an_advantage_are_left_out(tmp_path):
