@@ -61,6 +61,10 @@ class PackedForward(_Trainer):
 
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.begin_packing(token_budget)
+
+    def begin_packing(self, token_budget: int | None) -> None:
+        """What packing needs beside TRL's trainer, once that is made."""
         self._token_budget = token_budget
         self._flow = Flow()
         self._truncation: Truncation | None = getattr(self, "truncation", None)  # of SupportedRatios

@@ -45,8 +45,9 @@ class PackedStep(PackedForward):
     train_dataset: Any
     data_collator: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def begin_packing(self, token_budget: int | None) -> None:
+        """PackedForward's, and the state of a rollout."""
+        super().begin_packing(token_budget)
         self._rollout: Rollout | None = None
         self._even_bins = True  # the worst case has full ones
         self._place = 0  # of the next micro-batch in its accumulation window

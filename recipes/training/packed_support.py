@@ -10,6 +10,7 @@ import torch
 from transformers import ProcessorMixin
 
 from recipes.config import packed
+from recipes.training.packed_attention import varlen_available
 
 # Attention only over whole prefixes, relative positions, nothing that depends on the batch or on a row's length. Each
 # is tested against TRL's padded way in float64 (tests/recipes/training/test_packed_step.py).
@@ -24,6 +25,13 @@ _IMAGES = {"image", "images"}  # columns that TRL's trainer knows
 _LARGEST_HEAD = 256  # of torch's varlen attention
 # TRL's ways to write into a completion from outside.
 _LOOPS = ("tools", "rollout_func", "environment_factory")
+
+
+def ruled_out(given: Mapping[str, Any]) -> str | None:
+    """:func:`why_not`, with the attention of the device and the precision that ``args`` name."""
+    arguments = given["args"]
+    half = half_precision(given["model"], arguments)
+    return why_not(given, varlen=varlen_available(arguments.device, half=half))
 
 
 def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:

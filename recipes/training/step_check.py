@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memhead.shortage import is_out_of_memory
 from recipes.models.compiled import plain_layers
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import PaddedBatch
@@ -26,9 +27,34 @@ FLOOR = {True: 0.05, False: 1e-4}  # by whether it computes in 16 bits; of both 
 PROMPT_TOKENS = 256  # the last ones of a longer prompt
 COMPLETIONS = (1, 14, 9)  # tokens of each prompt's completions: few enough to share a row under a dense mask
 PARAMETERS = 8
+PROMPTS = 2  # that it takes
 
 # Log-probabilities (B, K) and some parameters' gradients in one vector, both float64.
 Result = tuple[Tensor, Tensor]
+
+
+def try_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """:func:`check_step`; of a step that does not run it returns the ``"error"``."""
+    try:
+        return check_step(trainer, prompts)
+    except RuntimeError as error:  # a kernel that does not take this model's heads, or this card
+        if is_out_of_memory(error):
+            raise
+        return {"passed": False, "error": str(error)}
+
+
+def objection(found: dict[str, Any], place: object) -> str | None:
+    """Why the packed step is not to be trusted with this model, or None.
+
+    Args:
+        found: by :func:`try_step`.
+        place: where the reader finds it.
+    """
+    if found["passed"]:
+        return None
+    if "error" in found:
+        return f"it does not run on this model: {found['error'].splitlines()[0]}"
+    return f"it disagrees with TRL's padded way on this model; {place} has the figures"
 
 
 def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:

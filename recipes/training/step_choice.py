@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
 from recipes.models.compiled import is_compiled, make_plain, plain_layers
 from recipes.models.generation import token_ids
@@ -18,8 +17,6 @@ from recipes.training.checkpoints import guarded
 from recipes.training.ratios import measured
 from recipes.training.session import Session
 from recipes.training.truncation import supported, truncation_of
-
-PROMPTS = 2  # of the start-up check
 
 
 def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
@@ -45,18 +42,15 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         trainer = _with_right_layers(session, guarded(trainer_class)(**given))
         _keep(session, {"impl": "trl"})
         return trainer
-    from recipes.training.packed_attention import varlen_available
     from recipes.training.packed_step import packed
-    from recipes.training.packed_support import half_precision, why_not
+    from recipes.training.packed_support import ruled_out
 
-    arguments = given["args"]
-    varlen = varlen_available(arguments.device, half=half_precision(given["model"], arguments))
-    reason = why_not(given, varlen=varlen)
+    reason = ruled_out(given)
     if reason is not None:
         trainer = _with_right_layers(session, guarded(trainer_class)(**given))
         _fall_back(session, reason)
         return trainer
-    budget = planned_budget(config, session.planned, arguments.device)
+    budget = planned_budget(config, session.planned, given["args"].device)
     trainer = guarded(packed(trainer_class))(**given, token_budget=budget)
     reason = first(_check(session, trainer))
     if reason is not None and is_compiled(session.model):
@@ -108,26 +102,16 @@ def planned_budget(config: RunConfig, planned: Plan | None, device: torch.device
 
 def _check(session: Session, trainer: Any) -> str | None:
     """Why the packed step is not to be trusted with this model, or None; the figures go to head_check.json."""
-    from recipes.training.step_check import check_step
+    from recipes.training.step_check import PROMPTS, objection, try_step
 
     prompts = token_ids(
         session.tokenizer,
         session.task.held_out[:PROMPTS]["prompt"],  # or as many as there are
         session.config.chat_template_kwargs,
     )
-    try:
-        found = check_step(trainer, prompts)
-    except RuntimeError as error:  # a kernel that does not take this model's heads, or this card
-        if is_out_of_memory(error):
-            raise
-        found = {"passed": False, "error": str(error)}
-    name = "head_check.json"
+    found, name = try_step(trainer, prompts), "head_check.json"
     path = session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": found})
-    if found["passed"]:
-        return None
-    if "error" in found:
-        return f"it does not run on this model: {found['error'].splitlines()[0]}"
-    return f"it disagrees with TRL's padded way on this model; {path} has the figures"
+    return objection(found, path)
 
 
 def _fall_back(session: Session, reason: str) -> None:

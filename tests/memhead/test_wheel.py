@@ -1,4 +1,4 @@
-"""What `pip install .` gives a library user: memhead alone, and the README's lines work with it."""
+"""What `pip install .` gives: the library, whose README's lines need torch alone, and the recipes for scripts."""
 
 import email
 import re
@@ -13,11 +13,15 @@ import pytest
 import memhead
 
 ROOT = Path(__file__).parents[2]
-PACKED = ("pyproject.toml", "LICENSE", "memhead", "recipes")  # recipes: what must be left out
+PACKED = ("pyproject.toml", "LICENSE", "memhead", "recipes", "train_grpo.py")  # the last must be left out
 
 CHECK = """
-import importlib.util, torch, memhead
-assert importlib.util.find_spec("recipes") is None
+import sys
+
+for name in {others}:
+    sys.modules[name] = None  # importing it fails
+
+import torch, memhead
 assert memhead.__file__.startswith({site!r}), memhead.__file__
 torch.manual_seed(0)
 lm_head = torch.nn.Linear(8, 50, bias=False)
@@ -54,10 +58,30 @@ def site(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_the_wheel_holds_memhead_alone(site):
-    assert {place.name for place in site.iterdir() if place.suffix != ".dist-info"} == {"memhead"}
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "memhead").rglob("*.py")}
-    assert {str(file.relative_to(site)) for file in (site / "memhead").rglob("*")} >= modules
+def test_the_wheel_holds_the_library_and_the_recipes(site):
+    assert {place.name for place in site.iterdir() if place.suffix != ".dist-info"} == {"memhead", "recipes"}
+    for package in ("memhead", "recipes"):
+        files = {file for file in (ROOT / package).rglob("*") if file.is_file() and file.suffix != ".pyc"}
+        held = {str(file.relative_to(site)) for file in (site / package).rglob("*")}
+        assert held >= {str(file.relative_to(ROOT)) for file in files} - {"memhead/README.md"}
+
+
+def test_a_script_elsewhere_takes_its_trainer_from_the_wheel(site, tmp_path):
+    code = (
+        "import memhead, recipes.packed_trainer as found\n"
+        "print(memhead.__file__, found.__file__, found.PackedGRPOTrainer.__mro__[1].__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *places, base = done.stdout.split()
+    assert all(place.startswith(str(site)) for place in places)
+    assert base == "GRPOTrainer"
 
 
 def test_the_metadata_leads_to_the_repository(site):
@@ -79,7 +103,8 @@ def test_the_readme_lines_work_from_the_wheel(site, tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     have, write = block.split("# write this")
     lines = f"{have}\nfull_logits = logprobs\n# {write}"
-    code = CHECK.format(site=str(site), lines=lines, full="full_logits")
+    others = ["recipes", "trl", "transformers", "peft", "datasets", "accelerate", "pydantic", "yaml"]
+    code = CHECK.format(site=str(site), lines=lines, full="full_logits", others=others)
     run = [sys.executable, "-c", code]
     done = subprocess.run(
         run, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True, text=True

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (  # from the ground up; those in one line stand beside each other
     {"problems", "processes", "machine", "output"}, {"escape"}, {"table"},
     {"data"}, {"rewards"}, {"tasks"}, {"config"}, {"models"}, {"plan"}, {"tracking"}, {"training"},
-    {"report"}, {"notebook", "ask", "export", "minimal"},
+    {"report"}, {"notebook", "ask", "export", "minimal", "packed_trainer"},
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,0 +1,155 @@
+"""TRL's GRPOTrainer with the packed step, for a script of your own (docs/trainer.md).
+
+    from recipes.packed_trainer import PackedGRPOTrainer
+    trainer = PackedGRPOTrainer(model=…, reward_funcs=…, args=GRPOConfig(…), train_dataset=…)
+    trainer.train()
+
+It is TRL's trainer until train() is called: by then the model is as it will be trained, adapters included, and whole,
+since accelerate shards it later. There the packed step is put before the script's own class if it is exact, so that
+what a subclass overrides stays; else nothing is changed, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import trl
+from trl import GRPOTrainer
+
+from memhead.integrations import trl as memhead_trl
+from recipes.processes import first, is_main
+from recipes.tracking.ratios import PREFIXES
+from recipes.training.packed_step import PackedStep
+from recipes.training.packed_support import ruled_out
+from recipes.training.step_check import PROMPTS, objection, try_step
+
+TESTED = "1.15."  # of TRL, whose methods the packed step goes around
+# What it does in their place, or with other inputs than TRL's.
+_REPLACED = ("_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies")
+_SAMPLED = "_generate_and_score_completions"
+_UNTESTED = {  # of GRPOConfig's fields, that a run refuses or nobody has tried
+    "use_liger_kernel": "has not been tested",
+    "torch_compile": "has not been tested",
+    "parallelism_config": "cuts rows in pieces",
+}
+
+
+class PackedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, packed from ``train()`` on where that is exact. Its arguments are TRL's, and two more.
+
+    memhead's head is installed for all of TRL's trainers, unless another one is: ``memhead.integrations.trl``.
+
+    Args:
+        token_budget: tokens of a bin. None for as many as TRL's micro-batch has slots when padded.
+        require_packed: raise ValueError where TRL's step would be taken.
+
+    Attributes:
+        why_not_packed: why TRL's step is taken; None where the packed one is, and before ``train()``.
+        step_check: figures of the check before the first step, against TRL's padded way; None without one.
+    """
+
+    def __init__(
+        self, *args: Any, token_budget: int | None = None, require_packed: bool = False, **kwargs: Any
+    ) -> None:
+        # Before TRL looks at the adapters: LoRA on the head is then allowed.
+        if memhead_trl.installed() is None:
+            memhead_trl.install()
+        super().__init__(*args, **kwargs)
+        self.why_not_packed: str | None = None
+        self.step_check: dict[str, Any] | None = None
+        self._wanted_budget, self._require_packed = token_budget, require_packed
+        self._chosen = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's method, after the first call has chosen the step."""
+        if not self._chosen:
+            self._choose_step()
+            self._chosen = True
+        return super().train(*args, **kwargs)
+
+    def _choose_step(self) -> None:
+        plain = type(self)
+        reason = first(next(_of_the_script(self), None) or ruled_out(_made_with(self)))
+        if reason is None:
+            _put_before(self, self._wanted_budget)
+            reason = "it was not tried to the end"
+            try:
+                reason = first(self._disagreement())
+            finally:
+                if reason is not None:
+                    self.give_up_packing(plain)  # of PackedForward
+        self.why_not_packed = reason
+        if reason is None:
+            return
+        if self._require_packed:
+            raise ValueError(f"the packed step would not be exact: {reason}")
+        if is_main():
+            said = f"the packed step would not be exact, so TRL's step is used: {reason}"
+            warnings.warn(said, stacklevel=3)  # where train() is called
+
+    def _disagreement(self) -> str | None:
+        """Why the packed step is not to be trusted with this model, or None, by a few prompts of the data set."""
+        prompts = [row["prompt"] for row in islice(self.train_dataset, PROMPTS)]
+        self.step_check = try_step(self, self._tokenize_prompts(prompts)[0])
+        return objection(self.step_check, "trainer.step_check")
+
+
+class _InScript(PackedStep):
+    """The packed step before a script's class, and seen by it as little as can be."""
+
+    _script: type
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's rows where the script looks at them; else they are read once a generation."""
+        seen = any(_is_own(self._script, name) for name in ("training_step", "get_train_dataloader"))
+        return super(PackedStep if seen else _InScript, self).get_train_dataloader()
+
+    def _append(self, mode: str, metrics: dict[str, float]) -> None:
+        """Without the histograms of ratios, which are for a run's report: a dozen figures more in the script's log."""
+        super()._append(mode, {name: x for name, x in metrics.items() if not name.startswith(PREFIXES)})
+
+
+def _put_before(trainer: Any, budget: int | None) -> None:
+    """Let the trainer go on with the packed step, under the name that its class has."""
+    script = type(trainer)
+    names = {"_script": script, "__module__": script.__module__, "__qualname__": script.__qualname__}
+    trainer.__class__ = type(script.__name__, (_InScript, script), names)
+    trainer.begin_packing(budget)
+
+
+def _made_with(trainer: Any) -> dict[str, Any]:
+    """What `ruled_out` looks at; the adapters are on the model by now."""
+    return {
+        "model": trainer.model,
+        "args": trainer.args,
+        "train_dataset": trainer.train_dataset,
+        "processing_class": trainer.processing_class,
+        "tools": trainer.tools,
+        "rollout_func": trainer.rollout_func,
+        "environment_factory": trainer.environment_factories,
+    }
+
+
+def _of_the_script(trainer: Any) -> Iterator[str]:
+    """Reasons against the packed step that a run's configuration does not let arise."""
+    kind = type(trainer)
+    if not GRPOTrainer.__module__.startswith("trl."):
+        yield "Unsloth has put its own trainer in TRL's place, whose step is its own"
+    if not trl.__version__.startswith(TESTED):
+        yield f"it goes around methods of TRL {TESTED}x, and this is {trl.__version__}"
+    for name in _REPLACED:
+        if _is_own(kind, name):
+            yield f"{kind.__name__} has a {name} of its own, which the packed step would go around"
+    if trainer.beta != 0.0 and _is_own(kind, _SAMPLED):
+        yield f"{kind.__name__} has a {_SAMPLED} of its own, and with beta the reference is scored after it"
+    for name, what in _UNTESTED.items():
+        if getattr(trainer.args, name, None):
+            yield f"{name} {what}"
+
+
+def _is_own(kind: Any, method: str) -> bool:
+    """Whether a class overrides this method of TRL's trainer."""
+    return getattr(kind, method) is not getattr(GRPOTrainer, method)
