@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -143,10 +143,12 @@ class SplitTask(Task):
 
     options: Options
 
-    def read_splits(self, columns: Sequence[Column], problem: str) -> tuple[Rows, Rows]:
+    def read_splits(
+        self, columns: Sequence[Column], same: Callable[[dict[str, Any]], Any]
+    ) -> tuple[Rows, Rows]:
         """The rows to train on, shuffled by the seed, and those held out, in their own order if they are a split.
 
-        problem: the column that makes two rows of one file the same problem.
+        same: what two rows of one problem have in common.
         """
         options = self.options
         train = self._read(options.train_split, columns)
@@ -154,7 +156,7 @@ class SplitTask(Task):
             held_out = self._read(options.eval_split, columns)
         else:
             seed = f"{self.name} split {self.seed}"
-            train, held_out = hold_out(train, options.held_out, seed, lambda row: str(row[problem]).strip())
+            train, held_out = hold_out(train, options.held_out, seed, same)
         random.Random(f"{self.name} train {self.seed}").shuffle(train)
         return train[: options.train_size], held_out
 

@@ -112,7 +112,8 @@ class Math(SplitTask):
 
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
-        return self.read_splits(renamed(COLUMNS, self.options.columns.model_dump()), "problem")
+        columns = renamed(COLUMNS, self.options.columns.model_dump())
+        return self.read_splits(columns, lambda row: row["problem"].strip())
 
     def _dataset(self, rows: Rows) -> Dataset:
         return dataset_of(

@@ -127,9 +127,15 @@ class Prompts(SplitTask):
     def _split(self) -> tuple[Rows, Rows]:
         names = {name: source for name, source in self.options.columns.model_dump().items() if source}
         columns = [Column("prompt", self._prompt), Column("solution", text)]
-        return self.read_splits(renamed([one for one in columns if one.name in names], names), "prompt")
+        return self.read_splits(renamed([one for one in columns if one.name in names], names), _asked)
 
     def _dataset(self, rows: Rows) -> Dataset:
+        if name := next((name for row in rows for name in ("image", "images") if row.get(name)), None):
+            message, remedy = (
+                f"has a column {name!r}, and what is trained here reads text alone",
+                "take it out",
+            )
+            raise ConfigError([Problem("task.dataset", message, self.options.dataset, remedy)])
         return dataset_of(rows, {"prompt": [row["prompt"] for row in rows]})
 
     def _prompt(self, value: Any) -> Any:
@@ -145,6 +151,14 @@ class Prompts(SplitTask):
         if system and said[0]["role"] != "system":
             return [{"role": "system", "content": system}, *said]
         return said
+
+
+def _asked(row: Row) -> Any:
+    """What makes two prompts the same: all that is said, whatever the blanks around it."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return tuple((message["role"], message["content"].strip()) for message in prompt)
 
 
 def _messages(value: list[Any]) -> list[dict[str, str]]:

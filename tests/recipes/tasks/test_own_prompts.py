@@ -127,10 +127,21 @@ def test_a_column_that_is_not_there_is_told_from_those_that_are(made):
 
 def test_a_prompt_that_stands_twice_is_on_one_side_alone(made):
     rows = rows_of([*TEXTS, *(f"{text} " for text in TEXTS), *CHATS, *CHATS])
-    task = made(rows, prompt="chat")
-    train, held_out = ({str(prompt) for prompt in rows["prompt"]} for rows in (task.train, task.held_out))
-    assert not train & held_out
-    assert trained_on_too(task) == []
+    for form in ("chat", "plain"):
+        task = made(rows[: 24 if form == "plain" else None], prompt=form)
+        train, held_out = ({str(prompt).replace(" '", "'").strip() for prompt in some["prompt"]}
+                           for some in (task.train, task.held_out))  # fmt: skip
+        assert train
+        assert not train & held_out
+        assert trained_on_too(task) == []
+
+
+def test_images_are_not_left_out_in_silence(made):
+    with pytest.raises(
+        ConfigError, match=r"task\.dataset: has a column 'images', .* text alone .*; take it out"
+    ):
+        _ = made([{**row, "images": ["a.png"]} for row in rows_of(CHATS)]).train
+    assert len(made([{**row, "image": None} for row in rows_of(CHATS)]).train) == 8
 
 
 def test_splits_of_a_folder_and_what_to_do_without_one(tmp_path):
