@@ -201,7 +201,7 @@ def _there(fault: Fault, columns: Mapping[str, Any]) -> str:
     if not re.match(r"raised (KeyError:|TypeError: .* missing \d+ required)", fault.what):
         return ""
     names = [name for name, values in columns.items() if isinstance(values, list)]
-    return f" (the columns are {', '.join(names)})"
+    return f" (the columns are {', '.join(names)}; one whose values are of several kinds is left out)"
 
 
 def now(function: Reward, plain: Any, waiting: Any) -> Any:

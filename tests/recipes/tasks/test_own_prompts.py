@@ -5,6 +5,7 @@ import json
 import own_rewards
 import pytest
 import yaml
+from datasets import Dataset
 
 import train_grpo
 from recipes import ask
@@ -81,6 +82,12 @@ def test_chat_messages_are_as_they_stand_but_for_a_system_message_that_they_lack
     ]  # as a table of several kinds of messages has it
     with_system = [[system("Add."), user(text)] for text in TEXTS]
     assert sorted_prompts(made(rows_of(asked), system_prompt="Add.")) == sorted(with_system, key=str)
+
+
+def test_chat_messages_of_a_parquet_file(tmp_path):
+    Dataset.from_list(rows_of(CHATS)).to_parquet(tmp_path / "rows.parquet")
+    given = {"dataset": str(tmp_path / "rows.parquet"), "held_out": 4, "rewards": {"own_rewards.exact": 1.0}}
+    assert sorted_prompts(Prompts(Prompts.Options(**given), 0)) == sorted(CHATS, key=str)
 
 
 def test_texts_beside_chat_messages_are_chat_all(made):
@@ -313,6 +320,14 @@ def test_a_column_that_a_reward_asks_for_in_vain(made):
     rows = [{"prompt": text, "solved": True} for text in TEXTS]
     with pytest.raises(
         RewardError, match=r"own_rewards\.exact: raised TypeError.*the columns are prompts, .*solved"
+    ):
+        prepare(made(rows))
+
+
+def test_a_column_of_several_kinds_is_no_column(made):
+    rows = [{"prompt": text, "answer": n if n % 2 else str(n)} for n, text in enumerate(TEXTS)]
+    with pytest.raises(
+        RewardError, match=r"the columns are .*; one whose values are of several kinds is left out\)"
     ):
         prepare(made(rows))
 
