@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from recipes.rewards.call import Fault, Reward, Values, call, call_async, show
+from recipes.rewards.call import (
+    Fault,
+    Reward,
+    call,
+    call_async,
+    is_async,
+    isolate,
+    isolate_async,
+    show,
+)
 from recipes.rewards.contract import RewardError, RewardOptions, as_it_was, columns_of, now, too_many
 from recipes.rewards.stuck import watched
 from recipes.rewards.time_limit import TimeLimitReached, time_limit
@@ -80,19 +89,17 @@ def _values(
 
     What is slow is judged in the end: here nobody waits for a step.
     """
-    values = _called(name, function, completions, rows, options.reward_seconds)
+
+    def called(how: Any, part: slice) -> Any:
+        """By that way of recipes.rewards.call; nothing that the function sets for all of the process stays."""
+        with watched(f"reward {name}", options.reward_seconds), as_it_was():
+            return how(function, completions[part], columns_of(rows[part]), options.reward_seconds)
+
+    values = called(now(function, call, call_async), slice(None))
     if not isinstance(values, Fault):
         yield from values
-        return
-    for completion, row in zip(completions, rows, strict=True):
-        alone = _called(name, function, [completion], [row], options.reward_seconds)
-        yield alone if isinstance(alone, Fault) else alone[0]
-
-
-def _called(
-    name: str, function: Reward, completions: Sequence[Any], rows: Rows, seconds: float
-) -> Values | Fault:
-    """One call, in which nothing that the function sets for all of the process stays."""
-    judge = now(function, call, call_async)
-    with watched(f"reward {name}", seconds), as_it_was():
-        return judge(function, completions, columns_of(rows), seconds)
+    elif is_async(function):
+        yield from called(now(function, isolate, isolate_async), slice(None))
+    else:
+        alone = (called(call, slice(place, place + 1)) for place in range(len(completions)))
+        yield from (found if isinstance(found, Fault) else found[0] for found in alone)

@@ -89,11 +89,11 @@ class Prompts(SplitTask):
         return self.verdicts([completion], [row])[0]
 
     def verdicts(self, completions: Sequence[str], rows: Sequence[Row]) -> list[bool]:
-        """The same for many: that reward is called with as many at once as in training."""
+        """The same for many: that reward is called with a batch of them at a time."""
         pairs = zip(completions, rows, strict=True)
         said = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for text, row in pairs
+            answer if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer}]
+            for answer, row in pairs
         ]
         ((name, function),) = self._judge.items()
         return rewarded(name, function, self.options.correct_at, said, rows, self.options)

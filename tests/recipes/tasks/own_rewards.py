@@ -39,6 +39,12 @@ def raises(completions, **columns):
     return [1.0] * len(completions)
 
 
+async def asks(completions, **columns):
+    """As of another model, some of whose answers cannot be read."""
+    await asyncio.sleep(0.2)
+    return raises(completions)
+
+
 def hangs(completions, **columns):
     if any(text_of(text) == "hang" for text in completions):
         time.sleep(60)

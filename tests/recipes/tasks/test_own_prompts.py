@@ -1,6 +1,8 @@
 """The task `prompts`: anybody's data, with rewards of the user's own."""
 
+import asyncio
 import json
+import time
 
 import own_rewards
 import pytest
@@ -284,6 +286,18 @@ def test_what_a_reward_does_wrong_is_a_wrong_answer_and_not_the_end(made):
 def test_a_reward_that_takes_its_time_is_waited_for(made):
     task = made(rows_of(TEXTS), ["own_rewards.slow"], reward_seconds=0.5)
     assert verdicts(task, *"x" * 64) == [True] * 64
+
+
+def test_one_failure_of_a_judge_that_waits_costs_one_call_more(made):
+    """Each of the batch is asked alone, all at the same time: one after another they would have no time."""
+    task = made(rows_of(TEXTS), ["own_rewards.asks"], reward_seconds=1.0)
+    started = time.perf_counter()
+    assert verdicts(task, *["fine"] * 30, "raise", "fine") == [True] * 30 + [False, True]
+    (function,) = prepare(task).functions
+    texts = ["raise", *["fine"] * 31]
+    given = asyncio.run(function(completions=texts, prompts=texts))
+    assert given == [None, *[1.0] * 31]
+    assert time.perf_counter() - started < 5  # 64 calls one after another: 13 s
 
 
 def test_too_many_failures_end_an_evaluation(made):
