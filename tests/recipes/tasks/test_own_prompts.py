@@ -267,6 +267,14 @@ def test_the_judge_gets_what_a_reward_gets_in_training(made, prompts, prompt):
     assert task.verdicts(texts, rows) == [row["level"] == 2 for row in rows]
 
 
+def test_a_reward_of_trls_is_named_alike(made):
+    rows = [{"prompt": text, "solution": f"${n}$"} for n, text in enumerate(TEXTS)]
+    task = made(rows, ["trl.rewards.accuracy_reward"])
+    prepare(task)
+    known = task.held_out[0]["solution"].strip("$")
+    assert verdicts(task, rf"So \boxed{{{known}}}", r"So \boxed{99}") == [True, False]
+
+
 @pytest.mark.parametrize("name", ["exact", "exact_async"])
 def test_a_batch_is_one_call(made, name):
     task = made(rows_of(TEXTS), [f"own_rewards.{name}"])
