@@ -74,13 +74,20 @@ class _Source:
     rows: list[tuple[int, Any]]
 
 
-def read_rows(dataset: str, split: str, config: str | None = None, columns: Sequence[Column] = ()) -> Rows:
+def read_rows(
+    dataset: str,
+    split: str,
+    config: str | None = None,
+    columns: Sequence[Column] = (),
+    without: str = "",
+) -> Rows:
     """The rows of a split, each column read by its `read`. `config`: the dataset's configuration on the hub.
 
+    without: what else to do where there is no such split, for whoever reads the error.
     Raises ConfigError if they cannot be had, if there are none, or if a value is not what its column holds.
     """
-    files = _local_files(dataset, split)
-    sources = [_read_file(file) for file in files] if files else [_read_hub(dataset, split, config)]
+    files = _local_files(dataset, split, without)
+    sources = [_read_file(file) for file in files] if files else [_read_hub(dataset, split, config, without)]
     rows = [_checked(source.name, *row, columns) for source in sources for row in source.rows]
     if not rows:
         remedy = "put problems into it, or name another dataset"
@@ -316,20 +323,22 @@ def _lines(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
             raise _refused("task.dataset", str(file), number, fault, line.strip(), "correct it") from error
 
 
-def _read_hub(dataset: str, split: str, config: str | None) -> _Source:
+def _read_hub(dataset: str, split: str, config: str | None, without: str) -> _Source:
     client = logging.getLogger("huggingface_hub")
     level = client.level
     client.setLevel(logging.ERROR)  # a line for each of its attempts says no more than the last error
     try:
         rows = load_dataset(dataset, config, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds, all meaning the same here
-        raise ConfigError([_hub_problem(dataset, split, config, error)]) from error
+        raise ConfigError([_hub_problem(dataset, split, config, error, without)]) from error
     finally:
         client.setLevel(level)
     return _Source(f"{dataset}, split {split}", list(enumerate(rows, 1)))
 
 
-def _hub_problem(dataset: str, split: str, config: str | None, error: Exception) -> Problem:
+def _hub_problem(
+    dataset: str, split: str, config: str | None, error: Exception, without: str = ""
+) -> Problem:
     configs = re.search(r"(?:available configs|Available): \[(.*?)\]", str(error))
     if configs is not None and "onfig" in str(error):
         names = one_of(name.strip().strip("'\"") for name in configs[1].split(","))
@@ -339,14 +348,18 @@ def _hub_problem(dataset: str, split: str, config: str | None, error: Exception)
     message = "there is no such folder here, and "
     message += f"split {split!r} cannot be loaded from the hub ({type(error).__name__}: {error})"
     remedy = f"check the network and the id, or give a folder with {split}.jsonl"
-    return Problem("task.dataset", message, dataset, remedy)
+    return Problem("task.dataset", message, dataset, _or(remedy, without))
+
+
+def _or(remedy: str, other: str) -> str:
+    return f"{remedy}, or {other}" if other else remedy
 
 
 def _looks_local(dataset: str) -> bool:
     return Path(dataset).suffix in _KINDS or dataset.startswith((".", "/", "~"))
 
 
-def _local_files(dataset: str, split: str) -> list[Path]:
+def _local_files(dataset: str, split: str, without: str = "") -> list[Path]:
     """The files of a split on this machine; none if `dataset` is a hub id."""
     place = place_of("task.dataset", dataset)
     if place.is_dir():
@@ -356,7 +369,7 @@ def _local_files(dataset: str, split: str) -> list[Path]:
         found = found or sorted((place / "data").glob(f"{split}-*.parquet"))  # as the hub lays data out
         if not found:
             message = f"holds no {split}.jsonl and no {split}.parquet"
-            raise ConfigError([Problem("task.dataset", message, dataset, "put one there")])
+            raise ConfigError([Problem("task.dataset", message, dataset, _or("put one there", without))])
         return found
     if place.is_file():
         if place.suffix not in _KINDS:

@@ -66,13 +66,13 @@ def _has_checkpoint(config: RunConfig) -> bool:
 def judged(task: Task) -> tuple[str, list[tuple[str, str, dict[str, float | None]]]]:
     """A problem's prompt; and a right and a wrong answer to it, each with what every reward gives.
 
-    The right one is the task's own example for a warm start, the wrong one the example of another problem. Raises
-    ConfigError for a task without examples.
+    The right one is the task's own example for a warm start, the wrong one the example of another problem, or nothing
+    where each of them is right here, too. Raises ConfigError for a task without examples.
     """
     examples = {last_words(prompt): answer for prompt, answer in task.warm_start_examples(64)}
     row = next(row for row in task.train if last_words(row["prompt"]) in examples)
     right = examples[last_words(row["prompt"])]
-    wrong = next(answer for answer in examples.values() if not task.is_correct(answer, row))
+    wrong = next((answer for answer in examples.values() if not task.is_correct(answer, row)), "")
     functions = choose(task.reward_weights, task.rewards)
     found = []
     for name, answer in (("right", right), ("wrong", wrong)):

@@ -24,7 +24,7 @@ from recipes.models.generation import encode, end_tokens, rendered, token_ids
 from recipes.models.published import require_blanks, require_known_tokens, require_open_end, unended_turn
 from recipes.models.saved import unusable
 from recipes.models.tokenizers import character_tokenizer
-from recipes.problems import ConfigError, Problem
+from recipes.problems import ABSENT, ConfigError, Problem
 from recipes.rewards.final_answer import last_words
 from recipes.tasks import Task
 
@@ -41,7 +41,15 @@ def check_problems(config: RunConfig, task: Task, *, network: bool = True) -> li
     if not network and dataset is not None and is_on_the_hub(dataset):
         return [f"NOT looked at: the problems of {dataset}, which are on the hub"]
     _check_number(config, task)
-    return _check_template(config, task.train[0]["prompt"], network)
+    return _check_template(config, _forms([*task.train["prompt"], *task.held_out["prompt"]]), network)
+
+
+def _forms(prompts: list[Any]) -> list[Any]:
+    """One prompt of every order of roles: a template may render some of them only. Of texts the first."""
+    forms: dict[tuple[str, ...], Any] = {}
+    for prompt in prompts:
+        forms.setdefault(() if isinstance(prompt, str) else tuple(m["role"] for m in prompt), prompt)
+    return list(forms.values())
 
 
 def trained_on_too(task: Task) -> list[str]:
@@ -160,10 +168,10 @@ def _check_number(config: RunConfig, task: Task) -> None:
     )
 
 
-def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
-    """The first prompt is rendered as generation will render it."""
+def _check_template(config: RunConfig, prompts: list[Any], network: bool) -> list[str]:
+    """The prompts are rendered as generation will render them."""
     name = config.model.tokenizer or config.model.name
-    if isinstance(prompt, str) or name in (None, "bpe"):  # whose template is ours
+    if isinstance(prompts[0], str) or name in (None, "bpe"):  # whose template is ours
         return []
     try:
         tokenizer = tokenizer_here(config, str(name), network=network)
@@ -175,16 +183,15 @@ def _check_template(config: RunConfig, prompt: Any, network: bool) -> list[str]:
         raise
     except Exception as error:  # of files that say nonsense, whatever comes of it
         raise ConfigError([_no_tokenizer(config, error)]) from error
-    fault = _fault(tokenizer, prompt, config.chat_template_kwargs)
-    if fault is None:
-        try:
-            token_ids(tokenizer, [prompt], config.chat_template_kwargs)
-        except (
-            Exception
-        ) as error:  # the tokenizers library knows no other: of a class that does not fit the file
-            raise ConfigError([_no_tokenizer(config, error)]) from error
-        return []
-    raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
+    for prompt in prompts:
+        fault = _fault(tokenizer, prompt, config.chat_template_kwargs)
+        if fault is not None:
+            raise ConfigError([_unrenderable(config, tokenizer, prompt, str(name), fault)])
+    try:
+        token_ids(tokenizer, prompts[:1], config.chat_template_kwargs)
+    except Exception as error:  # the tokenizers library knows no other: of a class that does not fit the file
+        raise ConfigError([_no_tokenizer(config, error)]) from error
+    return []
 
 
 def require_template(place: Path, tokenizer: Any, prompt: Any, chat: Any) -> None:
@@ -198,7 +205,9 @@ def require_template(place: Path, tokenizer: Any, prompt: Any, chat: Any) -> Non
 def _fault(tokenizer: Any, prompt: Any, chat: Any) -> str | None:
     """What is wrong with the chat template, seen by one prompt."""
     rendered, fault = _rendered(tokenizer, prompt, chat)
-    if fault is None and (lost := [m["role"] for m in prompt if m["content"].strip() not in rendered]):
+    # Of an assistant's earlier turns a template may leave out what was only thought.
+    said = [message for message in prompt if message["role"] != "assistant"]
+    if fault is None and (lost := [m["role"] for m in said if m["content"].strip() not in rendered]):
         return f"it leaves out what the {lost[0]} says"
     return fault
 
@@ -206,14 +215,15 @@ def _fault(tokenizer: Any, prompt: Any, chat: Any) -> str | None:
 def _unrenderable(config: RunConfig, tokenizer: Any, prompt: Any, name: str, fault: str) -> Problem:
     """What to change so that the template renders the prompt: the system message, the form, or the template."""
     options = type(config.task.options).model_fields
-    remedies = ["set task.prompt: plain"] if "prompt" in options else []
+    asked = [message for message in prompt if message["role"] != "system"]
+    remedies = ["set task.prompt: plain"] if "prompt" in options and len(asked) == 1 else []
     remedies.append("set model.tokenizer to one whose template can")
-    others = [message for message in prompt if message["role"] != "system"]
-    if len(others) == len(prompt) or _rendered(tokenizer, others, config.chat_template_kwargs)[1] is not None:
+    if len(asked) == len(prompt) or _rendered(tokenizer, asked, config.chat_template_kwargs)[1] is not None:
         message = f"the chat template of {name} cannot render a prompt ({fault})"
-        return Problem("task", message, remedy=", or ".join(remedies))
+        value = ABSENT if len(asked) == 1 else [message["role"] for message in prompt]
+        return Problem("task", message, value, ", or ".join(remedies))
     message = f"the chat template of {name} has no system role ({fault})"
-    if "system_prompt" not in options:
+    if getattr(config.task.options, "system_prompt", "") != prompt[0]["content"]:
         return Problem("task", message, remedy=", or ".join(remedies))
     remedies.insert(0, 'set it to ""')
     return Problem("task.system_prompt", message, prompt[0]["content"], ", or ".join(remedies))

@@ -100,10 +100,9 @@ def isolate(
 async def isolate_async(
     function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
 ) -> list[float | Fault | None]:
-    """The same for a coroutine function."""
-    share = seconds / len(completions)
-    alone = [await call_async(function, *one, share) for one in _singles(completions, columns)]
-    return [_alone(found, seconds) for found in alone]
+    """The same for a coroutine function, of which all calls wait at the same time: each has the whole of `seconds`."""
+    alone = (call_async(function, *one, seconds) for one in _singles(completions, columns))
+    return [_alone(found, seconds) for found in await asyncio.gather(*alone)]
 
 
 class Extras:

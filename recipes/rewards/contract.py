@@ -58,6 +58,9 @@ def _no_section(weight: Any) -> Any:
     return weight
 
 
+Weights = dict[str, Annotated[float, BeforeValidator(_no_section)]]  # of rewards by name
+
+
 class ColumnNames(BaseModel):
     """What a task's columns are called in the data: `task.columns`. A field for each, whose default is its own name."""
 
@@ -69,7 +72,7 @@ class RewardOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    rewards: dict[str, Annotated[float, BeforeValidator(_no_section)]] | None = Field(
+    rewards: Weights | None = Field(
         None,
         description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
         "by the task's own weights",
@@ -91,14 +94,15 @@ def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Itera
     known: the task's rewards.
     """
     if not any(weights.values()):
-        remedy = "give one a weight other than 0, or set it to null for the task's own weights"
+        remedy = "give one a weight other than 0"
+        remedy += ", or set it to null for the task's own weights" if known else ""
         yield Problem("task.rewards", "weighs nothing", dict(weights), remedy)
     for name, weight in weights.items():
         if abs(weight) > MAX_REWARD:
             message = "is so large that float32 leaves no other reward a gradient"
             yield Problem(f"task.rewards.{name}", message, weight, f"give at most {MAX_REWARD:g}")
         if name not in known and "." not in name:
-            remedy = f"use {one_of(known)}, or module.function"
+            remedy = f"use {one_of(known)}, or module.function" if known else "name it as module.function"
             yield Problem(f"task.rewards.{name}", "is no reward of this task", weight, remedy)
 
 
@@ -117,7 +121,7 @@ def _import(name: str) -> Reward:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        with _as_it_was():
+        with as_it_was():
             found = getattr(importlib.import_module(module), function)
     except KeyboardInterrupt:
         raise
@@ -141,7 +145,7 @@ def _import(name: str) -> Reward:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def as_it_was() -> Iterator[None]:
     """Undo what other people's code sets for all of the process: the folder it is in, gradients turned off."""
     torch: Any = sys.modules.get("torch")  # a run has it; to import it would cost a reward's time
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else nullcontext()
@@ -165,10 +169,10 @@ def check(
 
     Raises RewardError for an exception, a hang past `seconds`, a wrong length, or a value that is not a finite number.
     """
-    columns = _columns(rows)
+    columns = columns_of(rows)
     given: dict[str, list[float | None]] = {}
     for name, function in functions.items():
-        with watched(f"reward {name}", 2 * seconds), _as_it_was():
+        with watched(f"reward {name}", 2 * seconds), as_it_was():
             found = _checked(function, completions, columns, seconds)
         if isinstance(found, Fault):
             which = "first completion" if found.index is None else "completion"
@@ -184,10 +188,10 @@ def _checked(
     function: Reward, completions: Sequence[Any], columns: Mapping[str, Any], seconds: float
 ) -> Values | Fault:
     """The values of a batch, or what is wrong and, if it can be found out, with which completion."""
-    found = _now(function, call, call_async)(function, completions, columns, seconds)
+    found = now(function, call, call_async)(function, completions, columns, seconds)
     if isinstance(found, list) or found.index is not None:
         return found
-    alone = _now(function, isolate, isolate_async)(function, completions, columns, seconds)
+    alone = now(function, isolate, isolate_async)(function, completions, columns, seconds)
     faults = [Fault(one.what, index) for index, one in enumerate(alone) if isinstance(one, Fault)]
     return faults[0] if faults else found
 
@@ -197,10 +201,10 @@ def _there(fault: Fault, columns: Mapping[str, Any]) -> str:
     if not re.match(r"raised (KeyError:|TypeError: .* missing \d+ required)", fault.what):
         return ""
     names = [name for name, values in columns.items() if isinstance(values, list)]
-    return f" (the columns are {', '.join(names)})"
+    return f" (the columns are {', '.join(names)}; one whose values are of several kinds is left out)"
 
 
-def _now(function: Reward, plain: Any, waiting: Any) -> Any:
+def now(function: Reward, plain: Any, waiting: Any) -> Any:
     """Calls a function from synchronous code: a coroutine runs to its end, in a thread without an event loop."""
     if not is_async(function):
         return plain
@@ -212,7 +216,7 @@ def _now(function: Reward, plain: Any, waiting: Any) -> Any:
     return run
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The arguments that TRL passes beside `completions`: prompts, every column, and three of its own."""
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
@@ -270,7 +274,7 @@ class Guarded:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), _as_it_was():
+        with watched(f"reward {self.__name__}", 2 * self._seconds, self.keep), as_it_was():
             yield
 
     @contextmanager

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
+from recipes.data import Column, Rows, hold_out, is_one_file, read_rows
 from recipes.problems import ConfigError, Problem
 from recipes.rewards.call import Reward, row_at
 from recipes.rewards.contract import RewardOptions
 from recipes.rewards.final_answer import text_of
+from recipes.rewards.verdicts import judge_all
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +72,10 @@ class Task(ABC):
     def is_correct(self, completion: str, row: Row) -> bool:
         """Whether the completion answers the row's problem correctly, in the form that was asked for."""
 
+    def verdicts(self, completions: Sequence[str], rows: Sequence[Row]) -> list[bool]:
+        """`is_correct` of an evaluation's completions, `completions[i]` answering `rows[i]`, within the time limits."""
+        return judge_all(self.is_correct, completions, rows, self.options)
+
     def is_correct_lenient(self, completion: str, row: Row) -> bool | None:
         """Whether it is right in whatever form. Always None if the task has no such second verdict."""
         return None
@@ -109,6 +118,54 @@ class Task(ABC):
     def reward_weights(self) -> Mapping[str, float]:
         """The weights of this run: `task.rewards` in the YAML, or the task's own."""
         return self.weights if self.options.rewards is None else self.options.rewards
+
+
+class SplitTask(Task):
+    """A task whose problems are read: from splits by any name, or from one file, of which some are held out."""
+
+    class Options(RewardOptions):
+        """The keys that say where the problems are."""
+
+        dataset: str = Field(
+            min_length=1, description="hub id; a folder with train.jsonl and test.jsonl; or one .jsonl file"
+        )
+        config: str | None = Field(
+            None, description="the dataset's configuration on the hub; null: its only one"
+        )
+        train_split: str = Field("train", description="split to train on; of a folder, the file's name")
+        eval_split: str | None = Field(
+            "test", description="split to evaluate on; null: held out of the train split"
+        )
+        train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
+        held_out: int = Field(
+            500, ge=1, description="problems kept for evaluation where there is no evaluation split"
+        )
+
+    options: Options
+
+    def read_splits(
+        self, columns: Sequence[Column], same: Callable[[dict[str, Any]], Any]
+    ) -> tuple[Rows, Rows]:
+        """The rows to train on, shuffled by the seed, and those held out, in their own order if they are a split.
+
+        same: what two rows of one problem have in common.
+        """
+        options = self.options
+        train = self._read(options.train_split, columns)
+        if options.eval_split is not None and not is_one_file(options.dataset):
+            held_out = self._read(options.eval_split, columns)
+        else:
+            seed = f"{self.name} split {self.seed}"
+            train, held_out = hold_out(train, options.held_out, seed, same)
+        random.Random(f"{self.name} train {self.seed}").shuffle(train)
+        return train[: options.train_size], held_out
+
+    def _read(self, split: str, columns: Sequence[Column]) -> Rows:
+        options = self.options
+        without = "set task.eval_split: null to hold out some of the train split"
+        return read_rows(
+            options.dataset, split, options.config, columns, without * (split == options.eval_split)
+        )
 
 
 def task_names() -> list[str]:

@@ -8,7 +8,6 @@ A comparison has a time limit and its own process (recipes/rewards/math_verifier
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
@@ -21,19 +20,16 @@ from recipes.data import (
     Column,
     Rows,
     dataset_of,
-    hold_out,
-    is_one_file,
     kind_of,
-    read_rows,
     renamed,
     text,
 )
 from recipes.rewards.call import Reward
-from recipes.rewards.contract import MAX_SECONDS, ColumnNames, RewardOptions
+from recipes.rewards.contract import MAX_SECONDS, ColumnNames
 from recipes.rewards.final_answer import boxed, boxes, text_of
 from recipes.rewards.latex import MAX_ANSWER, gold_text, parts
 from recipes.rewards.math_verifier import Verifier
-from recipes.tasks import Row, Task
+from recipes.tasks import Row, SplitTask
 
 SYSTEM_PROMPT = r"Reason step by step and put the final answer, and nothing else, into \boxed{}."
 VERIFY_SECONDS = 3.0  # for one comparison; ordinary ones take milliseconds
@@ -48,34 +44,20 @@ class Columns(ColumnNames):
     )
 
 
-class Math(Task):
+class Math(SplitTask):
     """The rows have `answer` beside their prompt: LaTeX, out of its box."""
 
-    class Options(RewardOptions):
+    class Options(SplitTask.Options):
         """The keys beside `task.name` in the YAML."""
 
         reward_seconds: float = Field(
             300.0, gt=0, le=MAX_SECONDS, description="time limit of one call of a reward function"
-        )
-        dataset: str = Field(
-            min_length=1, description="hub id; a folder with train.jsonl and test.jsonl; or one .jsonl file"
-        )
-        config: str | None = Field(
-            None, description="the dataset's configuration on the hub; null: its only one"
-        )
-        train_split: str = Field("train", description="split to train on; of a folder, the file's name")
-        eval_split: str | None = Field(
-            "test", description="split to evaluate on; null: held out of the train split"
         )
         columns: Columns = Field(
             default_factory=lambda: Columns(), description="what the data's columns are called"
         )
         prompt: Literal["chat", "plain"] = Field("chat", description="chat messages, or plain text")
         system_prompt: str = Field(SYSTEM_PROMPT, description="what is said before the problem")
-        train_size: int | None = Field(None, ge=1, description="training problems at most; null: all")
-        held_out: int = Field(
-            500, ge=1, description="problems kept for evaluation where there is no evaluation split"
-        )
 
     options: Options
     weights = {"correctness": 1.0, "boxed_once": 0.1}
@@ -83,9 +65,7 @@ class Math(Task):
     @cached_property
     def train(self) -> Dataset:
         """The train problems, shuffled by the seed."""
-        rows = list(self._split[0])
-        random.Random(f"math train {self.seed}").shuffle(rows)
-        return self._dataset(rows[: self.options.train_size])
+        return self._dataset(self._split[0])
 
     @cached_property
     def held_out(self) -> Dataset:
@@ -132,17 +112,8 @@ class Math(Task):
 
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
-        options = self.options
-        train = self._read(options.train_split)
-        if options.eval_split is None or is_one_file(options.dataset):
-            return hold_out(
-                train, options.held_out, f"math split {self.seed}", lambda row: row["problem"].strip()
-            )
-        return train, self._read(options.eval_split)
-
-    def _read(self, split: str) -> Rows:
         columns = renamed(COLUMNS, self.options.columns.model_dump())
-        return read_rows(self.options.dataset, split, self.options.config, columns)
+        return self.read_splits(columns, lambda row: row["problem"].strip())
 
     def _dataset(self, rows: Rows) -> Dataset:
         return dataset_of(

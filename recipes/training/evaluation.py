@@ -95,7 +95,7 @@ def greedy_figures(task: Task, completions: Sequence[str], rows: Sequence[Row]) 
 
     Each completion is judged once by each of the task's verdicts, in the time that training allows.
     """
-    found = _shares("accuracy", judge_all(task.is_correct, completions, rows, task.options))
+    found = _shares("accuracy", task.verdicts(completions, rows))
     lenient = judge_all(task.is_correct_lenient, completions, rows, task.options)
     second = [verdict for verdict in lenient if verdict is not None]
     return found | (_shares("accuracy_lenient", second) if second else {})
@@ -111,7 +111,7 @@ def sampled_figures(task: Task, samples: Sequence[Sequence[str]], rows: Sequence
     """pass@k and maj@k of `samples[i]`, k completions for `rows[i]`, each judged once."""
     k = len(samples[0])
     texts = [text for drawn in samples for text in drawn]
-    judged = judge_all(task.is_correct, texts, [row for row in rows for _ in range(k)], task.options)
+    judged = task.verdicts(texts, [row for row in rows for _ in range(k)])
     verdicts = [judged[start : start + k] for start in range(0, len(judged), k)]
     places = [majority([task.answer_of(text) for text in texts]) for texts in samples]
     votes = [place is not None and right[place] for place, right in zip(places, verdicts, strict=True)]
@@ -155,9 +155,11 @@ def majority(answers: Sequence[Hashable | None]) -> int | None:
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
-    _ = task.held_out  # what is wrong with the data is said before a model is loaded
+    # What is wrong with the data, or with a judge of the user's own, is said before a model is loaded.
+    first = task.held_out[0]
+    processes.by_main(lambda: task.verdicts([""], [first]))
     model, tokenizer = load_checkpoint(place, config.model)
-    require_template(place, tokenizer, task.held_out[0]["prompt"], config.chat_template_kwargs)
+    require_template(place, tokenizer, first["prompt"], config.chat_template_kwargs)
     prompts = token_ids(
         tokenizer, task.held_out[: config.run.evaluation.size]["prompt"], config.chat_template_kwargs
     )

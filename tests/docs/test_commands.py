@@ -40,9 +40,11 @@ TOY_OF_A_REAL_MODEL = [  # its weights are not here: a tiny model stands in thei
     "run.evaluation.batch_size=8",
 ]
 OF_OTHER_TESTS = {  # what a page's own test follows to the letter
-    "my_rewards.": "test_rewards_page.py",
     "configs/reverse.yaml": "tests/recipes/tasks/test_docs_tasks.py",
     "my_problems": "tests/recipes/tasks/test_docs_tasks.py",
+    "configs/own_data.yaml": "tests/recipes/tasks/test_docs_tasks.py",
+    "my_prompts": "tests/recipes/tasks/test_docs_tasks.py",
+    "my_rewards.": "test_rewards_page.py",
     "recipes.config": "tests/recipes/config/test_config.py",
     "-m pytest": "itself",
     "-m pip": "tests/memhead/test_wheel.py",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recipes.rewards.contract import guard
+from recipes.rewards.contract import choose, guard
 from recipes.tasks import get_task, task_names
 
 
@@ -17,12 +17,12 @@ def rows(split):
 
 def of_task(task):
     """What a task's options decide."""
-    functions = {name: task.rewards[name] for name in task.reward_weights if name in task.rewards}
-    guarded = guard(functions, task.options)
+    guarded = guard(choose(task.reward_weights, task.rewards), task.options)
     return {
         "train": rows(task.train),
         "held_out": rows(task.held_out),
         "weights": dict(task.reward_weights),
+        "right": [task.is_correct(text, task.held_out[0]) for text in RIGHT_FOR.get(task.name, ())],
         "seconds": {function._seconds for function in guarded},
         "failures": {function._share for function in guarded},
     }
@@ -52,12 +52,21 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {  # option -> another value, a
         "eval_split": ("train", {"held_out"}),
         "columns": ({"problem": "question", "answer": "solution"}, PROMPTS_CHANGE), "prompt": ("plain", PROMPTS_CHANGE),
         "system_prompt": ("Think.", PROMPTS_CHANGE), "train_size": (5, {"train"}), "held_out": (9, set())},
+    "prompts": {
+        "rewards": ({"own_rewards.length": 3.0}, {"weights", "right"}), "correct": ("own_rewards.length", {"right"}),
+        "correct_at": (0.5, {"right"}),
+        "dataset": ("other", PROMPTS_CHANGE), "config": ("other", set()), "train_split": ("test", {"train"}),
+        "eval_split": ("train", {"held_out"}), "columns": ({"prompt": "question"}, PROMPTS_CHANGE),
+        "prompt": ("plain", PROMPTS_CHANGE), "system_prompt": ("Think.", PROMPTS_CHANGE), "train_size": (5, {"train"}),
+        "held_out": (9, set())},
 }  # fmt: skip
+RIGHT_FOR = {"prompts": ("a", "b", "c" * 10)}  # completions that the user's own rewards judge
 KNOWN: dict[Any, dict[str, Any]] = {}  # of each task before
 SMALL = {
     "char_count": {"train_size": 200, "held_out": 40},
     "countdown_tinyzero": {"train_size": 200, "held_out": 40},
 }
+NEEDED = {"prompts": {"rewards": {"own_rewards.graded": 1.0, "own_rewards.length": 0.5}}}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,8 @@ def data(tmp_path_factory):
         (root / folder).mkdir()
         for split, start in (("train", 0), ("test", 40)):
             lines = [
-                {"question": f"{n} and {n}?", "answer": f"{2 * n}", "problem": f"{n} + {n}?", "solution": f"{3 * n}"}
+                {"question": f"{n} and {n}?", "answer": f"{2 * n}", "problem": f"{n} + {n}?", "solution": f"{3 * n}",
+                 "prompt": f"Double {n}."}
                 for n in range(start + shift, start + shift + 20)
             ]  # fmt: skip
             (root / folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -94,7 +104,7 @@ def test_an_option_of_a_task_changes_what_it_should_and_nothing_else(data, name,
         if "dataset" in task.Options.model_fields and name not in SMALL
         else {}
     )
-    given = {**SMALL.get(name, {}), **given}
+    given = {**SMALL.get(name, {}), **NEEDED.get(name, {}), **given}
     before = task(task.Options(**given), 0)
     if (name, data) not in KNOWN:
         KNOWN[name, data] = of_task(before)
@@ -112,7 +122,7 @@ def test_an_option_of_a_task_changes_what_it_should_and_nothing_else(data, name,
         assert found[1]["train"] == found[0]["train"][:value]
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "math", "countdown_tinyzero"])
+@pytest.mark.parametrize("name", ["gsm8k", "math", "countdown_tinyzero", "prompts"])
 def test_a_dataset_of_the_hub_is_asked_for_by_its_configuration(name, monkeypatch):
     """And what is held out of a single file, which a folder does not use."""
     asked = []
@@ -121,19 +131,20 @@ def test_a_dataset_of_the_hub_is_asked_for_by_its_configuration(name, monkeypatc
         asked.append((dataset, config, split))
         n = range(40) if split == "train" else range(40, 52)
         rows = {"question": "q", "problem": "p", "answer": "2", "nums": [1, 2, 3]}
-        return [{**rows, "question": f"q{i}", "problem": f"p{i}", "target": i} for i in n]
+        return [{**rows, "question": f"q{i}", "problem": f"p{i}", "prompt": f"p{i}", "target": i} for i in n]
 
     monkeypatch.setattr("recipes.data.load_dataset", load_dataset)
     task = get_task(name)
     more = {"held_out": 7} if name == "countdown_tinyzero" else {}
-    made = task(task.Options(dataset="some/rows", config="other", **more), 0)
+    made = task(task.Options(dataset="some/rows", config="other", **more, **NEEDED.get(name, {})), 0)
     assert len(made.held_out) == (7 if more else 12)
     assert len(made.train) == (33 if more else 40)
     assert asked == [("some/rows", "other", split) for split in (["train"] if more else ["train", "test"])]
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "math"])
+@pytest.mark.parametrize("name", ["gsm8k", "math", "prompts"])
 def test_what_is_held_out_of_one_file(data, name):
     task = get_task(name)
-    made = task(task.Options(dataset=str(data / "data" / "train.jsonl"), held_out=9), 0)
+    file = str(data / "data" / "train.jsonl")
+    made = task(task.Options(dataset=file, held_out=9, **NEEDED.get(name, {})), 0)
     assert (len(made.train), len(made.held_out)) == (11, 9)

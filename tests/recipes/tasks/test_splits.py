@@ -26,10 +26,13 @@ def places(tmp_path_factory):
     def math(n):
         return {"problem": f"What is {n} + {n}?", "answer": f"{2 * n}"}
 
+    def prompts(n):
+        return {"prompt": [{"role": "user", "content": f"Say {n}."}], "answer": f"{n}"}
+
     def numbers(n):
         return {"nums": [n, n + 1, 3], "target": 2 * n + 4}
 
-    for name, row in {"gsm8k": gsm8k, "math": math, "nums": numbers}.items():
+    for name, row in {"gsm8k": gsm8k, "math": math, "prompts": prompts, "nums": numbers}.items():
         (root / name).mkdir()
         write(root / name / "train.jsonl", map(row, range(40)))
         write(root / name / "test.jsonl", map(row, range(40, 52)))
@@ -38,6 +41,7 @@ def places(tmp_path_factory):
     return root
 
 
+OWN = {"own_rewards.exact": 1.0}
 KINDS = {
     "countdown": ("countdown", {"eval_problems": 40}, 40),
     "char_count": ("char_count", {"train_size": 300, "held_out": 40}, 40),
@@ -53,8 +57,15 @@ KINDS = {
     "gsm8k, some of it": ("gsm8k", {"dataset": "gsm8k", "train_size": 5}, 12),
     "math of a folder": ("math", {"dataset": "math"}, 12),
     "math of a file": ("math", {"dataset": "math.jsonl", "held_out": 12}, 12),
+    "prompts of a folder": ("prompts", {"dataset": "prompts", "rewards": OWN}, 12),
+    "prompts of a file": (
+        "prompts",
+        {"dataset": "prompts.jsonl", "held_out": 12, "rewards": OWN, "columns": {"solution": "answer"}},
+        12,
+    ),
 }
-STARTS = {"countdown", "char_count", "gsm8k"}  # tasks that can start a model
+STARTS = {kind for kind, (name, _, _) in KINDS.items() if name in ("countdown", "char_count", "gsm8k")}
+STARTS.add("prompts of a file")  # kinds that can start a model
 
 
 @pytest.fixture
@@ -99,7 +110,7 @@ def test_numbers_in_another_order_are_the_same_problem(made):
             assert not sets[0] & sets[1]
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (name, _, _) in KINDS.items() if name in STARTS])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in STARTS])
 def test_a_warm_start_is_shown_right_answers_to_train_problems_alone(made, kind):
     for seed in SEEDS:
         task = made(kind, seed)
@@ -118,7 +129,7 @@ def test_a_warm_start_is_shown_right_answers_to_train_problems_alone(made, kind)
             assert len(set(once)) >= min(len(set(rows)), 60) * 0.8
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (name, _, _) in KINDS.items() if name not in STARTS])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in STARTS])
 def test_other_tasks_say_that_they_have_no_examples(made, kind):
     with pytest.raises(ConfigError, match=r"run\.warm_start"):
         made(kind, 0).warm_start_examples(1)

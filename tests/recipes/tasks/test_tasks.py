@@ -11,7 +11,7 @@ from recipes.rewards.contract import RewardError
 from recipes.tasks import Task, get_task, task_names
 from recipes.training.rewards import prepare
 
-NEEDED = {"math": {"dataset": "none"}}
+NEEDED = {"math": {"dataset": "none"}, "prompts": {"dataset": "none", "rewards": {"own_rewards.exact": 1.0}}}
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -28,6 +28,7 @@ WEIGHTS = {
     "countdown_tinyzero": {"correct": 1.0, "format": 0.1},
     "gsm8k": {"tag_count": 0.5, "soft_format": 0.5, "strict_format": 0.5, "integer": 0.5, "correctness": 2.0},
     "math": {"correctness": 1.0, "boxed_once": 0.1},
+    "prompts": {},
 }
 
 

@@ -238,6 +238,7 @@ def _tracking(session: Session, patch: Any, found: dict[str, Any]) -> None:
 
 def _evaluation(session: Session, patch: Any, found: dict[str, Any]) -> None:
     """How many completions, how they are drawn, and from which seed."""
+    patch.setattr("recipes.tasks.judge_all", lambda judge, texts, *_: [False for _ in texts])
     patch.setattr(evaluation, "judge_all", lambda judge, texts, *_: [False for _ in texts])
     asked: list[Any] = []
 
