@@ -122,8 +122,8 @@ MUTANTS = (
     ),
     Mutant(
         "recipes/tracking/tracker.py",
-        "\"rewards\": {name: values[i] for name, values",
-        "\"rewards\": {name: values[0] for name, values",
+        '"rewards": {name: values[i] for name, values',
+        '"rewards": {name: values[0] for name, values',
         f"{KNOWN}::test_the_last_completions_are_those_of_the_batch_in_their_order",
     ),
     Mutant(

@@ -114,14 +114,14 @@ UNITS = (
 def test_eight_times_the_text_takes_about_eight_times_as_long(unit):
     def cost(length):
         text, best = unit * (length // len(unit)) + "x", 60.0
-        for _ in range(3):
+        for _ in range(5):
             started = time.process_time()
             lenient_answer(text), strict_answer(f"<answer>{text}</answer>"), boxes(text)
             best = min(best, time.process_time() - started)
         return best
 
-    # A step of quadratic time would make it sixty-four; on a busy machine linear ones have made it twelve.
-    assert cost(40_000) < 32 * max(cost(5_000), 0.0025)
+    # A step of quadratic time would make it sixty-four; on a busy machine linear ones have made it thirty.
+    assert cost(40_000) < 45 * max(cost(5_000), 0.0025)
 
 
 def test_a_megabyte_is_read_at_once():

@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {  # option -> another value, a
         "columns": ({"problem": "question", "answer": "solution"}, PROMPTS_CHANGE), "prompt": ("plain", PROMPTS_CHANGE),
         "system_prompt": ("Think.", PROMPTS_CHANGE), "train_size": (5, {"train"}), "held_out": (9, set())},
     "prompts": {
-        "rewards": ({"own_rewards.length": 3.0}, {"weights", "right"}), "correct": ("own_rewards.length", {"right"}),
+        "rewards": ({"try_rewards.length": 3.0}, {"weights", "right"}), "correct": ("try_rewards.length", {"right"}),
         "correct_at": (0.5, {"right"}),
         "dataset": ("other", PROMPTS_CHANGE), "config": ("other", set()), "train_split": ("test", {"train"}),
         "eval_split": ("train", {"held_out"}), "columns": ({"prompt": "question"}, PROMPTS_CHANGE),
@@ -66,7 +66,7 @@ SMALL = {
     "char_count": {"train_size": 200, "held_out": 40},
     "countdown_tinyzero": {"train_size": 200, "held_out": 40},
 }
-NEEDED = {"prompts": {"rewards": {"own_rewards.graded": 1.0, "own_rewards.length": 0.5}}}
+NEEDED = {"prompts": {"rewards": {"try_rewards.graded": 1.0, "try_rewards.length": 0.5}}}
 
 
 @pytest.fixture(scope="module")

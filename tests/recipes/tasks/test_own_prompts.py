@@ -4,8 +4,8 @@ import asyncio
 import json
 import time
 
-import own_rewards
 import pytest
+import try_rewards
 import yaml
 from datasets import Dataset
 
@@ -50,7 +50,7 @@ CHATS = [
 def made(tmp_path):
     """A function: the task of rows in one file."""
 
-    def make(rows, rewards=("own_rewards.exact",), **options):
+    def make(rows, rewards=("try_rewards.exact",), **options):
         weights = rewards if isinstance(rewards, dict) else dict.fromkeys(rewards, 1.0)
         given = {"dataset": write(tmp_path / "rows.jsonl", rows), "held_out": 4, "rewards": weights}
         return Prompts(Prompts.Options(**{**given, **options}), 0)
@@ -88,7 +88,7 @@ def test_chat_messages_are_as_they_stand_but_for_a_system_message_that_they_lack
 
 def test_chat_messages_of_a_parquet_file(tmp_path):
     Dataset.from_list(rows_of(CHATS)).to_parquet(tmp_path / "rows.parquet")
-    given = {"dataset": str(tmp_path / "rows.parquet"), "held_out": 4, "rewards": {"own_rewards.exact": 1.0}}
+    given = {"dataset": str(tmp_path / "rows.parquet"), "held_out": 4, "rewards": {"try_rewards.exact": 1.0}}
     assert sorted_prompts(Prompts(Prompts.Options(**given), 0)) == sorted(CHATS, key=str)
 
 
@@ -155,7 +155,7 @@ def test_images_are_not_left_out_in_silence(made):
 
 def test_splits_of_a_folder_and_what_to_do_without_one(tmp_path):
     write(tmp_path / "train.jsonl", rows_of(TEXTS))
-    options = {"dataset": str(tmp_path), "rewards": {"own_rewards.exact": 1.0}}
+    options = {"dataset": str(tmp_path), "rewards": {"try_rewards.exact": 1.0}}
     with pytest.raises(
         ConfigError, match=r"holds no test\.jsonl .*put one there, or set task\.eval_split: null to hold"
     ):
@@ -175,7 +175,7 @@ def test_a_hub_id_without_such_a_split(monkeypatch):
         return rows_of(TEXTS)
 
     monkeypatch.setattr("recipes.data.load_dataset", load_dataset)
-    options = {"dataset": "some/prompts", "rewards": {"own_rewards.exact": 1.0}}
+    options = {"dataset": "some/prompts", "rewards": {"try_rewards.exact": 1.0}}
     with pytest.raises(ConfigError, match=r"split 'test' cannot be loaded .*or set task\.eval_split: null"):
         _ = Prompts(Prompts.Options(**options), 0).train
     assert len(Prompts(Prompts.Options(**options, eval_split=None, held_out=2), 0).train) == 10
@@ -213,11 +213,11 @@ REFUSED = [
     ({}, f"task.rewards: is missing; set it: {MISSING}"),
     ({"rewards": None}, f"task.rewards: must be a mapping (value null); {MISSING}"),
     ({"rewards": {}}, "task.rewards: weighs nothing (value {}); give one a weight other than 0"),
-    ({"rewards": {"own_rewards.exact": 0}}, "task.rewards: weighs nothing"),
+    ({"rewards": {"try_rewards.exact": 0}}, "task.rewards: weighs nothing"),
     ({"rewards": {"exact": 1.0}}, "task.rewards.exact: is no reward of this task (value 1); name it as module.fun"),
-    ({"rewards": {"own_rewards.exact": 1.0}, "correct": "own_rewards.length"},
-     "task.correct: is none of task.rewards; add it there, with weight 0 if it is only to judge (value 'own_rew"),
-    ({"rewards": {"own_rewards.exact": 1.0}, "correct_at": "high"}, "task.correct_at: must be a number (value 'high')"),
+    ({"rewards": {"try_rewards.exact": 1.0}, "correct": "try_rewards.length"},
+     "task.correct: is none of task.rewards; add it there, with weight 0 if it is only to judge (value 'try_rew"),
+    ({"rewards": {"try_rewards.exact": 1.0}, "correct_at": "high"}, "task.correct_at: must be a number (value 'high')"),
 ]  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def verdicts(task, *texts):
 
 
 def test_the_first_reward_says_what_is_right_or_the_one_that_is_named(made):
-    rewards = {"own_rewards.graded": 0.5, "own_rewards.length": 1.0}
+    rewards = {"try_rewards.graded": 0.5, "try_rewards.length": 1.0}
     assert verdicts(made(rows_of(TEXTS), rewards), "a", "b", "c", "n") == [True, False, False, False]
     assert verdicts(made(rows_of(TEXTS), rewards, correct_at=0.5), "a", "b", "c", "n") == [
         True,
@@ -244,7 +244,7 @@ def test_the_first_reward_says_what_is_right_or_the_one_that_is_named(made):
         False,
         False,
     ]
-    named = made(rows_of(TEXTS), rewards, correct="own_rewards.length")
+    named = made(rows_of(TEXTS), rewards, correct="try_rewards.length")
     assert verdicts(named, "a" * 9, "a" * 10) == [False, True]
     assert named.is_correct("a" * 10, named.held_out[0])
     assert named.is_correct_lenient("a" * 10, named.held_out[0]) is None
@@ -256,7 +256,7 @@ def test_the_judge_gets_what_a_reward_gets_in_training(made, prompts, prompt):
     """The prompts, completions of the same kind, and the data's own columns."""
     if prompts is CHATS and prompt == "plain":
         return
-    task = made(rows_of(prompts), ["own_rewards.reads"], prompt=prompt, correct_at=0.2)
+    task = made(rows_of(prompts), ["try_rewards.reads"], prompt=prompt, correct_at=0.2)
     given = prepare(task).functions[0]
     rows = list(task.held_out)
     texts = ["x"] * len(rows)
@@ -277,28 +277,28 @@ def test_a_reward_of_trls_is_named_alike(made):
 
 @pytest.mark.parametrize("name", ["exact", "exact_async"])
 def test_a_batch_is_one_call(made, name):
-    task = made(rows_of(TEXTS), [f"own_rewards.{name}"])
+    task = made(rows_of(TEXTS), [f"try_rewards.{name}"])
     row = task.held_out[0]
-    own_rewards.CALLS.clear()
+    try_rewards.CALLS.clear()
     assert task.verdicts([row["answer"], "x"] * 50, [row] * 100) == [True, False] * 50
-    assert own_rewards.CALLS == [64, 36]
+    assert try_rewards.CALLS == [64, 36]
 
 
 def test_what_a_reward_does_wrong_is_a_wrong_answer_and_not_the_end(made):
     for name, bad in (("nan", "nan"), ("raises", "raise"), ("hangs", "hang")):
-        task = made(rows_of(TEXTS), [f"own_rewards.{name}"], reward_seconds=0.3)
+        task = made(rows_of(TEXTS), [f"try_rewards.{name}"], reward_seconds=0.3)
         texts = ["fine"] * 70 + [bad] + ["fine"] * 29
         assert verdicts(task, *texts) == [text == "fine" for text in texts]
 
 
 def test_a_reward_that_takes_its_time_is_waited_for(made):
-    task = made(rows_of(TEXTS), ["own_rewards.slow"], reward_seconds=0.5)
+    task = made(rows_of(TEXTS), ["try_rewards.slow"], reward_seconds=0.5)
     assert verdicts(task, *"x" * 64) == [True] * 64
 
 
 def test_one_failure_of_a_judge_that_waits_costs_one_call_more(made):
     """Each of the batch is asked alone, all at the same time: one after another they would have no time."""
-    task = made(rows_of(TEXTS), ["own_rewards.asks"], reward_seconds=1.0)
+    task = made(rows_of(TEXTS), ["try_rewards.asks"], reward_seconds=1.0)
     started = time.perf_counter()
     assert verdicts(task, *["fine"] * 30, "raise", "fine") == [True] * 30 + [False, True]
     (function,) = prepare(task).functions
@@ -309,15 +309,15 @@ def test_one_failure_of_a_judge_that_waits_costs_one_call_more(made):
 
 
 def test_too_many_failures_end_an_evaluation(made):
-    task = made(rows_of(TEXTS), ["own_rewards.raises"])
+    task = made(rows_of(TEXTS), ["try_rewards.raises"])
     said = (
-        r"reward own_rewards\.raises: failed on 4 of \d+ completions of an evaluation, more than task\.reward_failures "
+        r"reward try_rewards\.raises: failed on 4 of \d+ completions of an evaluation, more than task\.reward_failures "
         r"0\.05 allows; the last time it raised LookupError: nothing to look up, on .*'raise'"
     )
     with pytest.raises(RewardError, match=said):
         verdicts(task, *["fine"] * 60, *["raise"] * 4)
     assert verdicts(
-        made(rows_of(TEXTS), ["own_rewards.raises"], reward_failures=0.1), *["fine"] * 60, *["raise"] * 4
+        made(rows_of(TEXTS), ["try_rewards.raises"], reward_failures=0.1), *["fine"] * 60, *["raise"] * 4
     )
 
 
@@ -329,19 +329,19 @@ def test_a_function_that_is_not_there_is_one_line_before_anything_is_loaded(
 
     monkeypatch.setattr("recipes.models.load.load", load)
     monkeypatch.setattr("recipes.training.evaluation.load_checkpoint", load)
-    path = configured(rows_of(TEXTS), rewards={"own_rewards.nothing": 1.0})
+    path = configured(rows_of(TEXTS), rewards={"try_rewards.nothing": 1.0})
     for mode in ([], ["--evaluate", str(tmp_path)]):
         assert train_grpo.main(["--config", path, *mode]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "task.rewards: cannot be imported" in line
-        assert "put a function nothing into own_rewards.py" in line
+        assert "put a function nothing into try_rewards.py" in line
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_column_that_a_reward_asks_for_in_vain(made):
     rows = [{"prompt": text, "solved": True} for text in TEXTS]
     with pytest.raises(
-        RewardError, match=r"own_rewards\.exact: raised TypeError.*the columns are prompts, .*solved"
+        RewardError, match=r"try_rewards\.exact: raised TypeError.*the columns are prompts, .*solved"
     ):
         prepare(made(rows))
 
@@ -376,10 +376,10 @@ def test_a_notebook_shows_a_right_and_a_wrong_answer(made):
     prompt, found = judged(made(rows_of(TEXTS), columns={"solution": "answer"}))
     assert prompt in TEXTS
     assert [(name, given) for name, _, given in found] == [
-        ("right", {"own_rewards.exact": 1.0}),
-        ("wrong", {"own_rewards.exact": 0.0}),
+        ("right", {"try_rewards.exact": 1.0}),
+        ("wrong", {"try_rewards.exact": 0.0}),
     ]
-    easy = made(rows_of(TEXTS), ["own_rewards.raises"], columns={"solution": "answer"})
+    easy = made(rows_of(TEXTS), ["try_rewards.raises"], columns={"solution": "answer"})
     assert [answer for name, answer, _ in judged(easy)[1] if name == "wrong"] == [""]
     with pytest.raises(ConfigError, match=r"run\.warm_start"):
         judged(made(rows_of(TEXTS)))
@@ -403,7 +403,7 @@ def test_a_template_that_renders_some_of_the_prompts_only(made, tmp_path):
     tokenizer.chat_template = strict + CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
     options = {"dataset": write(tmp_path / "rows.jsonl", rows_of([*TEXTS, CHATS[0]])), "held_out": 4,
-               "name": "prompts", "rewards": {"own_rewards.exact": 1.0}}  # fmt: skip
+               "name": "prompts", "rewards": {"try_rewards.exact": 1.0}}  # fmt: skip
     model = {"loader": "transformers", "name": str(tmp_path / "model")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "task": options}))
     config = load_config(tmp_path / "run.yaml", ["grpo.num_generations=8"])
@@ -416,12 +416,12 @@ def test_a_template_that_renders_some_of_the_prompts_only(made, tmp_path):
 
 
 RUNS = {  # prompts, and what stands under `task`
-    "text": (TEXTS, {"rewards": {"own_rewards.length": 1.0, "own_rewards.exact": 0.5}, "prompt": "plain"}),
-    "chat": (CHATS, {"rewards": {"own_rewards.length": 1.0, "own_rewards.reads": 1.0}, "correct_at": 0.5}),
+    "text": (TEXTS, {"rewards": {"try_rewards.length": 1.0, "try_rewards.exact": 0.5}, "prompt": "plain"}),
+    "chat": (CHATS, {"rewards": {"try_rewards.length": 1.0, "try_rewards.reads": 1.0}, "correct_at": 0.5}),
     "both": ([*TEXTS[:6], *CHATS[6:]],
-             {"rewards": {"own_rewards.exact_async": 1.0, "own_rewards.length": 1.0}, "correct": "own_rewards.length",
+             {"rewards": {"try_rewards.exact_async": 1.0, "try_rewards.length": 1.0}, "correct": "try_rewards.length",
               "correct_at": 0.3, "system_prompt": "Add."}),
-    "failing": (TEXTS, {"rewards": {"own_rewards.sometimes": 1.0}, "correct_at": 0.1, "reward_failures": 1.0}),
+    "failing": (TEXTS, {"rewards": {"try_rewards.sometimes": 1.0}, "correct_at": 0.1, "reward_failures": 1.0}),
 }  # fmt: skip
 
 
@@ -461,10 +461,10 @@ def test_a_run_on_anybodys_data(ran, name):
     assert (folder / "report.html").is_file()
     card = (folder / "final" / "README.md").read_text()
     assert "on the task `prompts`" in card
-    assert "own_rewards" in card
-    assert list(json.loads((folder / "environment.json").read_text())["inputs"]["rewards"]) == ["own_rewards"]
+    assert "try_rewards" in card
+    assert list(json.loads((folder / "environment.json").read_text())["inputs"]["rewards"]) == ["try_rewards"]
     if name == "failing":
-        assert sum(step["trl"]["reward_failures/own_rewards.sometimes"] for step in steps) > 0
+        assert sum(step["trl"]["reward_failures/try_rewards.sometimes"] for step in steps) > 0
 
 
 def test_the_evaluation_of_a_checkpoint_is_that_of_the_run(ran, capsys):
@@ -507,7 +507,7 @@ def test_a_pilot_and_a_plan(ran, capsys):
 
 
 def test_a_warm_start_on_the_datas_solutions(configured, tmp_path):
-    path = configured(rows_of(TEXTS), rewards={"own_rewards.exact": 1.0}, columns={"solution": "answer"})
+    path = configured(rows_of(TEXTS), rewards={"try_rewards.exact": 1.0}, columns={"solution": "answer"})
     start = "run.warm_start={steps: 2, batch_size: 4, target_accuracy: null, check_every: 2}"
     assert train_grpo.main(["--config", path, start, "grpo.max_steps=1"]) == 0
     assert json.loads((tmp_path / "runs" / "run" / "warm_start.json").read_text())["steps"] == 2

@@ -41,7 +41,7 @@ def places(tmp_path_factory):
     return root
 
 
-OWN = {"own_rewards.exact": 1.0}
+OWN = {"try_rewards.exact": 1.0}
 KINDS = {
     "countdown": ("countdown", {"eval_problems": 40}, 40),
     "char_count": ("char_count", {"train_size": 300, "held_out": 40}, 40),

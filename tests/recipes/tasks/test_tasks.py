@@ -11,7 +11,7 @@ from recipes.rewards.contract import RewardError
 from recipes.tasks import Task, get_task, task_names
 from recipes.training.rewards import prepare
 
-NEEDED = {"math": {"dataset": "none"}, "prompts": {"dataset": "none", "rewards": {"own_rewards.exact": 1.0}}}
+NEEDED = {"math": {"dataset": "none"}, "prompts": {"dataset": "none", "rewards": {"try_rewards.exact": 1.0}}}
 
 
 @pytest.mark.parametrize("name", task_names())
