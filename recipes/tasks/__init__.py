@@ -14,6 +14,7 @@ import pkgutil
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -142,6 +143,25 @@ class SplitTask(Task):
         )
 
     options: Options
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The train problems, shuffled by the seed."""
+        return self._dataset(self._split[0])
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """The evaluation split in its own order; without one, what is held out of the train split."""
+        return self._dataset(self._split[1])
+
+    @property
+    @abstractmethod
+    def _split(self) -> tuple[Rows, Rows]:
+        """The checked rows, by `read_splits`. To be kept: it is asked twice."""
+
+    @abstractmethod
+    def _dataset(self, rows: Rows) -> Dataset:
+        """Rows as `train` and `held_out` have them."""
 
     def read_splits(
         self, columns: Sequence[Column], same: Callable[[dict[str, Any]], Any]

@@ -62,16 +62,6 @@ class Math(SplitTask):
     options: Options
     weights = {"correctness": 1.0, "boxed_once": 0.1}
 
-    @cached_property
-    def train(self) -> Dataset:
-        """The train problems, shuffled by the seed."""
-        return self._dataset(self._split[0])
-
-    @cached_property
-    def held_out(self) -> Dataset:
-        """The evaluation split in its own order; without one, what is held out of the train split."""
-        return self._dataset(self._split[1])
-
     @property
     def rewards(self) -> Mapping[str, Reward]:
         """The answer, and its one box."""

@@ -69,16 +69,6 @@ class Prompts(SplitTask):
     options: Options
     weights: ClassVar[Mapping[str, float]] = {}
 
-    @cached_property
-    def train(self) -> Dataset:
-        """The train prompts, shuffled by the seed."""
-        return self._dataset(self._split[0])
-
-    @cached_property
-    def held_out(self) -> Dataset:
-        """The evaluation split in its own order; without one, what is held out of the train split."""
-        return self._dataset(self._split[1])
-
     @property
     def rewards(self) -> Mapping[str, Reward]:
         """None: all are the user's."""
