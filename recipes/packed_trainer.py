@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 from memhead.integrations import trl as memhead_trl
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
+from recipes.training.generation_batches import Rows
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
 from recipes.training.step_check import PROMPTS, objection, try_step
@@ -107,6 +108,22 @@ class _InScript(PackedStep):
         seen = any(_is_own(self._script, name) for name in ("training_step", "get_train_dataloader"))
         return super(PackedStep if seen else _InScript, self).get_train_dataloader()
 
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """A script's own is given all that TRL's finds: old log-probabilities, importance ratios, the reference."""
+        if not _is_own(self._script, _SAMPLED):
+            return super()._generate_and_score_completions(inputs)
+        inputs = inputs.rows if isinstance(inputs, Rows) else inputs
+        return super(PackedStep, self)._generate_and_score_completions(inputs)
+
+    def _generate(self, prompts: Any) -> Any:
+        """Without the stand-ins for TRL's passes, which come after it: what a script asks for within is computed."""
+        later = self._skip_old_pass, self._keep_reference
+        self._skip_old_pass = self._keep_reference = False
+        try:
+            return super()._generate(prompts)
+        finally:
+            self._skip_old_pass, self._keep_reference = later
+
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         """Without the histograms of ratios, which are for a run's report: a dozen figures more in the script's log."""
         super()._append(mode, {name: x for name, x in metrics.items() if not name.startswith(PREFIXES)})
@@ -143,8 +160,6 @@ def _of_the_script(trainer: Any) -> Iterator[str]:
     for name in _REPLACED:
         if _is_own(kind, name):
             yield f"{kind.__name__} has a {name} of its own, which the packed step would go around"
-    if trainer.beta != 0.0 and _is_own(kind, _SAMPLED):
-        yield f"{kind.__name__} has a {_SAMPLED} of its own, and with beta the reference is scored after it"
     for name, what in _UNTESTED.items():
         if getattr(trainer.args, name, None):
             yield f"{name} {what}"

@@ -79,7 +79,7 @@ class PackedStep(PackedForward):
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction
         self.vllm_importance_sampling_correction = False
-        self._keep_reference = self.model.training
+        self._keep_reference = self.model.training and self.beta != 0.0
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -135,6 +135,8 @@ class PackedStep(PackedForward):
         for start in range(begin, rollout.count, window):
             for run in rollout.cut(range(start, min(start + window, rollout.count))):
                 part = Bin(rollout, run)
+                if not any(part.unscored):
+                    continue
                 with self._without_gradient():
                     scores = self._score_bin(self.model, part, entropy=False)
                 self._remember_old(part, scores)
@@ -189,12 +191,15 @@ class PackedStep(PackedForward):
         loss = torch.zeros((), device=scores.logps.device)
         ends_window = self.accelerator.sync_gradients
         for part, rows in inputs.parts:
-            self._scores = scores.of_rows(rows)
+            # A ratio of 1 for rows left out, whoever has found their old log-probabilities.
+            left_out, old = inputs.left_out[rows, None], part["old_per_token_logps"]
+            own = scores.of_rows(rows)
+            self._scores = own._replace(logps=torch.where(left_out, old.to(own.logps.dtype), own.logps))
             # TRL moves its adaptive entropy coefficient where a window ends: not after each part of the last bin.
             self.accelerator.sync_gradients = ends_window and rows.stop == len(scores.logps)
             if self.model.training:
-                seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
-                self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
+                seen = part["completion_mask"].bool() & ~left_out
+                self._ratios.add("policy", (own.logps - old)[seen])
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -273,6 +278,7 @@ class PackedStep(PackedForward):
             self._skip_old_pass = False
             return None, None, None
         if self._keep_reference:
+            self._keep_reference = False
             self._reference, input_ids, _, width = args[:4]
             unknown = input_ids.new_zeros(
                 len(input_ids), width, dtype=torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from test_packed_runs import reward
 from tiny import saved_llama
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
 from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
@@ -66,13 +68,16 @@ def history(trainer):
     return [e for e in entries if "loss" in e], [e for e in entries if "eval_loss" in e]
 
 
-def compared(ours, theirs):
-    """TRL's figures of each step are the same; the packed step's are beside them, and nothing else."""
+def compared(ours, theirs, *, exact=True):
+    """TRL's figures of each step are the same; the packed step's are beside them, and nothing else.
+
+    exact: of the rewards, where no log-probability is in them.
+    """
     for mine, other in zip(ours, theirs, strict=True):
         assert set(mine) - set(other) == {"step/tokens_computed", "step/tokens_real", "step/left_out"}
         for name in other:
             if name.startswith(("reward", "completions")):
-                assert mine[name] == other[name], name
+                assert mine[name] == (other[name] if exact else pytest.approx(other[name], rel=1e-4)), name
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-5)
 
@@ -320,19 +325,78 @@ def test_an_architecture_that_is_not_known_to_be_exact(tmp_path):
     falls_back(trainer, "the architecture made-up is not among those known to be exact")
 
 
-def test_a_sampling_of_its_own_beside_a_reference(tmp_path):
-    for kind, why in (
-        (of_its_own("_generate_and_score_completions"), "with beta"),
-        (PackedGRPOTrainer, None),
-    ):
-        trainer = made(kind, tmp_path, model=saved(tmp_path), max_steps=1, beta=0.1)
-        assert trainer.ref_model is not None
-        if why is None:
-            trainer.train()
-            assert isinstance(trainer, PackedStep)
-            assert history(trainer)[0][0]["kl"] == 0.0
-        else:
-            falls_back(trainer, why)
+def asks(base, *, by_sampling):
+    """Log-probabilities where a script asks for them: before TRL's passes, in a reward, and what TRL's have found."""
+
+    class Asks(base):
+        found = 0
+
+        def logps(self, prompts, completions):
+            prompts, completions = ([torch.tensor(ids) for ids in some] for some in (prompts, completions))
+            sides = list(zip((prompts, completions), ("left", "right"), strict=True))
+            ids = torch.cat([pad(x, padding_value=0, padding_side=side) for x, side in sides], 1)
+            ones = [([torch.ones_like(i) for i in x], side) for x, side in sides]
+            masks = [pad(x, padding_value=0, padding_side=side) for x, side in ones]
+            with torch.no_grad():
+                kept = masks[1].shape[1]
+                logps = self._get_per_token_logps_and_entropies(self.model, ids, torch.cat(masks, 1), kept)[0]
+            return (logps * masks[1]).sum(1)
+
+        def _generate(self, prompts):
+            self.found += self.logps([[3, 4], [5]], [[6], [7, 8]]).sum().item()
+            return super()._generate(prompts)
+
+        def _calculate_rewards(self, inputs, prompts, completions, ids):
+            own = self.logps(self._tokenize_prompts(prompts)[0], ids)
+            return super()._calculate_rewards(inputs, prompts, completions, ids) + 0.01 * own[:, None]
+
+    class Samples(Asks):
+        def _generate_and_score_completions(self, inputs):
+            self.found += self.logps([[3, 4]], [[6]]).sum().item()
+            output = super()._generate_and_score_completions(inputs)
+            self.found += sum(
+                output[name].sum().item() for name in output if name.endswith("per_token_logps")
+            )
+            self.keys = set(output)
+            return output
+
+    return Samples if by_sampling else Asks
+
+
+@pytest.mark.parametrize("by_sampling", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 0.1}, {"num_iterations": 2}, {"num_iterations": 2, "beta": 0.1}], ids=str
+)
+def test_log_probabilities_that_a_script_asks_for_while_sampling(tmp_path, settings, by_sampling):
+    found = []
+    for base in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(asks(base, by_sampling=by_sampling), tmp_path, model=saved(tmp_path), **settings)
+        trainer.train()
+        found.append(trainer)
+    ours, theirs = found
+    assert isinstance(ours, PackedStep)
+    compared(history(ours)[0], history(theirs)[0], exact=False)
+    assert ours.found == pytest.approx(theirs.found, rel=1e-4)
+    assert not by_sampling or ours.keys == theirs.keys
+    if settings.get("beta"):
+        assert history(ours)[0][-1]["kl"] > 1e-3
+
+
+def test_a_row_left_out_has_a_ratio_of_one_whatever_its_old_log_probabilities(tmp_path):
+    class Half(PackedGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"][::2] = 0.0
+            output["old_per_token_logps"][::2] = -100.0  # whose ratio to a log-probability of 0 is infinite
+            return output
+
+    trainer = made(Half, tmp_path, num_iterations=2)
+    trainer.train()
+    assert isinstance(trainer, PackedStep)
+    for step in history(trainer)[0]:
+        assert step["step/left_out"] > 0.4
+        assert math.isfinite(step["loss"])
+        assert math.isfinite(step["grad_norm"])
 
 
 @pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel", "parallelism_config"])
