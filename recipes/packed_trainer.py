@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 from memhead.integrations import trl as memhead_trl
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
-from recipes.training.generation_batches import Rows
+from recipes.training.generation_batches import taken
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
 from recipes.training.step_check import PROMPTS, objection, try_step
@@ -112,8 +112,7 @@ class _InScript(PackedStep):
         """A script's own is given all that TRL's finds: old log-probabilities, importance ratios, the reference."""
         if not _is_own(self._script, _SAMPLED):
             return super()._generate_and_score_completions(inputs)
-        inputs = inputs.rows if isinstance(inputs, Rows) else inputs
-        return super(PackedStep, self)._generate_and_score_completions(inputs)
+        return super(PackedStep, self)._generate_and_score_completions(taken(inputs))
 
     def _generate(self, prompts: Any) -> Any:
         """Without the stand-ins for TRL's passes, which come after it: what a script asks for within is computed."""

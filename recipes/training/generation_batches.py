@@ -6,6 +6,7 @@ micro-batches a generation of 1,024 rows is read, pinned and looked through for 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ class Rows:
     def __contains__(self, key: str) -> bool:
         """transformers asks a batch for "labels"."""
         return False
+
+
+def taken(batch: Any) -> Any:
+    """The rows of a batch, to do with what one likes: the loader may hand out the same ones again."""
+    return deepcopy(batch.rows) if isinstance(batch, Rows) else batch
 
 
 class ReadOnce(Dataset[Any]):

@@ -26,11 +26,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import identity, use_adapter
 
 from memhead.integrations.handle import Truncated
 from recipes.processes import smallest
-from recipes.training.generation_batches import ReadOnce, Rows
+from recipes.training.generation_batches import ReadOnce, Rows, taken
 from recipes.training.importance import Correction, SamplingGap
 from recipes.training.packed_forward import PackedForward, Scores
 from recipes.training.ratios import RatioMeter, RoundedHead, sampler_dtype
@@ -65,7 +65,9 @@ class PackedStep(PackedForward):
     def get_train_dataloader(self) -> Any:
         """TRL's method, on rows that are read once a generation."""
         dataset, collator = self.train_dataset, self.data_collator
-        if isinstance(dataset, Dataset):
+        # Not where a read has an effect of its own, nor past a script's collator.
+        read_once = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+        if read_once and collator is identity:
             self.train_dataset, self.data_collator = ReadOnce(dataset), Rows
         try:
             return super().get_train_dataloader()
@@ -74,7 +76,7 @@ class PackedStep(PackedForward):
 
     def _generate_and_score_completions(self, inputs: Any) -> MicroBatch:
         """TRL's method, without its pass for the old log-probabilities and, in training, the reference's."""
-        inputs = inputs.rows if isinstance(inputs, Rows) else inputs
+        inputs = taken(inputs)
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction

@@ -263,6 +263,58 @@ def test_a_subclass_keeps_what_is_its_own(tmp_path):
     )  # what a reward without the scale is at most
 
 
+def prefixes(base):
+    """Prompts that are changed in place, as by a script that adds an instruction."""
+
+    class Prefixes(base):
+        def _generate_and_score_completions(self, inputs):
+            for row in inputs:
+                row["prompt"] = "=" + row["prompt"]
+            return super()._generate_and_score_completions(inputs)
+
+    return Prefixes
+
+
+def collates(base):
+    class Collates(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.data_collator = lambda rows: [{**row, "prompt": "=" + row["prompt"]} for row in rows]
+
+    return Collates
+
+
+def drawn():
+    """Rows that are another at each read."""
+    rows = Dataset.from_dict({"prompt": PROMPTS[:4]})
+    rows.set_transform(lambda batch: {"prompt": [f"{p}{int(torch.randint(9, ()))}" for p in batch["prompt"]]})
+    return rows
+
+
+ROWS = {
+    "changed in place": (prefixes, lambda: Dataset.from_dict({"prompt": PROMPTS[:4]})),
+    "a collator of its own": (collates, lambda: Dataset.from_dict({"prompt": PROMPTS})),
+    "drawn at each read": (lambda base: base, drawn),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_trls_whatever_a_script_does_with_them(tmp_path, name):
+    """Of a few prompts in order, of which every generation has all."""
+    script, rows = ROWS[name]
+    found = []
+    for base in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(script(base), tmp_path, script={"train_dataset": rows()}, shuffle_dataset=False)
+        if base is PackedGRPOTrainer:
+            trainer._choose_step()  # which reads two rows
+            trainer._chosen = True
+        set_seed(1)
+        trainer.train()
+        found.append(trainer)
+    assert isinstance(found[0], PackedStep)
+    compared(*(history(trainer)[0] for trainer in found))
+
+
 def of_its_own(name):
     """A subclass that only hands the method on."""
 
@@ -390,7 +442,7 @@ def test_a_row_left_out_has_a_ratio_of_one_whatever_its_old_log_probabilities(tm
             output["old_per_token_logps"][::2] = -100.0  # whose ratio to a log-probability of 0 is infinite
             return output
 
-    trainer = made(Half, tmp_path, num_iterations=2)
+    trainer = made(Half, tmp_path, num_iterations=2, logging_nan_inf_filter=False)
     trainer.train()
     assert isinstance(trainer, PackedStep)
     for step in history(trainer)[0]:
