@@ -11,9 +11,11 @@ what a subclass overrides stays; else nothing is changed, and a warning says why
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import trl
@@ -23,14 +25,26 @@ from memhead.integrations import trl as memhead_trl
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
 from recipes.training.generation_batches import taken
+from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
 from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
+_TRL = Path(str(trl.__file__)).parent
 # What it does in their place, or with other inputs than TRL's.
 _REPLACED = ("_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies")
 _SAMPLED = "_generate_and_score_completions"
+# What a training_step that takes TRL's apart asks for: the packed step's inputs are not one micro-batch.
+_INPUTS = {"_prepare_inputs", "compute_loss", "_compute_loss", "_buffered_inputs"}
+# What the packed step keeps on the trainer, or would read from a script's as if a run had set it.
+_STATE = frozenset(
+    {
+        "_token_budget", "_flow", "_truncation", "_varlen", "_rollout", "_even_bins", "_place", "_scores",
+        "_skip_old_pass", "_keep_reference", "_reference", "_meter", "_entropy", "_gap", "_ratios", "_script",
+        "truncation", "mismatch_every",
+    }
+)  # fmt: skip
 _UNTESTED = {  # of GRPOConfig's fields, that a run refuses or nobody has tried
     "use_liger_kernel": "has not been tested",
     "torch_compile": "has not been tested",
@@ -159,11 +173,23 @@ def _of_the_script(trainer: Any) -> Iterator[str]:
     for name in _REPLACED:
         if _is_own(kind, name):
             yield f"{kind.__name__} has a {name} of its own, which the packed step would go around"
+    step = inspect.unwrap(kind.training_step)
+    if _is_own(kind, "training_step") and (asked := _INPUTS.intersection(step.__code__.co_names)):
+        yield f"{kind.__name__} has a training_step of its own that calls {' and '.join(sorted(asked))} itself"
+    ours = {name for cls in (_InScript, PackedStep, PackedForward) for name in vars(cls)}
+    for name in sorted(ours.intersection(dir(GRPOTrainer), vars(trainer))):
+        if not name.startswith("__"):
+            yield f"{name} has been set on the trainer, which the packed step would go around"
+    theirs = set(dir(kind)).union(vars(trainer)).difference(dir(GRPOTrainer))
+    for name in sorted(theirs.intersection(ours | _STATE)):
+        yield f"{kind.__name__} has a {name} of its own, a name that the packed step uses"
     for name, what in _UNTESTED.items():
         if getattr(trainer.args, name, None):
             yield f"{name} {what}"
 
 
 def _is_own(kind: Any, method: str) -> bool:
-    """Whether a class overrides this method of TRL's trainer."""
-    return getattr(kind, method) is not getattr(GRPOTrainer, method)
+    """Whether a class overrides this method of TRL's trainer, or a script has put its own into TRL's class."""
+    found, trls = getattr(kind, method), getattr(GRPOTrainer, method)
+    code = getattr(trls, "__code__", None)
+    return found is not trls or code is None or Path(code.co_filename).parts[: len(_TRL.parts)] != _TRL.parts

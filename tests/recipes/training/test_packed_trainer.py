@@ -325,6 +325,45 @@ def of_its_own(name):
     return kind
 
 
+def own_inputs():
+    """A training_step as transformers has it, which looks at what it computes the loss of."""
+
+    class Mine(PackedGRPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs = self._prepare_inputs(inputs)
+            assert inputs["completion_ids"].ndim == 2
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            self._step += 1
+            return loss.detach()
+
+    return Mine
+
+
+def named(*, method=None, attribute=None):
+    class Mine(PackedGRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if attribute:
+                setattr(self, attribute, [])
+
+    if method:
+        setattr(Mine, method, lambda self, text: len(text))
+    return Mine
+
+
+def set_on_it():
+    """A loss that is put on the trainer and not into its class."""
+
+    class Mine(PackedGRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trls = self._compute_loss
+            self._compute_loss = lambda model, inputs: 2 * trls(model, inputs)
+
+    return Mine
+
+
 def dropout():
     return LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
 
@@ -340,6 +379,11 @@ FALL_BACKS = {
     "noise": (lambda: (PackedGRPOTrainer, {}, {"neftune_noise_alpha": 5.0}), "neftune_noise_alpha adds noise"),
     "loss": (lambda: (of_its_own("_compute_loss"), {}, {}), "Mine has a _compute_loss of its own"),
     "inputs": (lambda: (of_its_own("_prepare_inputs"), {}, {}), "Mine has a _prepare_inputs of its own"),
+    "step": (lambda: (own_inputs(), {}, {}), "calls _prepare_inputs and compute_loss itself"),
+    "a loss set on it": (lambda: (set_on_it(), {}, {}), "_compute_loss has been set on the trainer"),
+    "a name": (lambda: (named(method="_score"), {}, {}), "Mine has a _score of its own, a name that"),
+    "a name set on it": (lambda: (named(attribute="_scores"), {}, {}), "Mine has a _scores of its own, a name that"),
+    "a name of a run": (lambda: (named(attribute="truncation"), {}, {}), "Mine has a truncation of its own"),
 }  # fmt: skip
 
 
@@ -368,6 +412,28 @@ def test_where_it_would_not_be_exact_the_step_is_trls(tmp_path, name):
     falls_back(trainer, reason)
     assert trainer.step_check is None
     assert type(trainer) is kind
+
+
+def test_a_loss_that_a_script_puts_into_trls_class(tmp_path, monkeypatch):
+    trls = GRPOTrainer._compute_loss
+    trainer = made(PackedGRPOTrainer, tmp_path, max_steps=1)
+    monkeypatch.setattr(
+        GRPOTrainer, "_compute_loss", lambda self, model, inputs: 2 * trls(self, model, inputs)
+    )
+    falls_back(trainer, "PackedGRPOTrainer has a _compute_loss of its own")
+
+
+def test_the_names_that_the_packed_step_keeps(tmp_path):
+    """Each is looked for on a script's trainer before."""
+    trainer = made(PackedGRPOTrainer, tmp_path, max_steps=1)
+    before = set(vars(trainer))
+    trainer.train()
+    assert isinstance(trainer, PackedStep)
+    new = set(vars(trainer)) - before
+    assert {"_rollout", "_scores"} < new
+    plain = made(GRPOTrainer, tmp_path, max_steps=1)
+    plain.train()
+    assert new - set(vars(plain)) <= packed_trainer._STATE
 
 
 def test_an_architecture_that_is_not_known_to_be_exact(tmp_path):
