@@ -69,6 +69,8 @@ class PackedGRPOTrainer(GRPOTrainer):
     def __init__(
         self, *args: Any, token_budget: int | None = None, require_packed: bool = False, **kwargs: Any
     ) -> None:
+        if token_budget is not None and not (isinstance(token_budget, int) and token_budget > 0):
+            raise ValueError(f"token_budget={token_budget!r} is not a number of tokens")
         # Before TRL looks at the adapters: LoRA on the head is then allowed.
         if memhead_trl.installed() is None:
             memhead_trl.install()
@@ -96,6 +98,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             finally:
                 if reason is not None:
                     self.give_up_packing(plain)  # of PackedForward
+                    for name in _STATE:  # else it is taken for the script's at the next try
+                        vars(self).pop(name, None)
         self.why_not_packed = reason
         if reason is None:
             return

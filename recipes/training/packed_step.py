@@ -172,6 +172,12 @@ class PackedStep(PackedForward):
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's method. One that failed may have left a window half done, with what was measured of it."""
+        self._place, self._scores = 0, None
+        self._meter, self._entropy, self._gap = StepMeter(), EntropyMeter(), SamplingGap()
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """TRL's method, which also keeps track of where an accumulation window begins and ends."""
         if self._place == 0:

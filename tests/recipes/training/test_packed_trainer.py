@@ -554,7 +554,15 @@ def no_kernel(monkeypatch):
     return "it does not run on this model: no kernel for heads of 7"
 
 
-@pytest.mark.parametrize("fault", [wrong_positions, no_kernel])
+def no_reason(monkeypatch):
+    def check(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(step_check, "check_step", check)
+    return "it does not run on this model: AssertionError"
+
+
+@pytest.mark.parametrize("fault", [wrong_positions, no_kernel, no_reason])
 def test_a_check_that_fails_leaves_the_script_its_trainer(tmp_path, monkeypatch, fault):
     reason = fault(monkeypatch)
     kind = scripts_own(PackedGRPOTrainer)
@@ -572,6 +580,38 @@ def test_a_packed_step_that_is_required(tmp_path):
     trainer = made(PackedGRPOTrainer, tmp_path, script={"peft_config": dropout(), "require_packed": True})
     with pytest.raises(ValueError, match=r"the packed step would not be exact: lora.dropout is 0.1"):
         trainer.train()
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "16k"])
+def test_a_budget_that_is_none(tmp_path, budget):
+    with pytest.raises(ValueError, match=r"token_budget=.* is not a number of tokens"):
+        made(PackedGRPOTrainer, tmp_path, script={"token_budget": budget})
+
+
+def test_a_training_after_one_that_failed_leaves_no_row_out(tmp_path, monkeypatch):
+    """In the middle of a window: the next begins one, with what was left of the generation."""
+
+    class Fails(PackedGRPOTrainer):
+        def training_step(self, *args):
+            if self.state.global_step == 1 and self._step == 3 and not hasattr(self, "failed"):
+                self.failed = True
+                raise KeyboardInterrupt
+            return super().training_step(*args)
+
+    trainer = made(Fails, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    computed = []
+    trls = PackedStep._score_bin
+
+    def score(self, model, part, *, entropy):
+        if entropy:
+            computed.append(part.run)
+        return trls(self, model, part, entropy=entropy)
+
+    monkeypatch.setattr(PackedStep, "_score_bin", score)
+    trainer.train()
+    assert computed == [range(1, 2), range(1)] * 4  # the window is astride of generations, as TRL's is
 
 
 def test_a_check_without_memory_is_the_scripts_error(tmp_path, monkeypatch):
