@@ -49,6 +49,9 @@ _UNTESTED = {  # of GRPOConfig's fields, that a run refuses or nobody has tried
     "use_liger_kernel": "has not been tested",
     "torch_compile": "has not been tested",
     "parallelism_config": "cuts rows in pieces",
+    # transformers asks for a "paged" attention by the name of the one it finds, which is not its own on a GPU.
+    "use_transformers_continuous_batching": "has not been tested",
+    "use_transformers_paged": "has not been tested",
 }
 
 
@@ -99,7 +102,7 @@ class PackedGRPOTrainer(GRPOTrainer):
                 if reason is not None:
                     self.give_up_packing(plain)  # of PackedForward
                     for name in _STATE:  # else it is taken for the script's at the next try
-                        vars(self).pop(name, None)
+                        self.__dict__.pop(name, None)
         self.why_not_packed = reason
         if reason is None:
             return

@@ -517,7 +517,7 @@ def test_a_row_left_out_has_a_ratio_of_one_whatever_its_old_log_probabilities(tm
         assert math.isfinite(step["grad_norm"])
 
 
-@pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel", "parallelism_config"])
+@pytest.mark.parametrize("option", packed_trainer._UNTESTED)
 def test_options_that_nobody_has_tried(tmp_path, option):
     trainer = made(PackedGRPOTrainer, tmp_path)
     assert list(packed_trainer._of_the_script(trainer)) == []
