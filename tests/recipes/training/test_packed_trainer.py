@@ -16,6 +16,7 @@ from test_packed_runs import reward
 from tiny import saved_llama
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import pad
 from vllm_colocated import vllm_stand_in
 
@@ -25,6 +26,8 @@ from recipes.models.tokenizers import character_tokenizer
 from recipes.packed_trainer import PackedGRPOTrainer
 from recipes.training import packed_attention, step_check
 from recipes.training.packed_step import PackedStep
+from recipes.training.packing import measure
+from recipes.training.rollout import _shuffled, padded
 
 PROMPTS = [f"{n}+{n % 3}=" for n in range(32)]
 
@@ -144,6 +147,33 @@ def test_the_steps_are_trls(tmp_path, name):
     assert all(0 < step["step/tokens_computed"] < step["step/tokens_real"] for step in steps)
     assert any(step["grad_norm"] > 0.1 for step in steps)
     assert ours.args.gradient_accumulation_steps == settings.get("gradient_accumulation_steps", 2)
+
+
+BY_MICRO_BATCH = [
+    {"loss_type": "bnpo"},
+    {"entropy_coef": 0.05},
+    {"top_entropy_quantile": 0.3, "num_iterations": 2},
+    {"steps_per_generation": 4, "num_iterations": 2},
+    {"steps_per_generation": 2, "gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("settings", BY_MICRO_BATCH, ids=str)
+def test_where_micro_batches_matter_they_are_all_that_differs(tmp_path, monkeypatch, settings):
+    """With its groups kept together TRL's trainer has the same ones, and the same losses."""
+
+    def by_group(batch):
+        order = _shuffled(measure(padded(batch)).group)
+        return {n: x[order] if isinstance(x, torch.Tensor) and x.ndim > 0 else x for n, x in batch.items()}
+
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", by_group)
+    found = []
+    for kind in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(kind, tmp_path, script={"reward_funcs": unlike}, **settings)
+        trainer.train()
+        found.append(trainer)
+    assert isinstance(found[0], PackedStep)
+    compared(*(history(trainer)[0] for trainer in found))
 
 
 @pytest.mark.parametrize("window", [1, 2])
