@@ -11,9 +11,11 @@ what a subclass overrides stays; else nothing is changed, and a warning says why
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import trl
@@ -22,18 +24,34 @@ from trl import GRPOTrainer
 from memhead.integrations import trl as memhead_trl
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
+from recipes.training.generation_batches import taken
+from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
 from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
+_TRL = Path(str(trl.__file__)).parent
 # What it does in their place, or with other inputs than TRL's.
 _REPLACED = ("_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies")
 _SAMPLED = "_generate_and_score_completions"
+# What a training_step that takes TRL's apart asks for: the packed step's inputs are not one micro-batch.
+_INPUTS = {"_prepare_inputs", "compute_loss", "_compute_loss", "_buffered_inputs"}
+# What the packed step keeps on the trainer, or would read from a script's as if a run had set it.
+_STATE = frozenset(
+    {
+        "_token_budget", "_flow", "_truncation", "_varlen", "_rollout", "_even_bins", "_place", "_scores",
+        "_skip_old_pass", "_keep_reference", "_reference", "_meter", "_entropy", "_gap", "_ratios", "_script",
+        "truncation", "mismatch_every",
+    }
+)  # fmt: skip
 _UNTESTED = {  # of GRPOConfig's fields, that a run refuses or nobody has tried
     "use_liger_kernel": "has not been tested",
     "torch_compile": "has not been tested",
     "parallelism_config": "cuts rows in pieces",
+    # transformers asks for a "paged" attention by the name of the one it finds, which is not its own on a GPU.
+    "use_transformers_continuous_batching": "has not been tested",
+    "use_transformers_paged": "has not been tested",
 }
 
 
@@ -54,6 +72,8 @@ class PackedGRPOTrainer(GRPOTrainer):
     def __init__(
         self, *args: Any, token_budget: int | None = None, require_packed: bool = False, **kwargs: Any
     ) -> None:
+        if token_budget is not None and not (isinstance(token_budget, int) and token_budget > 0):
+            raise ValueError(f"token_budget={token_budget!r} is not a number of tokens")
         # Before TRL looks at the adapters: LoRA on the head is then allowed.
         if memhead_trl.installed() is None:
             memhead_trl.install()
@@ -81,6 +101,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             finally:
                 if reason is not None:
                     self.give_up_packing(plain)  # of PackedForward
+                    for name in _STATE:  # else it is taken for the script's at the next try
+                        self.__dict__.pop(name, None)
         self.why_not_packed = reason
         if reason is None:
             return
@@ -106,6 +128,21 @@ class _InScript(PackedStep):
         """TRL's rows where the script looks at them; else they are read once a generation."""
         seen = any(_is_own(self._script, name) for name in ("training_step", "get_train_dataloader"))
         return super(PackedStep if seen else _InScript, self).get_train_dataloader()
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """A script's own is given all that TRL's finds: old log-probabilities, importance ratios, the reference."""
+        if not _is_own(self._script, _SAMPLED):
+            return super()._generate_and_score_completions(inputs)
+        return super(PackedStep, self)._generate_and_score_completions(taken(inputs))
+
+    def _generate(self, prompts: Any) -> Any:
+        """Without the stand-ins for TRL's passes, which come after it: what a script asks for within is computed."""
+        later = self._skip_old_pass, self._keep_reference
+        self._skip_old_pass = self._keep_reference = False
+        try:
+            return super()._generate(prompts)
+        finally:
+            self._skip_old_pass, self._keep_reference = later
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         """Without the histograms of ratios, which are for a run's report: a dozen figures more in the script's log."""
@@ -143,13 +180,23 @@ def _of_the_script(trainer: Any) -> Iterator[str]:
     for name in _REPLACED:
         if _is_own(kind, name):
             yield f"{kind.__name__} has a {name} of its own, which the packed step would go around"
-    if trainer.beta != 0.0 and _is_own(kind, _SAMPLED):
-        yield f"{kind.__name__} has a {_SAMPLED} of its own, and with beta the reference is scored after it"
+    step = inspect.unwrap(kind.training_step)
+    if _is_own(kind, "training_step") and (asked := _INPUTS.intersection(step.__code__.co_names)):
+        yield f"{kind.__name__} has a training_step of its own that calls {' and '.join(sorted(asked))} itself"
+    ours = {name for cls in (_InScript, PackedStep, PackedForward) for name in vars(cls)}
+    for name in sorted(ours.intersection(dir(GRPOTrainer), vars(trainer))):
+        if not name.startswith("__"):
+            yield f"{name} has been set on the trainer, which the packed step would go around"
+    theirs = set(dir(kind)).union(vars(trainer)).difference(dir(GRPOTrainer))
+    for name in sorted(theirs.intersection(ours | _STATE)):
+        yield f"{kind.__name__} has a {name} of its own, a name that the packed step uses"
     for name, what in _UNTESTED.items():
         if getattr(trainer.args, name, None):
             yield f"{name} {what}"
 
 
 def _is_own(kind: Any, method: str) -> bool:
-    """Whether a class overrides this method of TRL's trainer."""
-    return getattr(kind, method) is not getattr(GRPOTrainer, method)
+    """Whether a class overrides this method of TRL's trainer, or a script has put its own into TRL's class."""
+    found, trls = getattr(kind, method), getattr(GRPOTrainer, method)
+    code = getattr(trls, "__code__", None)
+    return found is not trls or code is None or Path(code.co_filename).parts[: len(_TRL.parts)] != _TRL.parts

@@ -6,6 +6,8 @@ micro-batches a generation of 1,024 rows is read, pinned and looked through for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,26 @@ class Rows:
 
     rows: list[dict[str, Any]]
 
+    def __len__(self) -> int:
+        """For a script that looks into the loader, as are the next two."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """One row after another."""
+        return iter(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or a slice of them."""
+        return self.rows[index]
+
     def __contains__(self, key: str) -> bool:
         """transformers asks a batch for "labels"."""
         return False
+
+
+def taken(batch: Any) -> Any:
+    """The rows of a batch, to do with what one likes: the loader may hand out the same ones again."""
+    return deepcopy(batch.rows) if isinstance(batch, Rows) else batch
 
 
 class ReadOnce(Dataset[Any]):

@@ -26,11 +26,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import identity, use_adapter
 
 from memhead.integrations.handle import Truncated
 from recipes.processes import smallest
-from recipes.training.generation_batches import ReadOnce, Rows
+from recipes.training.generation_batches import ReadOnce, Rows, taken
 from recipes.training.importance import Correction, SamplingGap
 from recipes.training.packed_forward import PackedForward, Scores
 from recipes.training.ratios import RatioMeter, RoundedHead, sampler_dtype
@@ -65,7 +65,9 @@ class PackedStep(PackedForward):
     def get_train_dataloader(self) -> Any:
         """TRL's method, on rows that are read once a generation."""
         dataset, collator = self.train_dataset, self.data_collator
-        if isinstance(dataset, Dataset):
+        # Not where a read has an effect of its own, nor past a script's collator.
+        read_once = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+        if read_once and collator is identity:
             self.train_dataset, self.data_collator = ReadOnce(dataset), Rows
         try:
             return super().get_train_dataloader()
@@ -74,12 +76,12 @@ class PackedStep(PackedForward):
 
     def _generate_and_score_completions(self, inputs: Any) -> MicroBatch:
         """TRL's method, without its pass for the old log-probabilities and, in training, the reference's."""
-        inputs = inputs.rows if isinstance(inputs, Rows) else inputs
+        inputs = taken(inputs)
         every = self.args.steps_per_generation * self.num_iterations
         self._skip_old_pass = self.args.gradient_accumulation_steps % every != 0
         corrected = self.vllm_importance_sampling_correction
         self.vllm_importance_sampling_correction = False
-        self._keep_reference = self.model.training
+        self._keep_reference = self.model.training and self.beta != 0.0
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -135,6 +137,8 @@ class PackedStep(PackedForward):
         for start in range(begin, rollout.count, window):
             for run in rollout.cut(range(start, min(start + window, rollout.count))):
                 part = Bin(rollout, run)
+                if not any(part.unscored):
+                    continue
                 with self._without_gradient():
                     scores = self._score_bin(self.model, part, entropy=False)
                 self._remember_old(part, scores)
@@ -168,6 +172,12 @@ class PackedStep(PackedForward):
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's method. One that failed may have left a window half done, with what was measured of it."""
+        self._place, self._scores = 0, None
+        self._meter, self._entropy, self._gap = StepMeter(), EntropyMeter(), SamplingGap()
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """TRL's method, which also keeps track of where an accumulation window begins and ends."""
         if self._place == 0:
@@ -189,12 +199,15 @@ class PackedStep(PackedForward):
         loss = torch.zeros((), device=scores.logps.device)
         ends_window = self.accelerator.sync_gradients
         for part, rows in inputs.parts:
-            self._scores = scores.of_rows(rows)
+            # A ratio of 1 for rows left out, whoever has found their old log-probabilities.
+            left_out, old = inputs.left_out[rows, None], part["old_per_token_logps"]
+            own = scores.of_rows(rows)
+            self._scores = own._replace(logps=torch.where(left_out, old.to(own.logps.dtype), own.logps))
             # TRL moves its adaptive entropy coefficient where a window ends: not after each part of the last bin.
             self.accelerator.sync_gradients = ends_window and rows.stop == len(scores.logps)
             if self.model.training:
-                seen = part["completion_mask"].bool() & ~inputs.left_out[rows, None]
-                self._ratios.add("policy", (scores.logps[rows] - part["old_per_token_logps"])[seen])
+                seen = part["completion_mask"].bool() & ~left_out
+                self._ratios.add("policy", (own.logps - old)[seen])
             loss = loss + super()._compute_loss(model, part)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -273,6 +286,7 @@ class PackedStep(PackedForward):
             self._skip_old_pass = False
             return None, None, None
         if self._keep_reference:
+            self._keep_reference = False
             self._reference, input_ids, _, width = args[:4]
             unknown = input_ids.new_zeros(
                 len(input_ids), width, dtype=torch.float32

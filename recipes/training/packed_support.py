@@ -23,6 +23,11 @@ ARCHITECTURES = frozenset(
 _ROPES_BY_LENGTH = ("dynamic", "longrope")  # whose angles depend on the longest row of a batch
 _IMAGES = {"image", "images"}  # columns that TRL's trainer knows
 _LARGEST_HEAD = 256  # of torch's varlen attention
+# Of LoRA, by option: some find their own tokens in a row, which the start-up check's need not have, or add noise.
+_VARIANTS = {
+    "use_dora": "DoRA", "alora_invocation_tokens": "an activated LoRA", "arrow_config": "Arrow", "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA", "kasa_config": "KaSA",
+}  # fmt: skip
 # TRL's ways to write into a completion from outside.
 _LOOPS = ("tools", "rollout_func", "environment_factory")
 
@@ -78,8 +83,9 @@ def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
             yield f"adapters of type {adapter.peft_type} may add tokens of their own"
             continue
         yield from packed.by_adapter(adapter.lora_dropout)
-        if getattr(adapter, "use_dora", False):
-            yield "DoRA has not been tested"
+        for option, variant in _VARIANTS.items():
+            if getattr(adapter, option, None):
+                yield f"{variant} has not been tested"
     if hasattr(text, "output_router_logits"):
         yield "a mixture of experts balances its load over the rows of a batch"
     implementation = text._attn_implementation

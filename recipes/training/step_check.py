@@ -37,10 +37,10 @@ def try_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """:func:`check_step`; of a step that does not run it returns the ``"error"``."""
     try:
         return check_step(trainer, prompts)
-    except RuntimeError as error:  # a kernel that does not take this model's heads, or this card
+    except Exception as error:  # such as of a kernel that does not take this model's heads, or this card
         if is_out_of_memory(error):
             raise
-        return {"passed": False, "error": str(error)}
+        return {"passed": False, "error": str(error).strip() or type(error).__name__}
 
 
 def objection(found: dict[str, Any], place: object) -> str | None:

@@ -32,6 +32,7 @@ def test_the_rows_are_trls_and_read_once_a_generation(tmp_path, monkeypatch):
     found = list(trainer.get_train_dataloader())
     assert all(isinstance(rows, Rows) for rows in found)
     assert [rows.rows for rows in found] == expected
+    assert list(found[0]) == [found[0][i] for i in range(len(found[0]))] == expected[0]
     generations = 64 * 4 // 32  # prompts × completions, 4 micro-batches of 8
     assert len(expected) == 4 * generations
     assert counted.reads == generations

@@ -64,6 +64,10 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"model": a_model("llama", "flash_attention_2")}, "flash_attention_2 takes no dense mask"),
         ({"peft_config": LoraConfig(lora_dropout=0.05)}, "lora.dropout is 0.05"),
         ({"peft_config": LoraConfig(use_dora=True)}, "DoRA has not been tested"),
+        (
+            {"peft_config": LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5])},
+            "an activated LoRA has not been tested",
+        ),
         ({"peft_config": PrefixTuningConfig(num_virtual_tokens=2)}, "adapters of type .*PREFIX_TUNING may add"),
         ({"model": with_adapter(lora_dropout=0.1)}, "lora.dropout is 0.1"),
         ({"args": SimpleNamespace(n_gpu=4)}, "one process with 4 GPUs"),

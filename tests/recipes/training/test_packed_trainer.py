@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -15,6 +16,8 @@ from test_packed_runs import reward
 from tiny import saved_llama
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import pad
 from vllm_colocated import vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
@@ -23,6 +26,8 @@ from recipes.models.tokenizers import character_tokenizer
 from recipes.packed_trainer import PackedGRPOTrainer
 from recipes.training import packed_attention, step_check
 from recipes.training.packed_step import PackedStep
+from recipes.training.packing import measure
+from recipes.training.rollout import _shuffled, padded
 
 PROMPTS = [f"{n}+{n % 3}=" for n in range(32)]
 
@@ -66,13 +71,16 @@ def history(trainer):
     return [e for e in entries if "loss" in e], [e for e in entries if "eval_loss" in e]
 
 
-def compared(ours, theirs):
-    """TRL's figures of each step are the same; the packed step's are beside them, and nothing else."""
+def compared(ours, theirs, *, exact=True):
+    """TRL's figures of each step are the same; the packed step's are beside them, and nothing else.
+
+    exact: of the rewards, where no log-probability is in them.
+    """
     for mine, other in zip(ours, theirs, strict=True):
         assert set(mine) - set(other) == {"step/tokens_computed", "step/tokens_real", "step/left_out"}
         for name in other:
             if name.startswith(("reward", "completions")):
-                assert mine[name] == other[name], name
+                assert mine[name] == (other[name] if exact else pytest.approx(other[name], rel=1e-4)), name
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-5)
 
@@ -139,6 +147,33 @@ def test_the_steps_are_trls(tmp_path, name):
     assert all(0 < step["step/tokens_computed"] < step["step/tokens_real"] for step in steps)
     assert any(step["grad_norm"] > 0.1 for step in steps)
     assert ours.args.gradient_accumulation_steps == settings.get("gradient_accumulation_steps", 2)
+
+
+BY_MICRO_BATCH = [
+    {"loss_type": "bnpo"},
+    {"entropy_coef": 0.05},
+    {"top_entropy_quantile": 0.3, "num_iterations": 2},
+    {"steps_per_generation": 4, "num_iterations": 2},
+    {"steps_per_generation": 2, "gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("settings", BY_MICRO_BATCH, ids=str)
+def test_where_micro_batches_matter_they_are_all_that_differs(tmp_path, monkeypatch, settings):
+    """With its groups kept together TRL's trainer has the same ones, and the same losses."""
+
+    def by_group(batch):
+        order = _shuffled(measure(padded(batch)).group)
+        return {n: x[order] if isinstance(x, torch.Tensor) and x.ndim > 0 else x for n, x in batch.items()}
+
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", by_group)
+    found = []
+    for kind in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(kind, tmp_path, script={"reward_funcs": unlike}, **settings)
+        trainer.train()
+        found.append(trainer)
+    assert isinstance(found[0], PackedStep)
+    compared(*(history(trainer)[0] for trainer in found))
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -258,6 +293,58 @@ def test_a_subclass_keeps_what_is_its_own(tmp_path):
     )  # what a reward without the scale is at most
 
 
+def prefixes(base):
+    """Prompts that are changed in place, as by a script that adds an instruction."""
+
+    class Prefixes(base):
+        def _generate_and_score_completions(self, inputs):
+            for row in inputs:
+                row["prompt"] = "=" + row["prompt"]
+            return super()._generate_and_score_completions(inputs)
+
+    return Prefixes
+
+
+def collates(base):
+    class Collates(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.data_collator = lambda rows: [{**row, "prompt": "=" + row["prompt"]} for row in rows]
+
+    return Collates
+
+
+def drawn():
+    """Rows that are another at each read."""
+    rows = Dataset.from_dict({"prompt": PROMPTS[:4]})
+    rows.set_transform(lambda batch: {"prompt": [f"{p}{int(torch.randint(9, ()))}" for p in batch["prompt"]]})
+    return rows
+
+
+ROWS = {
+    "changed in place": (prefixes, lambda: Dataset.from_dict({"prompt": PROMPTS[:4]})),
+    "a collator of its own": (collates, lambda: Dataset.from_dict({"prompt": PROMPTS})),
+    "drawn at each read": (lambda base: base, drawn),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_trls_whatever_a_script_does_with_them(tmp_path, name):
+    """Of a few prompts in order, of which every generation has all."""
+    script, rows = ROWS[name]
+    found = []
+    for base in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(script(base), tmp_path, script={"train_dataset": rows()}, shuffle_dataset=False)
+        if base is PackedGRPOTrainer:
+            trainer._choose_step()  # which reads two rows
+            trainer._chosen = True
+        set_seed(1)
+        trainer.train()
+        found.append(trainer)
+    assert isinstance(found[0], PackedStep)
+    compared(*(history(trainer)[0] for trainer in found))
+
+
 def of_its_own(name):
     """A subclass that only hands the method on."""
 
@@ -266,6 +353,45 @@ def of_its_own(name):
 
     kind = type("Mine", (PackedGRPOTrainer,), {name: method})
     return kind
+
+
+def own_inputs():
+    """A training_step as transformers has it, which looks at what it computes the loss of."""
+
+    class Mine(PackedGRPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs = self._prepare_inputs(inputs)
+            assert inputs["completion_ids"].ndim == 2
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            self._step += 1
+            return loss.detach()
+
+    return Mine
+
+
+def named(*, method=None, attribute=None):
+    class Mine(PackedGRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if attribute:
+                setattr(self, attribute, [])
+
+    if method:
+        setattr(Mine, method, lambda self, text: len(text))
+    return Mine
+
+
+def set_on_it():
+    """A loss that is put on the trainer and not into its class."""
+
+    class Mine(PackedGRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trls = self._compute_loss
+            self._compute_loss = lambda model, inputs: 2 * trls(model, inputs)
+
+    return Mine
 
 
 def dropout():
@@ -283,6 +409,11 @@ FALL_BACKS = {
     "noise": (lambda: (PackedGRPOTrainer, {}, {"neftune_noise_alpha": 5.0}), "neftune_noise_alpha adds noise"),
     "loss": (lambda: (of_its_own("_compute_loss"), {}, {}), "Mine has a _compute_loss of its own"),
     "inputs": (lambda: (of_its_own("_prepare_inputs"), {}, {}), "Mine has a _prepare_inputs of its own"),
+    "step": (lambda: (own_inputs(), {}, {}), "calls _prepare_inputs and compute_loss itself"),
+    "a loss set on it": (lambda: (set_on_it(), {}, {}), "_compute_loss has been set on the trainer"),
+    "a name": (lambda: (named(method="_score"), {}, {}), "Mine has a _score of its own, a name that"),
+    "a name set on it": (lambda: (named(attribute="_scores"), {}, {}), "Mine has a _scores of its own, a name that"),
+    "a name of a run": (lambda: (named(attribute="truncation"), {}, {}), "Mine has a truncation of its own"),
 }  # fmt: skip
 
 
@@ -313,6 +444,28 @@ def test_where_it_would_not_be_exact_the_step_is_trls(tmp_path, name):
     assert type(trainer) is kind
 
 
+def test_a_loss_that_a_script_puts_into_trls_class(tmp_path, monkeypatch):
+    trls = GRPOTrainer._compute_loss
+    trainer = made(PackedGRPOTrainer, tmp_path, max_steps=1)
+    monkeypatch.setattr(
+        GRPOTrainer, "_compute_loss", lambda self, model, inputs: 2 * trls(self, model, inputs)
+    )
+    falls_back(trainer, "PackedGRPOTrainer has a _compute_loss of its own")
+
+
+def test_the_names_that_the_packed_step_keeps(tmp_path):
+    """Each is looked for on a script's trainer before."""
+    trainer = made(PackedGRPOTrainer, tmp_path, max_steps=1)
+    before = set(vars(trainer))
+    trainer.train()
+    assert isinstance(trainer, PackedStep)
+    new = set(vars(trainer)) - before
+    assert {"_rollout", "_scores"} < new
+    plain = made(GRPOTrainer, tmp_path, max_steps=1)
+    plain.train()
+    assert new - set(vars(plain)) <= packed_trainer._STATE
+
+
 def test_an_architecture_that_is_not_known_to_be_exact(tmp_path):
     model = model_of("llama").float()
     model.config.model_type = "made-up"
@@ -320,22 +473,81 @@ def test_an_architecture_that_is_not_known_to_be_exact(tmp_path):
     falls_back(trainer, "the architecture made-up is not among those known to be exact")
 
 
-def test_a_sampling_of_its_own_beside_a_reference(tmp_path):
-    for kind, why in (
-        (of_its_own("_generate_and_score_completions"), "with beta"),
-        (PackedGRPOTrainer, None),
-    ):
-        trainer = made(kind, tmp_path, model=saved(tmp_path), max_steps=1, beta=0.1)
-        assert trainer.ref_model is not None
-        if why is None:
-            trainer.train()
-            assert isinstance(trainer, PackedStep)
-            assert history(trainer)[0][0]["kl"] == 0.0
-        else:
-            falls_back(trainer, why)
+def asks(base, *, by_sampling):
+    """Log-probabilities where a script asks for them: before TRL's passes, in a reward, and what TRL's have found."""
+
+    class Asks(base):
+        found = 0
+
+        def logps(self, prompts, completions):
+            prompts, completions = ([torch.tensor(ids) for ids in some] for some in (prompts, completions))
+            sides = list(zip((prompts, completions), ("left", "right"), strict=True))
+            ids = torch.cat([pad(x, padding_value=0, padding_side=side) for x, side in sides], 1)
+            ones = [([torch.ones_like(i) for i in x], side) for x, side in sides]
+            masks = [pad(x, padding_value=0, padding_side=side) for x, side in ones]
+            with torch.no_grad():
+                kept = masks[1].shape[1]
+                logps = self._get_per_token_logps_and_entropies(self.model, ids, torch.cat(masks, 1), kept)[0]
+            return (logps * masks[1]).sum(1)
+
+        def _generate(self, prompts):
+            self.found += self.logps([[3, 4], [5]], [[6], [7, 8]]).sum().item()
+            return super()._generate(prompts)
+
+        def _calculate_rewards(self, inputs, prompts, completions, ids):
+            own = self.logps(self._tokenize_prompts(prompts)[0], ids)
+            return super()._calculate_rewards(inputs, prompts, completions, ids) + 0.01 * own[:, None]
+
+    class Samples(Asks):
+        def _generate_and_score_completions(self, inputs):
+            self.found += self.logps([[3, 4]], [[6]]).sum().item()
+            output = super()._generate_and_score_completions(inputs)
+            self.found += sum(
+                output[name].sum().item() for name in output if name.endswith("per_token_logps")
+            )
+            self.keys = set(output)
+            return output
+
+    return Samples if by_sampling else Asks
 
 
-@pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel", "parallelism_config"])
+@pytest.mark.parametrize("by_sampling", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 0.1}, {"num_iterations": 2}, {"num_iterations": 2, "beta": 0.1}], ids=str
+)
+def test_log_probabilities_that_a_script_asks_for_while_sampling(tmp_path, settings, by_sampling):
+    found = []
+    for base in (PackedGRPOTrainer, GRPOTrainer):
+        trainer = made(asks(base, by_sampling=by_sampling), tmp_path, model=saved(tmp_path), **settings)
+        trainer.train()
+        found.append(trainer)
+    ours, theirs = found
+    assert isinstance(ours, PackedStep)
+    compared(history(ours)[0], history(theirs)[0], exact=False)
+    assert ours.found == pytest.approx(theirs.found, rel=1e-4)
+    assert not by_sampling or ours.keys == theirs.keys
+    if settings.get("beta"):
+        assert history(ours)[0][-1]["kl"] > 1e-3
+
+
+def test_a_row_left_out_has_a_ratio_of_one_whatever_its_old_log_probabilities(tmp_path):
+    class Half(PackedGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"][::2] = 0.0
+            output["old_per_token_logps"][::2] = -100.0  # whose ratio to a log-probability of 0 is infinite
+            return output
+
+    trainer = made(Half, tmp_path, num_iterations=2, logging_nan_inf_filter=False)
+    trainer.train()
+    assert isinstance(trainer, PackedStep)
+    for step in history(trainer)[0]:
+        assert step["step/left_out"] > 0.4
+        assert math.isfinite(step["loss"])
+        assert math.isfinite(step["grad_norm"])
+
+
+@pytest.mark.parametrize("option", packed_trainer._UNTESTED)
 def test_options_that_nobody_has_tried(tmp_path, option):
     trainer = made(PackedGRPOTrainer, tmp_path)
     assert list(packed_trainer._of_the_script(trainer)) == []
@@ -372,7 +584,15 @@ def no_kernel(monkeypatch):
     return "it does not run on this model: no kernel for heads of 7"
 
 
-@pytest.mark.parametrize("fault", [wrong_positions, no_kernel])
+def no_reason(monkeypatch):
+    def check(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(step_check, "check_step", check)
+    return "it does not run on this model: AssertionError"
+
+
+@pytest.mark.parametrize("fault", [wrong_positions, no_kernel, no_reason])
 def test_a_check_that_fails_leaves_the_script_its_trainer(tmp_path, monkeypatch, fault):
     reason = fault(monkeypatch)
     kind = scripts_own(PackedGRPOTrainer)
@@ -390,6 +610,38 @@ def test_a_packed_step_that_is_required(tmp_path):
     trainer = made(PackedGRPOTrainer, tmp_path, script={"peft_config": dropout(), "require_packed": True})
     with pytest.raises(ValueError, match=r"the packed step would not be exact: lora.dropout is 0.1"):
         trainer.train()
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "16k"])
+def test_a_budget_that_is_none(tmp_path, budget):
+    with pytest.raises(ValueError, match=r"token_budget=.* is not a number of tokens"):
+        made(PackedGRPOTrainer, tmp_path, script={"token_budget": budget})
+
+
+def test_a_training_after_one_that_failed_leaves_no_row_out(tmp_path, monkeypatch):
+    """In the middle of a window: the next begins one, with what was left of the generation."""
+
+    class Fails(PackedGRPOTrainer):
+        def training_step(self, *args):
+            if self.state.global_step == 1 and self._step == 3 and not hasattr(self, "failed"):
+                self.failed = True
+                raise KeyboardInterrupt
+            return super().training_step(*args)
+
+    trainer = made(Fails, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    computed = []
+    trls = PackedStep._score_bin
+
+    def score(self, model, part, *, entropy):
+        if entropy:
+            computed.append(part.run)
+        return trls(self, model, part, entropy=entropy)
+
+    monkeypatch.setattr(PackedStep, "_score_bin", score)
+    trainer.train()
+    assert computed == [range(1, 2), range(1)] * 4  # the window is astride of generations, as TRL's is
 
 
 def test_a_check_without_memory_is_the_scripts_error(tmp_path, monkeypatch):
