@@ -50,17 +50,17 @@ def test_what_is_not_logged_again_is_none():
     ]
 
 
-def test_another_number_of_values_is_told_before_training():
-    def one_for_all(completions, log_extra, **_):
-        log_extra("mean", [1.0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_values_is_told_before_training(count):
+    def logs(completions, log_extra, **_):
+        log_extra("mean", [1.0] * (count if len(completions) == 2 else 1))
         return [0.0] * len(completions)
 
     rows = [{"prompt": "p"}] * 2
     # Alone, a completion is given the one value that it takes: what is wrong is the batch.
-    with pytest.raises(
-        RewardError, match=r"log_extra\('mean', …\) takes 2 values, one for each completion, not 1;"
-    ):
-        check({"one_for_all": one_for_all}, rows, ["a", "b"], 1.0)
+    said = rf"log_extra\('mean', …\) takes 2 values, one for each completion, not {count};"
+    with pytest.raises(RewardError, match=said):
+        check({"logs": logs}, rows, ["a", "b"], 1.0)
     assert check({"fragile": fragile}, rows, ["a", "b"], 1.0) == {"fragile": [-0.5, -0.5]}
 
 
