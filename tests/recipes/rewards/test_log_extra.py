@@ -37,6 +37,26 @@ def test_a_call_that_is_repeated_logs_once(kind):
     assert given(guarded, ["four", "one"], ["a", "four"]) == [("length", [4, 3]), ("length", [1, 4])]
 
 
+def late(completions, log_extra, **_):
+    """Logs nothing of a batch that fails."""
+    values = [1.0 / (len(text) - 3) for text in completions]
+    log_extra(3, completions)  # by any name
+    return values
+
+
+async def late_too(completions, log_extra, **_):
+    return late(completions, log_extra)
+
+
+@pytest.mark.parametrize("kind", [Guarded, AsyncGuarded])
+def test_what_completions_log_alone_stands_at_their_places(kind):
+    guarded, found = kind("late", late_too if kind is AsyncGuarded else late, 1.0, 1.0), []
+    for batch, values in ((["one", "four", "to"], [None, 1.0, -1.0]), (["four"], [1.0])):
+        given = guarded(completions=batch, log_extra=lambda name, kept: found.append((name, kept)))
+        assert (asyncio.run(given) if kind is AsyncGuarded else given) == values
+    assert found == [("3", [None, "four", "to"]), ("3", ["four"])]
+
+
 def test_what_is_not_logged_again_is_none():
     def now_and_then(completions, log_extra, **_):
         if completions[0] == "yes":

@@ -25,6 +25,7 @@ from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
     ColumnNames,
+    Failures,
     Guarded,
     RewardError,
     RewardOptions,
@@ -217,6 +218,13 @@ def test_a_failure_costs_its_completion_and_is_counted():
     assert (guarded.scored, guarded.failed, logged) == (3, 2, {"reward_failures/fragile": 2.0})
     with pytest.raises(RewardError, match=r"failed on 5 of 6 completions, .*reward_failures 0\.7.*'two'"):
         guarded(completions=["one", "one", "two"], **columns)
+
+
+def test_the_failures_of_processes_are_added_up():
+    """The words about the last one are those of a process that has some."""
+    ours, theirs, nobodys = Failures(8, 3, 2, None), Failures(6, 4, 1, "raised"), Failures(4, 0, 0, None)
+    assert Failures.of_all([ours, theirs, nobodys]) == (18, 7, 3, "raised")
+    assert Failures.of_all([nobodys, nobodys]) == (8, 0, 0, None)
 
 
 def test_an_early_failure_does_not_stop_the_run():
