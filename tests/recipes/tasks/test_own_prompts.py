@@ -244,6 +244,7 @@ def test_what_is_wrong_with_the_rewards_is_one_line(configured, tmp_path, capsys
         assert train_grpo.main(["--config", configured(rows_of(TEXTS), **task), *mode]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
+        assert "own weights" not in line  # this task has none
     assert not (tmp_path / "runs").exists()
 
 
@@ -320,6 +321,9 @@ def test_a_completion_that_is_judged_alone_is_judged_by_its_own_row(made):
 def test_what_a_judge_sets_for_the_process_does_not_stay(made, tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     task = made(rows_of(TEXTS), ["try_rewards.wanders"], reward_failures=1.0)
+    prepare(task)
+    assert Path.cwd() == tmp_path
+    assert torch.is_grad_enabled()
     assert verdicts(task, text) == [text == "fine"]
     assert Path.cwd() == tmp_path
     assert torch.is_grad_enabled()
@@ -438,14 +442,35 @@ def test_a_template_that_renders_some_of_the_prompts_only(made, tmp_path):
     strict = "{% for m in messages if m.role == 'assistant' %}{{ raise_exception('no turns') }}{% endfor %}"
     tokenizer.chat_template = strict + CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
-    options = {"dataset": write(tmp_path / "rows.jsonl", rows_of([*TEXTS, CHATS[0]])), "held_out": 4,
-               "name": "prompts", "rewards": {"try_rewards.exact": 1.0}}  # fmt: skip
+    # As long as the other ones, and held out.
+    write(tmp_path / "train.jsonl", rows_of([[system("Add."), *[user(text)] * 3] for text in TEXTS]))
+    write(tmp_path / "test.jsonl", rows_of([CHATS[0]]))
+    options = {"dataset": str(tmp_path), "name": "prompts", "rewards": {"try_rewards.exact": 1.0}}
     model = {"loader": "transformers", "name": str(tmp_path / "model")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "task": options}))
     config = load_config(tmp_path / "run.yaml", ["grpo.num_generations=8"])
     said = r"cannot render a prompt \(.*no turns.*\) \(value \['system', 'user', 'assistant', 'user'\]\); set model"
     with pytest.raises(ConfigError, match=said):
         check_problems(config, config.make_task())
+
+
+def test_a_template_may_leave_out_what_an_earlier_answer_thought(tmp_path):
+    from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer
+
+    tokenizer = bpe_tokenizer(TEXTS, 600)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message.content", "message.content.split('</think>')[-1]"
+    )
+    assert tokenizer.chat_template != CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    thought = {"role": "assistant", "content": "<think>Hm.</think>Which?"}
+    write(tmp_path / "rows.jsonl", rows_of([[user(text), thought, user("Go on.")] for text in TEXTS]))
+    options = {"dataset": str(tmp_path / "rows.jsonl"), "held_out": 4, "name": "prompts",
+               "rewards": {"try_rewards.exact": 1.0}}  # fmt: skip
+    model = {"loader": "transformers", "name": str(tmp_path / "model")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "task": options}))
+    config = load_config(tmp_path / "run.yaml", ["grpo.num_generations=8"])
+    assert check_problems(config, config.make_task()) == []
 
 
 # Whole runs

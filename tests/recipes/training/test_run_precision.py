@@ -197,7 +197,7 @@ def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path
     assert filters == heard
 
 
-def test_weights_too_coarse_for_their_updates_are_said(path):
+def test_weights_too_coarse_for_their_updates_are_said(path, monkeypatch):
     """Of a model in bfloat16 98.6 % of the weights were after four steps of 1e-6 what they had been."""
     model = torch.nn.Linear(2, 2).bfloat16()
     full, adapted = load_config(path), load_config(path, ["lora.r=4"])
@@ -209,6 +209,9 @@ def test_weights_too_coarse_for_their_updates_are_said(path):
     assert "float16" in rounded_away(full, torch.nn.Linear(2, 2).half())
     assert rounded_away(adapted, model) == rounded_away(full, model.float()) == ""
     assert rounded_away(full, torch.nn.Linear(2, 2).bfloat16().requires_grad_(False)) == ""
+    for spread, heard in (("FSDP", said), ("data parallel", said), ("DeepSpeed", "")):
+        monkeypatch.setattr("recipes.models.precision.spread", lambda spread=spread: spread)
+        assert rounded_away(full, torch.nn.Linear(2, 2).bfloat16()) == heard
 
 
 def test_a_run_says_it_before_it_trains(path, tmp_path, capsys):
