@@ -235,6 +235,7 @@ def test_an_early_failure_does_not_stop_the_run():
     assert guarded(completions=["bad", *["good"] * 7])[0] is None
     for _ in range(FIRST_VERDICT):
         guarded(completions=["good"] * 8)
+    assert guarded.failures == (8 + 8 * 64, 1, 0, None)  # the words are about the last batch
     assert guarded(completions=["bad", *["good"] * 7])[0] is None
 
 

@@ -295,6 +295,7 @@ def falls_back(trainer, reason):
         trainer.train()
     (warned,) = [str(w.message) for w in said if "packed step" in str(w.message)]
     assert reason in warned
+    assert "\n" not in warned
     assert [w.filename for w in said if "packed step" in str(w.message)] == [__file__]
     assert reason in trainer.why_not_packed
     assert not isinstance(trainer, PackedStep)
