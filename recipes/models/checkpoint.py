@@ -83,9 +83,9 @@ def with_adapter(place: Path, **options: Any) -> Any:
         raise unusable(str(place), f"its base {base} is not there", remedy)
     require_own_start(place, Path(base))
     with readable(f"adapter on {recorded}", str(place), REMEDY):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        require_own_attention("", str(place), config)
         options |= {"revision": PeftConfig.from_pretrained(place).revision}
+        config = AutoConfig.from_pretrained(base, revision=options["revision"], trust_remote_code=False)
+        require_own_attention("", str(place), config)
         model = whole_base(base, "put back the whole of it", **options)
         _make_room(model, place)
         return put_on(model, place)

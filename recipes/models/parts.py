@@ -46,7 +46,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
     """Modules with the half-precision tensors that they compute with: every layer of a stack whole, since modules in it
     may reach for one another's weights; and what lies around the stacks."""
-    stacked = any(isinstance(inner, nn.ModuleList) for inner in module.modules() if inner is not module)
+    stacked = any(isinstance(inner, nn.ModuleList) for inner in module.modules())
     if isinstance(module, nn.ModuleList) or not stacked:
         for part in module if isinstance(module, nn.ModuleList) else [module]:
             yield part, _halves(part, recurse=True)

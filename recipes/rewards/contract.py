@@ -320,7 +320,7 @@ class Guarded:
         """Logs a batch's failures of all processes; raises RewardError if there are too many by now."""
         if log is not None:
             log(f"reward_failures/{self.__name__}", float(found.now))
-        if found.now and too_many(found.failed, found.scored, self._share):
+        if too_many(found.failed, found.scored, self._share):
             raise RewardError(
                 f"reward {self.__name__}: failed on {found.failed} of {found.scored} completions, more than "
                 f"task.reward_failures {self._share:g} allows; the last time it {found.last}"

@@ -50,7 +50,7 @@ def _digest(rows: Dataset) -> str:
     found = hashlib.sha256()
     for start in range(0, len(rows), _AT_A_TIME):
         for name, values in rows[start : start + _AT_A_TIME].items():
-            found.update(repr((name, values)).encode("utf-8", "surrogatepass"))
+            found.update(repr((name, values)).encode())
     return found.hexdigest()
 
 

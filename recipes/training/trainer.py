@@ -93,6 +93,8 @@ def make_trainer(session: Session) -> Any:
     arguments.reward_weights = session.rewards.weights
     unsloth = config.model.loader == "unsloth"  # which has put the adapters on, and whose trainer takes none
     adapters = config.lora.peft_config() if config.lora is not None and not unsloth else None
+    if adapters is not None:  # PEFT writes the base's name into them, and no more
+        adapters.revision = model_to_load(config, session.folder).revision
     given = {
         "model": model,
         "processing_class": session.tokenizer,

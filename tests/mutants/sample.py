@@ -1,4 +1,4 @@
-"""Twenty mistakes that were once made on purpose and that every test let pass. Each must be caught by the test named.
+"""Mistakes that were once made on purpose and that every test let pass. Each must be caught by the test named.
 
 A place that is no longer there, or there twice, is an error: move the mistake along with the code.
 """
@@ -22,6 +22,11 @@ KNOWN, SAFE = "tests/recipes/tracking/test_known_answers.py", "tests/recipes/tra
 START, KEYS = "tests/recipes/training/test_warm_start.py", "tests/recipes/training/test_every_key.py"
 SPLITS = "tests/recipes/tasks/test_splits.py"
 TRL = "tests/integrations/test_trl_lora_head.py"
+PRECISION, SERVER = (
+    "tests/recipes/training/test_run_precision.py",
+    "tests/recipes/training/test_vllm_server.py",
+)
+PACKED, OWN = "tests/recipes/training/test_packed_trainer.py", "tests/recipes/tasks/test_own_prompts.py"
 
 MUTANTS = (
     Mutant(
@@ -149,5 +154,29 @@ MUTANTS = (
         "                    finished = True\n"
         "                _save(trainer, folder.final)\n",
         f"{SAFE}::test_the_model_is_saved_before_the_last_evaluation",
+    ),
+    Mutant(
+        "recipes/training/trainer.py",
+        "adapters.revision = model_to_load(config, session.folder).revision",
+        "adapters.revision = None",
+        f"{PRECISION}::test_an_adapter_is_put_on_the_revision_that_it_was_trained_on",
+    ),
+    Mutant(
+        "recipes/training/vllm_server.py",
+        "min(now - before, 3 * self.glance)",
+        "now - before",
+        f"{SERVER}::test_a_process_that_was_suspended_has_not_waited",
+    ),
+    Mutant(
+        "recipes/packed_trainer.py",
+        '"tools": trainer.tools,',
+        '"tools": None,',
+        f"{PACKED}::test_what_a_script_gives_its_trainer_is_looked_at[tools-value0-tools writes]",
+    ),
+    Mutant(
+        "recipes/rewards/verdicts.py",
+        "columns_of(rows[part])",
+        "columns_of(rows)",
+        f"{OWN}::test_a_completion_that_is_judged_alone_is_judged_by_its_own_row",
     ),
 )

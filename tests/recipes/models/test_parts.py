@@ -74,7 +74,8 @@ def test_logits_are_those_of_the_whole_model_in_float32(name, dtype):
         assert weight is weights[key]
         assert weight.dtype == dtype
         assert weight.data_ptr() == before[key].data_ptr()
-    assert model(input_ids=TOKENS).logits.dtype == dtype  # no hook is left
+    assert model(input_ids=TOKENS).logits.dtype == dtype
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @torch.no_grad()
@@ -102,6 +103,27 @@ def test_so_are_those_with_an_adapter(name):
     assert {w.dtype for key, w in model.named_parameters() if "lora" not in key} == {torch.bfloat16}
 
 
+class Table(torch.nn.Module):
+    """Computes with a buffer in half precision, and finds its rows by one of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(3, 4).half())
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.register_buffer("exact", torch.eye(4, dtype=torch.float64))
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return (given @ self.table[self.order]).double() @ self.exact
+
+
+def test_buffers_are_widened_too_if_they_are_in_half_precision():
+    model, given = Table(), torch.randn(2, 3)
+    with in_float32(model):
+        found = model(given)
+    assert torch.equal(found, (given @ model.table.float()[[2, 0, 1]]).double())
+    assert [b.dtype for b in model.buffers()] == [torch.float16, torch.int64, torch.float64]
+
+
 @torch.no_grad()
 def test_weights_are_as_they_were_after_a_pass_that_fails():
     model = model_of("llama", torch.bfloat16)
@@ -124,6 +146,20 @@ def test_a_merge_is_that_of_the_whole_model_in_float32_rounded(name):
         changed[key] = bool((changed[key] != weight).any())
     assert not wanted
     assert any(changed.values())
+
+
+def test_what_is_trained_beside_an_adapter_is_rounded_to_the_bases_dtype():
+    """Whole layers and single tokens are trained in float32."""
+    tokens = {"trainable_token_indices": {"embed_tokens": [3, 4]}}
+    model = adapted("llama", torch.bfloat16, target_modules=["q_proj"], modules_to_save=["lm_head"], **tokens)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float() * 1.01
+    whole = dict(copy.deepcopy(model).float().merge_and_unload().named_parameters())
+    for key, weight in merged_once_rounded(model).named_parameters():
+        assert torch.equal(weight, whole.pop(key).bfloat16()), key
+        assert weight.dtype == torch.bfloat16
+    assert not whole
 
 
 def test_a_merge_widens_one_layer_at_a_time(monkeypatch):

@@ -15,6 +15,7 @@ import train_grpo
 from recipes import ask, export
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import load_checkpoint, with_adapter
+from recipes.models.manifest import other_base, seal
 from recipes.models.saved import readable, require_savable, without_weights
 from recipes.problems import ConfigError
 
@@ -159,6 +160,61 @@ def test_the_base_that_a_warm_start_left_is_found_where_the_run_folder_is_now(sa
     weights = load_file(tmp_path / "warm_start" / "model.safetensors")
     found = with_adapter(tmp_path / where).get_base_model().state_dict()
     assert torch.equal(found["model.norm.weight"], weights["model.norm.weight"])
+
+
+def test_of_two_warm_starts_that_may_be_the_base_the_run_folders_own_is_taken(saved, tmp_path):
+    """Nothing is noted beside the adapter. Where something is, and it is neither, the own one is refused."""
+    places = [tmp_path / "run" / "warm_start", tmp_path / "elsewhere" / "warm_start"]
+    for number, place in enumerate(places):
+        shutil.copytree(saved / "whole", place)
+        weights = load_file(place / "model.safetensors")
+        weights["model.norm.weight"] += number
+        save_file(weights, place / "model.safetensors", {"format": "pt"})
+    final = tmp_path / "run" / "final"
+    shutil.copytree(saved / "adapter", final)
+    file = final / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(places[1])}))
+    assert with_adapter(final).get_base_model().model.norm.weight.unique().tolist() == [1.0]
+    seal(places[0])
+    (final / "base.json").write_text('{"manifest": "0"}')
+    shutil.rmtree(places[1])
+    with pytest.raises(ConfigError, match=r"of its base .*/run/warm_start, it is another model"):
+        with_adapter(final)
+
+
+@pytest.mark.parametrize("noted", ["[]", "null", "{", "{}", '"a"', "[" * 100_000])
+def test_a_note_of_the_base_that_says_nothing_is_none(tmp_path, noted):
+    (tmp_path / "base.json").write_text(noted)
+    assert other_base(tmp_path, tmp_path / "nowhere") == ""
+
+
+@pytest.mark.parametrize("more", [2, -2])
+def test_tokens_that_were_added_beside_an_adapter_have_their_rows(saved, tmp_path, more):
+    """A model may have more rows than its tokenizer has tokens, too; and an adapter may come without a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(saved / "whole")
+    model = AutoModelForCausalLM.from_pretrained(saved / "whole")
+    rows = len(tokenizer) + 2
+    if more > 0:
+        tokenizer.add_tokens(["<one>", "<two>"])
+    else:
+        model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(rows)
+    base.get_input_embeddings().weight.data[-1] = 7.0
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    file = tmp_path / "final" / "adapter_config.json"
+    there = {"base_model_name_or_path": str(tmp_path / "base")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | there))
+    weight = with_adapter(tmp_path / "final").get_input_embeddings().weight
+    assert weight.shape[0] == rows
+    assert weight[-1].unique().tolist() == [7.0]
+    if more < 0:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "final" / name).unlink()
+        assert with_adapter(tmp_path / "final").get_input_embeddings().weight.shape[0] == rows
 
 
 def test_a_base_that_lacks_weights_is_one_line(saved, tmp_path, capsys):

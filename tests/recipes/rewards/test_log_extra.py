@@ -37,6 +37,26 @@ def test_a_call_that_is_repeated_logs_once(kind):
     assert given(guarded, ["four", "one"], ["a", "four"]) == [("length", [4, 3]), ("length", [1, 4])]
 
 
+def late(completions, log_extra, **_):
+    """Logs nothing of a batch that fails."""
+    values = [1.0 / (len(text) - 3) for text in completions]
+    log_extra(3, completions)  # by any name
+    return values
+
+
+async def late_too(completions, log_extra, **_):
+    return late(completions, log_extra)
+
+
+@pytest.mark.parametrize("kind", [Guarded, AsyncGuarded])
+def test_what_completions_log_alone_stands_at_their_places(kind):
+    guarded, found = kind("late", late_too if kind is AsyncGuarded else late, 1.0, 1.0), []
+    for batch, values in ((["one", "four", "to"], [None, 1.0, -1.0]), (["four"], [1.0])):
+        given = guarded(completions=batch, log_extra=lambda name, kept: found.append((name, kept)))
+        assert (asyncio.run(given) if kind is AsyncGuarded else given) == values
+    assert found == [("3", [None, "four", "to"]), ("3", ["four"])]
+
+
 def test_what_is_not_logged_again_is_none():
     def now_and_then(completions, log_extra, **_):
         if completions[0] == "yes":
@@ -50,17 +70,17 @@ def test_what_is_not_logged_again_is_none():
     ]
 
 
-def test_another_number_of_values_is_told_before_training():
-    def one_for_all(completions, log_extra, **_):
-        log_extra("mean", [1.0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_values_is_told_before_training(count):
+    def logs(completions, log_extra, **_):
+        log_extra("mean", [1.0] * (count if len(completions) == 2 else 1))
         return [0.0] * len(completions)
 
     rows = [{"prompt": "p"}] * 2
     # Alone, a completion is given the one value that it takes: what is wrong is the batch.
-    with pytest.raises(
-        RewardError, match=r"log_extra\('mean', …\) takes 2 values, one for each completion, not 1;"
-    ):
-        check({"one_for_all": one_for_all}, rows, ["a", "b"], 1.0)
+    said = rf"log_extra\('mean', …\) takes 2 values, one for each completion, not {count};"
+    with pytest.raises(RewardError, match=said):
+        check({"logs": logs}, rows, ["a", "b"], 1.0)
     assert check({"fragile": fragile}, rows, ["a", "b"], 1.0) == {"fragile": [-0.5, -0.5]}
 
 

@@ -25,6 +25,7 @@ from recipes.rewards.contract import (
     FIRST_VERDICT,
     AsyncGuarded,
     ColumnNames,
+    Failures,
     Guarded,
     RewardError,
     RewardOptions,
@@ -219,6 +220,13 @@ def test_a_failure_costs_its_completion_and_is_counted():
         guarded(completions=["one", "one", "two"], **columns)
 
 
+def test_the_failures_of_processes_are_added_up():
+    """The words about the last one are those of a process that has some."""
+    ours, theirs, nobodys = Failures(8, 3, 2, None), Failures(6, 4, 1, "raised"), Failures(4, 0, 0, None)
+    assert Failures.of_all([ours, theirs, nobodys]) == (18, 7, 3, "raised")
+    assert Failures.of_all([nobodys, nobodys]) == (8, 0, 0, None)
+
+
 def test_an_early_failure_does_not_stop_the_run():
     def fragile(completions, **_):
         return [1.0 / (text != "bad") for text in completions]
@@ -227,6 +235,7 @@ def test_an_early_failure_does_not_stop_the_run():
     assert guarded(completions=["bad", *["good"] * 7])[0] is None
     for _ in range(FIRST_VERDICT):
         guarded(completions=["good"] * 8)
+    assert guarded.failures == (8 + 8 * 64, 1, 0, None)  # the words are about the last batch
     assert guarded(completions=["bad", *["good"] * 7])[0] is None
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from recipes.data import dataset_of
 from recipes.rewards.contract import RewardError
 from recipes.tasks import get_task
 from recipes.training.rewards import prepare
@@ -61,11 +62,22 @@ def test_the_datas_own_columns_are_there(task, tmp_path):
 
 
 def test_the_tasks_columns_and_trls_names_are_not_replaced(tmp_path):
-    taken = dict.fromkeys(("prompt", "completion", "completions", "image", "self", "log_metric"), "theirs")
+    names = (
+        "prompt prompts completion completions completion_ids image images self environment environments "
+        "trainer_state log_extra log_metric"
+    )
+    taken = dict.fromkeys(names.split(), "theirs")
     rows = made("gsm8k", tmp_path, more=taken).train
     assert not {*taken} & {*rows.column_names} - {"prompt"}
     assert rows[0]["prompt"] != "theirs"
     assert rows[0]["answer"] == "2"
+
+
+@pytest.mark.parametrize("values", [[1, "a"], ["a", 1], [1, 2**64], ["\ud800", "a"]], ids=ascii)
+def test_what_no_table_holds_is_no_column(values):
+    """Of several kinds, too large a number, half a character."""
+    rows = [{"kept": 1, "odd": value} for value in values]
+    assert dataset_of(rows, {"prompt": ["a", "b"]}).column_names == ["prompt", "kept"]
 
 
 def test_rewards_read_them(tmp_path, monkeypatch):
@@ -79,7 +91,7 @@ def test_rewards_read_them(tmp_path, monkeypatch):
 def test_a_column_that_is_not_there_is_told_from_those_that_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = made("gsm8k", tmp_path, {f"extra_columns_rewards.{name}": 1.0})
-    with pytest.raises(RewardError, match=r"'difficulty'.*the columns are prompts, .*answer, .*level, über"):
+    with pytest.raises(RewardError, match=r"'difficulty'.*the columns are prompts, .*answer, .*level, über;"):
         prepare(task)
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import try_rewards
 import yaml
 from datasets import Dataset
@@ -145,6 +147,18 @@ def test_a_prompt_that_stands_twice_is_on_one_side_alone(made):
         assert trained_on_too(task) == []
 
 
+def test_prompts_of_the_same_words_in_other_mouths_are_two(made):
+    """None of them is taken out of the train prompts because the other one is held out."""
+    others = [[system(text), user("Go on.")] for text in TEXTS]
+    task = made(rows_of([*others, *([user(text), user("Go on.")] for text in TEXTS)]), held_out=12)
+    assert (len(task.train), len(task.held_out)) == (12, 12)
+
+
+def test_fewer_train_prompts_are_as_many_held_out(made):
+    task = made(rows_of(TEXTS), train_size=2)
+    assert (len(task.train), len(task.held_out)) == (2, 4)
+
+
 def test_images_are_not_left_out_in_silence(made):
     with pytest.raises(
         ConfigError, match=r"task\.dataset: has a column 'images', .* text alone .*; take it out"
@@ -154,8 +168,10 @@ def test_images_are_not_left_out_in_silence(made):
 
 
 def test_splits_of_a_folder_and_what_to_do_without_one(tmp_path):
-    write(tmp_path / "train.jsonl", rows_of(TEXTS))
     options = {"dataset": str(tmp_path), "rewards": {"try_rewards.exact": 1.0}}
+    with pytest.raises(ConfigError, match=r"holds no train\.jsonl .*put one there$"):
+        _ = Prompts(Prompts.Options(**options), 0).train
+    write(tmp_path / "train.jsonl", rows_of(TEXTS))
     with pytest.raises(
         ConfigError, match=r"holds no test\.jsonl .*put one there, or set task\.eval_split: null to hold"
     ):
@@ -211,6 +227,7 @@ MISSING = (
 )
 REFUSED = [
     ({}, f"task.rewards: is missing; set it: {MISSING}"),
+    ({"correct": "try_rewards.exact"}, f"task.rewards: is missing; set it: {MISSING}"),
     ({"rewards": None}, f"task.rewards: must be a mapping (value null); {MISSING}"),
     ({"rewards": {}}, "task.rewards: weighs nothing (value {}); give one a weight other than 0"),
     ({"rewards": {"try_rewards.exact": 0}}, "task.rewards: weighs nothing"),
@@ -227,6 +244,7 @@ def test_what_is_wrong_with_the_rewards_is_one_line(configured, tmp_path, capsys
         assert train_grpo.main(["--config", configured(rows_of(TEXTS), **task), *mode]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
+        assert "own weights" not in line  # this task has none
     assert not (tmp_path / "runs").exists()
 
 
@@ -291,6 +309,26 @@ def test_what_a_reward_does_wrong_is_a_wrong_answer_and_not_the_end(made):
         assert verdicts(task, *texts) == [text == "fine" for text in texts]
 
 
+def test_a_completion_that_is_judged_alone_is_judged_by_its_own_row(made):
+    task = made(rows_of(TEXTS), ["try_rewards.exact_or_raises"], reward_failures=1.0)
+    rows = list(task.held_out)
+    texts = [row["answer"] for row in rows]
+    assert task.verdicts(["raise", *texts[1:]], rows) == [False, True, True, True]
+    assert task.verdicts(["raise", *texts[:-1]], rows) == [False] * 4
+
+
+@pytest.mark.parametrize("text", ["fine", "raise"])
+def test_what_a_judge_sets_for_the_process_does_not_stay(made, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    task = made(rows_of(TEXTS), ["try_rewards.wanders"], reward_failures=1.0)
+    prepare(task)
+    assert Path.cwd() == tmp_path
+    assert torch.is_grad_enabled()
+    assert verdicts(task, text) == [text == "fine"]
+    assert Path.cwd() == tmp_path
+    assert torch.is_grad_enabled()
+
+
 def test_a_reward_that_takes_its_time_is_waited_for(made):
     task = made(rows_of(TEXTS), ["try_rewards.slow"], reward_seconds=0.5)
     assert verdicts(task, *"x" * 64) == [True] * 64
@@ -315,9 +353,9 @@ def test_too_many_failures_end_an_evaluation(made):
         r"0\.05 allows; the last time it raised LookupError: nothing to look up, on .*'raise'"
     )
     with pytest.raises(RewardError, match=said):
-        verdicts(task, *["fine"] * 60, *["raise"] * 4)
+        verdicts(task, *["fine"] * 70, *["raise"] * 4)  # in the second batch
     assert verdicts(
-        made(rows_of(TEXTS), ["try_rewards.raises"], reward_failures=0.1), *["fine"] * 60, *["raise"] * 4
+        made(rows_of(TEXTS), ["try_rewards.raises"], reward_failures=0.1), *["fine"] * 70, *["raise"] * 4
     )
 
 
@@ -364,7 +402,9 @@ def test_a_warm_start_takes_the_column_that_is_named(made):
     assert len(examples) == 16
     assert all(answers[str(prompt)] == answer for prompt, answer in examples)
     assert len({str(prompt) for prompt, _ in examples[:8]}) == 8
-    assert set(task.train["answer"]) <= set(task.corpus())
+    assert {*task.train["answer"], *(prompt[-1]["content"] for prompt in task.train["prompt"])} == {
+        *task.corpus()
+    }
     assert not {*task.held_out["answer"]} & {*task.corpus()}
     with pytest.raises(
         ConfigError, match=r"run\.warm_start: needs a column .*name it in task\.columns\.solution, or"
@@ -402,14 +442,35 @@ def test_a_template_that_renders_some_of_the_prompts_only(made, tmp_path):
     strict = "{% for m in messages if m.role == 'assistant' %}{{ raise_exception('no turns') }}{% endfor %}"
     tokenizer.chat_template = strict + CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
-    options = {"dataset": write(tmp_path / "rows.jsonl", rows_of([*TEXTS, CHATS[0]])), "held_out": 4,
-               "name": "prompts", "rewards": {"try_rewards.exact": 1.0}}  # fmt: skip
+    # As long as the other ones, and held out.
+    write(tmp_path / "train.jsonl", rows_of([[system("Add."), *[user(text)] * 3] for text in TEXTS]))
+    write(tmp_path / "test.jsonl", rows_of([CHATS[0]]))
+    options = {"dataset": str(tmp_path), "name": "prompts", "rewards": {"try_rewards.exact": 1.0}}
     model = {"loader": "transformers", "name": str(tmp_path / "model")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "task": options}))
     config = load_config(tmp_path / "run.yaml", ["grpo.num_generations=8"])
     said = r"cannot render a prompt \(.*no turns.*\) \(value \['system', 'user', 'assistant', 'user'\]\); set model"
     with pytest.raises(ConfigError, match=said):
         check_problems(config, config.make_task())
+
+
+def test_a_template_may_leave_out_what_an_earlier_answer_thought(tmp_path):
+    from recipes.models.tokenizers import CHAT_TEMPLATE, bpe_tokenizer
+
+    tokenizer = bpe_tokenizer(TEXTS, 600)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message.content", "message.content.split('</think>')[-1]"
+    )
+    assert tokenizer.chat_template != CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    thought = {"role": "assistant", "content": "<think>Hm.</think>Which?"}
+    write(tmp_path / "rows.jsonl", rows_of([[user(text), thought, user("Go on.")] for text in TEXTS]))
+    options = {"dataset": str(tmp_path / "rows.jsonl"), "held_out": 4, "name": "prompts",
+               "rewards": {"try_rewards.exact": 1.0}}  # fmt: skip
+    model = {"loader": "transformers", "name": str(tmp_path / "model")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "task": options}))
+    config = load_config(tmp_path / "run.yaml", ["grpo.num_generations=8"])
+    assert check_problems(config, config.make_task()) == []
 
 
 # Whole runs

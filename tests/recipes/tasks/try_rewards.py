@@ -1,7 +1,10 @@
 """Rewards as a user writes them, for the tests of the task that has none of its own."""
 
 import asyncio
+import os
 import time
+
+import torch
 
 from recipes.rewards.final_answer import text_of
 from recipes.training.rewards import PROBES
@@ -37,6 +40,18 @@ def raises(completions, **columns):
     if any(text_of(text) == "raise" for text in completions):
         raise LookupError("nothing to look up")
     return [1.0] * len(completions)
+
+
+def exact_or_raises(completions, answer, **columns):
+    raises(completions)
+    return exact(completions, answer)
+
+
+def wanders(completions, **columns):
+    """Sets for all of the process what is none of its business."""
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    return raises(completions)
 
 
 async def asks(completions, **columns):

@@ -62,7 +62,7 @@ CASES: dict[str, list[Case]] = {
     # model
     "model.loader": [Case("hub", "unsloth", {"trainer": "trl", "peft": GONE, "trainer.": GONE, "unsloth": ...})],
     "model.name": [Case("hub", "other/model", {"model.0": "other/model", "tokenizer.0": "other/model"})],
-    "model.revision": [Case("hub", "v2", {"model.revision": "v2", "tokenizer.revision": "v2"}),
+    "model.revision": [Case("hub", "v2", {"model.revision": "v2", "tokenizer.revision": "v2", "peft.revision": "v2"}),
                        Case("unsloth", "v2", {"unsloth.revision": "v2"})],
     "model.tokenizer": [Case("hub", "other/tokenizer", {"tokenizer.0": "other/tokenizer"}),
                         Case("unsloth", "other/tokenizer", {"unsloth.tokenizer_name": "other/tokenizer"}),

@@ -1,10 +1,12 @@
 """What a run reads beside its configuration: recorded by digest, and looked at before a session goes on."""
 
+import hashlib
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from recipes.problems import ConfigError
 from recipes.tasks import get_task
@@ -82,6 +84,39 @@ def test_problems_that_a_task_makes_are_recorded_too(begun):
     keep(found, folder)
     with pytest.raises(ConfigError, match=r"^task: the problems"):
         what_changed_in(inputs_of(made("countdown", eval_problems=11)), task, folder)
+
+
+def digests(train, *rewards):
+    """Of a task whose held-out problem is one."""
+    held_out = Dataset.from_dict({"prompt": ["?"]})
+    weights = dict.fromkeys(rewards, 1.0)
+    task = SimpleNamespace(
+        train=Dataset.from_dict(train), held_out=held_out, reward_weights=weights, rewards={}
+    )
+    return inputs_of(task)
+
+
+def test_every_row_and_every_name_of_a_column_counts():
+    """Of more rows than are read at a time; a text may hold any character."""
+    prompts = [f"\0 {number} 日本 \x85" for number in range(1001)]
+    others = [
+        {"prompt": [*prompts[:-1], "?"]}, {"prompt": ["?", *prompts[1:]]}, {"prompt": prompts[:-1]}, {"asked": prompts},
+    ]  # fmt: skip
+    found = {digests(rows)["problems"]["train"] for rows in [{"prompt": prompts}, *others]}
+    assert len(found) == 5
+    assert digests({"prompt": prompts})["problems"]["train"] in found
+
+
+def test_the_file_of_a_reward_is_that_of_its_own_module(tmp_path, monkeypatch):
+    """In a package, too; a module of the interpreter's, or of an archive, has none."""
+    files = {"inputs_a": "a.py", "inputs_a.b": "b.py", "inputs_zip": "pack.zip/c.py", "inputs_own": None}
+    for name, file in files.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[name].__file__ = file and str(tmp_path / file)
+    (tmp_path / "a.py").write_text("outer")
+    (tmp_path / "b.py").write_text("inner")
+    rewards = digests({"prompt": ["?"]}, "inputs_a.b.one", "inputs_zip.one", "inputs_own.one")["rewards"]
+    assert rewards == {"inputs_a.b": hashlib.sha256(b"inner").hexdigest()}
 
 
 def test_the_commit_of_a_model_of_the_hub_is_kept_and_another_one_said(begun):

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from rollouts import WIDTH, model_of
 from test_packed_runs import reward
 from tiny import saved_llama
-from transformers import TrainerCallback, set_seed
+from transformers import ProcessorMixin, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import pad
@@ -25,6 +25,7 @@ from recipes import packed_trainer
 from recipes.models.tokenizers import character_tokenizer
 from recipes.packed_trainer import PackedGRPOTrainer
 from recipes.training import packed_attention, step_check
+from recipes.training.generation_batches import ReadOnce
 from recipes.training.packed_step import PackedStep
 from recipes.training.packing import measure
 from recipes.training.rollout import _shuffled, padded
@@ -138,6 +139,7 @@ def test_the_steps_are_trls(tmp_path, name):
     assert isinstance(ours, PackedStep)
     assert type(ours).__name__ == "PackedGRPOTrainer"
     assert ours.step_check["passed"]
+    assert ours.step_check["rows"] == 6  # of two prompts: of one there would be no padding on the left
     assert memhead_trl.installed().calls > 0  # LoRA on the head included, which TRL alone refuses
     theirs = made(GRPOTrainer, tmp_path, script=script(), **settings)
     theirs.train()
@@ -285,6 +287,7 @@ def test_a_subclass_keeps_what_is_its_own(tmp_path):
     ours, theirs = made_by
     assert isinstance(ours, PackedStep)
     compared(history(ours)[0], history(theirs)[0])
+    assert type(ours).__qualname__ == "scripts_own.<locals>.Own"
     assert ours.seen == theirs.seen
     assert len(ours.seen) == 8
     assert ours.logged == theirs.logged == 5
@@ -423,6 +426,7 @@ def falls_back(trainer, reason):
         trainer.train()
     (warned,) = [str(w.message) for w in said if "packed step" in str(w.message)]
     assert reason in warned
+    assert "\n" not in warned
     assert [w.filename for w in said if "packed step" in str(w.message)] == [__file__]
     assert reason in trainer.why_not_packed
     assert not isinstance(trainer, PackedStep)
@@ -554,6 +558,51 @@ def test_options_that_nobody_has_tried(tmp_path, option):
     setattr(trainer.args, option, True)
     (reason,) = packed_trainer._of_the_script(trainer)
     assert reason.startswith(option)
+
+
+@pytest.mark.parametrize(
+    "name", ["_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies"]
+)
+def test_a_method_of_the_scripts_own_that_the_step_goes_around(tmp_path, name):
+    (reason,) = packed_trainer._of_the_script(made(of_its_own(name), tmp_path))
+    assert reason == f"Mine has a {name} of its own, which the packed step would go around"
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("tools", [print], "tools writes"), ("rollout_func", print, "rollout_func writes"),
+        ("environment_factories", {"a": print}, "environment_factory writes"),
+        ("train_dataset", Dataset.from_dict({"prompt": ["a"], "image": ["b"]}), "images take"),
+        ("processing_class", ProcessorMixin(), "images take"),
+    ],
+)  # fmt: skip
+def test_what_a_script_gives_its_trainer_is_looked_at(tmp_path, attribute, value, reason):
+    trainer = made(PackedGRPOTrainer, tmp_path)
+    assert packed_trainer.ruled_out(packed_trainer._made_with(trainer)) is None
+    setattr(trainer, attribute, value)
+    assert packed_trainer.ruled_out(packed_trainer._made_with(trainer)).startswith(reason)
+
+
+@pytest.mark.parametrize("name", [None, "training_step", "get_train_dataloader"])
+def test_rows_are_read_once_unless_the_script_looks_at_them(tmp_path, name):
+    trainer = made(PackedGRPOTrainer if name is None else of_its_own(name), tmp_path, max_steps=1)
+    trainer.train()
+    assert isinstance(trainer.get_train_dataloader().dataset, ReadOnce) == (name is None)
+
+
+def test_a_small_budget_makes_more_bins(tmp_path):
+    passes = []
+    for budget in (None, 30):
+        trainer = made(PackedGRPOTrainer, tmp_path, script={"token_budget": budget}, max_steps=1)
+        passes.append(0)
+
+        def count(*_):
+            passes[-1] += 1
+
+        trainer.model.model.register_forward_pre_hook(count)
+        trainer.train()
+    assert passes[1] > passes[0] > 0
 
 
 def test_another_trl_is_not_packed(tmp_path, monkeypatch):

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_grpo
 from recipes.config.load import load_config
+from recipes.models.checkpoint import load_checkpoint
 from recipes.models.load import load
 from recipes.models.precision import Precision, rounded_away
 from recipes.training.evaluation import evaluate_checkpoint
@@ -117,8 +120,9 @@ def test_weights_that_are_trained_are_float32_unless_asked_otherwise(path, tmp_p
     assert dtypes == {"full": torch.float32, "lora": torch.bfloat16, "asked": torch.bfloat16}
 
 
-def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_path, monkeypatch, capsys):
-    """TRL loads it by the model's name alone: from a hub of two revisions it took main, in float32."""
+@pytest.fixture
+def revisions(path, tmp_path, monkeypatch):
+    """A hub of one model in two revisions, main and v2; the folder of v2's files, and what names it in a run."""
     config, hub = load_config(path), tmp_path / "hub"
     task, place = config.make_task(), hub / "models--some--model"
     for number, name in enumerate(("main", "v2")):
@@ -133,12 +137,29 @@ def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     named = ["model.loader=transformers", "model.scratch=null", "model.name=some/model", "model.revision=v2"]
-    more = ["model.dtype=bfloat16", "run.warm_start=null", "grpo.beta=0.1", f"run.output_root={tmp_path}"]
-    assert train_grpo.main(["--config", str(path), *named, *more]) == 0
+    return place / "snapshots" / ("1" * 40), [*named, "run.warm_start=null", f"run.output_root={tmp_path}"]
+
+
+def test_the_reference_is_the_revision_that_is_trained_in_its_dtype(path, revisions, tmp_path, capsys):
+    """TRL loads it by the model's name alone: from a hub of two revisions it took main, in float32."""
+    more = ["model.dtype=bfloat16", "grpo.beta=0.1"]
+    assert train_grpo.main(["--config", str(path), *revisions[1], *more]) == 0
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] == 0.0  # before the first update, to the bit
     said = capsys.readouterr()
     assert "will be ignored" not in said.out + said.err
+
+
+def test_an_adapter_is_put_on_the_revision_that_it_was_trained_on(path, revisions, tmp_path):
+    """PEFT writes the base's name alone: from a hub of two revisions its adapter was put on main."""
+    place, named = revisions
+    shutil.rmtree(place.parent / ("0" * 40))  # not even its config.json is asked for
+    assert train_grpo.main(["--config", str(path), *named, "lora.r=2"]) == 0
+    final = tmp_path / "tiny" / "final"
+    found = load_checkpoint(final, load_config(path, named).model)[0].get_base_model().state_dict()
+    wanted = load_file(place / "model.safetensors")
+    assert torch.equal(found["model.norm.weight"], wanted["model.norm.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], wanted["model.embed_tokens.weight"])
 
 
 REFERENCE = "grpo.beta=0.1"
@@ -176,7 +197,7 @@ def test_the_runs_arguments_are_its_own_again_where_the_reference_is_loaded(path
     assert filters == heard
 
 
-def test_weights_too_coarse_for_their_updates_are_said(path):
+def test_weights_too_coarse_for_their_updates_are_said(path, monkeypatch):
     """Of a model in bfloat16 98.6 % of the weights were after four steps of 1e-6 what they had been."""
     model = torch.nn.Linear(2, 2).bfloat16()
     full, adapted = load_config(path), load_config(path, ["lora.r=4"])
@@ -188,6 +209,9 @@ def test_weights_too_coarse_for_their_updates_are_said(path):
     assert "float16" in rounded_away(full, torch.nn.Linear(2, 2).half())
     assert rounded_away(adapted, model) == rounded_away(full, model.float()) == ""
     assert rounded_away(full, torch.nn.Linear(2, 2).bfloat16().requires_grad_(False)) == ""
+    for spread, heard in (("FSDP", said), ("data parallel", said), ("DeepSpeed", "")):
+        monkeypatch.setattr("recipes.models.precision.spread", lambda spread=spread: spread)
+        assert rounded_away(full, torch.nn.Linear(2, 2).bfloat16()) == heard
 
 
 def test_a_run_says_it_before_it_trains(path, tmp_path, capsys):

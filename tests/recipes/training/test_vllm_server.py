@@ -6,6 +6,7 @@ from time import sleep
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 import vllm_stand_in
 from test_quickstart import CONFIG, TINY
@@ -250,6 +251,92 @@ def test_a_server_that_is_at_work_is_waited_for(monkeypatch):
     patience = vllm_server.Patience(silent=0.4, busy=60.0)
     waited = patience.wait_for(lambda: sleep(1.5) or "answer", lambda _: next(looks))
     assert waited == "answer"
+
+
+def test_no_request_has_less_than_ten_seconds():
+    for given, has in (((0.0, 0), (10.0, 10.0)), ((240.0, 1800), (240.0, 1800.0))):
+        grpo = dict(zip(("vllm_server_timeout", "ddp_timeout"), given, strict=True))
+        assert vllm_server.Patience.of(SimpleNamespace(grpo=grpo)) == has
+
+
+def test_a_process_that_was_suspended_has_not_waited(monkeypatch):
+    clock = iter([0.0, *[1000.0] * 99])
+    monkeypatch.setattr(vllm_server, "monotonic", lambda: next(clock))
+    patience = vllm_server.Patience(silent=0.4, busy=0.4)
+    assert patience.wait_for(lambda: sleep(0.3) or "answer", lambda _: False) == "answer"
+
+
+def test_an_answer_that_comes_during_the_last_look_is_taken():
+    asked, looks = Event(), []
+
+    def look(_):
+        looks.append(None)
+        if len(looks) == 2:
+            asked.set()
+        sleep(0.3)
+        return False
+
+    assert (
+        vllm_server.Patience(silent=0.2, busy=0.2).wait_for(lambda: asked.wait() and "answer", look)
+        == "answer"
+    )
+
+
+class Client:
+    """TRL's, as far as a server is looked at."""
+
+    base_url = "http://x"
+
+    def __init__(self):
+        self.session = SimpleNamespace(request=None)
+
+    def check_server(self, total_timeout, retry_interval):
+        sleep(total_timeout + retry_interval)
+        raise ConnectionError("by itself")
+
+
+def test_trls_client_may_give_up_by_itself():
+    """It says then that nothing listens. A long answer to come is no matter here."""
+    client = vllm_server.patient(Client, vllm_server.Patience(silent=0.3, busy=0.1))()
+    with pytest.raises(ConnectionError, match="by itself"):
+        client.check_server(0.3, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "alive"),
+    [(200, True), (503, False), (requests.ConnectionError(), False), (requests.Timeout(), False)],
+)
+def test_a_server_lives_that_says_so(monkeypatch, answer, alive):
+    def get(url, timeout):
+        assert (url, timeout) == ("http://x/health", 2.0)
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(status_code=answer)
+
+    monkeypatch.setattr(requests, "get", get)
+    client = vllm_server.patient(Client, vllm_server.Patience(silent=1.0, busy=1.0))()
+    assert client._is_alive(2.0) is alive
+
+
+def test_every_request_says_what_it_was_about(monkeypatch):
+    """Shortened, and without what a terminal would obey."""
+    monkeypatch.setattr(vllm_server, "save_last_step", lambda trainer, phase: f"Kept in {phase}.")
+
+    def fail(*_, **__):
+        raise OSError("\x1b" + "long " * 200)
+
+    requests = {"generate": "to sample", "update_named_params": "to take new weights",
+                "reset_prefix_cache": "to forget its cache"}  # fmt: skip
+    client = SimpleNamespace(base_url="http://x\x1b", **dict.fromkeys(requests, fail))
+    say_where_it_fails(SimpleNamespace(vllm_generation=SimpleNamespace(vllm_client=client)))
+    for name, what in requests.items():
+        with pytest.raises(vllm_server.ServerFailed) as error:
+            getattr(client, name)()
+        said = str(error.value)
+        assert f"was asked {what} and failed (OSError: " in said
+        assert said.endswith("Kept in generation.")
+        assert "\x1b" not in said
+        assert len(said) < 500
 
 
 @pytest.mark.parametrize(
