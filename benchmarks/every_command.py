@@ -1,6 +1,6 @@
 """Every command of the README and every kind of configuration, once, on this machine, at toy size.
 
-    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 28 commands
+    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 29 commands
     python -m benchmarks.every_command --output DIR --only quickstart lora
 
 The models are made here, with random weights: a Llama of two layers with a chat template. What a command needs and this
@@ -41,6 +41,7 @@ class Command:
 def commands(root: Path) -> list[Command]:
     """In an order in which each finds what it needs."""
     model, data, mathematics = str(root / "model"), str(root / "data.jsonl"), str(root / "math.jsonl")
+    prompts = str(root / "prompts.jsonl")
     train = ["train_grpo.py", "--config"]
     here = [f"run.output_root={root}"]
     first = [*train, "configs/quickstart.yaml", *here, "run.save_every=2", "run.warm_start.steps=20"]
@@ -89,6 +90,9 @@ def commands(root: Path) -> list[Command]:
         Command("reference", as_in("qwen2.5_0.5b_gsm8k_verl", *gsm8k, *bonus)),
         Command("countdown", as_in("qwen2.5_3b_countdown", *small, *short, *bonus)),
         Command("math, top-p", as_in("qwen3_0.6b_math", *small, *short, f"task.dataset={mathematics}", *bonus)),
+        Command("own data", as_in("own_data", *small, *short, f"task.dataset={prompts}",
+                                  "task.rewards={benchmarks.flagship_gpu.coin: 1, "
+                                  "my_rewards.exact: null, my_rewards.short: null}")),
         Command("lora, 4-bit", [*lora, "run.name=four", "model.load_in_4bit=true"], ("gpu", "bitsandbytes")),
         Command("lora, vLLM", [*lora, "run.name=vllm", *vllm], ("gpu", "vllm")),
         Command("char_count, vLLM", [*count, "run.name=count-vllm", "grpo.steps_per_generation=2", *vllm,
@@ -110,7 +114,7 @@ def commands(root: Path) -> list[Command]:
 
 
 def make_model(root: Path) -> None:
-    """A tiny Llama in bfloat16 with a BPE tokenizer, and forty questions in GSM8K's form and in MATH's."""
+    """A tiny Llama in bfloat16 with a BPE tokenizer, and forty questions in GSM8K's form, in MATH's and alone."""
     from recipes.config.schema import ScratchConfig
     from recipes.models.load import scratch_llama
     from recipes.models.tokenizers import bpe_tokenizer
@@ -126,7 +130,8 @@ def make_model(root: Path) -> None:
         {"problem": f"What is {n}+{n % 7}?", "solution": rf"It is $\boxed{{{n + n % 7}}}$."}
         for n in range(40)
     ]
-    for name, of in (("data", rows), ("math", solved)):
+    asked = [{"prompt": row["question"]} for row in rows]
+    for name, of in (("data", rows), ("math", solved), ("prompts", asked)):
         text = "".join(json.dumps(row) + "\n" for row in of)
         (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
     tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], 600)

@@ -23,7 +23,7 @@ from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from recipes.problems import ConfigError, Problem, one_of
 from recipes.processes import count
@@ -74,8 +74,8 @@ class RewardOptions(BaseModel):
 
     rewards: Weights | None = Field(
         None,
-        description="weight of each reward by name, 0: only logged; `module.function`: one of your own; null: all, "
-        "by the task's own weights",
+        description="weight of each reward by name, 0: only logged, null: not this one of the base's; "
+        "`module.function`: one of your own; null in place of the mapping: all, by the task's own weights",
     )
     reward_seconds: float = Field(
         10.0,
@@ -86,6 +86,14 @@ class RewardOptions(BaseModel):
     reward_failures: float = Field(
         0.05, ge=0, le=1, description="share of completions a reward may fail on before the run stops"
     )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _those_left(cls, weights: Any) -> Any:
+        """Without those that null takes away: mappings are merged, so what is left out above stays."""
+        if not isinstance(weights, dict):
+            return weights
+        return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def problems(weights: Mapping[str, float], known: Mapping[str, Reward]) -> Iterator[Problem]:

@@ -446,6 +446,25 @@ def test_arguments_of_a_schedule_may_be_json(tmp_path):
     assert load_config(path, told).grpo_config(tmp_path).lr_scheduler_kwargs == {"power": 2.0}
 
 
+def test_a_reward_of_the_base_is_taken_away_by_null(tmp_path):
+    """Mappings are merged, so one that is left out above stays."""
+    write(
+        tmp_path,
+        "base.yaml",
+        "model: {loader: scratch}\ntask: {name: countdown, rewards: {correct: 1.0, gone.away: 0.5}}\n",
+    )
+    path = write(
+        tmp_path, "x.yaml", "base: base.yaml\ntask: {rewards: {gone.away: null, well_formed: 0.1}}\n"
+    )
+    assert load_config(path).make_task().reward_weights == {"correct": 1.0, "well_formed": 0.1}
+    told = load_config(path, ["task.rewards={correct: null}"])
+    assert told.make_task().reward_weights == {"well_formed": 0.1}
+    again = write(tmp_path, "again.yaml", told.to_yaml())
+    assert load_config(again).make_task().reward_weights == {"well_formed": 0.1}
+    nothing = ["task.rewards={correct: null, well_formed: null}"]
+    assert "task.rewards: weighs nothing" in str(error_of(path, *nothing))
+
+
 def test_no_rewards_are_not_the_defaults(tmp_path):
     path = write(
         tmp_path, "x.yaml", "model: {loader: transformers, name: x}\ntask: {name: gsm8k, rewards: {}}\n"
