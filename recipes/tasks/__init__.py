@@ -121,7 +121,30 @@ class Task(ABC):
         return self.weights if self.options.rewards is None else self.options.rewards
 
 
-class SplitTask(Task):
+class RowsTask(Task):
+    """A task of checked rows, some to train on and some held out."""
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The problems to train on, in an order by the seed."""
+        return self._dataset(self._split[0])
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """Those held out, in their own order where they are a split of their own."""
+        return self._dataset(self._split[1])
+
+    @property
+    @abstractmethod
+    def _split(self) -> tuple[Rows, Rows]:
+        """Rows as (train, held out). To be kept: it is asked twice."""
+
+    @abstractmethod
+    def _dataset(self, rows: Rows) -> Dataset:
+        """Rows as `train` and `held_out` have them."""
+
+
+class SplitTask(RowsTask):
     """A task whose problems are read: from splits by any name, or from one file, of which some are held out."""
 
     class Options(RewardOptions):
@@ -143,25 +166,6 @@ class SplitTask(Task):
         )
 
     options: Options
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The train problems, shuffled by the seed."""
-        return self._dataset(self._split[0])
-
-    @cached_property
-    def held_out(self) -> Dataset:
-        """The evaluation split in its own order; without one, what is held out of the train split."""
-        return self._dataset(self._split[1])
-
-    @property
-    @abstractmethod
-    def _split(self) -> tuple[Rows, Rows]:
-        """The checked rows, by `read_splits`. To be kept: it is asked twice."""
-
-    @abstractmethod
-    def _dataset(self, rows: Rows) -> Dataset:
-        """Rows as `train` and `held_out` have them."""
 
     def read_splits(
         self, columns: Sequence[Column], same: Callable[[dict[str, Any]], Any]

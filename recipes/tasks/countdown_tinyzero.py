@@ -34,7 +34,7 @@ from recipes.data import (
 from recipes.rewards.arithmetic import Expression, ExpressionError, parse
 from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import answer_tag, boxed, text_of
-from recipes.tasks import Row, Task
+from recipes.tasks import Row, RowsTask
 
 TARGETS = range(10, 100)  # of the problems made here
 MADE = 8192  # training problems made here, unless task.train_size says otherwise
@@ -63,7 +63,7 @@ class Columns(ColumnNames):
     target: str = Field("target", description="that with the number to reach")
 
 
-class TinyZero(Task):
+class TinyZero(RowsTask):
     """The rows have `nums` (list of int) and `target` (int) beside their prompt."""
 
     class Options(RewardOptions):
@@ -102,16 +102,6 @@ class TinyZero(Task):
 
     options: Options
     weights = {"correct": 1.0, "format": 0.1}
-
-    @cached_property
-    def train(self) -> Dataset:
-        """The problems to train on, in an order by the seed."""
-        return self._dataset(self._split[0])
-
-    @cached_property
-    def held_out(self) -> Dataset:
-        """The held-out problems."""
-        return self._dataset(self._split[1])
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
