@@ -192,6 +192,11 @@ class SplitTask(RowsTask):
         )
 
 
+def is_whole(question: str, example: Any, system: str) -> bool:
+    """Whether it begins with what a plain prompt such as `example` says before each question."""
+    return isinstance(example, str) and bool(system) and question.lstrip().startswith(system.strip())
+
+
 def task_names() -> list[str]:
     """The names that `task.name` may have."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

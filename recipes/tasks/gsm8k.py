@@ -35,7 +35,7 @@ from recipes.data import (
 from recipes.rewards.contract import ColumnNames, Reward, RewardOptions
 from recipes.rewards.final_answer import lenient_answer, numbers, strict_answer, text_of
 from recipes.rewards.latex import gold_text
-from recipes.tasks import Example, Row, Task
+from recipes.tasks import Example, Row, Task, is_whole
 
 SYSTEM_PROMPT = """\
 Write your reply in exactly this form:
@@ -138,9 +138,7 @@ class Gsm8k(Task):
 
     def prompt_of(self, question: str, example: Any) -> Any:
         """With what is said before each of them, in a plain prompt, too, unless that is there already."""
-        system = self.options.system_prompt
-        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
-        return question if whole else self._prompt(question)
+        return question if is_whole(question, example, self.options.system_prompt) else self._prompt(question)
 
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:

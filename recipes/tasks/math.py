@@ -29,7 +29,7 @@ from recipes.rewards.contract import MAX_SECONDS, ColumnNames
 from recipes.rewards.final_answer import boxed, boxes, text_of
 from recipes.rewards.latex import MAX_ANSWER, gold_text, parts
 from recipes.rewards.math_verifier import Verifier
-from recipes.tasks import Row, SplitTask
+from recipes.tasks import Row, SplitTask, is_whole
 
 SYSTEM_PROMPT = r"Reason step by step and put the final answer, and nothing else, into \boxed{}."
 VERIFY_SECONDS = 3.0  # for one comparison; ordinary ones take milliseconds
@@ -96,9 +96,7 @@ class Math(SplitTask):
 
     def prompt_of(self, question: str, example: Any) -> Any:
         """With what is said before each of them, in a plain prompt, too, unless that is there already."""
-        system = self.options.system_prompt
-        whole = isinstance(example, str) and system and question.lstrip().startswith(system.strip())
-        return question if whole else self._prompt(question)
+        return question if is_whole(question, example, self.options.system_prompt) else self._prompt(question)
 
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
