@@ -159,7 +159,7 @@ def test_the_8b_model_beside_unsloths_step():
     count = 0
     for heading, part in sections("packed_h200.md"):
         for rows in tables(part):
-            if "packed, s" not in rows[0]:
+            if not {"packed, s", "Unsloth's: loss, s"} <= rows[0].keys():
                 continue
             (commit,) = set(re.findall(r"unsloths_step_of_commit_(\w+)", part))
             for cells in rows:
@@ -187,6 +187,64 @@ def test_the_8b_model_beside_unsloths_step():
                     assert cells["packed of Unsloth's loss"] == f"{packed[0]['seconds'] / loss:.2f}"
                 count += 1
     assert count == 8
+
+
+def of_the_last_commit(name):
+    """A function that finds one row of the 8B model among `name` of the last commit on that page."""
+    rows = stored("packed_h200")[f"{name}_of_commit_34a5f43"]
+
+    def one(cells, *, live=None, **wanted):
+        bits = cells.get("weights", "4 bits") == "4 bits"
+        zero = "0%" if live else cells["zero groups"]
+        (row,) = (
+            row
+            for row in found(rows, shape=cells["shape"], **wanted)
+            if f"{row['zeros']:.0%}" == zero and ("bits" in row or "stack" in row) == bits
+            if row.get("way") == "padded" or row.get("budget") != "slots"
+        )
+        return row
+
+    return one
+
+
+def test_groups_left_out_beside_unsloths_step():
+    ours, unsloths = of_the_last_commit("rows"), of_the_last_commit("unsloths_step")
+    (rows,) = (
+        rows
+        for rows in tables(text(RESULTS / "packed_h200.md"))
+        if "peak GiB: compiled, Unsloth's" in rows[0]
+    )
+    for cells in rows:
+        mine, theirs = ours(cells, way="compiled"), unsloths(cells)
+        loss, scoring = theirs["seconds"], theirs["scoring"]
+        shown = [cells[name] for name in ("compiled, s", "Unsloth's: loss, s", "its scoring, s")]
+        assert agree(shown, [mine["seconds"], loss, scoring]), cells
+        assert cells["compiled of it"] == f"{mine['seconds'] / loss:.2f}", cells
+        assert cells["… with its scoring"] == f"{mine['seconds'] / (loss + scoring):.2f}", cells
+        peaks = ", ".join(f"{row['peak_mib'] / 1024:.1f}" for row in (mine, theirs))
+        assert cells["peak GiB: compiled, Unsloth's"] == peaks, cells
+    assert len(rows) == 7
+
+
+def test_the_packed_step_in_4_bits_beside_trls():
+    one = of_the_last_commit("rows")
+    (rows,) = (
+        rows
+        for rows in tables(text(RESULTS / "packed_h200.md"))
+        if "peak GiB: packed, compiled, TRL's" in rows[0]
+    )
+    for cells in rows:
+        packed, compiled = (one(cells, way=way) for way in ("packed", "compiled"))
+        trl = one(cells, live=True, way="padded", head="trl")
+        loss, scoring = trl["seconds"], trl["scoring"]
+        shown = [cells[name] for name in ("packed, s", "compiled, s", "TRL's, s", "its scoring, s")]
+        assert agree(shown, [packed["seconds"], compiled["seconds"], loss, scoring]), cells
+        assert cells["packed of TRL's"] == f"{packed['seconds'] / loss:.2f}", cells
+        assert cells["compiled of TRL's"] == f"{compiled['seconds'] / loss:.2f}", cells
+        assert cells["… with its scoring"] == f"{compiled['seconds'] / (loss + scoring):.2f}", cells
+        peaks = ", ".join(f"{row['peak_mib'] / 1024:.1f}" for row in (packed, compiled, trl))
+        assert cells["peak GiB: packed, compiled, TRL's"] == peaks, cells
+    assert len(rows) == 4
 
 
 def test_the_1b_model_beside_trls_and_unsloths_step():
