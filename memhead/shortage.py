@@ -20,6 +20,8 @@ _WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 # The whole of what oneDNN tells where it had no room for a primitive's code or scratch space. What it cannot compute
 # at all it refuses earlier, for the "primitive descriptor".
 _ONEDNN = ("could not create a primitive", "could not execute a primitive")
+# Unsloth, of two faults at vLLM's start that it does not want to be taken for one.
+_DENIED = "not an out of memory"
 SAID = (
     "memhead: out of memory with a tile of logits; the pass was repeated with a smaller one, to the same result. "
     "A smaller chunk (head.chunk in a recipe) saves the attempt"
@@ -31,7 +33,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error)
-    return isinstance(error, RuntimeError) and (said in _ONEDNN or any(word in said for word in _WORDS))
+    if not isinstance(error, RuntimeError) or _DENIED in said.lower():
+        return False
+    return said in _ONEDNN or any(word in said for word in _WORDS)
 
 
 def in_smaller_tiles(tile: Tile, halved: Callable[[Tile], Tile | None], run: Callable[[Tile], T]) -> T:

@@ -107,13 +107,16 @@ def whole_base(name: str, remedy: str, **options: Any) -> Any:
 def put_on(model: Any, place: Path) -> Any:
     """The model with the adapter in `place` on it. PEFT only warns of parts that are not in the file, and draws them.
 
+    Left to itself PEFT reads the file onto the GPU, where a model that is on the CPU has no business: its context alone
+    takes memory that another process may be measuring.
+
     Raises UserWarning where there are such.
     """
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, place)
+        return PeftModel.from_pretrained(model, place, torch_device=str(model.device))
 
 
 def _make_room(model: Any, place: Path) -> None:

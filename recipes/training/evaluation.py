@@ -167,7 +167,7 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
     batch = encode(tokenizer, task.held_out[:4]["prompt"], config.chat_template_kwargs)
-    with precision.autocast(model.device):
+    with in_phase("evaluation"), precision.autocast(model.device):
         reason = why_unusable(model, batch)
     if reason is not None:
         raise RunError(f"{place} cannot be evaluated: {reason}; it was damaged, or its training diverged")

@@ -4,6 +4,7 @@ plan_of(config)                      the plan, or None for a model that it canno
 write_plan(plan, folder)             plan.json, before a model is loaded
 write_measured(folder, summary)      the measured peaks beside it, and a line per phase for the terminal
 explain(error, …)                    an allocation that failed -> OutOfMemory, whose text is the page
+explained(config)                    the same of all inside, and of a vLLM that did not start
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
-from recipes.plan.plan import GIB, Plan, in_bins, measure, plan
+from recipes.plan.plan import Plan, plan
 from recipes.plan.processes import in_each
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
 from recipes.plan.work import Work
-from recipes.problems import ConfigError, see
+from recipes.problems import ConfigError, see, shortened
 from recipes.processes import count, spread
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
 from recipes.tracking.run_folder import RunFolder
+from recipes.training.remedies import LOADING, MIB, gib, remedies
 from recipes.training.session import RunError
+from recipes.training.vllm_faults import explain_start
 
-MIB = 2**20
 PLAN_FILE = "plan.json"
 
 
@@ -100,7 +102,7 @@ def write_measured(planned: Plan | None, folder: RunFolder, summary: dict[str, A
         record["parts"]["vLLM's cache, as seen"] = cache
     folder.write_json(PLAN_FILE, record | {"measured": peaks, "measured_figure": summary["memory_figure"]})
     return [
-        f"memory  {phase}: planned {_gib(phases[phase])}, measured {_gib(peaks[phase])}"
+        f"memory  {phase}: planned {gib(phases[phase])}, measured {gib(peaks[phase])}"
         for phase in phases
         if phase in peaks
     ]
@@ -118,10 +120,11 @@ def _measured(summary: dict[str, Any]) -> dict[str, int]:
 
 @contextmanager
 def explained(config: RunConfig) -> Iterator[None]:
-    """An allocation that fails inside becomes OutOfMemory; everything else passes as it is."""
+    """An allocation that fails inside becomes OutOfMemory, a vLLM that does not start VllmStart; all else passes."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError, AssertionError) as error:
+        explain_start(error, config)
         explain(error, config)
         raise
 
@@ -135,83 +138,29 @@ def explain(
     """
     if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
         return
-    phase = phase_of(error) or ("training" if trainer is not None else "loading the model")
+    phase = phase_of(error) or ("training" if trainer is not None else LOADING)
     free, asked = _free(), _asked(str(error))
     traceback.clear_frames(error.__traceback__)  # which hold the tensors of the pass that failed
     saved = "" if trainer is None else save_last_step(trainer, phase)
     after = "" if trainer is None else f" after step {trainer.state.global_step}"
     lines = [
         f"out of memory in the phase {phase!r}{after}",
-        f"  asked for  {asked}",
+        f"  asked for  {asked}" if asked else f"  it says    {shortened(' '.join(str(error).split()), 600)}",
         f"  free       {free}",
         *_beside(config, summary),
         "What to change, the most useful first:",
-        *(f"  {number}. {line}" for number, line in enumerate(remedies(config, phase), 1)),
+        *(f"  {number}. {line}" for number, line in enumerate(remedies(config, phase, _setting(config)), 1)),
     ]
     if saved:
         lines.append(saved)
     raise OutOfMemory("\n".join([*lines, f"More: {see('out-of-memory')}"])) from None
 
 
-def remedies(config: RunConfig, phase: str) -> list[str]:
-    """Settings to change, as on the command line; first those that by the plan save the most in this phase."""
-    own = {
-        "warm start": (
-            "run.warm_start.batch_size",
-            config.run.warm_start and config.run.warm_start.batch_size,
-        ),
-        "evaluation": ("run.evaluation.batch_size", config.run.evaluation.batch_size),
-    }
-    key, size = own.get(phase, ("", 0))
-    first = [f"{key}={size // 2}"] if size and size > 1 else []
+def _setting(config: RunConfig) -> Setting | None:
     try:
-        setting = _planned(config).setting
+        return _planned(config).setting
     except Exception:  # a page without figures is better than none
-        return [*first, *(text for text, _ in _changes(config, None))]
-    name = PLANNED.get(phase.rpartition(": ")[2], "forward, loss and backward")
-    before = measure(setting).phases[name]
-    unplanned, saved = [], dict[str, int]()
-    for text, other in _changes(config, setting):
-        if other is None:
-            unplanned.append(text)
-        elif (gain := before - measure(other).phases[name]) > 0:
-            saved[text] = gain
-    ranked = sorted(saved, key=lambda text: -saved[text])
-    return [*first, *(f"{text}  saves {_gib(saved[text])} as planned" for text in ranked), *unplanned]
-
-
-def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Setting | None]]:
-    """Each change as an override, and the resulting setting; None where that cannot be computed quickly."""
-    grpo, model = config.grpo, config.model
-
-    def changed(**values: Any) -> Setting | None:
-        return None if s is None else replace(s, **values)
-
-    if config.head.impl == "full":
-        yield "head.impl=memhead", changed(head="memhead")
-    if not model.gradient_checkpointing:
-        yield "model.gradient_checkpointing=true", changed(checkpointing=True)
-    size, steps = grpo["per_device_train_batch_size"], grpo["gradient_accumulation_steps"]
-    if s is not None and s.bin_tokens is not None and s.bin_tokens > s.packed:
-        budget = max(s.packed, s.bin_tokens // 2)  # a micro-batch is never divided
-        yield f"step.token_budget={budget}", changed(bin_tokens=budget)
-    elif size > 1:
-        text = f"grpo.per_device_train_batch_size={size // 2} grpo.gradient_accumulation_steps={2 * steps}"
-        smaller, told = changed(sequences=size // 2), config.step.token_budget
-        if smaller and smaller.bin_tokens and (told is None or told > smaller.packed):
-            # Bins would hold both halves again.
-            text += f" step.token_budget={smaller.packed}"
-        yield text, smaller and in_bins(config, smaller, 1)
-    length = config.completion_length
-    if length > 1:
-        yield f"grpo.max_completion_length={length // 2}", changed(completion=length // 2)
-    group = grpo["num_generations"]
-    if s is not None and s.sampled > group and s.sampled % (2 * group) == 0:
-        yield f"fewer completions sampled at a time ({s.sampled // 2})", changed(sampled=s.sampled // 2)
-    if config.lora is None:
-        yield "a lora section: adapters in place of every weight, its gradient and its optimizer state", None
-    elif torch.cuda.is_available() and not (model.load_in_4bit or model.load_in_8bit):
-        yield "model.load_in_4bit=true", None
+        return None
 
 
 def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
@@ -222,7 +171,7 @@ def _beside(config: RunConfig, summary: dict[str, Any] | None) -> list[str]:
         return []
     peaks = {} if summary is None else _measured(summary)
     rows = [
-        f"  {name:<28}{_gib(size):>12}{_gib(peaks[name]) if name in peaks else '–':>12}"
+        f"  {name:<28}{gib(size):>12}{gib(peaks[name]) if name in peaks else '–':>12}"
         for name, size in phases.items()
     ]
     return [f"  {'phase':<28}{'planned':>12}{'measured':>12}", *rows]
@@ -256,18 +205,18 @@ def save_last_step(trainer: Any, phase: str) -> str:
 
 
 def _asked(message: str) -> str:
-    """The size that an allocator's message names."""
+    """The size that an allocator's message names; "" for one that names none."""
     match = re.search(r"tried to allocate ([\d.]+) ?([KMG]i?B|bytes)", message, re.IGNORECASE)
     if match is None:
-        return "not said"
-    return _gib(int(match[1])) if match[2] == "bytes" else f"{match[1]} {match[2]}"
+        return ""
+    return gib(int(match[1])) if match[2] == "bytes" else f"{match[1]} {match[2]}"
 
 
 def _free() -> str:
     """Of the GPU; without one, of main memory and of what this process may have."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return f"{_gib(free)} of {_gib(total)}"
+        return f"{gib(free)} of {gib(total)}"
     import psutil
 
     memory, free = psutil.virtual_memory(), psutil.virtual_memory().available
@@ -279,8 +228,4 @@ def _free() -> str:
             free = min(free, max(0, limit - psutil.Process().memory_info().vms))
     except ImportError:  # no such limits there
         pass
-    return f"{_gib(free)} of {_gib(memory.total)}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.2f} MiB"
+    return f"{gib(free)} of {gib(memory.total)}"

@@ -30,7 +30,7 @@ else:
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-N, H, V, ROOM = 1024, 8, 32768, 64 * 2**20
+N, H, V, ROOM = 1024, 8, 32768, 96 * 2**20  # half a tile, and what oneDNN needs for each new shape
 hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
 targets = torch.randint(0, V, (N,))
 
@@ -130,6 +130,9 @@ def fail(error):
     [
         RuntimeError("shapes do not fit"),
         RuntimeError("could not create a primitive descriptor for the matmul"),
+        RuntimeError(
+            "This is a transient race on a shared GPU, NOT an out of memory error. Free VRAM went up"
+        ),
         ValueError("out of memory"),
         KeyError("x"),
     ],

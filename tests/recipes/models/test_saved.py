@@ -150,6 +150,16 @@ def test_what_is_no_fault_of_the_folder_passes_and_the_log_is_as_loud_as_before(
         logging.set_verbosity(before)
 
 
+def test_an_adapter_of_a_model_on_the_cpu_stays_off_the_gpu(saved, monkeypatch):
+    """Where PEFT is not told, it asks which accelerator there is, and reads the file onto that."""
+    asked = []
+    for module in ("peft.peft_model", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.infer_device", lambda: asked.append(True) or "cpu")
+    model = with_adapter(saved / "adapter")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert not asked
+
+
 @pytest.mark.parametrize("where", ["final", "checkpoints/checkpoint-2"])
 def test_the_base_that_a_warm_start_left_is_found_where_the_run_folder_is_now(saved, tmp_path, where):
     shutil.copytree(saved / "whole", tmp_path / "warm_start")

@@ -21,11 +21,13 @@ from recipes.models.tokenizers import character_tokenizer
 from recipes.plan.plan import plan
 from recipes.plan.processes import ddp, sharded
 from recipes.problems import ConfigError
-from recipes.training.memory import _asked, _free, explain, plan_of, remedies
+from recipes.training.memory import OutOfMemory, _asked, _free, explain, plan_of
 from recipes.training.packed_step import PackedStep
+from recipes.training.remedies import LOADING, remedies
 from recipes.training.worst_case import longest_prompt
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+ADAPTERS = Path(CONFIG).with_name("llama3.2_1b_gsm8k.yaml")
 TINY = [
     "model.scratch.hidden_size=32",
     "model.scratch.layers=1",
@@ -78,8 +80,27 @@ def test_an_evaluation_without_memory_is_one_page(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(LlamaForCausalLM, "forward", computed)
     assert train_grpo.main(["--config", CONFIG, *TINY, "--evaluate", str(tmp_path / "base")]) == 1
     said = capsys.readouterr().err
-    assert "out of memory in the phase" in said
+    assert "out of memory in the phase 'evaluation'" in said
     assert f"asked for  {TOO_MUCH / 2**30:.2f} GiB" in said
+    assert "1. run.evaluation.batch_size=" in said
+
+
+def test_of_a_model_that_cannot_be_loaded_no_batch_is_too_large(without_unsloth):
+    """And what names no size is told in its own words."""
+    vllm = ["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.35"]
+    config = load_config(ADAPTERS, [*vllm, "model.dtype=float32"])
+    assert remedies(config, LOADING, None) == [
+        "grpo.vllm_gpu_memory_utilization lower than 0.35",
+        "model.dtype=bfloat16",
+        "more memory: end what else uses it, or take a larger device",
+    ]
+    assert remedies(load_config(CONFIG), LOADING, None)[0].startswith("more memory")
+    with pytest.raises(OutOfMemory) as raised:
+        explain(MemoryError("Your GPU ran out\n of memory loading vLLM"), config)
+    page = str(raised.value)
+    assert "  it says    Your GPU ran out of memory loading vLLM\n" in page
+    assert "asked for" not in page
+    assert "per_device_train_batch_size" not in page
 
 
 def test_a_step_without_memory_is_one_page_and_a_checkpoint(tmp_path, capsys, fail):
@@ -208,13 +229,13 @@ def test_trls_step_is_tried_too(tmp_path, capsys):
 
 def test_what_helps_most_comes_first(without_unsloth):
     config = load_config(CONFIG, ["head.impl=full", "grpo.max_completion_length=48"])
-    found = remedies(config, "forward")
+    found = remedies(config, "forward", plan_of(config).setting)
     saved = [line.split("saves ")[1] for line in found if "saves" in line]
     sizes = [float(text.split()[0]) * (1024 if "GiB" in text else 1) for text in saved]
     assert len(sizes) == 3
     assert sizes == sorted(sizes, reverse=True)
     assert "a lora section" in found[-1]
-    assert remedies(config, "evaluation")[0].startswith("run.evaluation.batch_size=")
+    assert remedies(config, "evaluation", plan_of(config).setting)[0].startswith("run.evaluation.batch_size=")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +256,7 @@ def test_no_bin_smaller_than_a_micro_batch_is_advised(without_unsloth, budget, a
     """The step would not divide it: what is left then are smaller micro-batches."""
     overrides = [] if budget is None else [f"step.token_budget={budget}"]
     config = load_config(CONFIG, overrides)
-    text = "\n".join(remedies(config, "forward"))
+    text = "\n".join(remedies(config, "forward", plan_of(config).setting))
     found = re.search(advised, text)
     assert found, text
     if budget != 1:
@@ -246,13 +267,14 @@ def test_no_bin_smaller_than_a_micro_batch_is_advised(without_unsloth, budget, a
 def test_smaller_bins_are_advised_down_to_a_micro_batch(without_unsloth):
     quarters = ["grpo.per_device_train_batch_size=128", "grpo.gradient_accumulation_steps=4"]
     config = load_config(CONFIG, quarters)
-    text = "\n".join(remedies(config, "forward"))
+    text = "\n".join(remedies(config, "forward", plan_of(config).setting))
     found = re.search(r"step\.token_budget=(\d+)", text)
     assert found, text
     assert "per_device_train_batch_size" not in text
     least = plan(config).setting.packed
     assert int(found[1]) >= least
-    advice = remedies(load_config(CONFIG, [*quarters, f"step.token_budget={least}"]), "forward")
+    config = load_config(CONFIG, [*quarters, f"step.token_budget={least}"])
+    advice = remedies(config, "forward", plan_of(config).setting)
     assert not any(line.startswith("step.token_budget") for line in advice)
 
 
@@ -261,7 +283,7 @@ def test_smaller_bins_are_advised_down_to_a_micro_batch(without_unsloth):
     [
         ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total", "2.50 GiB"),
         ("can't allocate memory: you tried to allocate 1073741824 bytes. Error code 12", "1.00 GiB"),
-        ("bad_alloc", "not said"),
+        ("bad_alloc", ""),
     ],
 )
 def test_how_much_was_asked_for(message, size):
