@@ -15,7 +15,7 @@ from recipes.training.vllm_faults import VllmStart
 CONFIGS = Path(__file__).parents[3] / "configs"
 HERE = ("grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.vllm_gpu_memory_utilization=0.9")
 TAKEN = ValueError(
-    "Free memory on device cuda:0 (31.26/79.19 GiB) on startup is less than desired GPU memory utilization (0.9, 71.27"
+    "Free memory on device cuda:0 (32.20/79.19 GiB) on startup is less than desired GPU memory utilization (0.9, 71.27"
     " GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
 )
 NO_CACHE = ValueError(
@@ -61,7 +61,7 @@ def told(error, config):
         (
             TAKEN,
             "its share of the card is not free",
-            ["grpo.vllm_gpu_memory_utilization=0.39", "end what else uses the card"],
+            ["grpo.vllm_gpu_memory_utilization=0.4", "end what else uses the card"],
         ),
         (
             NO_CACHE,
@@ -94,7 +94,7 @@ def test_what_vllm_says_is_told_by_the_runs_settings(transformers_run, error, me
 
 
 def test_by_unsloths_settings_where_unsloth_starts_it(unsloth_run):
-    assert told(TAKEN, unsloth_run)[3] == "  1. model.gpu_memory_utilization=0.39"
+    assert told(TAKEN, unsloth_run)[3] == "  1. model.gpu_memory_utilization=0.4"
     assert told(NO_CACHE, unsloth_run)[3] == "  1. model.gpu_memory_utilization higher than 0.7"
     assert told(TOO_LONG, unsloth_run)[4].startswith("  2. model.max_seq_length=17184 at most")
 
@@ -107,6 +107,18 @@ def test_a_message_without_figures(transformers_run):
     assert told(ValueError("To serve at least one request"), transformers_run)[4].startswith(
         "  2. grpo.vllm_max_model_length smaller, which"
     )
+
+
+def test_what_is_done_already_is_not_advised(without_unsloth):
+    quarters = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", [*HERE, "model.load_in_4bit=true"])
+    assert told(NO_CACHE, quarters)[3:-1] == ["  1. grpo.vllm_gpu_memory_utilization higher than 0.9"]
+    everything = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", [*HERE, "lora=null"])
+    assert told(NO_CACHE, everything)[3:-1] == ["  1. grpo.vllm_gpu_memory_utilization higher than 0.9"]
+
+
+def test_a_share_that_nobody_has_set(without_unsloth):
+    config = load_config(CONFIGS / "llama3.1_8b_gsm8k.yaml", ["model.gpu_memory_utilization=null"])
+    assert told(NO_CACHE, config)[3] == "  1. model.gpu_memory_utilization higher"
 
 
 @pytest.mark.slow
@@ -130,10 +142,16 @@ def test_unsloths_own_words_are_not_taken_for_a_lack_of_memory(unsloth_run):
 def test_without_a_vllm_here_and_after_an_explanation_nothing_is_explained(transformers_run):
     for kind in (["grpo.use_vllm=false"], ["grpo.use_vllm=true", "grpo.vllm_mode=server"]):
         other = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", kind)
-        with pytest.raises(AssertionError) as raised, explained(other):
-            raise RACE
-        assert raised.value is RACE
+        assert_untold(other)
+    alone = ["model.fast_inference=false", "model.vllm_standby=false", "model.gpu_memory_utilization=null"]
+    assert_untold(load_config(CONFIGS / "llama3.1_8b_gsm8k.yaml", alone))
     said = RunError(f"a reward failed: {TAKEN}")
     with pytest.raises(RunError) as raised, explained(transformers_run):
         raise said
     assert raised.value is said
+
+
+def assert_untold(config):
+    with pytest.raises(AssertionError) as raised, explained(config):
+        raise RACE
+    assert raised.value is RACE
