@@ -218,8 +218,8 @@ def gguf(run: Path, outtype: str = "f16") -> Path:
     converter = next((path for name in _CONVERTERS if (path := shutil.which(name))), None)
     if converter is None:
         raise ExportError(
-            f"--gguf needs llama.cpp's {_CONVERTERS[0]} on the PATH: clone llama.cpp, install its "
-            "requirements.txt, and add its folder to PATH"
+            f"--gguf needs llama.cpp's {_CONVERTERS[0]} on the PATH: clone llama.cpp and add its folder; pip install "
+            "sentencepiece, which it imports. Its requirements.txt would bring another torch and transformers"
         )
     target = run / f"{source.name}.gguf"
     call = [sys.executable, converter, str(source), "--outfile", str(target), "--outtype", outtype]

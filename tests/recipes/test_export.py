@@ -266,7 +266,9 @@ def test_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
     assert main([str(run), "--gguf"]) == 1
     assert "add --merge" in capsys.readouterr().err
     assert main([str(run), "--merge", "--gguf"]) == 1
-    assert "convert_hf_to_gguf.py on the PATH" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "convert_hf_to_gguf.py on the PATH" in said
+    assert "pip install sentencepiece" in said
 
 
 @pytest.mark.parametrize(
