@@ -127,12 +127,12 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     silence_bars()
 
     from recipes import processes
-    from recipes.training.callbacks import last_words
+    from recipes.training.callbacks import ctrl_c_once, last_words
 
     processes.end_with_launcher()
     with processes.only_main_speaks():
         try:
-            with last_words():
+            with ctrl_c_once(), last_words():
                 status = _run(config, resume=resume, command=command, pilot=pilot)
         except processes.MainFailed:
             let_the_first_speak()
