@@ -4,7 +4,7 @@ seal(place)        when a checkpoint, warm_start/, final/, interrupted/ or merge
 damage(place)      why it cannot be gone on from: nothing is resumed without a manifest
 altered(place)     why its model is not the one that was written: what has no manifest is loaded as it is
 
-All is read, however large: a sha256 takes a second for 1.2 to 1.5 GB (2 GiB in the page cache, one thread of an EPYC with
+All is read, however large: a sha256 takes a second for 1.2 to 1.5 GB (2 GiB in the page cache, a thread of an EPYC with
 SHA extensions), so the 16 GB of an 8B model some 10 to 14, and what was read the loader need not fetch from the disk
 again. A size alone would not tell one adapter from another. Sizes come first: a file that was cut is told at once.
 """
