@@ -127,12 +127,12 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     silence_bars()
 
     from recipes import processes
-    from recipes.training.callbacks import last_words
+    from recipes.training.callbacks import ctrl_c_once, last_words
 
     processes.end_with_launcher()
     with processes.only_main_speaks():
         try:
-            with last_words():
+            with ctrl_c_once(), last_words():
                 status = _run(config, resume=resume, command=command, pilot=pilot)
         except processes.MainFailed:
             let_the_first_speak()
@@ -390,12 +390,23 @@ def _how_to_go_on(folder: RunFolder, command: str = "the same command") -> str:
 
 
 def _save(trainer: Any, place: Path) -> None:
-    """The model as safetensors with its tokenizer. Raises CannotWrite."""
+    """The model as safetensors with its tokenizer, sealed. Raises CannotWrite."""
+    from recipes.processes import by_main
     from recipes.tracking.files import naming_what_failed
 
     with naming_what_failed(place):
         trainer.save_model(str(place))
+        trainer.accelerator.wait_for_everyone()  # each may have written its part
+    by_main(partial(_complete, trainer, place))
+
+
+def _complete(trainer: Any, place: Path) -> None:
+    from recipes.models.manifest import seal
+    from recipes.tracking.files import naming_what_failed
+
+    with naming_what_failed(place):
         trainer.processing_class.save_pretrained(str(place))
+        seal(place)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -31,12 +31,14 @@ from recipes.models.checkpoint import (
     REMEDY,
     is_adapter,
     put_on,
+    require_as_written,
     require_base,
-    require_own_start,
+    require_own_base,
     whole_base,
     with_adapter,
 )
 from recipes.models.generation_config import settle_generation_config
+from recipes.models.manifest import seal
 from recipes.models.parts import in_float32, merged_once_rounded
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
@@ -99,6 +101,7 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     if fault := _fault(proof):
         shutil.rmtree(place)
         raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
+    seal(place)
     return proof
 
 
@@ -113,7 +116,7 @@ def merge_by_unsloth(run: Path) -> Path:
     if place.exists():
         raise ExportError(f"{place} exists; remove it to merge again")
     if is_adapter(final):
-        require_own_start(final, Path(require_base(final)))  # which Unsloth loads by the path on record
+        require_own_base(final, Path(require_base(final)))  # which Unsloth loads by the path on record
     try:
         from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError, RuntimeError) as error:
@@ -124,6 +127,7 @@ def merge_by_unsloth(run: Path) -> Path:
         load_in_4bit=config.model.load_in_4bit,
     )
     model.save_pretrained_merged(str(place), tokenizer, save_method="merged_16bit")
+    seal(place)
     return place
 
 
@@ -132,6 +136,7 @@ def _with_adapter(final: Path, base: str | None) -> Any:
     if base is None:
         return with_adapter(final)
     remedy = "give --base a whole model"
+    require_as_written(Path(base), remedy)
     with readable("model", base, remedy):
         unquantised = whole_base(base, remedy)
     with readable("adapter", str(final), REMEDY):
@@ -211,9 +216,12 @@ def _adapted(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def gguf(run: Path, outtype: str = "f16") -> Path:
-    """Convert the merged, or the whole final, model by llama.cpp's converter. Raises ExportError without one."""
+    """Convert the merged, or the whole final, model by llama.cpp's converter.
+
+    Raises ExportError without one; ConfigError for a folder that is not whole, or not what was written.
+    """
     source = run / "merged" if (run / "merged").is_dir() else run / "final"
-    if (source / "adapter_config.json").is_file():
+    if is_adapter(source):
         raise ExportError(f"{source} is an adapter; add --merge")
     converter = next((path for name in _CONVERTERS if (path := shutil.which(name))), None)
     if converter is None:

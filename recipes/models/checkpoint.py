@@ -11,13 +11,15 @@ from recipes.config.schema import ModelConfig
 from recipes.models.foreign import require_own_attention
 from recipes.models.generation_config import settle_generation_config
 from recipes.models.load import pretrained_tokenizer, quantisation, to_gpu
-from recipes.models.manifest import MANIFEST, damage, other_base
+from recipes.models.manifest import MANIFEST, altered, other_base
 from recipes.models.published import require_whole
 from recipes.models.saved import ADAPTER_CONFIG, readable, unusable, without_weights
 from recipes.problems import place_of
+from recipes.processes import by_main
 
 WARM_START = "warm_start"  # the folder in the run's that keeps the model after it
 REMEDY = "give a whole checkpoint, or a run's final folder"
+_AS_WRITTEN = f"put back what was written, or remove {MANIFEST} if the change is meant"
 
 
 def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
@@ -38,7 +40,10 @@ def load_checkpoint(place: Path, trained: ModelConfig) -> tuple[Any, Any]:
 
 
 def is_adapter(place: Path) -> bool:
-    """Whether a folder holds an adapter, rather than whole weights. Raises ConfigError if it holds neither."""
+    """Whether a folder holds an adapter, rather than whole weights. Whoever loads a model asks this first.
+
+    Raises ConfigError if it holds neither, or files that are not those its manifest has; that reads the whole model.
+    """
     if not place_of("", str(place)).is_dir():
         raise unusable(str(place), "there is no such folder", REMEDY)
     file = next((place / name for name in (ADAPTER_CONFIG, "config.json") if (place / name).is_file()), None)
@@ -47,7 +52,17 @@ def is_adapter(place: Path) -> bool:
     read_object(file)
     if missing := without_weights(place):
         raise unusable(str(place), f"holds {missing}", REMEDY)
+    require_as_written(place, _AS_WRITTEN)
     return file.name == ADAPTER_CONFIG
+
+
+def require_as_written(place: Path, remedy: str) -> None:
+    """Raises ConfigError for a sealed folder whose model was damaged or exchanged.
+
+    Of several processes the main one reads, and the others wait. A hub id is no folder.
+    """
+    if found := by_main(lambda: altered(place)):
+        raise unusable(str(place), found, remedy)
 
 
 def _whole(place: Path) -> Any:
@@ -79,9 +94,10 @@ def with_adapter(place: Path, **options: Any) -> Any:
     recorded = require_base(place)
     base = str(_own_warm_start(place, recorded) or recorded)
     if Path(base).is_absolute() and not Path(base).exists():
-        remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}"
+        sealed = f", and remove {MANIFEST}" if (place / MANIFEST).is_file() else ""
+        remedy = f"put it back, or write where it is now into {ADAPTER_CONFIG}{sealed}"
         raise unusable(str(place), f"its base {base} is not there", remedy)
-    require_own_start(place, Path(base))
+    require_own_base(place, Path(base))
     with readable(f"adapter on {recorded}", str(place), REMEDY):
         options |= {"revision": PeftConfig.from_pretrained(place).revision}
         config = AutoConfig.from_pretrained(base, revision=options["revision"], trust_remote_code=False)
@@ -140,12 +156,12 @@ def _own_warm_start(place: Path, base: str) -> Path | None:
     return next((folder for folder in there if not other_base(place, folder)), there[0] if there else None)
 
 
-def require_own_start(place: Path, base: Path) -> None:
-    """Raises ConfigError for a warm start's model that is another than the adapter's, or is not what was written."""
-    if base.name != WARM_START:
-        return
-    sealed = (base / MANIFEST).is_file()
-    if found := other_base(place, base) or (sealed and damage(base, parts={})):
+def require_own_base(place: Path, base: Path) -> None:
+    """Raises ConfigError for a folder that is another base than the adapter's, or is not what was written.
+
+    What has neither a note beside the adapter nor a manifest, such as a hub's model, is taken as it is.
+    """
+    if found := by_main(lambda: other_base(place, base) or altered(base)):
         raise unusable(str(place), f"of its base {base}, {found}", "put back the folder that its run wrote")
 
 

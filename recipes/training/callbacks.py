@@ -18,7 +18,7 @@ from recipes.processes import anywhere
 from recipes.rewards.signs import Signs
 from recipes.training.checkpoints import steps_of_generation
 
-_IN_ORDER = 2.0  # seconds after "at once" in which one more Ctrl-C does not cut short what is being closed
+_IN_ORDER = 2.0  # seconds after Ctrl-C in which one more does not cut short what is being said and closed
 
 
 class BypassGuard(TrainerCallback):
@@ -37,14 +37,38 @@ class BypassGuard(TrainerCallback):
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """What comes before the trainer's steps ends by SIGTERM and the like as by Ctrl-C; it would die on the spot."""
+def ctrl_c_once() -> Iterator[None]:
+    """One Ctrl-C raises KeyboardInterrupt; another within moments does nothing: it would cut short the last sentence.
+
+    Or come while Python lets go of an object, which ends in a traceback of somebody else's.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    last = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal last
+        if time.monotonic() > last + _IN_ORDER:
+            last = time.monotonic()
+            raise KeyboardInterrupt
 
-    with _handled_by(stop):
+    if before != signal.SIG_IGN:  # as a shell has it for a job in the background
+        signal.signal(signal.SIGINT, stop)
+    try:
         yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """What comes before the trainer's steps ends by SIGTERM and the like as by Ctrl-C; it would die on the spot."""
+    with _handled_by(_ctrl_c(signal.getsignal(signal.SIGINT))):
+        yield
+
+
+def _ctrl_c(handler: Any) -> Callable[[int, FrameType | None], Any]:
+    """What that handler of SIGINT does; where it is ignored, what Python does."""
+    return handler if callable(handler) else signal.default_int_handler
 
 
 @contextmanager
@@ -58,7 +82,7 @@ def last_words() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     previous = {number: signal.signal(number, handler) for number in _announcing_the_end()}
     try:
         yield
@@ -84,7 +108,6 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
-        self._at_once = -math.inf  # when
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -100,9 +123,8 @@ class Interruption(TrainerCallback):
         if not self.asked:
             self.asked = True
             print("\nStopping after this step (Ctrl-C from now on: at once).", flush=True)
-        elif number == signal.SIGINT and time.monotonic() > self._at_once + _IN_ORDER:
-            self._at_once = time.monotonic()
-            raise KeyboardInterrupt
+        elif number == signal.SIGINT:
+            _ctrl_c(self._previous[signal.SIGINT])(number, frame)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer for a checkpoint and for the end, in all processes if one was asked."""

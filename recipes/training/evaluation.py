@@ -155,6 +155,9 @@ def majority(answers: Sequence[Hashable | None]) -> int | None:
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
+    precision = Precision.of(
+        config.grpo_config(place)
+    )  # as it was trained; and processes know of each other from here
     # What is wrong with the data, or with a judge of the user's own, is said before a model is loaded.
     first = task.held_out[0]
     processes.by_main(lambda: task.verdicts([""], [first]))
@@ -164,7 +167,6 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
         tokenizer, task.held_out[: config.run.evaluation.size]["prompt"], config.chat_template_kwargs
     )
     require_known_tokens(model, tokenizer, prompts, str(place))
-    precision = Precision.of(config.grpo_config(place))  # as it was trained
     generate = by_transformers(model, tokenizer, config.chat_template_kwargs, precision)
     batch = encode(tokenizer, task.held_out[:4]["prompt"], config.chat_template_kwargs)
     with in_phase("evaluation"), precision.autocast(model.device):

@@ -251,6 +251,7 @@ def test_a_stop_inside_a_generation_waits_for_its_end(tmp_path, capsys, monkeypa
     folder = RunFolder.to_resume(tmp_path, "tiny")
     assert folder.step == 3
     assert (folder.path / "interrupted" / "model.safetensors").is_file()
+    assert damage(folder.path / "interrupted", parts={}) == ""
     assert not folder.final.exists()
 
 

@@ -1,5 +1,7 @@
 """Stops, kills, moves and changed settings of whole runs."""
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -165,6 +167,34 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
     assert measured[0] == measured[1] != []
     assert merge(moved / "tiny")["logits_error"] < 1e-4
+
+
+def test_whatever_a_run_leaves_a_model_in_is_sealed(tmp_path):
+    """By sums of one's own; and again where the run goes on to another final model."""
+    more = ["run.save_every=1", "lora.r=2"]
+    run, adapters = tmp_path / "tiny", []
+    for steps, resume in ((1, []), (2, ["--resume"])):
+        assert train_grpo.main([*command(tmp_path, f"grpo.max_steps={steps}", *more), *resume]) == 0
+        for name in ("warm_start", f"checkpoints/checkpoint-{steps}", "final"):
+            sums = sums_in(run / name)
+            assert sums == sums_of(run / name)
+            assert [file for file in sums if file.endswith("model.safetensors")]
+            adapters += [sums["adapter_model.safetensors"]] if name == "final" else []
+        assert "base.json" in sums_in(run / "final")
+    assert adapters[0] != adapters[1]
+
+
+def sums_in(place):
+    """Of the manifest. A model card is written anew, and may be another."""
+    files = json.loads((place / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name != "README.md"}
+
+
+def sums_of(place):
+    """Of the files that are there."""
+    files = [path for path in place.rglob("*") if path.is_file()]
+    sums = {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {name: digest for name, digest in sums.items() if name not in ("README.md", "manifest.json")}
 
 
 def sealed_anew(start):
@@ -373,6 +403,25 @@ def test_sigterm_in_the_warm_start_is_orderly(tmp_path):
     assert run.returncode == 130
     assert "Stopped before training began; run the same command again." in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 4, 15])
+def test_a_second_ctrl_c_in_the_warm_start_cuts_no_sentence_short(tmp_path, milliseconds):
+    """It came while objects were let go of, or the sentence was said: a traceback followed, or stood in its place."""
+    long = ["run.warm_start.steps=100000", "run.warm_start.target_accuracy=null"]
+    run = ready.python(
+        "-m", "train_grpo", *command(tmp_path, *long), env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        wait_for(run, "warm start  step 10 ")
+        os.kill(run.pid, signal.SIGINT)
+        time.sleep(milliseconds / 1000)
+        os.kill(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert errors.strip() == "Stopped before training began; run the same command again."
 
 
 def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):

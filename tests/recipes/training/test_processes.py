@@ -15,10 +15,11 @@ from children import wait_for
 from launched import torchrun
 from safetensors.torch import load_file
 from test_quickstart import CONFIG, TINY
+from tiny import saved_llama
 
 import train_grpo
 from benchmarks import multi_gpu
-from recipes.models.manifest import damage
+from recipes.models.manifest import damage, seal
 from recipes.tracking.run_folder import RunFolder
 
 
@@ -225,6 +226,38 @@ def test_a_run_goes_on_in_more_processes(tmp_path):
     assert [record["step"] for record in folder.metrics.read()] == [0, 1, 2, 3]
     assert len(folder.metrics.read()[-1]["memory_by_process"]) == 3
     assert folder.step == 3
+    assert (folder.final / "tokenizer.json").is_file()
+    assert damage(folder.final, parts={}) == ""
+
+
+WHO_READS = """
+import hashlib, os, sys, train_grpo
+digest = hashlib.file_digest
+def told(file, name):
+    print("read by", os.environ["RANK"], os.path.basename(file.name), file=sys.stderr, flush=True)
+    return digest(file, name)
+hashlib.file_digest = told
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def test_one_process_reads_a_sealed_model_for_all_and_says_what_is_wrong(tmp_path):
+    place, script = tmp_path / "model", tmp_path / "who.py"
+    script.write_text(WHO_READS)
+    saved_llama(place)
+    seal(place)
+    for change, status in ((lambda data: data, 0), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), 1)):
+        weights = place / "model.safetensors"
+        weights.write_bytes(change(weights.read_bytes()))
+        process = torchrun(
+            2, script, *arguments_of(tmp_path, "run.warm_start=null"), "--evaluate", place, start=ready.anew
+        )
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == status, output
+        assert output.count("read by 0 model.safetensors") == 1, output
+        assert output.count("read by 1 model.safetensors") == 0, output
+        refused = f"{place}: model.safetensors is not what was written (another sha256); put back what was"
+        assert output.count(refused) == status
 
 
 HELD_IN_A_CYCLE = """

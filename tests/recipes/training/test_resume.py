@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 import train_grpo
 from recipes.config.load import ConfigError, load_config
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.callbacks import BypassGuard, Interruption, last_words, sigterm_as_ctrl_c
+from recipes.training.callbacks import BypassGuard, Interruption, ctrl_c_once, last_words, sigterm_as_ctrl_c
 from recipes.training.resume import (
     apply_settings,
     is_finished,
@@ -325,7 +326,7 @@ def test_sigterm_asks_once_and_ctrl_c_after_it_stops_at_once():
 
 def test_a_ctrl_c_that_comes_with_the_second_cuts_nothing_short():
     """The run is being closed, and who presses twice means no third time."""
-    with Interruption():
+    with ctrl_c_once(), Interruption():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -333,6 +334,39 @@ def test_a_ctrl_c_that_comes_with_the_second_cuts_nothing_short():
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             pytest.fail("cut short")
+
+
+def test_of_two_stops_within_moments_before_the_steps_one_counts(monkeypatch):
+    """Also of a SIGTERM and a Ctrl-C, and after the part in which SIGTERM is one; two seconds later it counts again."""
+    before = signal.getsignal(signal.SIGINT)
+    with ctrl_c_once():
+        with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        with sigterm_as_ctrl_c():
+            os.kill(os.getpid(), signal.SIGTERM)
+        later = time.monotonic() + 2.5
+        monkeypatch.setattr("recipes.training.callbacks.time.monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_job_in_the_background_hears_no_ctrl_c_and_ends_by_sigterm():
+    """A shell has SIGINT ignored there."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ctrl_c_once(), sigterm_as_ctrl_c():
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("heard", [True, False])
