@@ -232,8 +232,8 @@ def activation_bytes(
 
     With checkpointing: every layer's input (offloaded: three), and one layer's activations while it is recomputed. With
     or without, the gradients that move through one layer are added: three of the MLP's width, two of the hidden width.
-    For layers that no formula describes only the inputs are counted. Under autocast those of float32 weights are float32:
-    the embedding is not a product, and what is added to it becomes float32.
+    For layers that no formula describes only the inputs are counted. Under autocast those of float32 weights are
+    float32: the embedding is not a product, and what is added to it becomes float32.
     """
     on_card = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
     stream = 4 if precision.autocast and precision.weights == 4 else precision.e
