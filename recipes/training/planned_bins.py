@@ -47,15 +47,13 @@ def bins_of(trainer: Any, told: int | None, prompt: int) -> Bins:
     """
     if told is not None:
         return Bins(told, "as told")
-    for reason in unknown(trainer):
-        return Bins(None, reason)
     try:
+        if (reason := next(unknown(trainer), None)) is not None:
+            return Bins(None, reason)
         setting = setting_of(trainer, prompt)
-    except (
-        Exception
-    ) as error:  # of a model's own building, on a device where most models have never been built
+    except Exception as error:  # of a model's own building, or an optimizer's; no reason for a script to end
         said = str(error).strip().partition("\n")[0] or type(error).__name__
-        return Bins(None, f"the model's sizes could not be counted: {said}")
+        return Bins(None, f"its memory could not be counted: {said}")
     if not setting.complete:
         return Bins(None, f"no formula covers the layers of {setting.shape.kind} with its attention")
     return Bins(planned_tokens(setting, room(trainer, setting)), "planned")

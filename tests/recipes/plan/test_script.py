@@ -297,13 +297,17 @@ def test_eager_attention_has_no_formula(trainer, card, attention):
     assert model.config._attn_implementation == f"test_{attention}"
 
 
-def test_a_model_that_cannot_be_counted(trainer, monkeypatch):
+@pytest.mark.parametrize("part", ["the model", "the optimizer"])
+def test_what_cannot_be_counted_is_no_end_of_a_script(trainer, monkeypatch, part):
     def fails(*_):
         raise RuntimeError("no such kernel\nmore")
 
-    monkeypatch.setattr(script, "sizes", fails)
+    if part == "the model":
+        monkeypatch.setattr(script, "sizes", fails)
+    else:
+        monkeypatch.setattr(script.Trainer, "get_optimizer_cls_and_kwargs", fails)
     assert str(bins_of(trainer, None, PROMPT)) == (
-        "bins of a micro-batch's slots: the model's sizes could not be counted: no such kernel"
+        "bins of a micro-batch's slots: its memory could not be counted: no such kernel"
     )
 
 
