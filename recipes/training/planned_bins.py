@@ -16,11 +16,8 @@ from recipes.plan.plan import RESERVE, measure, planned_tokens
 from recipes.plan.script import setting_of, unknown
 from recipes.plan.setting import Setting
 
-_THERE = (
-    "parameters",
-    "reference model",
-    "adapter and saved modules",
-)  # when the first loss is about to come
+# Of the plan's parts, when the first loss is about to come.
+_THERE = ("parameters", "reference model", "adapter and saved modules")
 
 
 @dataclass(frozen=True)
