@@ -121,7 +121,7 @@ def _precision(trainer: Any, base: Any, quantised: str) -> Precision:
     adapters = [p.dtype.itemsize for name, p in base.named_parameters() if ".lora_" in name]
     return Precision(
         weights=dtype.itemsize,
-        e=2 if autocast else dtype.itemsize,
+        e=2,  # by autocast or by the weights: variable-length attention takes nothing else
         adapter=max(adapters, default=4),
         quantised=quantised,
         autocast=autocast,

@@ -19,7 +19,7 @@ from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
 from recipes.models.attention import put_before
 from recipes.plan import script
-from recipes.plan.plan import GIB, RESERVE, measure, token_budget
+from recipes.plan.plan import GIB, RESERVE, measure, planned_tokens, token_budget
 from recipes.plan.script import setting_of, unknown
 from recipes.plan.setting import Setting
 from recipes.training.planned_bins import bins_of, room
@@ -280,7 +280,7 @@ def test_where_anything_is_not_known_bins_have_a_micro_batchs_slots(trainer, mon
     assert (told.tokens, str(told)) == (5, "bins of 5 tokens, as told")
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 def test_eager_attention_has_no_formula(trainer, card, attention):
     """Also where the packed step's attention is before it."""
     card(setting_of(trainer, PROMPT), 80)
@@ -309,6 +309,19 @@ def test_what_cannot_be_counted_is_no_end_of_a_script(trainer, monkeypatch, part
     assert str(bins_of(trainer, None, PROMPT)) == (
         "bins of a micro-batch's slots: its memory could not be counted: no such kernel"
     )
+
+
+def test_a_static_cache_stays_unless_vllm_samples(trainer):
+    trainer.args.cache_implementation = "static"
+    assert setting_of(trainer, PROMPT).kept_cache
+    trainer.args.use_vllm = True
+    assert not setting_of(trainer, PROMPT).kept_cache
+
+
+def test_nothing_is_planned_for_a_cpu(trainer):
+    setting = setting_of(trainer, PROMPT)
+    assert planned_tokens(setting, 80 * GIB) > 0
+    assert planned_tokens(replace(setting, device_type="cpu"), 80 * GIB) is None
 
 
 def test_gemma_has_no_formula(tmp_path, trainer):
