@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 from recipes import packed_trainer
 from recipes.packed_trainer import PackedGRPOTrainer
 from recipes.plan.plan import GIB
+from recipes.plan.script import unknown
 from recipes.training import planned_bins
 from recipes.training.packed_step import PackedStep
 
@@ -102,6 +103,9 @@ def test_without_a_gpu_bins_are_as_told_or_of_slots(tmp_path, capsys, told, said
     ]
     trainer.train()
     assert "packed step" not in capsys.readouterr().out
+    # On a trainer of TRL's own nothing else is in the way: its optimizer, in accelerate's wrapper, is what optim names.
+    found = list(unknown(trainer))
+    assert found == ["without a GPU none are planned", "torch's variable-length attention does not run here"]
 
 
 def test_only_the_main_process_speaks(tmp_path, capsys, monkeypatch):
