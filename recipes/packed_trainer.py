@@ -22,12 +22,14 @@ import trl
 from trl import GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
+from memhead.shortage import is_out_of_memory
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
 from recipes.training.generation_batches import taken
 from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
+from recipes.training.planned_bins import bins_of
 from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
@@ -54,6 +56,11 @@ _UNTESTED = {  # of GRPOConfig's fields, that a run refuses or nobody has tried
     "use_transformers_paged": "has not been tested",
 }
 
+_SMALLER = (
+    "memhead planned bins of {} tokens by the memory that was free; PackedGRPOTrainer(…, token_budget={}) takes smaller"
+    " ones. Where a bin is one micro-batch already, lower per_device_train_batch_size."
+)
+
 
 class PackedGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, packed from ``train()`` on where that is exact. Its arguments are TRL's, and two more.
@@ -61,12 +68,14 @@ class PackedGRPOTrainer(GRPOTrainer):
     memhead's head is installed for all of TRL's trainers, unless another one is: ``memhead.integrations.trl``.
 
     Args:
-        token_budget: tokens of a bin. None for as many as TRL's micro-batch has slots when padded.
+        token_budget: tokens of a bin. None for as many as are of use and fit on the GPU, by the plan, once the first
+            completions are sampled; where nothing is planned, as many as TRL's micro-batch has slots when padded.
         require_packed: raise ValueError where TRL's step would be taken.
 
     Attributes:
         why_not_packed: why TRL's step is taken; None where the packed one is, and before ``train()``.
         step_check: figures of the check before the first step, against TRL's padded way; None without one.
+        packed_bins: which bins the packed step takes and why, in words; None before the first completions.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class PackedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.why_not_packed: str | None = None
         self.step_check: dict[str, Any] | None = None
+        self.packed_bins: str | None = None
         self._wanted_budget, self._require_packed = token_budget, require_packed
         self._chosen = False
 
@@ -123,6 +133,8 @@ class _InScript(PackedStep):
     """The packed step before a script's class, and seen by it as little as can be."""
 
     _script: type
+    _wanted_budget: int | None
+    packed_bins: str | None
 
     def get_train_dataloader(self) -> Any:
         """TRL's rows where the script looks at them; else they are read once a generation."""
@@ -132,8 +144,28 @@ class _InScript(PackedStep):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """A script's own is given all that TRL's finds: old log-probabilities, importance ratios, the reference."""
         if not _is_own(self._script, _SAMPLED):
-            return super()._generate_and_score_completions(inputs)
-        return super(PackedStep, self)._generate_and_score_completions(taken(inputs))
+            sampled = super()._generate_and_score_completions(inputs)
+        else:
+            sampled = super(PackedStep, self)._generate_and_score_completions(taken(inputs))
+        if self.model.training and self.packed_bins is None:
+            self._choose_bins(int(sampled["prompt_mask"].sum(1).max()))
+        return sampled
+
+    def _choose_bins(self, prompt: int) -> None:
+        """Of all losses to come, by the longest prompt of the first generation, in tokens."""
+        bins = bins_of(self, self._wanted_budget, prompt)
+        self._token_budget, self.packed_bins = bins.tokens, str(bins)
+        if is_main():
+            print(f"packed step: {bins}", flush=True)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Where planned bins do not fit all the same, the error says how to have smaller ones."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            if self._wanted_budget is None and self._token_budget is not None and is_out_of_memory(error):
+                error.add_note(_SMALLER.format(self._token_budget, max(1, self._token_budget // 2)))
+            raise
 
     def _generate(self, prompts: Any) -> Any:
         """Without the stand-ins for TRL's passes, which come after it: what a script asks for within is computed."""

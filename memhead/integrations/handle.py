@@ -57,6 +57,7 @@ class Handle:
     Attributes:
         impl: what computes.
         place: what it was put into, in words.
+        chunk: the tile that it was told to take (TRL alone); ``None`` for memhead's own choice.
         calls: calls so far.
         rows: tokens scored so far.
         listener: while it is set, it is called with what each call of TRL's head was given.
@@ -65,6 +66,7 @@ class Handle:
 
     def __init__(self, impl: str, restore: Callable[[], None], place: str = "") -> None:
         self.impl, self.place = impl, place
+        self.chunk: int | tuple[int, int] | None = None
         self.calls = 0
         self.rows = 0
         self.listener: Callable[..., None] | None = None

@@ -82,6 +82,7 @@ def install(
             refuse_lora_again()
 
     handle = Handle(impl, restore, "TRL's trainers")
+    handle.chunk = chunk
 
     def memhead_apply(*args: Any, **kwargs: Any) -> PerToken:
         truncated = handle.truncated

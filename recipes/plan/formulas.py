@@ -232,10 +232,12 @@ def activation_bytes(
 
     With checkpointing: every layer's input (offloaded: three), and one layer's activations while it is recomputed. With
     or without, the gradients that move through one layer are added: three of the MLP's width, two of the hidden width.
-    For layers that no formula describes only the inputs are counted.
+    For layers that no formula describes only the inputs are counted. Under autocast those of float32 weights are
+    float32: the embedding is not a product, and what is added to it becomes float32.
     """
     on_card = min(shape.layers, OFFLOADED_INPUTS) if checkpointing and offloaded else shape.layers
-    inputs = on_card * batch.tokens * precision.e * shape.hidden
+    stream = 4 if precision.autocast and precision.weights == 4 else precision.e
+    inputs = on_card * batch.tokens * stream * shape.hidden
     if shape.layer is None:
         return inputs
     kept = compiled_layer_bytes if compiled else layer_bytes
@@ -263,7 +265,9 @@ def memhead_bytes(shape: ModelShape, rows: int, e: int, chunk: Chunk, *, trained
     return chunk.workspace_bytes(shape.hidden, 4, e) + direction
 
 
-def head_chunk(shape: ModelShape, rows: int, e: int, device_type: str, chunk_rows: int | None) -> Chunk:
-    """The tile that memhead takes; `chunk_rows` is head.chunk."""
+def head_chunk(
+    shape: ModelShape, rows: int, e: int, device_type: str, chunk_rows: int | tuple[int, int] | None
+) -> Chunk:
+    """The tile that memhead takes; `chunk_rows` is head.chunk, or a tile as memhead takes it."""
     device = torch.device(device_type)
     return resolve_chunk(chunk_rows, rows, shape.vocab, device, 4, widen=False)

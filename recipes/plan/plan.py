@@ -344,15 +344,23 @@ def longest_completion(config: RunConfig, s: Setting, available: int) -> int:
 def token_budget(config: RunConfig, s: Setting, device_bytes: int | None) -> int | None:
     """Tokens of the packed step's bins: `step.token_budget`, or as many as are of use and fit beside vLLM.
 
-    Of use are those that keep the device at work, and those that take no more memory than TRL's micro-batches. None
-    where nothing is planned, on a CPU and where no formula covers the layers: then a bin has as many tokens as a
-    micro-batch has slots when padded.
+    None where nothing is planned: then a bin has as many tokens as a micro-batch has slots when padded.
     """
     if config.step.token_budget is not None:
         return config.step.token_budget
-    if device_bytes is None or not s.varlen or not s.complete:
+    if device_bytes is None:
         return None
-    fits = plan_token_budget(s, device_bytes - round(vllm_share(config) * device_bytes))
+    return planned_tokens(s, device_bytes - round(vllm_share(config) * device_bytes))
+
+
+def planned_tokens(s: Setting, device_bytes: int) -> int | None:
+    """Tokens of a bin that are of use and fit; never less than a micro-batch. None on a CPU and without a formula.
+
+    Of use are those that keep the device at work, and those that take no more memory than TRL's micro-batches.
+    """
+    if not s.varlen or not s.complete:
+        return None
+    fits = plan_token_budget(s, device_bytes)
     of_use = max(tokens_as_padded(s), min(MOST_TOKENS, filling_tokens(s) or MOST_TOKENS))
     return max(s.packed, min(of_use, fits))
 

@@ -30,7 +30,7 @@ class Setting:
     offloaded: bool  # layer inputs in host memory
     reference: bool  # a second copy of the weights: beta above 0 without an adapter to switch off
     head: str
-    chunk_rows: int | None
+    chunk_rows: int | tuple[int, int] | None
     device_type: str
     kept_cache: bool = False  # the static cache of sampling, which stays between rollouts
     # One that grows, under autocast: rotated keys of float32 weights stay float32, and it keeps values in their dtype.

@@ -109,8 +109,13 @@ class ModelShape:
             cache=_cache_layers(model),
             layer=_layer_shape(text),
             dtype=_name(model.dtype),
-            quantised=_quantised(getattr(model.config, "quantization_config", None)),
+            quantised=cls.quantised_as(model.config),
         )
+
+    @staticmethod
+    def quantised_as(config: PretrainedConfig) -> str:
+        """Precision.quantised of a checkpoint's configuration; "" if it is not, or not by bitsandbytes."""
+        return _quantised(getattr(config, "quantization_config", None))
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,18 @@ class Trained:
             raise ConfigError(
                 [Problem("lora.target_modules", message, targets, f"remove {one_of(tied)} from it")]
             )
-        trained = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
+        return cls.counted(adapted)
+
+    @classmethod
+    def counted(cls, model: Any) -> Trained:
+        """By what gets a gradient, on a model with its adapters on it, if it has any."""
+        trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
         adapters = sum(size for name, size in trained if ".lora_" in name)
         return cls(
             adapters=adapters,
             whole=sum(size for _, size in trained) - adapters,
-            adapted=sum(_under(module).numel() for module in adapted.modules() if hasattr(module, "lora_A")),
-            head=adapted.get_output_embeddings().weight.requires_grad,
+            adapted=sum(_under(module).numel() for module in model.modules() if hasattr(module, "lora_A")),
+            head=model.get_output_embeddings().weight.requires_grad,
         )
 
 

@@ -263,7 +263,7 @@ def test_parts_and_phases():
     }
     assert found.instead == {
         "head with full logits": 8 * 101 * 14,
-        "activations with checkpointing": 5 * 14 * 12 + one + ends,
+        "activations with checkpointing": 5 * 14 * 24 + one + ends,
     }
     resting = 8000 + 120 + 240
     assert found.phases == {
@@ -297,7 +297,7 @@ def test_parts_and_phases_the_other_way():
         "adapter and saved modules": 0,
         "gradients": 8000,
         "optimizer": 0,
-        "activations": 5 * 14 * 12 + one + ends,
+        "activations": 5 * 14 * 24 + one + ends,
         "head": full,
     }
     assert found.instead == {
@@ -307,7 +307,7 @@ def test_parts_and_phases_the_other_way():
     assert found.phases == {
         "generation": 16_000 + 12_312 + 18 * 120,
         "scoring without gradient": 16_000 + 5040 + 14 * 120 + full + 1600,
-        "forward, loss and backward": 16_000 + 5040 + 8000 + 1600 + 840 + one + ends + full,
+        "forward, loss and backward": 16_000 + 5040 + 8000 + 1600 + 5 * 14 * 24 + one + ends + full,
         "optimizer": 16_000 + 5040 + 8000,
     }
 
@@ -316,7 +316,7 @@ def test_unsloths_scoring_takes_what_its_forward_pass_takes():
     offloaded = replace(SETTING, checkpointing=True, offloaded=True)
     phases = measure(offloaded).phases
     one = 14 * (56 + 64 + 60 + 2 * 52 + 2 * 56) + 14 * 48 + 14 * 7 * 2
-    through = 3 * 14 * 12 + one + 2 * 2 * 3 * 7 + 14 * 2 * 42
+    through = 3 * 14 * 24 + one + 2 * 2 * 3 * 7 + 14 * 2 * 42
     assert phases["scoring without gradient"] == 8360 + through + 3616 + 1600
     assert phases["forward, loss and backward"] == 8360 + 120 + 1600 + through + 3616
 

@@ -169,6 +169,32 @@ def test_checkpointing_keeps_the_layers_inputs(name):
     assert saved_bytes(model, padded=True) == pytest.approx(inputs + ends, rel=0.1)
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_inputs_of_layers_under_autocast(name, dtype, rank):
+    """As checkpoints keep them: the difference that a layer makes, so that nothing beside the layers is in it."""
+
+    def kept(layers):
+        sizes = {**SIZES, "num_hidden_layers": layers}
+        config = AutoConfig.for_model(**sizes, **MODELS[name], bos_token_id=1, eos_token_id=2)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).train()
+        shape = ModelShape.of(model)
+        if rank:
+            model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+            model.enable_input_require_grads()  # as TRL does
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        precision = Precision(dtype.itemsize, 2, autocast=True)
+        planned = memory.activation_bytes(
+            shape, precision, Batch.padded(B, T - 4, 4, mask=False), r=rank, checkpointing=True
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            return saved_bytes(model, padded=False), planned
+
+    (few, planned_few), (many, planned_many) = kept(2), kept(5)
+    assert many - few == planned_many - planned_few == 3 * B * T * 48 * dtype.itemsize
+
+
 @pytest.mark.parametrize("name", WITHOUT_LAYERS)
 def test_layers_without_a_formula_count_their_inputs_alone(name):
     _, shape = build(name, torch.float32)
