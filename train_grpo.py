@@ -32,6 +32,7 @@ from recipes.config.load import RunConfig, load_config
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.processes import complain, is_first_here, let_the_first_speak, spread
+from recipes.stops import stopped_in_a_line
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -52,16 +53,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
-    try:
-        return _main(arguments)
-    except KeyboardInterrupt:  # a run that has begun says more; importing what it needs takes seconds
-        complain("\nStopped; the same command begins again.")
-        return 130
-
-
-def _main(arguments: list[str]) -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     one = parser.add_mutually_exclusive_group()
@@ -127,12 +121,12 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     silence_bars()
 
     from recipes import processes
-    from recipes.training.callbacks import ctrl_c_once, last_words
+    from recipes.training.callbacks import last_words
 
     processes.end_with_launcher()
     with processes.only_main_speaks():
         try:
-            with ctrl_c_once(), last_words():
+            with last_words():
                 status = _run(config, resume=resume, command=command, pilot=pilot)
         except processes.MainFailed:
             let_the_first_speak()

@@ -424,12 +424,16 @@ def test_a_second_ctrl_c_in_the_warm_start_cuts_no_sentence_short(tmp_path, mill
     assert errors.strip() == "Stopped before training began; run the same command again."
 
 
-def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):
-    run = start(command(tmp_path), start=ready.anew)
+@pytest.mark.parametrize("seconds", [0.02, 0.3, 1.0, 1.8])
+def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path, seconds):
+    """Torch was imported again to say it, which took a second in which another made a traceback, or failed."""
+    run = ready.anew("-m", "train_grpo", *command(tmp_path), env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_for(run, "Reading ")
-        time.sleep(0.3)
-        os.kill(run.pid, signal.SIGINT)
+        for pause in (seconds, 0.002, 0.05):
+            time.sleep(pause)
+            with suppress(ProcessLookupError):
+                os.kill(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     finally:
         run.kill()
