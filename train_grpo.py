@@ -214,6 +214,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         is_finished,
         model_to_load,
         require_same,
+        require_same_base,
         require_same_spread,
         require_whole_warm_start,
         what_changed,
@@ -232,6 +233,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
             return None
         require_same_spread(begun)
         by_main(partial(require_whole_warm_start, config, begun))
+        by_main(partial(require_same_base, config, begun))
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
@@ -292,7 +294,7 @@ def optimise(session: Session) -> Trained:
             reward.keep = partial(save_last_step, trainer, "rewards")
         if config.run.evaluation.every is not None:
             trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
-        finished = False
+        saved = finished = False
         try:
             require_room(session, trainer)
             if checkpoint is None:
@@ -306,6 +308,7 @@ def optimise(session: Session) -> Trained:
                     trainer.train(resume_from_checkpoint=str(checkpoint))
             if _took_every_step(trainer):
                 _save(trainer, folder.final)  # first: the evaluation may be cut off
+                saved = True
                 if not anywhere(interruption.asked):
                     tracker.evaluated(trainer.state.global_step, evaluate())
                     finished = True
@@ -318,15 +321,16 @@ def optimise(session: Session) -> Trained:
         finally:
             tracker.close()
             count_calls(handle, folder)
-    return Trained(trainer, tracker, finished)
+    return Trained(trainer, tracker, saved, finished)
 
 
 def finish(session: Session, trained: Trained, command: str) -> int:
     """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
     from recipes.processes import by_main
 
-    if not _took_every_step(trained.trainer):
-        _save(trained.trainer, session.folder.path / "interrupted")
+    if not trained.saved:  # stopped before that, or in the middle of it
+        folder, whole = session.folder, _took_every_step(trained.trainer)
+        _save(trained.trainer, folder.final if whole else folder.path / "interrupted")
     # The other processes wait: a launcher ends all as soon as one has ended otherwise than well.
     return by_main(lambda: _report(session, trained, command))
 
@@ -346,7 +350,7 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         lines = write_measured(session.planned, folder, trained.tracker.summary())
         print("".join(f"{line}\n" for line in lines), end="")
         write_report(folder)
-    if folder.final.is_dir():
+    if _took_every_step(trainer):  # else what lies there is of a session before, and so is its card
         trainer.write_card(folder.final)
     print_summary(trained.tracker.summary(), folder)
     outcome = verdict(records)
