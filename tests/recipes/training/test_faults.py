@@ -175,6 +175,8 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     figure = '"accuracy": '
     measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
     assert measured[0] == measured[1] != []
+    shutil.move(moved / "tiny" / "final", tmp_path / "on_another_disk")
+    (moved / "tiny" / "final").symlink_to(tmp_path / "on_another_disk")
     assert merge(moved / "tiny")["logits_error"] < 1e-4
 
 
