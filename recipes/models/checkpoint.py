@@ -147,7 +147,8 @@ def _make_room(model: Any, place: Path) -> None:
 def _own_warm_start(place: Path, base: str) -> Path | None:
     """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base.
 
-    Around a link to such a folder, which may lie on another disk, or around what it leads to. The one on record where a copy of the adapter lies in another run's folder.
+    Around a link to such a folder, which may lie on another disk, or around what it leads to. The one on record where
+    a copy of the adapter lies in another run's folder.
     """
     if Path(base).name != WARM_START:
         return None

@@ -175,9 +175,10 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     figure = '"accuracy": '
     measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
     assert measured[0] == measured[1] != []
-    shutil.move(moved / "tiny" / "final", tmp_path / "on_another_disk")
-    (moved / "tiny" / "final").symlink_to(tmp_path / "on_another_disk")
     assert merge(moved / "tiny")["logits_error"] < 1e-4
+    shutil.move(first, tmp_path / "on_another_disk")
+    first.symlink_to(tmp_path / "on_another_disk")
+    assert train_grpo.main([*command(moved, *lora), "--evaluate", str(first)]) == 0
 
 
 def test_whatever_a_run_leaves_a_model_in_is_sealed(tmp_path):
