@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from contextlib import suppress
 from functools import partial
@@ -32,7 +31,7 @@ from recipes.config.load import RunConfig, load_config
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.processes import complain, is_first_here, let_the_first_speak, spread
-from recipes.stops import stopped_in_a_line
+from recipes.stops import leave, stopped_in_a_line
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -418,6 +417,4 @@ def _command(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written: one more Ctrl-C ends nothing sooner
-    sys.exit(status)
+    leave(main(sys.argv[1:]))

@@ -46,7 +46,7 @@ from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.report.model_card import model_card
-from recipes.stops import stopped_in_a_line
+from recipes.stops import leave, stopped_in_a_line
 from recipes.tracking.files import naming_what_failed
 from recipes.tracking.terminal import silence_bars
 
@@ -321,4 +321,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
