@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from contextlib import suppress
 from functools import partial
@@ -32,6 +31,7 @@ from recipes.config.load import RunConfig, load_config
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.processes import complain, is_first_here, let_the_first_speak, spread
+from recipes.stops import leave, stopped_in_a_line
 
 if TYPE_CHECKING:
     from recipes.tracking.run_folder import RunFolder
@@ -52,16 +52,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 failed, 2 a mistake in the configuration, 130 stopped."""
-    try:
-        return _main(arguments)
-    except KeyboardInterrupt:  # a run that has begun says more; importing what it needs takes seconds
-        complain("\nStopped; the same command begins again.")
-        return 130
-
-
-def _main(arguments: list[str]) -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
     one = parser.add_mutually_exclusive_group()
@@ -127,12 +120,12 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
     silence_bars()
 
     from recipes import processes
-    from recipes.training.callbacks import ctrl_c_once, last_words
+    from recipes.training.callbacks import last_words
 
     processes.end_with_launcher()
     with processes.only_main_speaks():
         try:
-            with ctrl_c_once(), last_words():
+            with last_words():
                 status = _run(config, resume=resume, command=command, pilot=pilot)
         except processes.MainFailed:
             let_the_first_speak()
@@ -220,6 +213,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
         is_finished,
         model_to_load,
         require_same,
+        require_same_base,
         require_same_spread,
         require_whole_warm_start,
         what_changed,
@@ -238,6 +232,7 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
             return None
         require_same_spread(begun)
         by_main(partial(require_whole_warm_start, config, begun))
+        by_main(partial(require_same_base, config, begun))
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
@@ -298,7 +293,7 @@ def optimise(session: Session) -> Trained:
             reward.keep = partial(save_last_step, trainer, "rewards")
         if config.run.evaluation.every is not None:
             trainer.add_callback(AccuracyEvery(config.run.evaluation.every, evaluate, tracker.evaluated))
-        finished = False
+        saved = finished = False
         try:
             require_room(session, trainer)
             if checkpoint is None:
@@ -312,6 +307,7 @@ def optimise(session: Session) -> Trained:
                     trainer.train(resume_from_checkpoint=str(checkpoint))
             if _took_every_step(trainer):
                 _save(trainer, folder.final)  # first: the evaluation may be cut off
+                saved = True
                 if not anywhere(interruption.asked):
                     tracker.evaluated(trainer.state.global_step, evaluate())
                     finished = True
@@ -324,15 +320,16 @@ def optimise(session: Session) -> Trained:
         finally:
             tracker.close()
             count_calls(handle, folder)
-    return Trained(trainer, tracker, finished)
+    return Trained(trainer, tracker, saved, finished)
 
 
 def finish(session: Session, trained: Trained, command: str) -> int:
     """The report, the closing table, and how to go on where something is left to do. Returns the exit status."""
     from recipes.processes import by_main
 
-    if not _took_every_step(trained.trainer):
-        _save(trained.trainer, session.folder.path / "interrupted")
+    if not trained.saved:  # stopped before that, or in the middle of it
+        folder, whole = session.folder, _took_every_step(trained.trainer)
+        _save(trained.trainer, folder.final if whole else folder.path / "interrupted")
     # The other processes wait: a launcher ends all as soon as one has ended otherwise than well.
     return by_main(lambda: _report(session, trained, command))
 
@@ -352,7 +349,7 @@ def _report(session: Session, trained: Trained, command: str) -> int:
         lines = write_measured(session.planned, folder, trained.tracker.summary())
         print("".join(f"{line}\n" for line in lines), end="")
         write_report(folder)
-    if folder.final.is_dir():
+    if _took_every_step(trainer):  # else what lies there is of a session before, and so is its card
         trainer.write_card(folder.final)
     print_summary(trained.tracker.summary(), folder)
     outcome = verdict(records)
@@ -420,6 +417,4 @@ def _command(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written: one more Ctrl-C ends nothing sooner
-    sys.exit(status)
+    leave(main(sys.argv[1:]))

@@ -29,6 +29,7 @@ from recipes.models.saved import unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.final_answer import last_words
+from recipes.stops import leave, stopped_in_a_line
 from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.terminal import silence_bars
@@ -148,6 +149,7 @@ def _typed() -> Iterator[str]:
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 not possible, 2 a mistake in the command or configuration."""
     parser = argparse.ArgumentParser(
@@ -185,4 +187,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -20,6 +20,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,20 @@ from recipes.models.checkpoint import (
     with_adapter,
 )
 from recipes.models.generation_config import settle_generation_config
-from recipes.models.manifest import seal
+from recipes.models.manifest import MANIFEST, note_base, other_base, seal
 from recipes.models.parts import in_float32, merged_once_rounded
 from recipes.models.saved import readable, unusable
 from recipes.output import lasting_output
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.report.model_card import model_card
+from recipes.stops import leave, stopped_in_a_line
+from recipes.tracking.files import naming_what_failed
 from recipes.tracking.terminal import silence_bars
 
 # As a share of the largest logit, by the dtype that the merged weights are rounded to.
 LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+_UNFINISHED = ".unfinished"  # ends the name of a folder that is still being merged into
+_AGAIN = "the same command begins again"
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py")
 
 
@@ -85,24 +91,53 @@ def merge(run: Path, base: str | None = None) -> dict[str, Any]:
     dtype = str(merged.dtype).removeprefix("torch.")
     if mended := settle_generation_config(merged, base or str(final)):
         print(mended, file=sys.stderr)
-    merged.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    tokens = ordinary_tokens(tokenizer, merged.config.get_text_config().vocab_size)
-    del model, merged, after  # the proof has one model at a time in memory
-    wanted, without = _wanted(final, base, tokens)
-    proof = {
-        "adapted_weights": len(before),
-        "changed_weights": changed,
-        # of the model as it will be loaded, from the disk
-        "logits_error": _relative(_logits(_reload(place), tokens), wanted),
-        "adapter_effect": _relative(without, wanted),
-        "allowed": LOGITS_TOLERANCE[dtype],
-    }
-    if fault := _fault(proof):
-        shutil.rmtree(place)
-        raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
-    seal(place)
+    with _merged_whole(final, place) as aside:
+        with naming_what_failed(place, _AGAIN):
+            merged.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        tokens = ordinary_tokens(tokenizer, merged.config.get_text_config().vocab_size)
+        del model, merged, after  # the proof has one model at a time in memory
+        wanted, without = _wanted(final, base, tokens)
+        proof = {
+            "adapted_weights": len(before),
+            "changed_weights": changed,
+            # of the model as it will be loaded, from the disk
+            "logits_error": _relative(_logits(_reload(aside), tokens), wanted),
+            "adapter_effect": _relative(without, wanted),
+            "allowed": LOGITS_TOLERANCE[dtype],
+        }
+        if fault := _fault(proof):
+            raise ExportError(f"{fault}; {place} was removed ({json.dumps(proof)})")
     return proof
+
+
+@contextmanager
+def _merged_whole(final: Path, place: Path) -> Iterator[Path]:
+    """A folder to merge into: where the body ends well it is sealed and becomes `place`, else nothing is left of it.
+
+    It notes which `final` it is of, where that one is sealed. Raises CannotWrite.
+    """
+    aside = place.with_name(f"{place.name}{_UNFINISHED}")
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    try:
+        yield aside
+        with naming_what_failed(place, _AGAIN):
+            if (final / MANIFEST).is_file():
+                note_base(aside, final)
+            seal(aside)
+            aside.rename(place)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def require_merged_of_final(run: Path) -> None:
+    """Raises ExportError where `run/merged` is of another model than `run/final` is now, as after more steps."""
+    place = run / "merged"
+    if found := other_base(place, run / "final"):
+        raise ExportError(
+            f"{place} was merged from another {run / 'final'} ({found}); remove it to merge again"
+        )
 
 
 def merge_by_unsloth(run: Path) -> Path:
@@ -126,8 +161,8 @@ def merge_by_unsloth(run: Path) -> Path:
         max_seq_length=config.model.max_seq_length or MAX_SEQ_LENGTH,
         load_in_4bit=config.model.load_in_4bit,
     )
-    model.save_pretrained_merged(str(place), tokenizer, save_method="merged_16bit")
-    seal(place)
+    with _merged_whole(final, place) as aside, naming_what_failed(place, _AGAIN):
+        model.save_pretrained_merged(str(aside), tokenizer, save_method="merged_16bit")
     return place
 
 
@@ -218,8 +253,10 @@ def _adapted(model: Any) -> list[tuple[str, torch.Tensor]]:
 def gguf(run: Path, outtype: str = "f16") -> Path:
     """Convert the merged, or the whole final, model by llama.cpp's converter.
 
-    Raises ExportError without one; ConfigError for a folder that is not whole, or not what was written.
+    Raises ExportError without one, or for a merged model of another final one; ConfigError for a folder that is not
+    whole, or not what was written.
     """
+    require_merged_of_final(run)
     source = run / "merged" if (run / "merged").is_dir() else run / "final"
     if is_adapter(source):
         raise ExportError(f"{source} is an adapter; add --merge")
@@ -237,6 +274,7 @@ def gguf(run: Path, outtype: str = "f16") -> Path:
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: list[str]) -> int:
     """Run from the command line. Exit status: 0 done, 1 not possible, 2 a folder that is not one of a run's."""
     parser = argparse.ArgumentParser(
@@ -264,6 +302,7 @@ def main(arguments: list[str]) -> int:
             print(merge_by_unsloth(options.run))
         elif options.merge:
             print(json.dumps(merge(options.run, options.base), indent=2))
+        require_merged_of_final(options.run)  # or its card would have the figures of another model
         places = [place for name in ("final", "merged") if (place := options.run / name).is_dir()]
         for place in places:
             card = place / "README.md"
@@ -282,4 +321,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

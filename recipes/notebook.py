@@ -24,12 +24,15 @@ from recipes.tasks import Task
 from recipes.tracking.run_folder import RunFolder, existing
 
 # What the process does; nothing of the one that starts it is imported there again, a script no more than a notebook.
+# When all is said and written, one more Ctrl-C ends nothing sooner.
 _CALL = """
-import pickle, sys
+import pickle, signal, sys
 sys.path[:], call = pickle.load(sys.stdin.buffer)
 function, arguments = pickle.loads(call)
 sys.argv = [function.__module__]
-sys.exit(function(*arguments))
+status = function(*arguments)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.exit(status)
 """
 
 

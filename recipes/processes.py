@@ -227,6 +227,10 @@ def end() -> None:
 
 
 def _together() -> bool:
+    if (
+        not {"torch", "torch.distributed"} <= sys.modules.keys()
+    ):  # torch cannot be imported again where that was cut off
+        return False
     group = _group()
     return group.is_available() and group.is_initialized() and not _alone.get() and group.get_world_size() > 1
 

@@ -147,11 +147,14 @@ def _make_room(model: Any, place: Path) -> None:
 def _own_warm_start(place: Path, base: str) -> Path | None:
     """The warm start's model in the run folder around final/ or checkpoints/checkpoint-N, if that is the base.
 
-    The one on record where a copy of the adapter lies in another run's folder.
+    Around a link to such a folder, which may lie on another disk, or around what it leads to. The one on record where
+    a copy of the adapter lies in another run's folder.
     """
     if Path(base).name != WARM_START:
         return None
-    around = [folder / WARM_START for folder in place.resolve().parents[:2]]
+    around = [
+        folder / WARM_START for path in (place.absolute(), place.resolve()) for folder in path.parents[:2]
+    ]
     there = [folder for folder in (*around, Path(base)) if (folder / "config.json").is_file()]
     return next((folder for folder in there if not other_base(place, folder)), there[0] if there else None)
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-BASE = "base.json"  # beside an adapter on a warm start's model: the sum of that one's manifest, and so of its files
+BASE = (
+    "base.json"  # beside what was made of a sealed model: the sum of that one's manifest, and so of its files
+)
 STATE = "trainer_state.json"
 REFERENCE = "reference/model.safetensors"  # where grpo.sync_ref_model moves the reference model
 # What each part of a checkpoint is called, by the trainer alone or with DeepSpeed or FSDP.
@@ -73,13 +75,13 @@ def _write(place: Path, manifest: dict[str, Any]) -> None:
 
 
 def note_base(place: Path, base: Path) -> None:
-    """Note beside an adapter which sealed folder holds its base: another one may come to lie under the same path."""
+    """Note which sealed folder an adapter lies on or a merged model is of: another may come to lie under its path."""
     noted = {"manifest": _digest(base / MANIFEST)}
     (place / BASE).write_text(json.dumps(noted) + "\n", encoding="utf-8")
 
 
 def other_base(place: Path, base: Path) -> str:
-    """Why a folder is not the one that `note_base` noted beside the adapter in `place`; "" if it is, or nothing is."""
+    """Why a folder is not the one that `note_base` noted in `place`; "" if it is, or nothing is noted."""
     try:
         noted = json.loads((place / BASE).read_text(encoding="utf-8"))["manifest"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

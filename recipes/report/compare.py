@@ -23,6 +23,7 @@ from recipes.problems import visible
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_overlay
 from recipes.report.verdict import parting, verdict
+from recipes.stops import stopped_in_a_line
 from recipes.table import Table
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.summary import main_figures, summarize
@@ -115,6 +116,7 @@ def _flatten(data: Any, key: str = "") -> dict[str, Any]:
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report.compare", description="runs side by side")

@@ -19,6 +19,7 @@ from recipes.report.advice import advice
 from recipes.report.html import figures, render
 from recipes.report.plots import plot_run
 from recipes.report.verdict import verdict
+from recipes.stops import stopped_in_a_line
 from recipes.tracking.environment import environment_table
 from recipes.tracking.files import naming_what_failed, write_whole
 from recipes.tracking.meters import MEANING
@@ -160,6 +161,7 @@ def _text(value: Any) -> str:
 
 
 @lasting_output()
+@stopped_in_a_line
 def main(arguments: Sequence[str]) -> int:
     """`python -m recipes.report RUN …`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report", description="the report of each run")

@@ -141,8 +141,13 @@ class CannotWrite(OSError):
 
 
 @contextmanager
-def naming_what_failed(place: Path) -> Iterator[None]:
-    """Turns what torch, safetensors and the system say of a failed write into one line. Raises CannotWrite."""
+def naming_what_failed(
+    place: Path, then: str = "--resume goes on from the last whole checkpoint"
+) -> Iterator[None]:
+    """Turns what torch, safetensors and the system say of a failed write into one line. Raises CannotWrite.
+
+    then: how to go on once what failed is mended.
+    """
     try:
         yield
     except CannotWrite:
@@ -154,8 +159,7 @@ def naming_what_failed(place: Path) -> Iterator[None]:
             raise
         remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, _MAKE_ROOM)
         raise CannotWrite(
-            f"{place} could not be written, {free / 2**20:,.1f} MiB are free there: {error}; {remedy}; "
-            "--resume goes on from the last whole checkpoint"
+            f"{place} could not be written, {free / 2**20:,.1f} MiB are free there: {error}; {remedy}; {then}"
         ) from error
 
 

@@ -3,9 +3,7 @@ order, the accuracy is measured now and then, and what a step's figures mean is 
 
 from __future__ import annotations
 
-import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,8 +15,6 @@ from memhead.integrations.handle import Handle
 from recipes.processes import anywhere
 from recipes.rewards.signs import Signs
 from recipes.training.checkpoints import steps_of_generation
-
-_IN_ORDER = 2.0  # seconds after Ctrl-C in which one more does not cut short what is being said and closed
 
 
 class BypassGuard(TrainerCallback):
@@ -34,29 +30,6 @@ class BypassGuard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask."""
         self._handle.expect_calls(f"training step {state.global_step}")
-
-
-@contextmanager
-def ctrl_c_once() -> Iterator[None]:
-    """One Ctrl-C raises KeyboardInterrupt; another within moments does nothing: it would cut short the last sentence.
-
-    Or come while Python lets go of an object, which ends in a traceback of somebody else's.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    last = -math.inf
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if time.monotonic() > last + _IN_ORDER:
-            last = time.monotonic()
-            raise KeyboardInterrupt
-
-    if before != signal.SIG_IGN:  # as a shell has it for a job in the background
-        signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from recipes.models.checkpoint import WARM_START
 from recipes.models.finite import first_not_finite
 from recipes.models.manifest import MANIFEST, REFERENCE, condemn, note_base, seal
 from recipes.problems import ConfigError
@@ -93,12 +92,12 @@ class WholeCheckpoints(_Trainer):
             self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The trainer's. With adapters it also notes which warm start's model they belong to."""
+        """The trainer's. With adapters it also notes which sealed model they belong to."""
         super().save_model(output_dir, _internal_call)
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        for base in {Path(one.base_model_name_or_path or "") for one in adapters.values()}:
-            if self.args.should_save and base.name == WARM_START and (base / MANIFEST).is_file():
-                note_base(Path(output_dir or self.args.output_dir), base)
+        for base in {one.base_model_name_or_path for one in adapters.values()} - {None, ""}:
+            if self.args.should_save and (Path(base) / MANIFEST).is_file():
+                note_base(Path(output_dir or self.args.output_dir), Path(base))
 
     def _save_reference(self, file: Path) -> None:
         """Where it moves, it is neither the model that the run began with nor the one that is trained."""

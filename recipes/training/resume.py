@@ -17,8 +17,8 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import REFERENCE, STATE, damage, other_base
-from recipes.problems import ConfigError, Problem, join, show
+from recipes.models.manifest import BASE, REFERENCE, STATE, altered, damage, other_base
+from recipes.problems import ConfigError, Problem, join, place_of, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
 
@@ -87,6 +87,25 @@ def require_whole_warm_start(config: RunConfig, folder: RunFolder) -> None:
     if found:
         remedy = "put the file back, or leave --resume out to begin another run"
         raise ConfigError([Problem("run.warm_start", f"of {place}, {found}", remedy=remedy)])
+
+
+def require_same_base(config: RunConfig, folder: RunFolder) -> None:
+    """Raises ConfigError if the model that `model.name` names is not the one that the checkpoint's adapters lie on.
+
+    Where that one was sealed, as another run's merged/ or final/ is: more steps, or merging again, put another there.
+    """
+    name, checkpoint = config.model.name, folder.checkpoint
+    if (
+        config.run.warm_start is not None
+        or name is None
+        or checkpoint is None
+        or not (checkpoint / BASE).is_file()
+    ):
+        return
+    place = place_of("model.name", name)
+    if found := other_base(checkpoint, place) or altered(place):
+        remedy = "put back the folder that its run wrote, or leave --resume out to begin another run"
+        raise ConfigError([Problem("model.name", f"of {place}, {found}", remedy=remedy)])
 
 
 def require_same_spread(folder: RunFolder) -> None:

@@ -42,4 +42,5 @@ class Trained:
 
     trainer: Any
     tracker: Any
+    saved: bool  # every step taken, and the model is in final/
     finished: bool  # every step taken, the model saved and evaluated

@@ -1,6 +1,8 @@
 """What test_notebook.py has other processes do. They import this file, so it imports next to nothing."""
 
+import atexit
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,3 +34,10 @@ def say(arguments):
 def fail(arguments):
     print(f"command line: {arguments[-1]} is refused", file=sys.stderr)
     return 2
+
+
+def interrupted_as_it_ends(status):
+    """Says its last word; Ctrl-C comes when Python lets go of everything."""
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    print("stopped", flush=True)
+    return status

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (  # from the ground up; those in one line stand beside each other
-    {"problems", "processes", "machine", "output"}, {"escape"}, {"table"},
+    {"problems", "processes", "machine", "output", "stops"}, {"escape"}, {"table"},
     {"data"}, {"rewards"}, {"tasks"}, {"config"}, {"models"}, {"plan"}, {"tracking"}, {"training"},
     {"report"}, {"notebook", "ask", "export", "minimal", "packed_trainer"},
 )  # fmt: skip

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from spoken import fail, say, speak, work_until_interrupted
+from spoken import fail, interrupted_as_it_ends, say, speak, work_until_interrupted
 from tiny import made_up_checkpoint
 
 import train_grpo
@@ -40,6 +40,12 @@ def test_what_it_says_after_ctrl_c_is_still_shown(tmp_path, capsys):
     threading.Thread(target=interrupt).start()
     assert apart(work_until_interrupted, str(begun)) == 130
     assert "finishing the step" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_the_process_ends_changes_neither_its_status_nor_its_last_words(capsys):
+    """A double press in a notebook: a traceback followed the last sentence, or the status was that of the signal."""
+    assert apart(interrupted_as_it_ends, 130) == 130
+    assert capsys.readouterr().out == "stopped\n"
 
 
 def test_a_script_may_call_it_at_its_top_level(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import made_up_checkpoint, saved_llama
 from transformers import AutoModelForCausalLM
@@ -374,3 +375,54 @@ class Unsloth:
 class Trained:
     class model:
         loader, max_seq_length, load_in_4bit = "unsloth", None, False
+
+
+def test_a_merged_model_of_another_final_one_is_neither_converted_nor_described(written, folder, capsys):
+    """After more steps --gguf converted the merged model of before, and its card had the figures of the new one."""
+    run = folder("adapter")
+    commands = commands_on(run, "adapter") | {
+        "gguf": lambda: export.main([str(run), "--gguf"]),
+        "card": lambda: export.main([str(run)]),
+    }
+    assert commands["merge"]() == 0
+    assert commands["card"]() == 0
+    card = (run / "merged" / "README.md").read_text()
+    exchanged("adapter_model.safetensors")(run / "final", written / "others" / "adapter")
+    seal(run / "final")
+    for name in ("gguf", "card", "merge"):
+        capsys.readouterr()
+        assert commands[name]() == 1, name
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {run / 'merged'} ")
+        assert line.endswith("; remove it to merge again")
+    assert (run / "merged" / "README.md").read_text() == card
+    shutil.rmtree(run / "merged")
+    assert commands["merge"]() == 0
+    assert commands["card"]() == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "could not be written"),
+        (KeyboardInterrupt(), ""),
+    ],
+    ids=["full", "stopped"],
+)  # fmt: skip
+def test_a_merge_that_is_cut_off_leaves_nothing_and_begins_again(folder, capsys, monkeypatch, failure, words):
+    """A full disk was a traceback; half a folder stood in the way of the next, and was taken for a merged model."""
+    run = folder("adapter")
+    (run / "merged.unfinished").mkdir()  # of an export that was killed
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    with monkeypatch.context() as broken:
+        broken.setattr("transformers.modeling_utils.safe_save_file", fail)
+        assert export.main([str(run), "--merge"]) == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert "the same command begins again" in line
+    assert not list(run.glob("merged*"))
+    assert export.main([str(run), "--merge"]) == 0
+    assert [place.name for place in run.glob("merged*")] == ["merged"]

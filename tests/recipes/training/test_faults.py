@@ -16,6 +16,7 @@ import ready
 import torch
 from children import start, wait_for
 from test_finite import command
+from tiny import saved_llama
 from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import train_grpo
@@ -25,7 +26,15 @@ from recipes.models.manifest import seal
 from recipes.report.page import write_report
 from recipes.tracking.files import CannotWrite, LinesFile, naming_what_failed
 from recipes.tracking.run_folder import RunFolder
+from recipes.training.callbacks import AccuracyEvery
 
+ON_ANOTHER = """
+model: {{loader: transformers, name: {base}}}
+task: {{name: countdown, eval_problems: 8}}
+lora: {{r: 2, target_modules: all-linear}}
+grpo: {{max_steps: 1, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 6, entropy_coef: 0.1}}
+run: {{name: on, output_root: {root}, save_every: 1, evaluation: {{size: 4}}}}
+"""
 HELD = """
 import time
 from recipes.tracking.run_folder import RunFolder
@@ -167,6 +176,9 @@ def test_a_moved_run_resumes_evaluates_and_merges(tmp_path, capsys):
     measured = [[line for line in text.splitlines() if figure in line] for text in (here, there)]
     assert measured[0] == measured[1] != []
     assert merge(moved / "tiny")["logits_error"] < 1e-4
+    shutil.move(first, tmp_path / "on_another_disk")
+    first.symlink_to(tmp_path / "on_another_disk")
+    assert train_grpo.main([*command(moved, *lora), "--evaluate", str(first)]) == 0
 
 
 def test_whatever_a_run_leaves_a_model_in_is_sealed(tmp_path):
@@ -240,6 +252,73 @@ def test_an_adapter_is_not_put_on_another_warm_start(tmp_path, capsys, harm, fou
     capsys.readouterr()
     assert train_grpo.main(command(tmp_path, "grpo.max_steps=2", *more, "--resume")) == 2
     assert f"run.warm_start: of {start}, {found}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (lambda base: other_bit(base / "model.safetensors"), "model.safetensors is not what was written"),
+        (sealed_anew, "it is another model: that of another run"),
+    ],
+    ids=["damaged", "another"],
+)
+def test_an_adapter_stays_on_the_model_of_another_run_that_it_was_trained_on(tmp_path, capsys, harm, found):
+    """Merged again after more steps, it was evaluated, gone on with and exported on another base in silence."""
+    base = tmp_path / "merged"
+    saved_llama(base)
+    seal(base)
+    path = tmp_path / "on.yaml"
+    path.write_text(ON_ANOTHER.format(root=tmp_path, base=base))
+    call = ["--config", str(path)]
+    assert train_grpo.main(call) == 0
+    run = tmp_path / "on"
+    checkpoint = run / "checkpoints" / "checkpoint-1"
+    assert train_grpo.main([*call, "--evaluate", str(checkpoint)]) == 0
+    assert train_grpo.main([*call, "grpo.max_steps=2", "--resume"]) == 0
+    harm(base)
+    for refused in (
+        lambda: train_grpo.main([*call, "--evaluate", str(run / "final")]),
+        lambda: export.main([str(run), "--merge"]),
+    ):
+        capsys.readouterr()
+        assert refused() == 2
+        assert f"{run / 'final'}: of its base {base}, {found}" in capsys.readouterr().err
+    assert train_grpo.main([*call, "grpo.max_steps=3", "--resume"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"model.name: of {base}, {found}")
+
+
+def test_a_stop_while_the_final_model_is_written_keeps_it(tmp_path, monkeypatch, capsys):
+    """It was left half-written and called the run's model, and without a checkpoint all that was trained was lost."""
+    sealed, seen = seal, []
+
+    def stopped(place):
+        seen.append(place.name)
+        if seen.count("final") == 1:
+            raise KeyboardInterrupt
+        sealed(place)
+
+    monkeypatch.setattr("recipes.models.manifest.seal", stopped)
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1")) == 130
+    run = tmp_path / "tiny"
+    assert seen.count("final") == 2
+    assert sums_in(run / "final") == sums_of(run / "final")
+    assert not (run / "interrupted").exists()
+    assert train_grpo.main([*command(tmp_path, "grpo.max_steps=1"), "--evaluate", str(run / "final")]) == 0
+
+
+def test_a_run_that_goes_on_and_stops_leaves_the_model_before_its_card(tmp_path, monkeypatch):
+    """The figures of later steps were written into the card of a model that had not taken them."""
+    assert train_grpo.main(command(tmp_path, "grpo.max_steps=1", "run.save_every=1")) == 0
+    card = tmp_path / "tiny" / "final" / "README.md"
+    assert "1 optimizer steps" in (before := card.read_text())
+    monkeypatch.setattr(
+        AccuracyEvery, "on_step_end", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )  # a stop after its first step
+    longer = ["grpo.max_steps=9", "run.save_every=1", "run.evaluation.every=1"]
+    assert train_grpo.main([*command(tmp_path, *longer), "--resume"]) == 130
+    assert RunFolder(tmp_path / "tiny").step < 9
+    assert card.read_text() == before
 
 
 def other_bit(path):
@@ -424,12 +503,16 @@ def test_a_second_ctrl_c_in_the_warm_start_cuts_no_sentence_short(tmp_path, mill
     assert errors.strip() == "Stopped before training began; run the same command again."
 
 
-def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path):
-    run = start(command(tmp_path), start=ready.anew)
+@pytest.mark.parametrize("seconds", [0.02, 0.3, 1.0, 1.8])
+def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path, seconds):
+    """Torch was imported again to say it, which took a second in which another made a traceback, or failed."""
+    run = ready.anew("-m", "train_grpo", *command(tmp_path), env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_for(run, "Reading ")
-        time.sleep(0.3)
-        os.kill(run.pid, signal.SIGINT)
+        for pause in (seconds, 0.002, 0.05):
+            time.sleep(pause)
+            with suppress(ProcessLookupError):
+                os.kill(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     finally:
         run.kill()

@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import train_grpo
 from recipes.config.load import ConfigError, load_config
+from recipes.stops import ctrl_c_once
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.callbacks import BypassGuard, Interruption, ctrl_c_once, last_words, sigterm_as_ctrl_c
+from recipes.training.callbacks import BypassGuard, Interruption, last_words, sigterm_as_ctrl_c
 from recipes.training.resume import (
     apply_settings,
     is_finished,
@@ -346,7 +347,7 @@ def test_of_two_stops_within_moments_before_the_steps_one_counts(monkeypatch):
         with sigterm_as_ctrl_c():
             os.kill(os.getpid(), signal.SIGTERM)
         later = time.monotonic() + 2.5
-        monkeypatch.setattr("recipes.training.callbacks.time.monotonic", lambda: later)
+        monkeypatch.setattr("recipes.stops.time.monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
