@@ -227,10 +227,8 @@ def end() -> None:
 
 
 def _together() -> bool:
-    if (
-        not {"torch", "torch.distributed"} <= sys.modules.keys()
-    ):  # torch cannot be imported again where that was cut off
-        return False
+    if not {"torch", "torch.distributed"} <= sys.modules.keys():
+        return False  # nor imported here: where that was cut off, it cannot be again
     group = _group()
     return group.is_available() and group.is_initialized() and not _alone.get() and group.get_world_size() > 1
 

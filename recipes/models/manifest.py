@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-BASE = (
-    "base.json"  # beside what was made of a sealed model: the sum of that one's manifest, and so of its files
-)
+BASE = "base.json"  # beside what was made of a sealed model: the sum of that one's manifest, so of its files
 STATE = "trainer_state.json"
 REFERENCE = "reference/model.safetensors"  # where grpo.sync_ref_model moves the reference model
 # What each part of a checkpoint is called, by the trainer alone or with DeepSpeed or FSDP.

@@ -155,9 +155,8 @@ def majority(answers: Sequence[Hashable | None]) -> int | None:
 def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
     """Figures of a checkpoint on the config's held-out problems, as `evaluator` gives them."""
     task = config.make_task()
-    precision = Precision.of(
-        config.grpo_config(place)
-    )  # as it was trained; and processes know of each other from here
+    # As it was trained; and processes know of each other from here.
+    precision = Precision.of(config.grpo_config(place))
     # What is wrong with the data, or with a judge of the user's own, is said before a model is loaded.
     first = task.held_out[0]
     processes.by_main(lambda: task.verdicts([""], [first]))
