@@ -139,20 +139,22 @@ MUTANTS = (
     ),
     Mutant(
         "recipes/export.py",
-        "_relative(_logits(_reload(place), tokens), wanted)",
+        "_relative(_logits(_reload(aside), tokens), wanted)",
         "_relative(_logits(merged, tokens), wanted)",
         "tests/recipes/test_export.py::test_a_copy_that_is_damaged_on_the_disk_is_refused_and_removed[scaled]",
     ),
     Mutant(
         "train_grpo.py",
         "                _save(trainer, folder.final)  # first: the evaluation may be cut off\n"
+        "                saved = True\n"
         "                if not anywhere(interruption.asked):\n"
         "                    tracker.evaluated(trainer.state.global_step, evaluate())\n"
         "                    finished = True\n",
         "                if not anywhere(interruption.asked):\n"
         "                    tracker.evaluated(trainer.state.global_step, evaluate())\n"
         "                    finished = True\n"
-        "                _save(trainer, folder.final)\n",
+        "                _save(trainer, folder.final)\n"
+        "                saved = True\n",
         f"{SAFE}::test_the_model_is_saved_before_the_last_evaluation",
     ),
     Mutant(
