@@ -137,6 +137,9 @@ def test_transformers_says_the_commit(tmp_path, monkeypatch):
     """Of a model in the hub's cache, by the name of an attribute that is transformers' own."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # else it asks again for half a minute
     commit = "01" * 20
     place = tmp_path / "models--me--tiny"
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

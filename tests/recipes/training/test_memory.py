@@ -321,6 +321,9 @@ def test_other_errors_stay_what_they_are():
 def test_a_pretrained_model_without_a_gpu_is_planned_on_the_cpu(monkeypatch):
     """Its run is: the bytes measured there are laid beside these."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # else it asks again for half a minute
     config = load_config(str(Path(CONFIG).parent / "llama3.2_1b_gsm8k.yaml"))
     assert plan(config).setting.device_type == "cuda"  # --plan: what the configuration was written for
     asked = load_config(str(Path(CONFIG).parent / "llama3.2_1b_gsm8k.yaml"), ["grpo.use_cpu=true"])
