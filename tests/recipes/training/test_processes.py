@@ -249,9 +249,8 @@ def test_one_process_reads_a_sealed_model_for_all_and_says_what_is_wrong(tmp_pat
     for change, status in ((lambda data: data, 0), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), 1)):
         weights = place / "model.safetensors"
         weights.write_bytes(change(weights.read_bytes()))
-        process = torchrun(
-            2, script, *arguments_of(tmp_path, "run.warm_start=null"), "--evaluate", place, start=ready.anew
-        )
+        words = [*arguments_of(tmp_path, "run.warm_start=null"), "--evaluate", place]
+        process = torchrun(2, script, *words)
         output, _ = process.communicate(timeout=100)
         assert process.returncode == status, output
         assert output.count("read by 0 model.safetensors") == 1, output
