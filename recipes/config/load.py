@@ -74,14 +74,19 @@ class RunConfig(Section):
         """The most tokens that a completion may have."""
         return self.grpo["max_completion_length"]
 
+    @property
+    def own_vllm(self) -> bool:
+        """Whether a vLLM samples in the training process itself: Unsloth's, or TRL's colocated one."""
+        beside = self.grpo["use_vllm"] and self.grpo["vllm_mode"] == "colocate"
+        return bool(self.model.fast_inference or beside)
+
     def compiles_layers(self, *, cuda: bool) -> bool:
         """Whether layers are compiled: as asked, else where that was measured and the run is long enough."""
         asked = self.model.compile_layers
         if asked is not None:
             return asked
         model, grpo = self.model, self.grpo
-        beside_vllm = grpo["use_vllm"] and grpo["vllm_mode"] == "colocate"
-        quantised = model.load_in_8bit or (model.load_in_4bit and beside_vllm)
+        quantised = model.load_in_8bit or (model.load_in_4bit and self.own_vllm)
         tried = model.loader == "transformers" and not quantised
         long = not 0 < grpo["max_steps"] < COMPILING_PAYS
         alone = self.processes == 1 and not spread()

@@ -109,6 +109,11 @@ class ModelConfig(Section):
     )
     scratch: ScratchConfig | None = Field(None, description="shape of the new model; scratch only")
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen weights are quantised while they are loaded."""
+        return self.load_in_4bit or self.load_in_8bit
+
     def revision_of(self, name: str | None) -> str | None:
         """`revision` is the model's own: a tokenizer of another name comes from its main branch."""
         return self.revision if name == self.name else None

@@ -174,8 +174,7 @@ def notes(config: RunConfig, setting: Setting) -> list[str]:
 
 def vllm_share(config: RunConfig) -> float:
     """What vLLM holds of the device while the model trains, 0 to 1: nothing if it sleeps or is a server elsewhere."""
-    here = config.model.fast_inference or (config.grpo["use_vllm"] and config.grpo["vllm_mode"] != "server")
-    return _vllm_reserves(config) if here and not _vllm_sleeps(config) else 0.0
+    return _vllm_reserves(config) if config.own_vllm and not _vllm_sleeps(config) else 0.0
 
 
 def _vllm_reserves(config: RunConfig) -> float:

@@ -22,7 +22,7 @@ import torch
 
 from memhead.shortage import is_out_of_memory
 from recipes.config.load import RunConfig
-from recipes.plan.plan import Plan, plan
+from recipes.plan.plan import MIB, Plan, plan
 from recipes.plan.processes import in_each
 from recipes.plan.setting import Setting
 from recipes.plan.shapes import model_config
@@ -31,7 +31,7 @@ from recipes.problems import ConfigError, see, shortened
 from recipes.processes import count, spread
 from recipes.tracking.phases import PHASES, PLANNED, phase_of
 from recipes.tracking.run_folder import RunFolder
-from recipes.training.remedies import LOADING, MIB, gib, remedies
+from recipes.training.remedies import LOADING, gib, remedies
 from recipes.training.session import RunError
 from recipes.training.vllm_faults import explain_start
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from recipes.config.load import RunConfig
-from recipes.plan.plan import GIB, in_bins, measure
+from recipes.plan.plan import GIB, MIB, in_bins, measure
 from recipes.plan.setting import Setting
 from recipes.tracking.phases import PLANNED
-from recipes.training.vllm_faults import other_share, samples_by_own_vllm
+from recipes.training.vllm_faults import other_share
 
-MIB = 2**20
 LOADING = "loading the model"  # the phase of whatever is outside of every phase before training
 
 
@@ -47,16 +46,12 @@ def remedies(config: RunConfig, phase: str, setting: Setting | None) -> list[str
 
 def _remedies_of_loading(config: RunConfig) -> list[str]:
     """Batches and lengths, which save in every other phase, save nothing in this one."""
-    found = [other_share(config, "lower")] if samples_by_own_vllm(config) else []
-    if config.lora is not None and torch.cuda.is_available() and not _is_quantised(config):
+    found = [other_share(config, "lower")] if config.own_vllm else []
+    if config.lora is not None and torch.cuda.is_available() and not config.model.quantised:
         found.append("model.load_in_4bit=true")
     if config.model.dtype == "float32":
         found.append("model.dtype=bfloat16")
     return [*found, "more memory: end what else uses it, or take a larger device"]
-
-
-def _is_quantised(config: RunConfig) -> bool:
-    return config.model.load_in_4bit or config.model.load_in_8bit
 
 
 def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Setting | None]]:
@@ -89,7 +84,7 @@ def _changes(config: RunConfig, s: Setting | None) -> Iterator[tuple[str, Settin
         yield f"fewer completions sampled at a time ({s.sampled // 2})", changed(sampled=s.sampled // 2)
     if config.lora is None:
         yield "a lora section: adapters in place of every weight, its gradient and its optimizer state", None
-    elif torch.cuda.is_available() and not _is_quantised(config):
+    elif torch.cuda.is_available() and not config.model.quantised:
         yield "model.load_in_4bit=true", None
 
 

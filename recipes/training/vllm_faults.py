@@ -45,13 +45,6 @@ def other_share(config: RunConfig, than: str) -> str:
     return f"{key} {than}" + ("" if value is None else f" than {value:g}")
 
 
-def samples_by_own_vllm(config: RunConfig) -> bool:
-    """Whether a vLLM starts in this process."""
-    if config.model.loader == "unsloth":
-        return config.model.fast_inference
-    return bool(config.grpo["use_vllm"]) and config.grpo["vllm_mode"] == "colocate"
-
-
 def smaller_share(config: RunConfig, said: str) -> list[str]:
     """The largest that fits into what is free by vLLM's message, in hundredths."""
     found = _FREE.search(said)
@@ -62,7 +55,7 @@ def smaller_share(config: RunConfig, said: str) -> list[str]:
 
 def larger_share(config: RunConfig, said: str) -> list[str]:
     """Room for a cache beside the weights; or smaller weights."""
-    smaller = [] if config.model.load_in_4bit or config.lora is None else ["model.load_in_4bit=true"]
+    smaller = [] if config.model.quantised or config.lora is None else ["model.load_in_4bit=true"]
     return [other_share(config, "higher"), *smaller]
 
 
@@ -104,7 +97,7 @@ FAULTS = (
 
 def explain_start(error: BaseException, config: RunConfig) -> None:
     """Raises VllmStart if that is what the error means."""
-    if isinstance(error, RunError) or not samples_by_own_vllm(config):
+    if isinstance(error, RunError) or not config.own_vllm:
         return
     said = str(error)
     for fault in FAULTS:

@@ -110,8 +110,9 @@ def test_a_message_without_figures(transformers_run):
 
 
 def test_what_is_done_already_is_not_advised(without_unsloth):
-    quarters = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", [*HERE, "model.load_in_4bit=true"])
-    assert told(NO_CACHE, quarters)[3:-1] == ["  1. grpo.vllm_gpu_memory_utilization higher than 0.9"]
+    for bits in (4, 8):
+        smaller = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", [*HERE, f"model.load_in_{bits}bit=true"])
+        assert told(NO_CACHE, smaller)[3:-1] == ["  1. grpo.vllm_gpu_memory_utilization higher than 0.9"]
     everything = load_config(CONFIGS / "llama3.2_1b_gsm8k.yaml", [*HERE, "lora=null"])
     assert told(NO_CACHE, everything)[3:-1] == ["  1. grpo.vllm_gpu_memory_utilization higher than 0.9"]
 
