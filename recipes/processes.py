@@ -218,12 +218,13 @@ def end() -> None:
 
     A thread of gloo's that lets go of its last tensor when Python has begun to end aborts the process ("terminate
     called without an active exception"). The threads end with the last reference to the group, of which DDP keeps some
-    in cycles; where FSDP's or deepspeed's caches hold it too, a moment without the interpreter lets them do it now.
+    in cycles. Such a thread needs the interpreter to let go of a tensor and has the group's lock meanwhile; to drop the
+    group takes that lock and keeps the interpreter: so each has its moment first, or they wait for each other.
     """
     if _together():
         _group().destroy_process_group()
-        gc.collect()
         time.sleep(_MOMENT)
+        gc.collect()
 
 
 def _together() -> bool:

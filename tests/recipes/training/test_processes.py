@@ -1,10 +1,12 @@
 """Several real processes over gloo: the same numbers as one, in one run."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import on_ranks
@@ -19,6 +21,7 @@ from tiny import saved_llama
 
 import train_grpo
 from benchmarks import multi_gpu
+from recipes import processes
 from recipes.models.manifest import damage, seal
 from recipes.tracking.run_folder import RunFolder
 
@@ -213,10 +216,10 @@ def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
 
 def test_a_run_goes_on_in_more_processes(tmp_path):
     short = ["run.warm_start=null", "run.evaluation.samples=0"]
-    for processes, steps in ((2, 2), (3, 3)):
-        arguments = [*arguments_of(tmp_path, *short), *["--resume"] * (processes == 3)]
+    for count, steps in ((2, 2), (3, 3)):
+        arguments = [*arguments_of(tmp_path, *short), *["--resume"] * (count == 3)]
         arguments = [argument.replace("max_steps=200", f"max_steps={steps}") for argument in arguments]
-        process = torchrun(processes, "train_grpo.py", *arguments)
+        process = torchrun(count, "train_grpo.py", *arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     assert (
@@ -282,6 +285,24 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     process = torchrun(2, tmp_path / "held.py", tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+
+
+def test_what_its_threads_hold_is_let_go_before_the_group(monkeypatch):
+    """Else both wait for ever: the thread for the interpreter, who drops the group for the thread's lock."""
+    left, done = threading.Event(), []
+    worker = threading.Thread(target=lambda: (left.wait(), done.append("let go")))
+    worker.start()
+    monkeypatch.setattr(processes, "_together", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", left.set)
+    monkeypatch.setattr(gc, "collect", lambda: done.append("dropped"))
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(30)  # seconds that one keeps the interpreter unless it gives it away
+    try:
+        processes.end()
+    finally:
+        sys.setswitchinterval(usual)
+    worker.join()
+    assert done == ["let go", "dropped"]
 
 
 AGREED = """
