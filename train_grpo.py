@@ -212,8 +212,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
     from recipes.training.resume import (
         is_finished,
         model_to_load,
+        require_as_sealed,
         require_same,
-        require_same_base,
         require_same_spread,
         require_whole_warm_start,
         what_changed,
@@ -232,8 +232,8 @@ def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | 
             return None
         require_same_spread(begun)
         by_main(partial(require_whole_warm_start, config, begun))
-        by_main(partial(require_same_base, config, begun))
         print(f"Resuming from {begun.checkpoint}", *what_changed(config, begun), sep="\n", flush=True)
+    by_main(partial(require_as_sealed, config, begun))
     rewards = prepare(task)  # before a folder is written to: a reward may break the contract
     check_problems(config, task)
     read = inputs_of(task)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from recipes.config.load import RunConfig, load_config
 from recipes.config.schema import ModelConfig
 from recipes.models.checkpoint import WARM_START
-from recipes.models.manifest import BASE, REFERENCE, STATE, altered, damage, other_base
+from recipes.models.manifest import BASE, MANIFEST, REFERENCE, STATE, altered, damage, other_base
 from recipes.problems import ConfigError, Problem, join, place_of, show
 from recipes.processes import count, spread
 from recipes.tracking.run_folder import RunFolder
@@ -89,23 +89,29 @@ def require_whole_warm_start(config: RunConfig, folder: RunFolder) -> None:
         raise ConfigError([Problem("run.warm_start", f"of {place}, {found}", remedy=remedy)])
 
 
-def require_same_base(config: RunConfig, folder: RunFolder) -> None:
-    """Raises ConfigError if the model that `model.name` names is not the one that the checkpoint's adapters lie on.
-
-    Where that one was sealed, as another run's merged/ or final/ is: more steps, or merging again, put another there.
-    """
-    name, checkpoint = config.model.name, folder.checkpoint
-    if (
-        config.run.warm_start is not None
-        or name is None
-        or checkpoint is None
-        or not (checkpoint / BASE).is_file()
-    ):
+def require_as_sealed(config: RunConfig, begun: RunFolder | None) -> None:
+    """Raises ConfigError if the model that `model.name` names was sealed, as a run's merged/ and final/ are, and is
+    not what was written, or not the one that the adapters of the run begun before lie on."""
+    name, checkpoint = config.model.name, None if begun is None else begun.checkpoint
+    if name is None or _begins_from_another(begun):
         return
     place = place_of("model.name", name)
-    if found := other_base(checkpoint, place) or altered(place):
-        remedy = "put back the folder that its run wrote, or leave --resume out to begin another run"
-        raise ConfigError([Problem("model.name", f"of {place}, {found}", remedy=remedy)])
+    noted = "" if checkpoint is None else other_base(checkpoint, place)
+    if found := noted or altered(place):
+        other = (
+            "leave --resume out to begin another run" if checkpoint else f"remove {MANIFEST} if it is meant"
+        )
+        raise ConfigError(
+            [Problem("model.name", f"of {place}, {found}", remedy=f"put back what its run wrote, or {other}")]
+        )
+
+
+def _begins_from_another(begun: RunFolder | None) -> bool:
+    """Whether a run that goes on has its weights in what its warm start left or in its checkpoint."""
+    if begun is None:
+        return False
+    checkpoint = begun.checkpoint
+    return _warmed(begun) or (checkpoint is not None and not (checkpoint / BASE).is_file())
 
 
 def require_same_spread(folder: RunFolder) -> None:
@@ -215,14 +221,18 @@ def model_to_load(config: RunConfig, folder: RunFolder) -> ModelConfig:
 
     A checkpoint with adapters holds those alone; without the base that they were trained on they mean nothing.
     """
-    place = folder.path / WARM_START
     on_gpu = torch.cuda.is_available() and not config.grpo["use_cpu"]
     decided: dict[str, Any] = {"compile_layers": config.compiles_layers(cuda=on_gpu)}
-    if (place / "config.json").is_file():
-        decided |= {"name": str(place.resolve()), "revision": None, "tokenizer": None}
+    if _warmed(folder):
+        place = (folder.path / WARM_START).resolve()
+        decided |= {"name": str(place), "revision": None, "tokenizer": None}
         if config.model.loader == "scratch":
             decided |= {"loader": "transformers", "scratch": None}
     return config.model.model_copy(update=decided)
+
+
+def _warmed(folder: RunFolder) -> bool:
+    return (folder.path / WARM_START / "config.json").is_file()
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:

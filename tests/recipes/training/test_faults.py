@@ -288,6 +288,34 @@ def test_an_adapter_stays_on_the_model_of_another_run_that_it_was_trained_on(tmp
     assert line.startswith(f"model.name: of {base}, {found}")
 
 
+@pytest.mark.parametrize(
+    ("more", "goes_on"),
+    [([], False), (["lora=null"], True), (["run.warm_start={steps: 1, batch_size: 2}"], True)],
+    ids=["adapters", "every weight", "a warm start"],
+)
+def test_a_run_begins_on_no_damaged_model(tmp_path, capsys, more, goes_on):
+    """One bit of a weight, and all that is trained on it is of another model than the one named."""
+    base, run = tmp_path / "merged", tmp_path / "on"
+    saved_llama(base)
+    seal(base)
+    path = tmp_path / "on.yaml"
+    path.write_text(ON_ANOTHER.format(root=tmp_path, base=base))
+    call = ["--config", str(path), *more]
+    other_bit(base / "model.safetensors")
+    for asked in ([], ["--pilot"]):
+        assert train_grpo.main([*call, *asked]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"model.name: of {base}, model.safetensors is not what was written"), line
+        assert line.endswith("put back what its run wrote, or remove manifest.json if it is meant")
+        assert not run.exists()
+    seal(base)
+    assert train_grpo.main(call) == 0
+    other_bit(base / "model.safetensors")
+    assert (train_grpo.main([*call, "grpo.max_steps=2", "--resume"]) == 0) is goes_on
+    (base / "manifest.json").unlink()
+    assert train_grpo.main([*call, "grpo.max_steps=1", "run.name=again"]) == 0
+
+
 def test_a_stop_while_the_final_model_is_written_keeps_it(tmp_path, monkeypatch, capsys):
     """It was left half-written and called the run's model, and without a checkpoint all that was trained was lost."""
     sealed, seen = seal, []
