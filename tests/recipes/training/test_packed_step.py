@@ -115,18 +115,14 @@ ZEROS, PROMPTS = ("none", "some", "all"), ("shared", "single", "partly")
 EVERY = list(itertools.product(LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS))  # 576
 
 
-def combinations(case: tuple) -> set[tuple]:
-    """Every pair of values in a case, and the triples that have branches of their own.
-
-    A loss with ratios of tokens or sequences that have moved or not; a loss whose rows may be left out or not.
+def covering(cases: list[tuple], together: int = 3) -> list[tuple]:
+    """Few of the cases, with every combination of so many values that all of them have: each time the one with most
+    that are new.
     """
-    loss, level, beta, iterations, zeros, _ = case
-    pairs = set(itertools.combinations(enumerate(case), 2))
-    return pairs | {(loss, level, iterations), (loss, beta, zeros != "none")}
 
+    def combinations(case: tuple) -> set[tuple]:
+        return set(itertools.combinations(enumerate(case), together))
 
-def covering(cases: list[tuple]) -> list[tuple]:
-    """Few of the cases, with every combination that all of them have: each time the one with most that are new."""
     missing, chosen = set().union(*map(combinations, cases)), []
     while missing:
         chosen.append(max(cases, key=lambda case: len(combinations(case) & missing)))
@@ -137,18 +133,22 @@ def covering(cases: list[tuple]) -> list[tuple]:
 CASES = covering(EVERY)
 
 
-def test_no_pair_of_values_is_left_out():
-    for (i, first), (j, second) in itertools.combinations(
-        enumerate((LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS)), 2
-    ):
-        found = {(case[i], case[j]) for case in CASES}
-        assert found == set(itertools.product(first, second))
-    assert len(CASES) == 32
+def test_no_three_values_are_left_out():
+    values = LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS
+    for places in itertools.combinations(range(6), 3):
+        found = {tuple(case[place] for place in places) for case in CASES}
+        assert found == set(itertools.product(*(values[place] for place in places)))
+    assert len(CASES) < len(EVERY) == 576
 
 
-@pytest.mark.parametrize(
-    ("loss", "level", "beta", "iterations", "zeros", "prompts"), CASES, ids=lambda value: str(value)
-)
+def pytest_generate_tests(metafunc):
+    """With --every-case all of the product, which takes minutes (docs/testing.md)."""
+    if metafunc.function is test_every_loss_is_trls:
+        cases = EVERY if metafunc.config.getoption("--every-case") else CASES
+        names = ("loss", "level", "beta", "iterations", "zeros", "prompts")
+        metafunc.parametrize(names, cases, ids=lambda value: str(value))
+
+
 def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts):
     pair = pairs("llama")
     pair.set(loss_type=loss, importance_sampling_level=level, beta=beta, num_iterations=iterations)
@@ -178,13 +178,17 @@ def test_eager_attention(pairs, name):
     compare(pairs(name, "eager"), rollout("shared", "none"), windows=1)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_lora(pairs, name, beta):
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(
+    ("name", "loss", "level"),
+    [*itertools.product(["llama"], LOSSES, LEVELS), ("qwen3", "grpo", "token")],
+)
+def test_lora(pairs, name, loss, level, beta):
     """The reference is the model with its adapter off."""
     pair = pairs(name, lora=True)
-    pair.set(beta=beta, num_iterations=2, loss_type="grpo")
-    steps = compare(pair, rollout("shared", "some"), windows=2, left_out=beta == 0.0)
+    pair.set(beta=beta, num_iterations=2, loss_type=loss, importance_sampling_level=level)
+    left_out = beta == 0.0 and loss != "vespo"
+    steps = compare(pair, rollout("shared", "some"), windows=2, left_out=left_out)
     assert all("lora_" in parameter for parameter in steps[0].gradients)
 
 
@@ -448,8 +452,13 @@ def test_gradient_checkpointing(pairs):
         pair.trl.model.gradient_checkpointing_disable()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "gemma3"])
-@pytest.mark.parametrize("prompts", ["shared", "single", "partly"])
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        *itertools.product(["llama", "gemma3"], ["shared", "single"]),
+        *((name, "partly") for name in ("llama", *ARCHITECTURES)),
+    ],
+)
 def test_one_row_with_variable_length_attention(pairs, monkeypatch, name, prompts):
     """The layout of a GPU, with its kernel written out."""
     from torch.nn.attention import varlen
