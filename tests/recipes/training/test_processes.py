@@ -214,14 +214,34 @@ def test_a_run_is_one_and_ends_by_ctrl_c_with_a_checkpoint(tmp_path, capsys):
     assert folder.metrics.read()[-1]["step"] == last + 1
 
 
+WHO_CHECKS = """
+import os, sys, train_grpo
+from recipes.training import head_check, rewards
+def told(module, name):
+    original = getattr(module, name)
+    def call(*args, **options):
+        print(name, "by", os.environ["RANK"], file=sys.stderr, flush=True)
+        return original(*args, **options)
+    setattr(module, name, call)
+told(head_check, "check_head")
+told(rewards, "check")
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
 def test_a_run_goes_on_in_more_processes(tmp_path):
+    """One of them checks the head and the rewards' contract, each time."""
     short = ["run.warm_start=null", "run.evaluation.samples=0"]
+    script = tmp_path / "who.py"
+    script.write_text(WHO_CHECKS)
     for count, steps in ((2, 2), (3, 3)):
         arguments = [*arguments_of(tmp_path, *short), *["--resume"] * (count == 3)]
         arguments = [argument.replace("max_steps=200", f"max_steps={steps}") for argument in arguments]
-        process = torchrun(count, "train_grpo.py", *arguments)
+        process = torchrun(count, script, *arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
+        for what in ("check_head by ", "check by "):
+            assert output.count(what) == output.count(f"{what}0") == 1, output
     assert (
         output.count("checkpoint-2 has random states of 2 process(es): sampling goes on from the seed") == 1
     )
@@ -231,6 +251,13 @@ def test_a_run_goes_on_in_more_processes(tmp_path):
     assert folder.step == 3
     assert (folder.final / "tokenizer.json").is_file()
     assert damage(folder.final, parts={}) == ""
+
+
+def test_a_pilot_is_for_one_process(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        train_grpo.main(["--config", CONFIG, "--pilot"])
+    assert "--pilot: is for one process, and a launcher started 2; start it" in capsys.readouterr().err
 
 
 WHO_READS = """
