@@ -12,6 +12,7 @@ from recipes.tracking.rates import rollouts, tokens_of
 from recipes.tracking.speed import TRAINING, WHOLE, of_all
 
 _EVALUATED = ("accuracy", "pass@", "maj@")  # how the keys of an evaluation's figures begin
+RATE, LEFT_OUT = "tokens a second", "completions left out"
 
 
 def logged_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,11 +113,17 @@ def before_and_after(summary: dict[str, Any]) -> Table:
 
 
 def tokens_in_words(tokens: dict[str, float | None]) -> dict[str, str]:
-    """Of a record's or a summary's tokens the two figures that are shown, by name; nothing of nothing."""
+    """Of a record's or a summary's tokens the figures that are shown, by name; nothing of nothing."""
     rate, share = tokens.get("per_second"), tokens.get("left_out_share")
-    if rate is None or share is None:
+    real, computed = tokens.get("real"), tokens.get("computed")
+    if rate is None or share is None or real is None or computed is None:
         return {}
-    return {"tokens a second": f"{rate:,.0f}", "completions left out": f"{100 * share:.0f} %"}
+    return {
+        RATE: f"{rate:,.0f}",
+        "tokens a step, real": f"{real:,.0f}",
+        "tokens a step, computed": f"{computed:,.0f}",
+        LEFT_OUT: f"{100 * share:.0f} %",
+    }
 
 
 def by_phase(summary: dict[str, Any]) -> Table:

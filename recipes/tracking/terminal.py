@@ -17,6 +17,8 @@ from recipes.tracking.rates import rollouts, together
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.speed import WHOLE
 from recipes.tracking.summary import (
+    LEFT_OUT,
+    RATE,
     before_and_after,
     by_phase,
     by_speed,
@@ -122,8 +124,7 @@ class Progress:
 
     def _speed(self, rollout: dict[str, Any]) -> None:
         if tokens := tokens_in_words(rollout.get("tokens") or {}):
-            rate, left_out = tokens.values()
-            self._tokens = [f"{rate} tokens/s", f"{left_out} left out"]
+            self._tokens = [f"{tokens[RATE]} tokens/s", f"{tokens[LEFT_OUT]} left out"]
         if share := (rollout.get("speed") or {}).get(WHOLE):
             self._floor = [f"{percent(share['share'])} of the matrix rate"]
 

@@ -628,15 +628,17 @@ def test_tables_by_hand():
 
 
 def test_tokens_in_words():
-    told = {"tokens a second": "1,235", "completions left out": "79 %"}
-    assert tokens_in_words({"per_second": 1234.6, "left_out_share": 0.79, "computed": 5.0}) == told
-    for missing in (
-        {},
-        {"per_second": 1.0},
-        {"left_out_share": 0.5},
-        {"per_second": None, "left_out_share": 0.5},
-    ):
-        assert tokens_in_words(missing) == {}
+    tokens = {"per_second": 1234.6, "left_out_share": 0.79, "computed": 5678.4, "real": 23539.0}
+    assert tokens_in_words(tokens) == {
+        "tokens a second": "1,235",
+        "tokens a step, real": "23,539",
+        "tokens a step, computed": "5,678",
+        "completions left out": "79 %",
+    }
+    assert tokens_in_words({}) == {}
+    for name in tokens:
+        assert tokens_in_words({**tokens, name: None}) == {}
+        assert tokens_in_words({other: tokens[other] for other in tokens if other != name}) == {}
 
 
 def test_a_sample_is_spread_over_the_batch():

@@ -330,10 +330,13 @@ def test_the_packed_steps_tokens_are_in_the_table_of_the_run_and_of_several():
         "7,700",
     ]  # 1,000 + 2,000 + 3,000 + 4,000 in 20 s; 37,000 + … + 40,000
     assert rows["completions left out"] == ["5 %", "77 %"]
+    assert rows["tokens a step, real"] == ["2,500", "38,500"]
+    assert rows["tokens a step, computed"] == ["600", "600"]
     without = summarize([{"step": 1, "reward": 0.5, "time": {"forward": 2.0}}])
     assert not any("tokens" in name for name, *_ in before_and_after(without).rows)
     both = {name: cells for name, *cells in main_figures([("packed", summary), ("trl", without)]).rows}
     assert both["tokens a second"] == ["4,100", "–"]
+    assert both["tokens a step, computed"] == ["600", "–"]
     assert both["completions left out"] == ["41 %", "–"]
 
 
