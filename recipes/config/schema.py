@@ -157,7 +157,8 @@ class StepConfig(Section):
     token_budget: Positive | None = Field(
         None,
         description="tokens of one forward and backward pass, prompts counted once (packed only): lower needs less "
-        "memory; null: as many as keep the device at work, within the memory at hand",
+        "memory, down to a micro-batch (grpo.per_device_train_batch_size), which is never divided; null: as many as "
+        "keep the device at work, within the memory at hand",
     )
     ahead: bool = Field(
         False,

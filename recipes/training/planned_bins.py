@@ -43,7 +43,7 @@ def bins_of(trainer: Any, told: int | None, prompt: int) -> Bins:
         prompt: tokens of the longest prompt seen.
     """
     if told is not None:
-        return Bins(told, "as told")
+        return Bins(told, "as told, a micro-batch at least")
     try:
         if (reason := next(unknown(trainer), None)) is not None:
             return Bins(None, reason)

@@ -69,7 +69,9 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if budget is None:
         bins = "as many tokens as a padded micro-batch has slots"
     else:
-        bins = f"{budget} tokens" + (", as told" if config.step.token_budget else ", planned")
+        bins = f"{budget} tokens" + (
+            ", as told, a micro-batch at least" if config.step.token_budget else ", planned"
+        )
     layers = "; layers compiled" if is_compiled(session.model) else ""
     print(f"step: packed, in bins of {bins}{layers}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -9,8 +11,10 @@ from rollouts import model_of, trainer_of
 from transformers import set_seed
 from trl import GRPOTrainer
 
+import train_grpo
 from memhead.integrations import trl as memhead_trl
 from recipes.models.tokenizers import character_tokenizer
+from recipes.tracking.run_folder import RunFolder
 from recipes.training.packed_step import packed
 
 CASES = {
@@ -81,3 +85,39 @@ def test_ten_steps_go_the_same_way(tmp_path, name):
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-5)
+
+
+OWN = """
+model:
+  loader: scratch
+  tokenizer: bpe
+  scratch: {vocabulary: 600, hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2}
+task: {name: prompts, dataset: rows.jsonl, held_out: 4, rewards: {own_reward.even: 1.0}}
+grpo:
+  {max_steps: 10, per_device_train_batch_size: 32, num_generations: 4, max_completion_length: 6, learning_rate: 0.01}
+run: {name: ten, evaluation: {size: 4, every: null}}
+"""
+
+
+def test_so_do_ten_steps_of_a_run(tmp_path, monkeypatch):
+    """By step.impl alone."""
+    rows = ({"prompt": f"{number} and {7 * number} are", "answer": "two"} for number in range(40))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ten.yaml").write_text(OWN)
+    (tmp_path / "own_reward.py").write_text(
+        "def even(completion_ids, **_):\n    return [float(sum(ids) % 2 == 0) for ids in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for impl in ("packed", "trl"):
+        given = [f"step.impl={impl}", f"run.output_root={tmp_path / impl}"]
+        assert train_grpo.main(["--config", "ten.yaml", *given]) == 0
+        found.append(RunFolder(tmp_path / impl / "ten").metrics.read()[1:])
+    packed_run, trls = found
+    assert ["tokens" in step for step in packed_run + trls] == [True] * 10 + [False] * 10
+    rewards = [step["reward"] for step in packed_run]
+    assert rewards == [step["reward"] for step in trls]
+    assert 0.1 < min(rewards) < max(rewards) < 1
+    for mine, other in zip(packed_run, trls, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)

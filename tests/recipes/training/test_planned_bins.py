@@ -92,7 +92,9 @@ def test_bins_are_of_the_memory_that_is_there(tmp_path, planned, passes):
     assert max(passes) < 4
 
 
-@pytest.mark.parametrize(("told", "said"), [(None, SLOTS), (60, "bins of 60 tokens, as told")])
+@pytest.mark.parametrize(
+    ("told", "said"), [(None, SLOTS), (60, "bins of 60 tokens, as told, a micro-batch at least")]
+)
 def test_without_a_gpu_bins_are_as_told_or_of_slots(tmp_path, capsys, told, said):
     trainer = made(PackedGRPOTrainer, tmp_path, script={"token_budget": told}, max_steps=2)
     assert trainer.packed_bins is None

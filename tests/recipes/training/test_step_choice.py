@@ -46,7 +46,11 @@ def kept(tmp_path):
     ("overrides", "budget", "said"),
     [
         ([], None, "step: packed, in bins of as many tokens as a padded micro-batch has slots\n"),
-        (["step.token_budget=70", "step.impl=packed"], 70, "step: packed, in bins of 70 tokens, as told\n"),
+        (
+            ["step.token_budget=70", "step.impl=packed"],
+            70,
+            "step: packed, in bins of 70 tokens, as told, a micro-batch at least\n",
+        ),
     ],
     ids=["default", "as told"],
 )
