@@ -128,6 +128,45 @@ def test_the_packed_step_on_an_h200():
     assert count == 47
 
 
+def test_real_tokens_a_second_on_an_h200():
+    results, count = stored("packed_h200"), 0
+    for heading, part in sections("packed_h200.md"):
+        if not heading.startswith("## Real tokens a second"):
+            continue
+        (rows,) = tables(part)
+        for cells in rows:
+            of_it = {"model": cells["model"], "shape": cells["shape"]}
+            eight_b, long = cells["model"] == "llama-8b", "2048" in cells["shape"] or "3072" in cells["shape"]
+            commit = "99bb9ac" if eight_b else "19d151c"
+            trls = ("rows_of_commit_b88e2ae" if long else "rows") if eight_b else f"rows_of_commit_{commit}"
+            padded = found(results[trls], way="padded", zeros=0.0, **of_it)[0]
+            ours = [
+                next(
+                    row
+                    for row in found(results[f"rows_of_commit_{commit}"], way=way, zeros=0.0, **of_it)
+                    if row["budget"] not in ("slots", 2048, 4096, 8192)
+                    and not {"bits", "weights"} & row.keys()
+                )
+                for way in ("packed", "compiled")
+            ]
+            theirs = next(
+                row
+                for row in found(results[f"unsloths_step_of_commit_{commit}"], **of_it)
+                if not row.get("zeros") and row.get("stack") != "unsloth4" and row.get("checkpointing", True)
+            )
+            assert padded["real"] == ours[0]["real"] == ours[1]["real"]
+            rates = [
+                row["real"] / row["seconds"] for row in (padded, {**theirs, "real": padded["real"]}, *ours)
+            ]
+            assert [cells[way] for way in ("TRL's", "Unsloth's", "packed", "compiled")] == [
+                f"{rate:,.0f}" for rate in rates
+            ]
+            shares = ", ".join(f"{row['share']:.0%}" for row in (padded, *ours))
+            assert cells["of the matrix rate: TRL's, packed, compiled"] == shares
+            count += 1
+    assert count == 8
+
+
 BITS = {"16 bits": None, "4 bits": 4}
 
 
