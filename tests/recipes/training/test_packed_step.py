@@ -112,43 +112,12 @@ def compare(pair: Pair, *rollouts: dict[str, Any], windows: int, left_out: bool 
 
 LEVELS, BETAS, ITERATIONS = ("token", "sequence"), (0.0, 0.04), (1, 2)
 ZEROS, PROMPTS = ("none", "some", "all"), ("shared", "single", "partly")
-EVERY = list(itertools.product(LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS))  # 576
+EVERY = [
+    *itertools.product(LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS)
+]  # 576, a tenth of a second each
 
 
-def covering(cases: list[tuple], together: int = 3) -> list[tuple]:
-    """Few of the cases, with every combination of so many values that all of them have: each time the one with most
-    that are new.
-    """
-
-    def combinations(case: tuple) -> set[tuple]:
-        return set(itertools.combinations(enumerate(case), together))
-
-    missing, chosen = set().union(*map(combinations, cases)), []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(combinations(case) & missing)))
-        missing -= combinations(chosen[-1])
-    return chosen
-
-
-CASES = covering(EVERY)
-
-
-def test_no_three_values_are_left_out():
-    values = LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS
-    for places in itertools.combinations(range(6), 3):
-        found = {tuple(case[place] for place in places) for case in CASES}
-        assert found == set(itertools.product(*(values[place] for place in places)))
-    assert len(CASES) < len(EVERY) == 576
-
-
-def pytest_generate_tests(metafunc):
-    """With --every-case all of the product, which takes minutes (docs/testing.md)."""
-    if metafunc.function is test_every_loss_is_trls:
-        cases = EVERY if metafunc.config.getoption("--every-case") else CASES
-        names = ("loss", "level", "beta", "iterations", "zeros", "prompts")
-        metafunc.parametrize(names, cases, ids=lambda value: str(value))
-
-
+@pytest.mark.parametrize(("loss", "level", "beta", "iterations", "zeros", "prompts"), EVERY, ids=str)
 def test_every_loss_is_trls(pairs, loss, level, beta, iterations, zeros, prompts):
     pair = pairs("llama")
     pair.set(loss_type=loss, importance_sampling_level=level, beta=beta, num_iterations=iterations)

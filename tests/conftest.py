@@ -1,5 +1,0 @@
-"""What every test may be asked on the command line."""
-
-
-def pytest_addoption(parser):
-    parser.addoption("--every-case", action="store_true", help="the whole of a product that is else covered")
