@@ -311,12 +311,34 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
         install_head(bypassing, bypassing.grpo_config("unused"))
 
 
-def test_the_benchmark_of_its_step(tmp_path):
-    """benchmarks.packed_unsloth, at toy size."""
-    path = packed_unsloth.main(["--output", str(tmp_path), "--toy", "--rounds", "1"])
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
-        ("gsm8k", 4, None),
-        ("3072+256", 2, None),
-    ]
-    assert all(0 < abs(row["loss"]) < 0.1 for row in rows)
+@pytest.fixture
+def benchmarked(tmp_path, monkeypatch):
+    """The rows of benchmarks.packed_unsloth at toy size, with and without Unsloth's shared prompts."""
+
+    def made(*arguments, make=packed_unsloth.make_trainer, **options):
+        trainer, *others = make(*arguments, **options)
+        take_shared_prompts(trainer.model)
+        return trainer, *others
+
+    def run(shared):
+        monkeypatch.setattr(prefix_grouper, "_ENABLED", shared)
+        output = tmp_path / str(shared)
+        path = packed_unsloth.main(["--output", str(output), "--toy", "--rounds", "1"])
+        return json.loads(path.read_text())["rows"]
+
+    monkeypatch.setattr(packed_unsloth, "make_trainer", made)
+    return run
+
+
+def test_the_benchmark_of_its_step(benchmarked):
+    """It says which rows the model was given; the loss is the same on either."""
+    shared, packed = benchmarked(True), benchmarked(False)
+    for rows, kind in ((shared, "shared"), (packed, "packed")):
+        assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
+            ("gsm8k", 4, None),
+            ("3072+256", 2, None),
+        ]
+        assert all(row["forwards"] == row["scoring_forwards"] == {kind: row["groups"]} for row in rows)
+    for a, b in zip(shared, packed, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert 0 < abs(a["loss"]) < 0.1
