@@ -7,8 +7,9 @@
 
 Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can, and a row says
 what its model was given while the time was taken. A window is as in packed_gpu: every group forward and backward, a
-group a micro-batch. `scoring` is its pass for old log-probabilities. Unsloth computes its activations again in the
-backward pass, unless `--no-checkpointing` is given.
+group a micro-batch; its own runs shuffle several questions' completions first, and then their loss shares no prompt.
+`scoring` is its pass for old log-probabilities. Unsloth computes its activations again in the backward pass, unless
+`--no-checkpointing` is given.
 Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own. The toy's layers are
 transformers' own, which do not know Unsloth's rows of shared prompts: its seconds and losses mean nothing.
 """
