@@ -5,10 +5,13 @@
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --model llama-1b --zeros 0 0.3
     python -m benchmarks.packed_unsloth --output DIR --toy                                    # tiny, on a CPU
 
-Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can. A window is as in
-packed_gpu: every group forward and backward, a group a micro-batch. `scoring` is its pass for old log-probabilities.
-Unsloth computes its activations again in the backward pass, unless `--no-checkpointing` is given.
-Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own.
+Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can, and a row says
+what its model was given while the time was taken. A window is as in packed_gpu: every group forward and backward, a
+group a micro-batch; its own runs shuffle several questions' completions first, and then their loss shares no prompt.
+`scoring` is its pass for old log-probabilities. Unsloth computes its activations again in the backward pass, unless
+`--no-checkpointing` is given.
+Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own. The toy's layers are
+transformers' own, which do not know Unsloth's rows of shared prompts: its seconds and losses mean nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import math
 import tempfile
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,13 @@ from benchmarks.rollouts import SHAPES, SIZE, TOY_SHAPES, Shape, rollout, shape_
 from benchmarks.step_stack import make_trainer, save_checkpoint
 
 Batch = dict[str, Any]
+# What Unsloth's trainer says to its model about a row, and what is in that row. Without either it is padded.
+LAYOUTS = {"prefix_seg_info": "shared", "packed_seq_lengths": "packed"}
+MEANING = {
+    "shared": "each prompt once",
+    "packed": "packed, prompts repeated",
+    "padded": "padded",
+}
 
 
 def micro_batches(fed: Batch, vocab_size: int) -> list[Batch]:
@@ -64,17 +77,69 @@ def score(trainer: Any, model: Any, parts: list[Batch]) -> None:
             trainer._get_per_token_logps_and_entropies(model, ids, mask, part["completion_ids"].shape[1])
 
 
+@contextmanager
+def forwards(model: Any, *, gradient: bool) -> Iterator[Counter[str]]:
+    """Count the model's forwards by what is in their rows: a key of `MEANING`.
+
+    gradient: leave out those without, by which Unsloth's loss pass compares one kind of row with another.
+    """
+    import torch
+
+    counts: Counter[str] = Counter()
+
+    def note(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() or not gradient:
+            given = [kind for name, kind in LAYOUTS.items() if options.get(name) is not None]
+            counts[given[0] if given else "padded"] += 1
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
 def measure(trainer: Any, model: Any, shape: Shape, zeros: float, rounds: int) -> dict[str, Any]:
-    """Seconds of a window and of scoring, medians, and the window's peak."""
+    """Seconds of a window and of scoring, medians, the forwards in them, and the window's peak."""
     vocab_size = trainer.model.config.vocab_size
     parts = micro_batches(rollout(shape, vocab_size, zeros, trainer.accelerator.device), vocab_size)
     row: dict[str, Any] = {"shape": shape.name, "groups": shape.groups}
     row["zeros"] = round(zeros * shape.groups) / shape.groups
     row["loss"] = window(trainer, model, parts)
-    row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, parts), rounds)
+    with forwards(trainer.model, gradient=True) as row["forwards"]:
+        row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, parts), rounds)
     score(trainer, model, parts)
-    row["scoring"], _ = timed(lambda: score(trainer, model, parts), rounds)
+    with forwards(trainer.model, gradient=False) as row["scoring_forwards"]:
+        row["scoring"], _ = timed(lambda: score(trainer, model, parts), rounds)
     return row
+
+
+def kinds(counts: dict[str, int] | None) -> str:
+    """What a row's forwards were given; of several kinds, how often each."""
+    if counts is None:
+        return "not recorded"
+    if len(counts) == 1:
+        return MEANING[next(iter(counts))]
+    return "; ".join(f"{MEANING[kind]}: {n}" for kind, n in sorted(counts.items())) or "none"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | shape | zero groups | loss, s | its rows | scoring, s | its rows | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        zeros = f"{row['zeros']:.0%}" if "zeros" in row else "–"
+        start = f"| {row['model']} | {row['shape']} | {zeros} |"
+        if "error" in row:
+            lines.append(f"{start} {row['error'].splitlines()[0]} |||||")
+            continue
+        lines.append(
+            f"{start} {row['seconds']:.3f} | {kinds(row.get('forwards'))} | {row['scoring']:.3f} |"
+            f" {kinds(row.get('scoring_forwards'))} | {row['peak_mib'] / 1024:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -126,6 +191,7 @@ def main(argv: list[str] | None = None) -> Path:
         rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
         path.write_text(json.dumps({"stack": options.stack, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
     return path
 
 

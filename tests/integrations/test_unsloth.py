@@ -29,7 +29,10 @@ ROOT = HERE.parents[1]
     ("cases", "variables"),
     [
         (("unsloth_cases.py", "unsloth_run_cases.py"), {}),
-        (("unsloth_generated_cases.py",), {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}),
+        (
+            ("unsloth_generated_cases.py", "unsloth_layers_cases.py"),
+            {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "TRITON_INTERPRET": "1"},
+        ),
     ],
     ids=["cpu-backend", "generated-trainer"],
 )

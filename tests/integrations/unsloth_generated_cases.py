@@ -31,9 +31,11 @@ import torch
 import trl
 import unsloth
 from peft import get_peft_model
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from unsloth.models import rl
 from unsloth.models.vision import FastBaseModel
+from unsloth.utils import prefix_grouper, prefix_grouper_kernel
 from unsloth_files import write_files
 from unsloth_zoo import rl_replacements
 
@@ -79,10 +81,10 @@ def given(config, fields):
     return config.model_copy(update={"grpo": grpo, "grpo_given": fields})
 
 
-def train(config, folder, impl, watch=lambda trainer: None):
+def train(config, folder, impl, watch=lambda trainer, handle: None):
     """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls.
 
-    watch: gets the trainer before it trains.
+    watch: gets the trainer and the head's handle before it trains.
     """
     config = config.model_copy(update={"head": config.head.model_copy(update={"impl": impl})})
     folder = RunFolder.create(folder, impl)
@@ -102,7 +104,7 @@ def train(config, folder, impl, watch=lambda trainer: None):
         assert not trainer.args.fp16
         assert not trainer.args.bf16
         tracker = track(trainer, folder, progress=False)
-        watch(trainer)
+        watch(trainer, handle)
         trainer.train()
         tracker.close()
     adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
@@ -136,7 +138,7 @@ def test_one_bad_gradient_changes_nothing_and_the_run_goes_on(config, tmp_path):
     """The guard stands before Unsloth's class as it does before TRL's."""
     calls, seen = [], []
 
-    def spoil_the_third(trainer):
+    def spoil_the_third(trainer, handle):
         assert type(trainer).__name__ == "GuardedUnslothGRPOTrainer"
         trained = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
 
@@ -176,6 +178,81 @@ def test_the_meters_hold(runs):
     assert first["memory"]["forward"]["tensor_peak_mib"] > 0
     assert len(runs["memhead"].folder.completions.read()) == 40
     assert {"reward", "kl", "grad_norm", "completion_length"} <= set(first)
+
+
+def one_question_a_step(config):
+    """Four steps of one group each: the trainer shuffles its rows, and of several groups Unsloth finds none then."""
+    grpo = {"per_device_train_batch_size": 4, "max_steps": 4}
+    return config.model_copy(update={"grpo": config.grpo | grpo, "grpo_given": config.grpo_given | grpo})
+
+
+def take_shared_prompts(model):
+    """Let transformers' model take Unsloth's rows of shared prompts, whose layout is `prefix_seg_info`."""
+
+    def mask(module, arguments, options):
+        layout = options.pop("prefix_seg_info", None)
+        if layout is None:
+            return None
+        visible = prefix_grouper_kernel._make_mask_mod(
+            layout.group_of_kv, layout.is_prefix, layout.suffix_of_kv
+        )
+        return arguments, options | {"attention_mask": create_mask(visible, 1, 1, layout.T, layout.T, "cpu")}
+
+    model.register_forward_pre_hook(mask, with_kwargs=True)
+
+
+def note_scores(monkeypatch, handle, notes):
+    """Note what scores each row of shared prompts: what memhead's handle counted, and how far full logits are."""
+    extract = prefix_grouper.GroupLayout.extract_logps
+
+    def noted(layout, hidden, lm_head, *further):
+        calls, rows = handle.calls, handle.rows
+        scores = extract(layout, hidden, lm_head, *further)
+        found = scores[layout.tgt_rows, layout.tgt_cols - layout.L + layout.W]
+        logps = (hidden[0] @ lm_head.T).log_softmax(-1)[layout.tgt_pred, layout.flat_ids[0, layout.tgt_flat]]
+        notes.append(
+            SimpleNamespace(
+                tokens=len(found),
+                counted=(handle.calls - calls, handle.rows - rows),
+                gradient=found.requires_grad,
+                gap=(found - logps).abs().max().item(),
+            )
+        )
+        return scores
+
+    monkeypatch.setattr(prefix_grouper.GroupLayout, "extract_logps", noted)
+
+
+def test_shared_prompts_are_scored_by_memhead(config, tmp_path, monkeypatch):
+    """Four steps on rows that hold each prompt once equal four by full logits on rows that repeat it.
+
+    Unsloth's own: the rows, the rule of who sees whom, the check against its other rows, both passes and how they call
+    the head. A stand-in: attention. On a GPU Unsloth's layers, which are Triton kernels, hand the layout to
+    FlexAttention, which has no backward pass on a CPU; here transformers' layers get the same rule as a dense mask.
+    Without it Unsloth's check refuses these rows, and without a word, so that they were taken is asserted.
+    """
+    config, notes = one_question_a_step(config), []
+    full = train(config, tmp_path / "full", "full")
+
+    def watch(trainer, handle):
+        take_shared_prompts(trainer.model)
+        note_scores(monkeypatch, handle, notes)
+        models.append(trainer.model)
+
+    models = []
+    ours = train(config, tmp_path / "memhead", "memhead", watch)
+    (model,) = models
+    for name in ("grad", "nograd"):  # the forms that its check has passed: one group of four
+        assert set(getattr(model, f"_unsloth_prefix_grouper_{name}_verified", ())) == {(1, (4,))}
+    assert sum(note.gradient for note in notes) == 4  # every loss pass
+    assert sum(not note.gradient for note in notes) >= 2  # the reference, of each of two rollouts
+    assert all(note.counted == (1, note.tokens) for note in notes)
+    assert max(note.gap for note in notes) < 1e-5
+    for a, b in zip(*(run.folder.metrics.read() for run in (full, ours)), strict=True):
+        assert a.get("reward") == b.get("reward")
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    for name, value in full.adapters.items():
+        torch.testing.assert_close(ours.adapters[name], value, rtol=0.0, atol=1e-6)
 
 
 def test_both_passes_import_the_scorer_at_each_call():
@@ -234,12 +311,34 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
         install_head(bypassing, bypassing.grpo_config("unused"))
 
 
-def test_the_benchmark_of_its_step(tmp_path):
-    """benchmarks.packed_unsloth, at toy size."""
-    path = packed_unsloth.main(["--output", str(tmp_path), "--toy", "--rounds", "1"])
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
-        ("gsm8k", 4, None),
-        ("3072+256", 2, None),
-    ]
-    assert all(0 < abs(row["loss"]) < 0.1 for row in rows)
+@pytest.fixture
+def benchmarked(tmp_path, monkeypatch):
+    """The rows of benchmarks.packed_unsloth at toy size, with and without Unsloth's shared prompts."""
+
+    def made(*arguments, make=packed_unsloth.make_trainer, **options):
+        trainer, *others = make(*arguments, **options)
+        take_shared_prompts(trainer.model)
+        return trainer, *others
+
+    def run(shared):
+        monkeypatch.setattr(prefix_grouper, "_ENABLED", shared)
+        output = tmp_path / str(shared)
+        path = packed_unsloth.main(["--output", str(output), "--toy", "--rounds", "1"])
+        return json.loads(path.read_text())["rows"]
+
+    monkeypatch.setattr(packed_unsloth, "make_trainer", made)
+    return run
+
+
+def test_the_benchmark_of_its_step(benchmarked):
+    """It says which rows the model was given; the loss is the same on either."""
+    shared, packed = benchmarked(True), benchmarked(False)
+    for rows, kind in ((shared, "shared"), (packed, "packed")):
+        assert [(row["shape"], row["groups"], row.get("error")) for row in rows] == [
+            ("gsm8k", 4, None),
+            ("3072+256", 2, None),
+        ]
+        assert all(row["forwards"] == row["scoring_forwards"] == {kind: row["groups"]} for row in rows)
+    for a, b in zip(shared, packed, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert 0 < abs(a["loss"]) < 0.1

@@ -1,0 +1,139 @@
+"""Cases for test_unsloth.py: our packed row through the layers that Unsloth puts in Llama's place, on the CPU.
+
+No loader of ours does this: docs/loaders.md says why. TRITON_INTERPRET=1 runs Unsloth's Triton kernels. FlexAttention,
+to which its attention hands such rows, computes values on a CPU and no gradients; for those a dense mask by the same
+rule stands in. Last in its process, because transformers' Llama stays Unsloth's; the cases before it import unsloth.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+from trl.trainer.utils import add_fused_lm_head
+from unsloth.kernels import rope_embedding
+from unsloth.models import llama
+from unsloth.utils import attention_dispatch, prefix_grouper_kernel
+
+from memhead.integrations import trl as memhead_trl
+from recipes.training.packed_forward import _only_states
+from recipes.training.packing import PaddedBatch, measure, pack
+
+GROUPS, SIZE, PROMPT, COMPLETION, HEAD_SIZE = 2, 3, 7, 6, 8
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=4 * HEAD_SIZE,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.3,  # far from uniform, so that a key too many shows
+    attn_implementation="sdpa",
+)
+
+
+def padded_batch():
+    ids = torch.zeros(GROUPS * SIZE, PROMPT + COMPLETION, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for group in range(GROUPS):
+        begin = int(torch.randint(0, PROMPT - 2, ()))
+        ids[group * SIZE : (group + 1) * SIZE, begin:PROMPT] = torch.randint(2, 97, (PROMPT - begin,))
+        for row in range(group * SIZE, (group + 1) * SIZE):
+            end = PROMPT + int(torch.randint(1, COMPLETION + 1, ()))
+            ids[row, PROMPT:end] = torch.randint(2, 97, (end - PROMPT,))
+            mask[row, begin:end] = 1
+    return PaddedBatch(ids, mask, COMPLETION)
+
+
+def full_logps(model, batch):
+    """(B, K) by transformers' model on padded rows."""
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    logps = logits[:, PROMPT - 1 : -1].log_softmax(-1).gather(-1, batch.input_ids[:, PROMPT:, None])[..., 0]
+    return logps * batch.attention_mask[:, PROMPT:]
+
+
+def layout_of(packed):
+    """A packed row in the labels of Unsloth's attention."""
+    segments = packed.segments[0]
+    group = (packed.positions[0] == 0).cumsum(0) - 1
+    suffix = torch.where(segments == 0, -1, group * (SIZE + 1) + segments)
+    labels = prefix_grouper_kernel._pad_labels(group, segments == 0, suffix, group.device)
+    return prefix_grouper_kernel.PrefixSegInfo(*labels[:3], ("ours", *suffix.tolist()), *labels[3:])
+
+
+def packed_logps(model, batch, packed, layout):
+    """(B, K) by PackedForward's way, but for how attention is told."""
+    tokens = batch.input_ids.flatten()
+    with _only_states(model.base_model, packed.states):
+        found = model(
+            input_ids=tokens[packed.source],
+            position_ids=packed.positions,
+            shift_labels=tokens[packed.targets][None],
+            fused_lm_head=True,
+            prefix_seg_info=layout,
+        ).log_probs[0]
+    shape = len(batch.input_ids), COMPLETION
+    return found.new_zeros(shape[0] * shape[1]).index_copy(0, packed.scores, found).view(shape)
+
+
+def dense(q, k, v, layout, scale=None):
+    """What FlexAttention is asked for, (1, T, heads, D)."""
+    rule = prefix_grouper_kernel._make_mask_mod(layout.group_of_kv, layout.is_prefix, layout.suffix_of_kv)
+    visible = create_mask(rule, 1, 1, layout.T, layout.T, "cpu")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, enable_gqa=True, scale=scale
+    ).transpose(1, 2)
+
+
+def rotary_table(self, length, device=None):
+    """Unsloth's lies on a GPU."""
+    frequencies = 10000.0 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    angles = torch.outer(torch.arange(CONFIG.max_position_embeddings).float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def take_unsloths_layers(monkeypatch):
+    """Put Unsloth's code for Llama into transformers' classes, less what asks for a GPU."""
+    llama.FastLlamaModel.pre_patch()
+    monkeypatch.setattr(llama, "get_current_device", lambda: "cpu")
+    monkeypatch.setattr(llama.LlamaRotaryEmbedding, "get_cached", rotary_table)
+    monkeypatch.setattr(llama.LlamaRotaryEmbedding, "extend_rope_embedding", lambda *_, **__: None)
+    monkeypatch.setattr(rope_embedding, "_eviction_hints_ok", lambda device: False)
+    assert modeling_llama.LlamaAttention.forward is llama.LlamaAttention_fast_forward
+
+
+def test_a_packed_row_through_unsloths_layers(monkeypatch):
+    """Values by its FlexAttention, and gradients by the stand-in, equal full logits on padded rows."""
+    torch.manual_seed(0)
+    plain, batch = LlamaForCausalLM(CONFIG), padded_batch()
+    expected = full_logps(plain, batch)
+    weights = torch.randn(expected.shape)
+    (expected * weights).sum().backward()
+    packed = pack(batch, measure(batch), range(GROUPS * SIZE), one_row=True)
+    layout = layout_of(packed)
+
+    take_unsloths_layers(monkeypatch)
+    model = modeling_llama.LlamaForCausalLM(CONFIG)
+    model.load_state_dict(plain.state_dict())
+    add_fused_lm_head(model)
+    flex = functools.partial(prefix_grouper_kernel.flex_shared_prefix_attention, compiled=False)
+    with memhead_trl.install() as handle:
+        monkeypatch.setattr(attention_dispatch, "_flex_shared_prefix_attention", flex)
+        with torch.no_grad():
+            found = packed_logps(model, batch, packed, layout)
+        torch.testing.assert_close(found, expected.detach(), rtol=0.0, atol=1e-5)
+        with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+            packed_logps(model, batch, packed, layout)
+
+        monkeypatch.setattr(attention_dispatch, "_flex_shared_prefix_attention", dense)
+        (packed_logps(model, batch, packed, layout) * weights).sum().backward()
+    assert handle.calls == 2
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
