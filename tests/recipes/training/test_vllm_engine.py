@@ -12,7 +12,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from tiny import digits_reward, saved_llama
 from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
-from vllm_colocated import vllm_stand_in
+from vllm_colocated import LLM, vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
@@ -176,6 +176,24 @@ def test_options_of_the_engine(saved, tmp_path, head):
         trainer_of(saved, tmp_path)
     assert made[0].hf_overrides == {"head_dtype": "float32"}
     assert made[0].max_num_batched_tokens == 8192
+
+
+def test_what_makes_it_sample_faster_reaches_vllm(saved, tmp_path, head, monkeypatch):
+    """docs/speed.md: no text, which neither TRL nor a reward misses, and no more sequences at once than graphs."""
+    asked = config("grpo.generation_kwargs={detokenize: false}", "model.vllm_engine={max_num_seqs: 4}")
+    seen, generate = [], LLM.generate
+
+    def noted(llm, prompts, sampling_params, **options):
+        seen.append(sampling_params)
+        return generate(llm, prompts, sampling_params, **options)
+
+    monkeypatch.setattr(LLM, "generate", noted)
+    with vllm_stand_in() as made, engine(asked):
+        trainer = trainer_of(saved, tmp_path, generation_kwargs=asked.grpo["generation_kwargs"])
+        trainer.train()
+    assert made[0].max_num_seqs == 4
+    assert [(one.detokenize, one.logprobs) for one in seen] == [(False, 0)] * 3
+    assert any(entry["reward"] > 0 for entry in trainer.state.log_history if "reward" in entry)
 
 
 def test_a_server_or_no_vllm_is_left_alone():
