@@ -353,3 +353,30 @@ def test_several_gpus_beside_one(heading, key, lines):
         assert cells["of one GPU's"] == of_one(row, kept), cells
         assert cells["peak GiB by process"] == ", ".join(f"{peak:.2f}" for peak in row["peak_gib"]), cells
         assert cells["loss"] == f"{row['loss']:.5f}", cells
+
+
+def numbers(cell):
+    return [
+        float(number)
+        for number in re.findall(r"\d+(?:\.\d+)?", cell.split(", 40 rows")[0].replace(",", " ,"))
+    ]
+
+
+def test_the_ratios_of_the_planned_time():
+    """docs/speed.md: where a row has one figure of each, its ratio; in bold is what misses 20 %, and nothing else."""
+    count = 0
+    page = text(ROOT / "docs" / "speed.md")
+    for line in re.findall(r"^\| .+ \|$", page[page.index("## The planned time") :], re.MULTILINE):
+        *_, measured, planned, ratio = (cell.strip() for cell in line.strip("| ").split(" | "))
+        said = numbers(ratio.replace("**", ""))
+        if not said:
+            continue
+        bold = re.findall(r"\*\*(.+?)\*\*", ratio)
+        missed = [value for part in bold for value in numbers(part)]
+        plain = [value for value in said if value not in missed]
+        assert all(0.8 <= value <= 1.2 for value in plain), line
+        assert all(any(not 0.8 <= value <= 1.2 for value in numbers(part)) for part in bold), line
+        if len(numbers(measured)) == len(numbers(planned)) == 1:
+            assert said[0] == pytest.approx(numbers(planned)[0] / numbers(measured)[0], abs=0.03), line
+            count += 1
+    assert count > 25

@@ -225,6 +225,51 @@ def test_a_whole_run_with_compiled_layers(overrides, seconds, rollout):
     assert 8 * planned.phases["forward and backward"] == pytest.approx(0.50 + 0.46, rel=WITHIN)
 
 
+LONG = ["model.max_seq_length=8704", "grpo.max_completion_length=8192"]
+BY_VLLM = ["grpo.use_vllm=true", "grpo.vllm_mode=colocate", "grpo.cache_implementation=null"]
+PLAIN = ["model.compile_layers=false"]
+TRAINING = ("scoring", "forward and backward")
+ROLLOUT = {
+    "smollm2_135m_char_count_published": 8,
+    "smollm2_135m_char_count": 4,
+}  # updates of one, the row's unit
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "card", "lengths", "phases", "told"),
+    [
+        ("llama3.1_8b_gsm8k", [], "H200", (108, 768), ("generation",), "10.0"),
+        ("llama3.1_8b_gsm8k_16bit", [], "H200", (108, 768), ("generation",), "6.0"),
+        ("llama3.1_8b_gsm8k_packed", [], "H200", (108, 768), (), "10.8"),
+        ("llama3.1_8b_gsm8k_packed", [], "H200", (108, 768), ("generation",), "10.1"),
+        ("llama3.1_8b_long", LONG, "H200", (108, 8192), (), "81"),
+        ("llama3.1_8b_long", LONG, "H200", (108, 8192), ("generation",), "63.7"),
+        ("llama3.1_8b_long", [], "H200", (108, 15512), (), "165"),
+        ("llama3.1_8b_long", [], "H200", (108, 15512), ("generation",), "127"),
+        ("llama3.1_8b_long", [], "H200", (108, 15512), ("forward and backward",), "38"),
+        ("smollm2_135m_char_count_published", [], "H200", (62, 70), (), "3.23"),
+        ("smollm2_135m_char_count", [], "H200", (62, 70), (), "2.98"),
+        ("smollm2_135m_char_count", [], "H200", (62, 70), ("forward and backward",), "1.08"),
+        ("smollm2_135m_char_count", PLAIN, "H100", (62, 70), (), "3.57"),
+        ("smollm2_135m_char_count_published", [*PLAIN, "grpo.beta=0.04"], "H200", (62, 70), TRAINING, "2.34"),
+        (
+            "smollm2_135m_char_count_published", [*PLAIN, "grpo.beta=0.04", "step.impl=trl"], "H200", (62, 70),
+            TRAINING, "9.6",
+        ),
+        ("smollm2_135m_char_count_published", BY_VLLM, "H200", (62, 70), ("generation",), "5.5"),
+        ("smollm2_135m_char_count_published", BY_VLLM, "H100", (40, 128), ("generation",), "10.1"),
+    ],
+)  # fmt: skip
+def test_what_docs_speed_says_is_planned(without_unsloth, name, overrides, card, lengths, phases, told):
+    """Of runs that it was not fitted to; the table says beside it what they took, and which of them miss."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+    planned = plan_time(config, plan(config, CARDS[card] << 20).setting, published(card), lengths)
+    seconds = planned.step if not phases else sum(planned.phases[phase] for phase in phases)
+    decimals = len(told.partition(".")[2])
+    assert f"{seconds * ROLLOUT.get(name, 1):.{decimals}f}" == told
+    assert f" | {told} | " in (ROOT / "docs" / "speed.md").read_text()
+
+
 def test_every_card_of_the_memory_plan_has_a_rate():
     assert all(published(card) is not None for card in CARDS)
     assert published("24 GiB") is None

@@ -1,10 +1,13 @@
 """Adapters handed to vLLM as adapters: the base stays to the bit, what vLLM samples with is what is trained."""
 
 import hashlib
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ready
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -12,7 +15,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from tiny import digits_reward, saved_llama
 from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
-from vllm_colocated import vllm_stand_in
+from vllm_colocated import LLM, vllm_stand_in
 
 from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
@@ -143,22 +146,53 @@ def test_asleep_the_base_is_kept(saved, tmp_path, head):
     )
 
 
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_vllm_engine import *
+from transformers import AutoTokenizer, TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+place, folder = map(Path, sys.argv[1:])
+with memhead_trl.install(), vllm_stand_in(), engine(config()):
+    saved = place, AutoTokenizer.from_pretrained(place)
+    trainer = trainer_of(saved, folder, packed(GRPOTrainer), torch.bfloat16, **SETTINGS)
+    trainer.add_callback(Kill())
+    trainer.train()
+"""
+
+
 def test_killed_and_resumed_is_the_same_run(saved, tmp_path, head):
-    """Two more steps from the checkpoint after the second equal an uninterrupted run, adapters to the bit."""
+    """Killed in its fourth step, it goes on from the second's checkpoint: adapters and base as of a run without it."""
+
+    def trained(name, checkpoint=None):
+        with vllm_stand_in() as made, engine(config()):
+            trainer = trainer_of(saved, tmp_path / name, packed(GRPOTrainer), torch.bfloat16, **SETTINGS)
+            begun = adapters(trainer)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 4
+        assert [call for call, _ in made[0].calls] == ["add_lora"] * (2 if checkpoint else 4)
+        return begun, adapters(trainer), sums(trainer.model)
 
     def adapters(trainer):
         return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
 
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    with vllm_stand_in(), engine(config()):
-        whole = trainer_of(saved, tmp_path / "whole", packed(GRPOTrainer), torch.bfloat16, **settings)
-        whole.train()
-    with vllm_stand_in(), engine(config()):
-        again = trainer_of(saved, tmp_path / "again", packed(GRPOTrainer), torch.bfloat16, **settings)
-        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    expected, found = adapters(whole), adapters(again)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    killed = ready.python("-c", KILLED, saved[0], tmp_path / "killed", env={**os.environ, "PYTHONPATH": path})
+    assert killed.wait(120) == -signal.SIGKILL, killed.communicate()
+    checkpoint = tmp_path / "killed" / "checkpoint-2"
+    assert [place.name for place in checkpoint.parent.glob("checkpoint-*")] == [checkpoint.name]
+    begun, expected, base = trained("whole")
+    _, found, base_again = trained("killed", str(checkpoint))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert sums(whole.model) == sums(again.model)
+    assert any(not torch.equal(found[name], begun[name]) for name in begun)
+    assert base == base_again
 
 
 def test_full_fine_tuning_sends_weights_as_before(saved, tmp_path, head):
@@ -176,6 +210,24 @@ def test_options_of_the_engine(saved, tmp_path, head):
         trainer_of(saved, tmp_path)
     assert made[0].hf_overrides == {"head_dtype": "float32"}
     assert made[0].max_num_batched_tokens == 8192
+
+
+def test_what_makes_it_sample_faster_reaches_vllm(saved, tmp_path, head, monkeypatch):
+    """docs/speed.md: no text, which neither TRL nor a reward misses, and no more sequences at once than graphs."""
+    asked = config("grpo.generation_kwargs={detokenize: false}", "model.vllm_engine={max_num_seqs: 4}")
+    seen, generate = [], LLM.generate
+
+    def noted(llm, prompts, sampling_params, **options):
+        seen.append(sampling_params)
+        return generate(llm, prompts, sampling_params, **options)
+
+    monkeypatch.setattr(LLM, "generate", noted)
+    with vllm_stand_in() as made, engine(asked):
+        trainer = trainer_of(saved, tmp_path, generation_kwargs=asked.grpo["generation_kwargs"])
+        trainer.train()
+    assert made[0].max_num_seqs == 4
+    assert [(one.detokenize, one.logprobs) for one in seen] == [(False, 0)] * 3
+    assert any(entry["reward"] > 0 for entry in trainer.state.log_history if "reward" in entry)
 
 
 def test_a_server_or_no_vllm_is_left_alone():
