@@ -27,10 +27,8 @@ WIDTHS = {"desktop": 1280, "phone": 390}
 HEIGHTS = {"desktop": 2880, "phone": 6720}  # of a screenshot: all charts are on it
 SMALLER = {"desktop": 8, "phone": 6}  # times, a reference: what is left of a line of text is a grey bar
 BLOCK = 4  # pixels of a reference that are compared as one, beside the mean of all
-MEAN, WORST = (
-    2.0,
-    11,
-)  # of 255, the most that may differ in the mean and in one block; without one chart it is 13 to 217
+# Of 255, the most that may differ in the mean and in one block; without one chart it is 13 to 217.
+MEAN, WORST = 2.0, 11
 PICTURES = Path(__file__).parent / "pictures"
 MODES = {"dark": 0, "light": 1}  # as Chromium's setting counts them
 
