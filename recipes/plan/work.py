@@ -7,7 +7,7 @@ head's logits in its backward) is not counted, nor is padding: the figures are a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipes.plan.shapes import ModelShape, Trained
 
@@ -36,6 +36,12 @@ class Flow:
         own = sum(completions)
         seen = sum(c * p + c * c // 2 for p, c in zip(prompts, completions, strict=True))
         return whole + cls(own, own, seen)
+
+    @classmethod
+    def packed(cls, prompts: Sequence[int], completions: Sequence[int], groups: Sequence[int]) -> Flow:
+        """The same in packed rows, in which no completion has its last token: it predicts nothing."""
+        flow = cls.of_lengths(prompts, [length - 1 for length in completions], groups)
+        return replace(flow, scored=sum(completions))
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class PackedForward(_Trainer):
         if not self._varlen:
             hidden_size = self._causal_model(model).config.get_text_config().hidden_size
             lengths = in_short_rows(lengths, rows, hidden_size)
-        self._flow += Flow.of_lengths(*(x[rows].tolist() for x in lengths))
+        self._flow += Flow.packed(*(x[rows].tolist() for x in lengths))
         packed = pack(batch, lengths, rows, one_row=self._varlen).to(batch.input_ids.device)
         if truncated is not None and truncated.support is not None:
             truncated = replace(truncated, support=truncated.support.rows(packed.scores))

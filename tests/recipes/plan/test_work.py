@@ -62,6 +62,12 @@ def test_a_prompt_counts_once_a_group():
     assert Flow.of_lengths([4, 4], [10, 20], groups=[0, 1]).tokens == 4 + 10 + 4 + 20
 
 
+def test_a_packed_row_has_no_last_tokens():
+    flow = Flow.packed([4, 4, 6], [10, 20, 1], groups=[0, 0, 1])
+    assert (flow.tokens, flow.scored) == (4 + 9 + 19 + 6, 31)
+    assert flow.pairs == 4 * 4 // 2 + 6 * 6 // 2 + (36 + 40) + (76 + 180)
+
+
 def test_a_mixture_of_experts_is_not_counted():
     config = MixtralConfig(
         vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,

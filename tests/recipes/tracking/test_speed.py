@@ -154,10 +154,13 @@ def test_a_packed_step_counts_a_prompt_once_and_its_scoring(tmp_path, memhead_in
     tracker.close()
     first, second = folder.metrics.read()
     completions = first["completion_length"] * 16
-    everything = completions + 4 * 3  # prompts of three tokens, one for each group of four
+    # Without each one's last token, with prompts of three tokens, one for each group of four.
+    everything = completions - 16 + 4 * 3
     assert first["time"]["scoring"] > 0.0
     assert "scoring" not in second["speed"]
     assert first["speed"]["generation"]["tokens"] == pytest.approx(completions)
     once = first["speed"]["scoring"]["tokens"]
     assert once == second["speed"][TRAINING]["tokens"]  # the same rows, later
     assert first["speed"][TRAINING]["tokens"] + once == pytest.approx(everything)
+    for record in (first, second):
+        assert record["speed"][TRAINING]["tokens"] == record["tokens"]["computed"]
