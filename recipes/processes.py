@@ -196,6 +196,12 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, _group().DistError) or any(words in str(error) for words in _LOST)
 
 
+def or_lost() -> str:
+    """After "Stopped": of several processes one that dies has the launcher send the others the SIGTERM of somebody who
+    stops the run."""
+    return "" if count() == 1 else ", by a signal or since another process of this run has ended"
+
+
 def blame(error: Exception, goes_on: str) -> None:
     """For an error that nobody expected: that another process has ended is a sentence, with `goes_on` as its remedy.
 

@@ -462,6 +462,22 @@ def measured(config, place):
     return processes.gathered(1)
 evaluation.evaluate_checkpoint = measured
 """,
+    "SIGTERM": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return processes.gathered(1)
+evaluation.evaluate_checkpoint = measured
+""",
+    "a long evaluation": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.is_main():
+        print("measuring", flush=True)
+    time.sleep(100)
+evaluation.evaluate_checkpoint = measured
+""",
     "sampling": """
 sample = torch.multinomial
 def multinomial(probabilities, **options):
@@ -498,11 +514,15 @@ sys.exit(train_grpo.main(sys.argv[1:]))
 """
 
 
-def faulty(folder, fault, *more):
-    """What a run in two processes says, in which one of them has met the fault."""
+def start_faulty(folder, fault, *more):
     (folder / "faulty.py").write_text(FAULTY.format(fault=FAULTS[fault]))
     short = ["run.warm_start=null", "run.evaluation.samples=0", "run.checks=false"]
-    process = torchrun(2, folder / "faulty.py", *arguments_of(folder, *short), *more)
+    return torchrun(2, folder / "faulty.py", *arguments_of(folder, *short), *more)
+
+
+def faulty(folder, fault, *more):
+    """What a run in two processes says, in which one of them has met the fault."""
+    process = start_faulty(folder, fault, *more)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "[rank" not in output  # a traceback of torch's, for each process
@@ -515,6 +535,10 @@ def faulty(folder, fault, *more):
     [
         ("a judge", "error: invalid literal for int() with base 10: 'judge'"),
         ("a lost process", "error: another process of this run has ended; run the same command again"),
+        (
+            "SIGTERM",
+            "Stopped, by a signal or since another process of this run has ended; the same command begins",
+        ),
     ],
 )
 def test_an_evaluation_that_fails_in_one_process_is_one_line(tmp_path, fault, once):
@@ -582,6 +606,15 @@ def test_a_launcher_that_is_killed_takes_the_run_with_it_in_order(tmp_path):
     assert "Stopped at step" in output, output
     folder = RunFolder.to_resume(tmp_path, "tiny")
     assert folder.step == folder.metrics.read()[-1]["step"] >= 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where a process hears of its parent's end")
+def test_a_launcher_that_is_killed_takes_an_evaluation_with_it(tmp_path):
+    process = start_faulty(tmp_path, "a long evaluation", "--evaluate", "final")
+    wait_for(process, "measuring")
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped, by a signal or since another process of this run has ended" in output, output
 
 
 @pytest.mark.slow
