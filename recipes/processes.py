@@ -10,13 +10,15 @@ inside `by_main` a process is alone, and nothing here talks to another.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from math import ceil
@@ -26,6 +28,7 @@ T = TypeVar("T")
 _PATIENCE = 20.0  # seconds
 _MOMENT = 0.1
 _alone = ContextVar("alone", default=False)  # inside by_main
+_parted = False  # this process has said why it ends, which it may do without the others
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -159,6 +162,8 @@ def complain(text: object) -> None:
 
     Call it last. Before there is a group the first of this machine speaks, and the others give it time.
     """
+    global _parted
+    _parted = _together()
     if is_first_with("complaint"):
         print(text, file=sys.stderr, flush=True)
     elif not _together():
@@ -220,17 +225,33 @@ def wait_at_most(seconds: float) -> None:
 
 
 def end() -> None:
-    """Leaves the group, at the end of a run that every process has come to.
+    """Leaves the group, at the end of a run that every process has come to; after a complaint it does nothing.
 
     A thread of gloo's that lets go of its last tensor when Python has begun to end aborts the process ("terminate
     called without an active exception"). The threads end with the last reference to the group, of which DDP keeps some
     in cycles. Such a thread needs the interpreter to let go of a tensor and has the group's lock meanwhile; to drop the
     group takes that lock and keeps the interpreter: so each has its moment first, or they wait for each other.
     """
-    if _together():
+    if _together() and not _parted:
         _group().destroy_process_group()
         time.sleep(_MOMENT)
         gc.collect()
+
+
+def leave_the_others(status: int) -> None:
+    """Ends the process, as Python does but for taking the group apart; does nothing where `end` has left it.
+
+    What is in flight in a group, such as DDP's gradients of a backward pass that was cut off, is waited for by whoever
+    takes it apart, with the interpreter held: for ever, where the others are elsewhere, which wait for this one.
+    """
+    if not _together():
+        return
+    threading._shutdown()  # type: ignore[attr-defined]  # an upload goes to its end
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _together() -> bool:

@@ -332,6 +332,49 @@ def test_what_its_threads_hold_is_let_go_before_the_group(monkeypatch):
     assert done == ["let go", "dropped"]
 
 
+IN_FLIGHT = """
+import atexit, sys, time, torch
+import torch.distributed as dist
+from trl import GRPOConfig
+from recipes import processes
+from recipes.stops import leave, stopped_in_a_line
+GRPOConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False, report_to="none")  # makes the group
+processes.gathered(1)
+if processes.rank() == 0:
+    time.sleep(100)
+
+@stopped_in_a_line
+def main(how):
+    dist.all_reduce(torch.ones(1), async_op=True)  # as DDP's in a backward pass
+    if how == "a fault":
+        raise KeyError(how)
+    processes.complain("error: alone")
+    if how == "in order":
+        processes.end()
+    return 1
+
+atexit.register(print, "left in order")
+leave(main(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "start"),
+    [
+        ("in order", "error: alone", ready.python),
+        ("at once", "error: alone", ready.anew),  # others end without taking their modules apart
+        ("a fault", "KeyError: 'a fault'", ready.anew),
+    ],
+)
+def test_a_process_that_ends_alone_waits_for_nothing_in_flight(tmp_path, how, said, start):
+    """Python would take the group apart, which waits for the others."""
+    (tmp_path / "flight.py").write_text(IN_FLIGHT)
+    process = torchrun(2, tmp_path / "flight.py", tmp_path, how, start=start)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count(said) == output.count("left in order") == 1, output
+
+
 AGREED = """
 import contextlib, io, os, sys, time
 import torch.distributed as dist
