@@ -27,11 +27,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _PATIENCE = 20.0  # seconds
 _MOMENT = 0.1
+_A_WHILE = 2.0
 _alone = ContextVar("alone", default=False)  # inside by_main
 _parted = False  # this process has said why it ends, which it may do without the others
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+_NEVER_CAME = (
+    "Stopped before all processes of this run were there, by a signal or since one of them has ended; run the same "
+    "command again."
+)
 
 
 class MainFailed(RuntimeError):
@@ -216,6 +222,39 @@ def blame(error: Exception, goes_on: str) -> None:
         complain(f"error: another process of this run has ended; {goes_on}")
     elif is_first_with("traceback"):
         raise error
+
+
+@contextmanager
+def ends_though_it_waits() -> Iterator[None]:
+    """Around the making of the group: a signal ends a process that waits there for one that never comes.
+
+    torch waits in C, where Python comes to none of its handlers; a thread hears of the signal, and gives them a moment.
+    """
+    if "LOCAL_RANK" not in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    made = threading.Event()
+    threading.Thread(target=_listen, args=(heard, made), daemon=True).start()
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        made.set()
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
+def _listen(heard: int, made: threading.Event) -> None:
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
+    ending = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    with open(heard, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in ending and not made.wait(_A_WHILE):
+                if is_first_here():
+                    print(f"\n{_NEVER_CAME}", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
 
 
 def wait_at_most(seconds: float) -> None:

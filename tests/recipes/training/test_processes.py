@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import on_ranks
@@ -373,6 +374,32 @@ def test_a_process_that_ends_alone_waits_for_nothing_in_flight(tmp_path, how, sa
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output.count(said) == output.count("left in order") == 1, output
+
+
+NEVER_COMES = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(100)
+import train_grpo
+from recipes.training import preflight
+check = preflight.check
+def told(config):
+    print("waiting", flush=True)
+    check(config)
+preflight.check = told
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_one_that_never_comes(tmp_path):
+    """The launcher would kill it after half a minute, without a word."""
+    (tmp_path / "never.py").write_text(NEVER_COMES)
+    process = torchrun(2, tmp_path / "never.py", *arguments_of(tmp_path))
+    wait_for(process, "waiting")
+    time.sleep(3)  # until it is in torch's hands; before, it ends in another sentence
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert output.count("Stopped before all processes of this run were there") == 1, output
 
 
 AGREED = """
