@@ -137,7 +137,7 @@ def train(config: RunConfig, *, resume: bool = False, command: str = "", pilot: 
 
 def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
     from memhead.integrations.handle import HeadBypassed
-    from recipes.processes import MainFailed, blame
+    from recipes.processes import MainFailed, blame, or_lost
     from recipes.training.callbacks import sigterm_as_ctrl_c
     from recipes.training.memory import explained
     from recipes.training.pilot import show
@@ -157,7 +157,7 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         return finish(session, trained, command)
     except KeyboardInterrupt:
         if session is None:
-            complain(f"\nStopped before training began{_or_lost()}; run the same command again.")
+            complain(f"\nStopped before training began{or_lost()}; run the same command again.")
         elif pilot:
             complain("\nStopped.")
         else:
@@ -179,13 +179,6 @@ def _run(config: RunConfig, *, resume: bool, command: str, pilot: bool) -> int:
         if session is not None and not pilot:
             _report_so_far(session.folder)
         return 1
-
-
-def _or_lost() -> str:
-    """Of several processes one that dies has the launcher send the others the SIGTERM of somebody who stops the run."""
-    from recipes.processes import count
-
-    return "" if count() == 1 else ", by a signal or since another process of this run has ended"
 
 
 def begin(config: RunConfig, *, resume: bool, pilot: bool = False) -> Session | None:

@@ -10,13 +10,15 @@ inside `by_main` a process is alone, and nothing here talks to another.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from math import ceil
@@ -25,10 +27,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _PATIENCE = 20.0  # seconds
 _MOMENT = 0.1
+_A_WHILE = 2.0
 _alone = ContextVar("alone", default=False)  # inside by_main
+_parted = False  # this process has said why it ends, which it may do without the others
 
 # What torch says where a peer is gone: NCCL raises dist.DistError, gloo a RuntimeError with one of these.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+_NEVER_CAME = (
+    "Stopped before all processes of this run were there, by a signal or since one of them has ended; run the same "
+    "command again."
+)
 
 
 class MainFailed(RuntimeError):
@@ -159,6 +168,8 @@ def complain(text: object) -> None:
 
     Call it last. Before there is a group the first of this machine speaks, and the others give it time.
     """
+    global _parted
+    _parted = _together()
     if is_first_with("complaint"):
         print(text, file=sys.stderr, flush=True)
     elif not _together():
@@ -196,6 +207,12 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, _group().DistError) or any(words in str(error) for words in _LOST)
 
 
+def or_lost() -> str:
+    """After "Stopped": of several processes one that dies has the launcher send the others the SIGTERM of somebody who
+    stops the run."""
+    return "" if count() == 1 else ", by a signal or since another process of this run has ended"
+
+
 def blame(error: Exception, goes_on: str) -> None:
     """For an error that nobody expected: that another process has ended is a sentence, with `goes_on` as its remedy.
 
@@ -207,6 +224,39 @@ def blame(error: Exception, goes_on: str) -> None:
         raise error
 
 
+@contextmanager
+def ends_though_it_waits() -> Iterator[None]:
+    """Around the making of the group: a signal ends a process that waits there for one that never comes.
+
+    torch waits in C, where Python comes to none of its handlers; a thread hears of the signal, and gives them a moment.
+    """
+    if "LOCAL_RANK" not in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    made = threading.Event()
+    threading.Thread(target=_listen, args=(heard, made), daemon=True).start()
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        made.set()
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
+def _listen(heard: int, made: threading.Event) -> None:
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
+    ending = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    with open(heard, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in ending and not made.wait(_A_WHILE):
+                if is_first_here():
+                    print(f"\n{_NEVER_CAME}", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+
+
 def wait_at_most(seconds: float) -> None:
     """How long one waits for another, `grpo.ddp_timeout`: on a CPU transformers leaves gloo its own half an hour."""
     if _together() and _group().get_backend() == "gloo":
@@ -214,17 +264,33 @@ def wait_at_most(seconds: float) -> None:
 
 
 def end() -> None:
-    """Leaves the group, at the end of a run that every process has come to.
+    """Leaves the group, at the end of a run that every process has come to; after a complaint it does nothing.
 
     A thread of gloo's that lets go of its last tensor when Python has begun to end aborts the process ("terminate
     called without an active exception"). The threads end with the last reference to the group, of which DDP keeps some
     in cycles. Such a thread needs the interpreter to let go of a tensor and has the group's lock meanwhile; to drop the
     group takes that lock and keeps the interpreter: so each has its moment first, or they wait for each other.
     """
-    if _together():
+    if _together() and not _parted:
         _group().destroy_process_group()
         time.sleep(_MOMENT)
         gc.collect()
+
+
+def leave_the_others(status: int) -> None:
+    """Ends the process, as Python does but for taking the group apart; does nothing where `end` has left it.
+
+    What is in flight in a group, such as DDP's gradients of a backward pass that was cut off, is waited for by whoever
+    takes it apart, with the interpreter held: for ever, where the others are elsewhere, which wait for this one.
+    """
+    if not _together():
+        return
+    threading._shutdown()  # type: ignore[attr-defined]  # an upload goes to its end
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _together() -> bool:

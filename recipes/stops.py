@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from recipes.processes import complain
+from recipes.processes import complain, count, leave_the_others
 
 STOPPED = 130  # the exit status
 _IN_ORDER = 2.0  # seconds after Ctrl-C in which one more does not cut short what is being said and closed
@@ -62,6 +62,11 @@ def stopped_in_a_line(main: Callable[[_Arguments], int]) -> Callable[[_Arguments
             except KeyboardInterrupt:
                 complain("\nStopped; the same command begins again.")
                 return STOPPED
+            except Exception:
+                if count() == 1:
+                    raise
+                sys.excepthook(*sys.exc_info())  # as Python would, and then take the group apart
+                return 1
 
     return stoppable
 
@@ -69,4 +74,5 @@ def stopped_in_a_line(main: Callable[[_Arguments], int]) -> Callable[[_Arguments
 def leave(status: int) -> NoReturn:
     """Ends the process. Everything is said and written: one more Ctrl-C ends nothing sooner."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_the_others(status)
     sys.exit(status)

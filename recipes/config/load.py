@@ -36,7 +36,7 @@ from recipes.config.schema import (
 from recipes.config.source import dump, merge, read_file, read_overrides
 from recipes.config.unsloth import is_unsloths, trl_meaning
 from recipes.problems import EXIT_STATUS, ConfigError, Problem, one_of
-from recipes.processes import spread, wait_at_most
+from recipes.processes import ends_though_it_waits, spread, wait_at_most
 
 COMPILING_PAYS = 200  # steps, from which on it takes less than it saves (docs/speed.md)
 
@@ -118,7 +118,8 @@ class RunConfig(Section):
 
         told = trl_meaning(self.grpo) if is_unsloths(trl.GRPOConfig) else self.grpo
         try:
-            arguments = trl.GRPOConfig(**{**told, **self._derived_fields()}, output_dir=str(output_dir))
+            with ends_though_it_waits():
+                arguments = trl.GRPOConfig(**{**told, **self._derived_fields()}, output_dir=str(output_dir))
         except Exception as error:  # TRL, transformers, accelerate: a dozen kinds, all meaning the same here
             message = f"TRL refuses it: {error or type(error).__name__}"
             raise ConfigError([Problem("grpo", message, remedy="change the fields that it names")]) from error

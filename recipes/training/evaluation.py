@@ -30,8 +30,10 @@ from recipes.models.prompts import require_template
 from recipes.models.published import require_known_tokens
 from recipes.problems import EXIT_STATUS, ConfigError, visible
 from recipes.rewards.verdicts import judge_all
+from recipes.stops import STOPPED
 from recipes.tracking.phases import in_phase
 from recipes.tracking.terminal import silence_bars
+from recipes.training.callbacks import last_words, sigterm_as_ctrl_c
 from recipes.training.finite import says_divergence
 from recipes.training.memory import explained
 from recipes.training.session import RunError
@@ -177,24 +179,41 @@ def evaluate_checkpoint(config: RunConfig, place: Path) -> dict[str, Any]:
 
 
 def show(config: RunConfig, place: str) -> int:
-    """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status."""
+    """The command line's `--evaluate`: prints the figures as JSON. Returns the exit status.
+
+    It ends by SIGTERM as by Ctrl-C, with a sentence, and with its launcher.
+    """
     silence_bars()
+    processes.end_with_launcher()
     try:
-        with explained(config):
-            found = evaluate_checkpoint(config, Path(place))
+        with last_words():
+            status = _show(config, Path(place))
+    except processes.MainFailed:
+        processes.let_the_first_speak()
+        return 1
+    if status == 0:  # else the others may be anywhere
+        processes.end()
+    return status
+
+
+def _show(config: RunConfig, place: Path) -> int:
+    try:
+        with explained(config), sigterm_as_ctrl_c():
+            found = evaluate_checkpoint(config, place)
         if processes.is_main():
             print(json.dumps(found, indent=2))
+    except KeyboardInterrupt:
+        processes.complain(f"\nStopped{processes.or_lost()}; the same command begins again.")
+        return STOPPED
     except ConfigError as error:
         processes.complain(error)
         return EXIT_STATUS
     except processes.MainFailed:
-        processes.let_the_first_speak()
-        return 1
+        raise
     except (ImportError, OSError, RunError, ValueError) as error:
         processes.complain(f"error: {visible(str(error))}")
         return 1
     except Exception as error:
         processes.blame(error, "run the same command again")
         return 1
-    processes.end()
     return 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import on_ranks
@@ -332,6 +333,75 @@ def test_what_its_threads_hold_is_let_go_before_the_group(monkeypatch):
     assert done == ["let go", "dropped"]
 
 
+IN_FLIGHT = """
+import atexit, sys, time, torch
+import torch.distributed as dist
+from trl import GRPOConfig
+from recipes import processes
+from recipes.stops import leave, stopped_in_a_line
+GRPOConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False, report_to="none")  # makes the group
+processes.gathered(1)
+if processes.rank() == 0:
+    time.sleep(100)
+
+@stopped_in_a_line
+def main(how):
+    dist.all_reduce(torch.ones(1), async_op=True)  # as DDP's in a backward pass
+    if how == "a fault":
+        raise KeyError(how)
+    processes.complain("error: alone")
+    if how == "in order":
+        processes.end()
+    return 1
+
+atexit.register(print, "left in order")
+leave(main(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "start"),
+    [
+        ("in order", "error: alone", ready.python),
+        ("at once", "error: alone", ready.anew),  # others end without taking their modules apart
+        ("a fault", "KeyError: 'a fault'", ready.anew),
+    ],
+)
+def test_a_process_that_ends_alone_waits_for_nothing_in_flight(tmp_path, how, said, start):
+    """Python would take the group apart, which waits for the others."""
+    (tmp_path / "flight.py").write_text(IN_FLIGHT)
+    process = torchrun(2, tmp_path / "flight.py", tmp_path, how, start=start)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count(said) == output.count("left in order") == 1, output
+
+
+NEVER_COMES = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(100)
+import train_grpo
+from recipes.training import preflight
+check = preflight.check
+def told(config):
+    print("waiting", flush=True)
+    check(config)
+preflight.check = told
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_one_that_never_comes(tmp_path):
+    """The launcher would kill it after half a minute, without a word."""
+    (tmp_path / "never.py").write_text(NEVER_COMES)
+    process = torchrun(2, tmp_path / "never.py", *arguments_of(tmp_path))
+    wait_for(process, "waiting")
+    time.sleep(3)  # until it is in torch's hands; before, it ends in another sentence
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert output.count("Stopped before all processes of this run were there") == 1, output
+
+
 AGREED = """
 import contextlib, io, os, sys, time
 import torch.distributed as dist
@@ -462,6 +532,22 @@ def measured(config, place):
     return processes.gathered(1)
 evaluation.evaluate_checkpoint = measured
 """,
+    "SIGTERM": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return processes.gathered(1)
+evaluation.evaluate_checkpoint = measured
+""",
+    "a long evaluation": """
+def measured(config, place):
+    config.grpo_config(place)
+    if processes.is_main():
+        print("measuring", flush=True)
+    time.sleep(100)
+evaluation.evaluate_checkpoint = measured
+""",
     "sampling": """
 sample = torch.multinomial
 def multinomial(probabilities, **options):
@@ -498,11 +584,15 @@ sys.exit(train_grpo.main(sys.argv[1:]))
 """
 
 
-def faulty(folder, fault, *more):
-    """What a run in two processes says, in which one of them has met the fault."""
+def start_faulty(folder, fault, *more):
     (folder / "faulty.py").write_text(FAULTY.format(fault=FAULTS[fault]))
     short = ["run.warm_start=null", "run.evaluation.samples=0", "run.checks=false"]
-    process = torchrun(2, folder / "faulty.py", *arguments_of(folder, *short), *more)
+    return torchrun(2, folder / "faulty.py", *arguments_of(folder, *short), *more)
+
+
+def faulty(folder, fault, *more):
+    """What a run in two processes says, in which one of them has met the fault."""
+    process = start_faulty(folder, fault, *more)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "[rank" not in output  # a traceback of torch's, for each process
@@ -515,6 +605,10 @@ def faulty(folder, fault, *more):
     [
         ("a judge", "error: invalid literal for int() with base 10: 'judge'"),
         ("a lost process", "error: another process of this run has ended; run the same command again"),
+        (
+            "SIGTERM",
+            "Stopped, by a signal or since another process of this run has ended; the same command begins",
+        ),
     ],
 )
 def test_an_evaluation_that_fails_in_one_process_is_one_line(tmp_path, fault, once):
@@ -582,6 +676,15 @@ def test_a_launcher_that_is_killed_takes_the_run_with_it_in_order(tmp_path):
     assert "Stopped at step" in output, output
     folder = RunFolder.to_resume(tmp_path, "tiny")
     assert folder.step == folder.metrics.read()[-1]["step"] >= 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where a process hears of its parent's end")
+def test_a_launcher_that_is_killed_takes_an_evaluation_with_it(tmp_path):
+    process = start_faulty(tmp_path, "a long evaluation", "--evaluate", "final")
+    wait_for(process, "measuring")
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped, by a signal or since another process of this run has ended" in output, output
 
 
 @pytest.mark.slow
