@@ -24,7 +24,7 @@ import json
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from recipes.plan.work import Flow, Work
 from recipes.tracking.speed import padded_flow
 from recipes.training.packed_attention import PREFIX
 from recipes.training.packed_step import PackedStep, packed
+
+if TYPE_CHECKING:
+    from recipes.config.load import RunConfig
 
 WAYS = ("packed", "compiled", "padded")
 
@@ -60,15 +63,13 @@ def flow_of(trainer: Any, way: str) -> Flow:
     return padded_flow(torch.cat([prompts, completions], 1), completions.shape[1])
 
 
-def planned_budget(name: str, shape: Shape) -> int:
-    """What a run of this model and shape would take on this card."""
+def run_config(name: str, shape: Shape, *overrides: str) -> RunConfig:
+    """A run of this model and shape, as `train_grpo.py` would read it."""
     import tempfile
 
     import yaml
 
     from recipes.config.load import load_config
-    from recipes.plan.plan import token_budget
-    from recipes.plan.setting import Setting
 
     run = {
         "model": {
@@ -84,7 +85,15 @@ def planned_budget(name: str, shape: Shape) -> int:
     }  # fmt: skip
     path = Path(tempfile.mkdtemp()) / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    config = load_config(path)
+    return load_config(path, overrides)
+
+
+def planned_budget(name: str, shape: Shape) -> int:
+    """What a run of this model and shape would take on this card."""
+    from recipes.plan.plan import token_budget
+    from recipes.plan.setting import Setting
+
+    config = run_config(name, shape)
     device_bytes = torch.cuda.get_device_properties(0).total_memory
     budget = token_budget(config, Setting.of(config, device=True), device_bytes)
     assert budget is not None  # these are models that the plan covers

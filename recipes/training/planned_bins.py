@@ -18,6 +18,7 @@ from recipes.plan.setting import Setting
 
 # Of the plan's parts, when the first loss is about to come.
 _THERE = ("parameters", "reference model", "adapter and saved modules")
+AS_TOLD = "as told, a micro-batch at least"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def bins_of(trainer: Any, told: int | None, prompt: int) -> Bins:
         prompt: tokens of the longest prompt seen.
     """
     if told is not None:
-        return Bins(told, "as told, a micro-batch at least")
+        return Bins(told, AS_TOLD)
     try:
         if (reason := next(unknown(trainer), None)) is not None:
             return Bins(None, reason)

@@ -14,6 +14,7 @@ from recipes.problems import ConfigError, Problem
 from recipes.processes import first, smallest
 from recipes.training.ahead import ahead
 from recipes.training.checkpoints import guarded
+from recipes.training.planned_bins import AS_TOLD, Bins
 from recipes.training.ratios import measured
 from recipes.training.session import Session
 from recipes.training.truncation import supported, truncation_of
@@ -67,13 +68,11 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         _fall_back(session, reason)
         return trainer
     if budget is None:
-        bins = "as many tokens as a padded micro-batch has slots"
+        bins = "bins of as many tokens as a padded micro-batch has slots"
     else:
-        bins = f"{budget} tokens" + (
-            ", as told, a micro-batch at least" if config.step.token_budget else ", planned"
-        )
+        bins = str(Bins(budget, AS_TOLD if config.step.token_budget else "planned"))
     layers = "; layers compiled" if is_compiled(session.model) else ""
-    print(f"step: packed, in bins of {bins}{layers}", flush=True)
+    print(f"step: packed, in {bins}{layers}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})
     return trainer
 

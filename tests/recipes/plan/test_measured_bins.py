@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from benchmarks.packed_gpu import CHECKPOINTING, HUB, LAYERS
+from benchmarks.packed_gpu import run_config
 from benchmarks.rollouts import SIZE, rollout, shape_for
-from recipes.config.load import load_config
-from recipes.plan.plan import in_bins, measure
+from recipes.plan.plan import MIB, in_bins, measure
 from recipes.plan.setting import Setting
-from recipes.training.rollout import Rollout
+from recipes.training.packing import pack
+from recipes.training.rollout import Rollout, padded
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "packed_h200.json"
 
@@ -52,41 +51,19 @@ def largest_bin(model, name, budget):
     """Tokens of it, where all groups are as long, so that their order, which is not known, does not matter."""
     shape = shape_for(model, name)
     cut = Rollout.shuffled(rollout(shape, 1000, 0.0, "cpu"), shape.groups, True, budget)
-    lengths, tokens = cut.lengths, []
-    for bin_ in cut.cut(range(shape.groups)):
-        taken = range(bin_.start * SIZE, bin_.stop * SIZE)
-        prompts = {int(lengths.group[row]): int(lengths.prompt[row]) for row in taken}
-        tokens.append(sum(prompts.values()) + sum(int(lengths.completion[row]) - 1 for row in taken))
-    return max(tokens)
+    bins = (range(bin_.start * SIZE, bin_.stop * SIZE) for bin_ in cut.cut(range(shape.groups)))
+    return max(pack(padded(cut.tensors), cut.lengths, rows, one_row=True).tokens for rows in bins)
 
 
-@functools.cache
-def setting_of(model, name, compiled):
-    shape = shape_for(model, name)
-    return {
-        "model": {
-            "loader": "transformers", "name": HUB[model], "dtype": "bfloat16", "compile_layers": compiled,
-            "max_seq_length": shape.prompts[1] + shape.longest, "gradient_checkpointing": CHECKPOINTING[model],
-        },
-        "task": {"name": "gsm8k"},
-        "grpo": {
-            "per_device_train_batch_size": SIZE, "num_generations": SIZE, "max_completion_length": shape.longest,
-            "gradient_accumulation_steps": shape.groups,
-        },
-        "lora": {"r": 16, "alpha": 16, "target_modules": LAYERS},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("model", "shape", "way", "budget"), ROWS, ids=str)
-def test_the_planned_peak_is_that_of_a_full_bin(tmp_path, model, shape, way, budget):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(setting_of(model, shape, way == "compiled")))
-    config = load_config(tmp_path / "run.yaml")
+@pytest.mark.parametrize(("model", "name", "way", "budget"), ROWS, ids=str)
+def test_the_planned_peak_is_that_of_a_full_bin(model, name, way, budget):
+    shape, measured = shape_for(model, name), ROWS[model, name, way, budget]
+    config = run_config(model, shape, f"model.compile_layers={str(way == 'compiled').lower()}")
     setting = in_bins(config, Setting.of(config, device=True), budget)
-    measured = ROWS[model, shape, way, budget]
 
     def planned(tokens):
-        return measure(replace(setting, bin_tokens=tokens)).phases["forward, loss and backward"] / 2**20
+        return measure(replace(setting, bin_tokens=tokens)).phases["forward, loss and backward"] / MIB
 
-    if shape_for(model, shape).spread == 0:
-        assert planned(largest_bin(model, shape, budget)) == pytest.approx(measured, rel=0.05)
+    if shape.spread == 0:
+        assert planned(largest_bin(model, name, budget)) == pytest.approx(measured, rel=0.05)
     assert 0.995 * measured < planned(budget) < 1.18 * measured

@@ -112,9 +112,8 @@ def compare(pair: Pair, *rollouts: dict[str, Any], windows: int, left_out: bool 
 
 LEVELS, BETAS, ITERATIONS = ("token", "sequence"), (0.0, 0.04), (1, 2)
 ZEROS, PROMPTS = ("none", "some", "all"), ("shared", "single", "partly")
-EVERY = [
-    *itertools.product(LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS)
-]  # 576, a tenth of a second each
+# 576, a tenth of a second each.
+EVERY = [*itertools.product(LOSSES, LEVELS, BETAS, ITERATIONS, ZEROS, PROMPTS)]
 
 
 @pytest.mark.parametrize(("loss", "level", "beta", "iterations", "zeros", "prompts"), EVERY, ids=str)
