@@ -1,6 +1,6 @@
 """Every command of the README and every kind of configuration, once, on this machine, at toy size.
 
-    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 29 commands
+    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 30 commands
     python -m benchmarks.every_command --output DIR --only quickstart lora
 
 The models are made here, with random weights: a Llama of two layers with a chat template. What a command needs and this
@@ -94,6 +94,7 @@ def commands(root: Path) -> list[Command]:
                                   "task.rewards={benchmarks.flagship_gpu.coin: 1, "
                                   "my_rewards.exact: null, my_rewards.short: null}")),
         Command("lora, 4-bit", [*lora, "run.name=four", "model.load_in_4bit=true"], ("gpu", "bitsandbytes")),
+        Command("lora, 8-bit", [*lora, "run.name=eight", "model.load_in_8bit=true"], ("gpu", "bitsandbytes")),
         Command("lora, vLLM", [*lora, "run.name=vllm", *vllm], ("gpu", "vllm")),
         Command("char_count, vLLM", [*count, "run.name=count-vllm", "grpo.steps_per_generation=2", *vllm,
                                       "grpo.cache_implementation=null"], ("gpu", "vllm")),
