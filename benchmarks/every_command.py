@@ -1,6 +1,6 @@
 """Every command of the README and every kind of configuration, once, on this machine, at toy size.
 
-    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 30 commands
+    python -m benchmarks.every_command --output DIR      # on a GPU with vLLM and Unsloth: 31 commands
     python -m benchmarks.every_command --output DIR --only quickstart lora
 
 The models are made here, with random weights: a Llama of two layers with a chat template. What a command needs and this
@@ -50,8 +50,8 @@ def commands(root: Path) -> list[Command]:
         "grpo.per_device_train_batch_size=8", "grpo.gradient_accumulation_steps=1", "run.save_every=1",
         "grpo.learning_rate=0.05", "grpo.warmup_steps=0",
     ]  # fmt: skip
-    # Nothing that a random model says earns a reward; the entropy's gradient is there all the same, but under Unsloth,
-    # whose trainer computes it past every head.
+    # Nothing that a random model says earns a reward; the entropy's gradient is there all the same, but in Unsloth's
+    # own step, which computes it past every head.
     bonus = ["grpo.entropy_coef=1.0"]
     short = ["task.held_out=8", "grpo.max_completion_length=32"]
     gsm8k = [*small, *short, f"task.dataset={data}"]
@@ -111,6 +111,8 @@ def commands(root: Path) -> list[Command]:
         ),
         Command("unsloth, vLLM, 16-bit", sixteen, ("gpu", "unsloth", "vllm")),
         Command("unsloth, vLLM, 4-bit", [*flagship, "run.name=flagship"], ("gpu", "unsloth", "vllm")),
+        Command("unsloth, vLLM, packed", [*flagship, "run.name=flagship-packed", "step.impl=packed", *bonus],
+                ("gpu", "unsloth", "vllm")),
     ]  # fmt: skip
 
 

@@ -3,13 +3,18 @@
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER                      # 16-bit weights
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --stack unsloth4
     python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --model llama-1b --zeros 0 0.3
+    python -m benchmarks.packed_unsloth --output DIR --checkpoint FOLDER --steps own packed   # and memhead's
     python -m benchmarks.packed_unsloth --output DIR --toy                                    # tiny, on a CPU
 
-Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can, and a row says
-what its model was given while the time was taken. A window is as in packed_gpu: every group forward and backward, a
-group a micro-batch; its own runs shuffle several questions' completions first, and then their loss shares no prompt.
-`scoring` is its pass for old log-probabilities. Unsloth computes its activations again in the backward pass, unless
-`--no-checkpointing` is given.
+`own`: Unsloth as it comes, with its own head: its trainer removes padding and shares prompts where it can, and a row
+says what its model was given while the time was taken. A window is as in packed_gpu: every group forward and
+backward, a group a micro-batch; its own runs shuffle several questions' completions first, and then their loss shares
+no prompt. `scoring` is its pass for old log-probabilities. Unsloth computes its activations again in the backward
+pass, unless `--no-checkpointing` is given.
+`packed`: `step.impl: packed` on the same model, in bins of `--budget` tokens, with memhead's head; it needs no scoring.
+Its losses are other ones: its old log-probabilities are the model's own.
+`--fresh`: every round has a rollout of its own, as a run's steps have, of other lengths: what is compiled or kept for
+a layout is then made again.
 Run it beside packed_gpu on one card; importing Unsloth changes TRL, so it is a process of its own. The toy's layers are
 transformers' own, which do not know Unsloth's rows of shared prompts: its seconds and losses mean nothing.
 """
@@ -99,18 +104,66 @@ def forwards(model: Any, *, gradient: bool) -> Iterator[Counter[str]]:
         handle.remove()
 
 
-def measure(trainer: Any, model: Any, shape: Shape, zeros: float, rounds: int) -> dict[str, Any]:
+def measure(trainer: Any, model: Any, shape: Shape, zeros: float, rounds: int, fresh: bool) -> dict[str, Any]:
     """Seconds of a window and of scoring, medians, the forwards in them, and the window's peak."""
     vocab_size = trainer.model.config.vocab_size
-    parts = micro_batches(rollout(shape, vocab_size, zeros, trainer.accelerator.device), vocab_size)
-    row: dict[str, Any] = {"shape": shape.name, "groups": shape.groups}
-    row["zeros"] = round(zeros * shape.groups) / shape.groups
-    row["loss"] = window(trainer, model, parts)
+    fed = rollouts(shape, vocab_size, zeros, trainer.accelerator.device, fresh)
+    row, began = described(shape, zeros), time.perf_counter()
+    row["loss"] = window(trainer, model, micro_batches(next(fed), vocab_size))
+    row["first_seconds"] = time.perf_counter() - began
+    parts = iter([micro_batches(next(fed), vocab_size) for _ in range(rounds)])
     with forwards(trainer.model, gradient=True) as row["forwards"]:
-        row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, parts), rounds)
-    score(trainer, model, parts)
+        row["seconds"], row["peak_mib"] = timed(lambda: window(trainer, model, next(parts)), rounds)
+    score(trainer, model, micro_batches(next(fed), vocab_size))
+    scored = iter([micro_batches(next(fed), vocab_size) for _ in range(rounds)])
     with forwards(trainer.model, gradient=False) as row["scoring_forwards"]:
-        row["scoring"], _ = timed(lambda: score(trainer, model, parts), rounds)
+        row["scoring"], _ = timed(lambda: score(trainer, model, next(scored)), rounds)
+    return row
+
+
+def rollouts(shape: Shape, vocab_size: int, zeros: float, device: Any, fresh: bool) -> Iterator[Batch]:
+    """The same one again and again, or one after another."""
+    for seed in itertools.count(1):
+        yield rollout(shape, vocab_size, zeros, device, seed if fresh else 1)
+
+
+def described(shape: Shape, zeros: float) -> dict[str, Any]:
+    """The beginning of a row."""
+    return {"shape": shape.name, "groups": shape.groups, "zeros": round(zeros * shape.groups) / shape.groups}
+
+
+def measure_packed(
+    model: Any, shape: Shape, zeros: float, rounds: int, fresh: bool, *, toy: bool, budget: int | None
+) -> dict[str, Any]:
+    """The same of memhead's packed step on this model, which needs no scoring; the first window by itself."""
+    import trl
+
+    from benchmarks import packed_gpu  # imports TRL, which comes after Unsloth
+    from recipes.training.packed_unsloth import packed_unsloth
+
+    kind = packed_unsloth(trl.GRPOTrainer)
+    trainer = packed_gpu.make_trainer(kind, model, toy, shape, budget=budget or 0, epsilon_high=0.2)
+    model.for_training(use_gradient_checkpointing=getattr(model, "_unsloth_gradient_checkpointing", True))
+    fed = rollouts(shape, model.config.vocab_size, zeros, trainer.accelerator.device, fresh)
+    row = described(shape, zeros) | {"step": "packed", "budget": budget or "slots", "scoring": 0.0}
+
+    def one() -> float:
+        loss = packed_gpu.window(trainer)
+        trainer.model.zero_grad(set_to_none=True)
+        return loss
+
+    trainer.fed, began = next(fed), time.perf_counter()
+    row["loss"] = one()
+    row["first_seconds"] = time.perf_counter() - began
+    each = iter([next(fed) for _ in range(rounds)])
+
+    def another() -> None:
+        trainer.fed = next(each)
+        one()
+
+    with forwards(trainer.model, gradient=True) as row["forwards"]:
+        row["seconds"], row["peak_mib"] = timed(another, rounds)
+    row["computed"] = trainer._metrics["train"]["step/tokens_computed"][-1]
     return row
 
 
@@ -126,18 +179,19 @@ def kinds(counts: dict[str, int] | None) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| model | shape | zero groups | loss, s | its rows | scoring, s | its rows | peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | shape | step | zero groups | loss, s | its rows | scoring, s | its rows | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         zeros = f"{row['zeros']:.0%}" if "zeros" in row else "–"
-        start = f"| {row['model']} | {row['shape']} | {zeros} |"
+        step = f"packed, bins of {row['budget']}" if row.get("step") == "packed" else "own"
+        start = f"| {row['model']} | {row['shape']} | {step} | {zeros} |"
         if "error" in row:
             lines.append(f"{start} {row['error'].splitlines()[0]} |||||")
             continue
         lines.append(
             f"{start} {row['seconds']:.3f} | {kinds(row.get('forwards'))} | {row['scoring']:.3f} |"
-            f" {kinds(row.get('scoring_forwards'))} | {row['peak_mib'] / 1024:.1f} |"
+            f" {kinds(row.get('scoring_forwards', {}))} | {row['peak_mib'] / 1024:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -153,6 +207,11 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--stack", choices=["unsloth16", "unsloth4"], default="unsloth16")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.0], help="shares without advantage")
+    parser.add_argument("--steps", nargs="+", choices=["own", "packed"], default=["own"])
+    parser.add_argument(
+        "--budget", type=int, help="tokens of a bin of memhead's step; as a padded micro-batch without"
+    )
+    parser.add_argument("--fresh", action="store_true", help="another rollout in every round")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which nothing more is begun")
     parser.add_argument("--rounds", type=int, default=3)
@@ -166,7 +225,7 @@ def main(argv: list[str] | None = None) -> Path:
         from benchmarks.packed_models import new_model
 
         save_checkpoint(new_model(options.model, toy=False), checkpoint)
-    trainer, model, _ = make_trainer(
+    trainer, model, head = make_trainer(
         options.stack,
         options.toy,
         checkpoint,
@@ -178,13 +237,18 @@ def main(argv: list[str] | None = None) -> Path:
     )
     options.output.mkdir(parents=True, exist_ok=True)
     path, rows = options.output / f"packed_{options.stack}.json", []
-    for shape, zeros in itertools.product(shapes.values(), options.zeros):
+    for shape, zeros, step in itertools.product(shapes.values(), options.zeros, options.steps):
         if time.time() > until:
             break
         row: dict[str, Any] = {"model": "toy" if options.toy else options.model}
-        row["checkpointing"] = options.checkpointing
+        row |= {"checkpointing": options.checkpointing, "fresh": options.fresh}
+        given = (shape, zeros, options.rounds, options.fresh)
         try:
-            row |= measure(trainer, model, shape, zeros, options.rounds)
+            if step == "packed":
+                with head.install("memhead"):
+                    row |= measure_packed(trainer.model, *given, toy=options.toy, budget=options.budget)
+            else:
+                row |= measure(trainer, model, *given)
         except Exception as error:  # one shape's failure is one row of the table
             traceback.print_exc()
             row |= {"shape": shape.name, "error": f"{type(error).__name__}: {error}"[:200]}

@@ -45,11 +45,11 @@ def shape_for(model: str, name: str) -> Shape:
     return shape._replace(groups=FEWER_GROUPS) if model == "llama-8b" and name != "gsm8k" else shape
 
 
-def rollout(shape: Shape, vocab_size: int, zeros: float, device: Any) -> dict[str, Any]:
+def rollout(shape: Shape, vocab_size: int, zeros: float, device: Any, seed: int = 1) -> dict[str, Any]:
     """The result of the trainer's generation: groups of random tokens, padded as TRL pads them."""
     from trl.trainer.utils import pad
 
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(seed)
     prompts, completions = [], []
     for _ in range(shape.groups):
         low, high = shape.prompts

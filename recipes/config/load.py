@@ -95,8 +95,14 @@ class RunConfig(Section):
     @property
     def packs(self) -> bool:
         """Whether the packed step is asked for and no key or launcher rules it out; the model still may."""
-        asked = self.step.impl == "packed" and self.model.loader != "unsloth" and spread() != "DeepSpeed"
+        asked = self.step.impl == "packed" and not self.unsloths_step and spread() != "DeepSpeed"
         return asked and not any(self.against_packing())
+
+    @property
+    def unsloths_step(self) -> bool:
+        """Whether the step is that of Unsloth's trainer: under its loader, unless packed is written out."""
+        by_name = self.step.impl == "packed" and "impl" in self.step.model_fields_set
+        return self.model.loader == "unsloth" and not by_name
 
     def against_packing(self) -> Iterator[str]:
         """Why the packed step is not exact with these keys, as the trainer will say it."""

@@ -152,7 +152,8 @@ class StepConfig(Section):
         "packed",
         description="packed: one row of tokens a group, no padding, no rows without a gradient, no repeated pass; "
         "trl: TRL's own padded micro-batches, as a baseline. Where the packed step fails its start-up check, trl "
-        "takes its place, unless packed is written out: then the run ends",
+        "takes its place, unless packed is written out: then the run ends. Under unsloth, packed has to be written "
+        "out: its trainer has a step of its own",
     )
     token_budget: Positive | None = Field(
         None,

@@ -43,9 +43,7 @@ def opening(config: RunConfig, device: str) -> str:
     """A run's first line: what is trained on what, by what, and where."""
     model = config.model
     what = "a new Llama" if model.loader == "scratch" else str(model.name)
-    step = (
-        "Unsloth's" if model.loader == "unsloth" else config.step.impl
-    )  # whose trainer has a step of its own
+    step = "Unsloth's" if config.unsloths_step else config.step.impl
     how = "every weight" if config.lora is None else f"adapters of rank {config.lora.r}"
     return (
         f"{config.run.name}: {what} ({model.loader}, {how}) learns {config.task.name} by GRPO; "

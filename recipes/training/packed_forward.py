@@ -68,11 +68,16 @@ class PackedForward(_Trainer):
         self._token_budget = token_budget
         self._flow = Flow()
         self._truncation: Truncation | None = getattr(self, "truncation", None)  # of SupportedRatios
+        self._varlen = self.begin_attention()
+
+    def begin_attention(self) -> bool:
+        """Let the models take packed rows; whether all groups lie in one."""
         half = half_precision(self.model, self.args)
-        self._varlen = packed_attention.varlen_available(self.accelerator.device, half=half)
-        if self._varlen:
+        varlen = packed_attention.varlen_available(self.accelerator.device, half=half)
+        if varlen:
             for model in self._causal_models():
                 packed_attention.use_varlen(model)
+        return varlen
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -119,11 +124,8 @@ class PackedForward(_Trainer):
         truncated: over the supports of B × K slots, or to find them; None: over the whole vocabulary.
         """
         shape = len(batch.input_ids), batch.completion_width
-        if not rows:  # zeros with a gradient path, by TRL's forward of one row: other processes may have some
-            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model, batch.input_ids[:1], batch.attention_mask[:1], shape[1], compute_entropy=entropy
-            )
-            return Scores((0 * logps).expand(shape), (0 * entropies).expand(shape) if entropy else None)
+        if not rows:
+            return self.score_nothing(model, batch, entropy=entropy)
         if not self._varlen:
             hidden_size = self._causal_model(model).config.get_text_config().hidden_size
             lengths = in_short_rows(lengths, rows, hidden_size)
@@ -132,11 +134,11 @@ class PackedForward(_Trainer):
         if truncated is not None and truncated.support is not None:
             truncated = replace(truncated, support=truncated.support.rows(packed.scores))
         tokens, causal = batch.input_ids.flatten(), self._causal_model(model)
-        attention = _attention_arguments(packed, causal)
+        attention = self.attention_arguments(packed, causal)
         with (
             over_supports(truncated),
             listening(listener),
-            _only_states(causal.base_model, packed.states),
+            only_states(causal.base_model, packed.states),
             self.accelerator.autocast(),
         ):
             outputs = model(
@@ -160,6 +162,23 @@ class PackedForward(_Trainer):
             else None,
             rounded=unpacked(torch.cat(heard)[None]) if heard else None,
         )
+
+    def score_nothing(self, model: Any, batch: PaddedBatch, *, entropy: bool) -> Scores:
+        """Zeros with a gradient path, by TRL's forward of one row: other processes may have some to compute."""
+        shape = len(batch.input_ids), batch.completion_width
+        logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+            model, batch.input_ids[:1], batch.attention_mask[:1], shape[1], compute_entropy=entropy
+        )
+        return Scores((0 * logps).expand(shape), (0 * entropies).expand(shape) if entropy else None)
+
+    def attention_arguments(self, packed: Packed, causal: Any) -> dict[str, Any]:
+        """The layout, as the attention of a causal language model takes it."""
+        if packed.varlen is None:
+            return {"attention_mask": packed_attention.masks(packed, causal.config, causal.dtype)}
+        return {
+            "attention_mask": packed_attention.no_mask(packed.source.device),
+            packed_attention.PACKED_ARGUMENT: packed.varlen,
+        }
 
     def take_flow(self) -> Flow:
         """What packed forwards have computed since the last call."""
@@ -193,18 +212,8 @@ class PackedForward(_Trainer):
         return [self._causal_model(model) for model in (self.model, self.ref_model) if model is not None]
 
 
-def _attention_arguments(packed: Packed, causal: Any) -> dict[str, Any]:
-    """The layout, as the attention of a causal language model takes it."""
-    if packed.varlen is None:
-        return {"attention_mask": packed_attention.masks(packed, causal.config, causal.dtype)}
-    return {
-        "attention_mask": packed_attention.no_mask(packed.source.device),
-        packed_attention.PACKED_ARGUMENT: packed.varlen,
-    }
-
-
 @contextmanager
-def _only_states(backbone: torch.nn.Module, states: Tensor) -> Iterator[None]:
+def only_states(backbone: torch.nn.Module, states: Tensor) -> Iterator[None]:
     """Let a model's head see these states (M,) of its backbone's grid as one row; a state may occur more than once."""
 
     def select(module: Any, arguments: Any, output: Any) -> Any:

@@ -73,6 +73,7 @@ class Packed:
     scores: Tensor  # (M,) its place in (B, K)
     tokens: int  # computed, padding of the grid not counted
     varlen: VarlenKeys | None  # for one long row
+    groups: list[tuple[int, list[int]]]  # tokens here of each prompt, and of each of its completions
 
     def to(self, device: torch.device) -> Packed:
         """The same with its tensors on ``device``."""
@@ -170,6 +171,7 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
         varlen=_varlen(length, slot, number, segment_group, prompt, slot[prompt_segment])
         if one_row
         else None,
+        groups=_of_groups(prompt, own - 1, group),
     )
 
 
@@ -233,6 +235,13 @@ def _spread(lengths: Integers) -> tuple[Integers, Integers]:
     """For runs of these lengths, one after another: the run of every item, and its place in it."""
     run = np.arange(len(lengths)).repeat(lengths)
     return run, np.arange(len(run)) - (lengths.cumsum() - lengths)[run]
+
+
+def _of_groups(prompt: Integers, completion: Integers, group: Integers) -> list[tuple[int, list[int]]]:
+    """For prompts (G,) and completions (N,), each of a group (N,): the tokens of each prompt and of its completions."""
+    in_order = completion[group.argsort(kind="stable")]
+    own = np.split(in_order, np.bincount(group, minlength=len(prompt)).cumsum()[:-1])
+    return [(int(p), lengths.tolist()) for p, lengths in zip(prompt, own, strict=True)]
 
 
 def _grid(shape: tuple[int, int], empty: int, slots: Integers, values: Integers) -> Tensor:

@@ -169,7 +169,7 @@ def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         from memhead.integrations.unsloth import refuse_bypasses
 
         try:
-            refuse_bypasses(SimpleNamespace(**config.grpo))
+            refuse_bypasses(SimpleNamespace(**config.grpo) if config.unsloths_step else None)
         except ValueError as error:
             yield Problem("", str(error))
 

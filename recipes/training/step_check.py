@@ -75,7 +75,7 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         with trainer.accelerator.autocast():
             logps = logps_of(model, part) * mask[rows, : part.completion_width]
             loss = (logps.float() * weight[rows, : part.completion_width]).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = _gradients(trainer, loss, parameters)
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return logps.detach().double(), torch.cat([g.detach().double().flatten() for g in flat])
 
@@ -107,6 +107,16 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         "allowed": allowed,
         "passed": all(ours[name] <= allowed[name] for name in ours),  # a NaN is not
     }
+
+
+def _gradients(trainer: Any, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    """Of these parameters, which have none yet; None of one that the loss does not depend on."""
+    if not getattr(trainer, "backward_within", False):
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    loss.backward()
+    found = [parameter.grad for parameter in parameters]
+    trainer.model.zero_grad(set_to_none=True)
+    return found
 
 
 def _trls_logps(trainer: Any, model: Any, batch: PaddedBatch) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from recipes.config.load import RunConfig
+from recipes.config.unsloth import is_unsloths
 from recipes.models.compiled import is_compiled, make_plain, plain_layers
 from recipes.models.generation import token_ids
 from recipes.plan.plan import RESERVE, Plan, token_budget
@@ -26,14 +27,17 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     Args:
         given: what a guarded GRPOTrainer of TRL takes.
 
-    Raises ConfigError where packing was asked for by name and the start-up check finds it off.
+    Raises ConfigError where packing was asked for by name and the start-up check finds it off, and where Unsloth's
+    model rules it out: then it has been asked for by name.
     """
     import trl
 
     config = session.config
-    if config.model.loader == "unsloth":
-        _keep(session, {"impl": "unsloth"})  # whose trainer has a step of its own
+    if config.unsloths_step:
+        _keep(session, {"impl": "unsloth"})
         return guarded(trl.GRPOTrainer)(**given)
+    if is_unsloths(trl.GRPOConfig):
+        return _on_unsloths_model(session, given)
     trainer_class = measured(
         supported(trl.GRPOTrainer, truncation_of(config)), config.tracking.mismatch_every
     )
@@ -67,14 +71,37 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
         trainer = _with_right_layers(session, trainer)
         _fall_back(session, reason)
         return trainer
+    _say_packed(session, budget)
+    return trainer
+
+
+def _on_unsloths_model(session: Session, given: dict[str, Any]) -> Any:
+    """The packed step, asked for by name, in the trainer that Unsloth has written. Raises ConfigError."""
+    import trl
+
+    from recipes.training.packed_unsloth import packed_unsloth, why_not_unsloths
+
+    budget = planned_budget(session.config, session.planned, given["args"].device)
+    reason = why_not_unsloths(given)
+    if reason is None:
+        trainer = guarded(packed_unsloth(trl.GRPOTrainer))(**given, token_budget=budget)
+        reason = _check(session, trainer)
+    if reason is not None:
+        raise ConfigError(
+            [Problem("step.impl", reason, "packed", "remove it: Unsloth has a step of its own")]
+        )
+    _say_packed(session, budget)
+    return trainer
+
+
+def _say_packed(session: Session, budget: int | None) -> None:
     if budget is None:
         bins = "bins of as many tokens as a padded micro-batch has slots"
     else:
-        bins = str(Bins(budget, AS_TOLD if config.step.token_budget else "planned"))
+        bins = str(Bins(budget, AS_TOLD if session.config.step.token_budget else "planned"))
     layers = "; layers compiled" if is_compiled(session.model) else ""
     print(f"step: packed, in {bins}{layers}", flush=True)
     _keep(session, {"impl": "packed", "token_budget": budget})
-    return trainer
 
 
 def _with_right_layers(session: Session, trainer: Any) -> Any:

@@ -28,8 +28,10 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
     if config.model.loader == "unsloth":
         from memhead.integrations import unsloth
 
+        # The packed step's entropies are TRL's slot's, which memhead has taken.
+        options = {"args": arguments} if config.unsloths_step else {}
         return unsloth.install(
-            config.head.impl, args=arguments, chunk=config.head.chunk, backend=config.head.backend
+            config.head.impl, chunk=config.head.chunk, backend=config.head.backend, **options
         )
     from memhead.integrations import trl
 

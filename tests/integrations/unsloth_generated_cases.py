@@ -43,6 +43,7 @@ from memhead.integrations import unsloth as memhead_unsloth
 from recipes.config.grpo import OWNED, defaults
 from recipes.config.load import load_config
 from recipes.config.unsloth import is_unsloths
+from recipes.problems import ConfigError
 from recipes.tracking.files import LinesFile
 from recipes.tracking.run_folder import RunFolder
 from recipes.tracking.tracker import track
@@ -81,10 +82,10 @@ def given(config, fields):
     return config.model_copy(update={"grpo": grpo, "grpo_given": fields})
 
 
-def train(config, folder, impl, watch=lambda trainer, handle: None):
+def train(config, folder, impl, watch=lambda trainer, handle: None, prepare=lambda model: None):
     """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls.
 
-    watch: gets the trainer and the head's handle before it trains.
+    watch: gets the trainer and the head's handle before it trains. prepare: gets the model before there is a trainer.
     """
     config = config.model_copy(update={"head": config.head.model_copy(update={"impl": impl})})
     folder = RunFolder.create(folder, impl)
@@ -97,6 +98,7 @@ def train(config, folder, impl, watch=lambda trainer, handle: None):
         model.for_training = functools.partial(FastBaseModel.for_training, model)
         model.for_inference = functools.partial(FastBaseModel.for_inference, model)
         model._unsloth_user_float32 = True
+        prepare(model)
         tokenizer = AutoTokenizer.from_pretrained(config.model.name)
         rewards = Rewards([evens], [1.0])
         session = Session(config, config.make_task(), rewards, folder, arguments, model, tokenizer)
@@ -199,6 +201,68 @@ def take_shared_prompts(model):
         return arguments, options | {"attention_mask": create_mask(visible, 1, 1, layout.T, layout.T, "cpu")}
 
     model.register_forward_pre_hook(mask, with_kwargs=True)
+
+
+def packed_by_name(config):
+    return config.model_copy(update={"step": config.step.model_copy(update={"impl": "packed"})})
+
+
+def on_full_logits(trainer_class):
+    """TRL's loss on plain full logits of padded rows."""
+
+    def scores(self, model, input_ids, attention_mask, width, *_, compute_entropy=False, **__):
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
+        logps = (logits[:, -width - 1 : -1] / self.temperature).log_softmax(-1)
+        entropies = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, input_ids[:, -width:, None])[..., 0], entropies, None
+
+    methods = {
+        "_get_per_token_logps_and_entropies": scores,
+        "compute_loss": lambda self, model, inputs, *_, **__: self._compute_loss(model, inputs),
+    }
+    return type(f"Plain{trainer_class.__name__}", (trainer_class,), methods)
+
+
+# Unsloth's trainer leaves sampled tokens out of its loss that are the padding's; TRL's does not.
+NO_PADDING = {"generation_kwargs": {"suppress_tokens": [0]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "by"),
+    [
+        ({"num_iterations": 1, **NO_PADDING}, "Unsloth's own"),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, **NO_PADDING}, "Unsloth's own"),
+        ({"num_iterations": 1, "beta": 0.0}, "full logits"),
+        ({"gradient_accumulation_steps": 2, "loss_type": "grpo"}, "full logits"),
+        ({"entropy_coef": 0.1, "temperature": 0.7, "epsilon": 0.02}, "full logits"),
+    ],
+    ids=str,
+)
+def test_packed_steps_on_unsloths_model(config, tmp_path, monkeypatch, fields, by):
+    """Rewards, losses, gradients and adapters; attention over its rows is the stand-in of take_shared_prompts."""
+    config = given(config, config.grpo_given | {"max_steps": 4} | fields)
+    packed = packed_by_name(config)
+    ours = train(packed, tmp_path / "ours", "memhead", prepare=take_shared_prompts)
+    if by == "full logits":
+        monkeypatch.setattr(trl, "GRPOTrainer", on_full_logits(trl.GRPOTrainer))
+    # Without the check of what would bypass a head: nothing of it is asked for.
+    expected = train(config, tmp_path / "expected", "trl")
+    steps = [run.folder.read_json("environment.json")["step"]["impl"] for run in (ours, expected)]
+    assert steps == ["packed", "unsloth"]
+    for a, b in zip(*(run.folder.metrics.read() for run in (expected, ours)), strict=True):
+        assert a.get("reward") == b.get("reward")
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert b["entropy"] > 0.5
+    for name, value in expected.adapters.items():
+        torch.testing.assert_close(ours.adapters[name], value, rtol=0.0, atol=1e-6)
+    assert ours.calls > 0
+
+
+def test_a_model_that_ignores_the_layout_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="disagrees with TRL's padded way"):
+        train(packed_by_name(config), tmp_path, "memhead")
 
 
 def note_scores(monkeypatch, handle, notes):
@@ -305,7 +369,9 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
     assert memhead_unsloth.generates_trainers()
     assert unsloth.DEVICE_TYPE == "cuda"
     bypassing = given(config, {"entropy_coef": 0.01})
-    (problem,) = missing(bypassing, Machine(cuda=False, bfloat16=True, packages=frozenset({"unsloth"})))
+    machine = Machine(cuda=False, bfloat16=True, packages=frozenset({"unsloth"}))
+    assert not list(missing(packed_by_name(bypassing), machine))
+    (problem,) = missing(bypassing, machine)
     assert "grpo.entropy_coef=0.01" in problem.line("")
     with pytest.raises(ValueError, match=r"grpo\.entropy_coef=0\.01"):
         install_head(bypassing, bypassing.grpo_config("unused"))

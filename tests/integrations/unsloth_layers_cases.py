@@ -1,6 +1,6 @@
 """Cases for test_unsloth.py: our packed row through the layers that Unsloth puts in Llama's place, on the CPU.
 
-No loader of ours does this: docs/loaders.md says why. TRITON_INTERPRET=1 runs Unsloth's Triton kernels. FlexAttention,
+TRITON_INTERPRET=1 runs Unsloth's Triton kernels. FlexAttention,
 to which its attention hands such rows, computes values on a CPU and no gradients; for those a dense mask by the same
 rule stands in. Last in its process, because transformers' Llama stays Unsloth's; the cases before it import unsloth.
 """
@@ -20,7 +20,8 @@ from unsloth.models import llama
 from unsloth.utils import attention_dispatch, prefix_grouper_kernel
 
 from memhead.integrations import trl as memhead_trl
-from recipes.training.packed_forward import _only_states
+from recipes.training.packed_forward import only_states
+from recipes.training.packed_unsloth import PackedUnsloth
 from recipes.training.packing import PaddedBatch, measure, pack
 
 GROUPS, SIZE, PROMPT, COMPLETION, HEAD_SIZE = 2, 3, 7, 6, 8
@@ -58,19 +59,10 @@ def full_logps(model, batch):
     return logps * batch.attention_mask[:, PROMPT:]
 
 
-def layout_of(packed):
-    """A packed row in the labels of Unsloth's attention."""
-    segments = packed.segments[0]
-    group = (packed.positions[0] == 0).cumsum(0) - 1
-    suffix = torch.where(segments == 0, -1, group * (SIZE + 1) + segments)
-    labels = prefix_grouper_kernel._pad_labels(group, segments == 0, suffix, group.device)
-    return prefix_grouper_kernel.PrefixSegInfo(*labels[:3], ("ours", *suffix.tolist()), *labels[3:])
-
-
 def packed_logps(model, batch, packed, layout):
     """(B, K) by PackedForward's way, but for how attention is told."""
     tokens = batch.input_ids.flatten()
-    with _only_states(model.base_model, packed.states):
+    with only_states(model.base_model, packed.states):
         found = model(
             input_ids=tokens[packed.source],
             position_ids=packed.positions,
@@ -117,7 +109,7 @@ def test_a_packed_row_through_unsloths_layers(monkeypatch):
     weights = torch.randn(expected.shape)
     (expected * weights).sum().backward()
     packed = pack(batch, measure(batch), range(GROUPS * SIZE), one_row=True)
-    layout = layout_of(packed)
+    layout = PackedUnsloth.attention_arguments(None, packed, None)["prefix_seg_info"]
 
     take_unsloths_layers(monkeypatch)
     model = modeling_llama.LlamaForCausalLM(CONFIG)
