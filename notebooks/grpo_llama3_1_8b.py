@@ -23,9 +23,10 @@
 # The run of `configs/llama3.1_8b_gsm8k.yaml` (Unsloth, 4-bit, vLLM), cell by cell: what it will need, rewards,
 # training, one question before and after, saving and serving, and memhead beside full logits. **Planned** for a card
 # of 16 GB (T4) and more, 9.1 GiB at the peak; **not run on one yet**, nor in Colab. Every cell is run on a CPU with
-# `smoke`, at toy size; on an H200 all of them ran with random weights of this model's shape and two steps, but for the
-# end of the last comparison (`benchmarks/results/flagship_h100.md`). Its twin `grpo_llama3_1_8b.py` is what to edit;
-# `make notebook` brings the two in step. When something looks wrong: `docs/troubleshooting.md`.
+# `smoke`, at toy size; on an H200 all of them ran in one go, two steps with random weights of a 1B model's shape, and
+# all but the end of the last comparison with this model's (`benchmarks/results/flagship_h100.md`). Its twin
+# `grpo_llama3_1_8b.py` is what to edit; `make notebook` brings the two in step. When something looks wrong:
+# `docs/troubleshooting.md`.
 
 # %% [markdown]
 # What the long steps take with the settings below. **Planned** is what `--plan` says of completions that are all of the

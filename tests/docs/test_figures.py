@@ -125,7 +125,49 @@ def test_the_packed_step_on_an_h200():
                 row = next(r for r in found(kept, **wanted) if f"{r['zeros']:.0%}" == cells["zero groups"])
                 compare(cells, row, kept)
                 count += 1
-    assert count == 47
+    assert count == 55
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "theirs", "digits", "lines"),
+    [
+        ("architectures_of_commit_437dd39", "architecture", "padded", 5, 16),
+        ("quantised_of_commit_437dd39", "base", "trl", 4, 6),
+    ],
+)
+def test_gradients_in_bfloat16_on_a_card(name, column, theirs, digits, lines):
+    """In order; in bold is the ratio of a packed step that is further from float32 than TRL's, and no other."""
+    kept = stored("packed_h200")[name]
+    page = text(RESULTS / "packed_h200.md")
+    (shown,) = (rows for rows in tables(page) if {column, "packed of padded"} <= rows[0].keys())
+    assert len(shown) == len(kept) == lines
+    for cells, row in zip(shown, kept, strict=True):
+        label = row["architecture"] if column == "architecture" else f"{row['bits']} bits"
+        assert cells[column] == label
+        assert cells.get("seed", "") == str(row.get("seed", ""))
+        ratio = f"{row['packed'] / row[theirs]:.{2 if column == 'base' else 3}f}"
+        figures = [f"{row[way]:.{digits}f}" for way in (theirs, "packed")]
+        assert [cells["TRL's padded way"], cells["packed"], cells["packed of padded"]] == [*figures, ratio]
+        if column == "base":
+            assert cells["packed against TRL's"] == f"{row['packed_to_trl']:.4f}"
+        (line,) = re.findall(
+            rf"^\| {label} \|(?: {row.get('seed')} \|)? {figures[0]} .*$", page, re.MULTILINE
+        )
+        assert (f"**{ratio}**" in line) == (row["packed"] > row[theirs]), line
+
+
+def test_the_bins_of_the_packed_trainer():
+    kept = stored("packed_h200")["planned_bins_of_commit_437dd39"]
+    (shown,) = (rows for rows in tables(text(RESULTS / "packed_h200.md")) if "bins" in rows[0])
+    assert len(shown) == len(kept) == 4
+    for cells, row in zip(shown, kept, strict=True):
+        assert cells["model"] == row["model"]
+        told, planned = row["told"], row["the run's plan"]
+        assert cells["planned for a run of these sizes"] == ("" if told else f"{planned:,}")
+        assert cells["bins"].startswith(f"{told or planned:,} tokens, ")
+        assert row["packed_bins"].startswith(f"bins of {told or planned} tokens, ")
+        assert cells["seconds of 7 of 8 micro-batches"] == f"{row['seconds of 7 of 8 micro-batches']:.3f}"
+        assert cells["peak GiB in them"] == f"{row['peak_gib']:.1f}"
 
 
 def test_real_tokens_a_second_on_an_h200():
