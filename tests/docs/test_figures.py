@@ -170,6 +170,33 @@ def test_the_bins_of_the_packed_trainer():
         assert cells["peak GiB in them"] == f"{row['peak_gib']:.1f}"
 
 
+def test_the_packed_step_on_unsloths_model():
+    """Its three tables, in the order of the JSON's rows."""
+    results = stored("packed_h200")
+    (part,) = (part for heading, part in sections("packed_h200.md") if "on Unsloth's model" in heading)
+    exact, layers, beside = tables(part)
+    for cells, row in zip(exact, results["against_float32_of_commit_437dd39"], strict=True):
+        shown = [f"{row['mean_gap']:.4f}", f"{row['largest']:.3f}", f"{row['gradient']:.4f}"]
+        assert list(cells.values())[1:] == shown
+    for cells, row in zip(layers, results["row_through_unsloths_layers_of_commit_437dd39"], strict=True):
+        ours, theirs = row["seconds"]["packed"], row["seconds"]["padded"]
+        firsts = [f"{row['first'][way]:.0f}" for way in ("packed", "padded")]
+        assert cells["model"].startswith(row["model"])
+        assert list(cells.values())[1:3] == [row["shape"], str(row["groups_a_bin"])]
+        assert list(cells.values())[3:] == [f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}", *firsts]
+    rows = results["unsloths_model_of_commit_1f9666e"]
+    for cells, ours, own in zip(beside, rows[::2], rows[1::2], strict=True):
+        assert (ours["step"], own["step"], ours["shape"]) == ("packed", "own", own["shape"])
+        assert list(cells.values()) == [
+            ours["shape"], f"{ours['seconds']:.3f}", f"{own['seconds']:.3f}", f"{own['scoring']:.3f}",
+            f"{ours['seconds'] / own['seconds']:.2f}",
+            f"{ours['seconds'] / (own['seconds'] + own['scoring']):.2f}",
+            *(f"{row['peak_mib'] / 1024:.1f}" for row in (ours, own)),
+            *(f"{row['first_seconds']:.0f}" for row in (ours, own)),
+        ]  # fmt: skip
+    assert (len(exact), len(layers), len(beside)) == (3, 6, 2)
+
+
 def test_real_tokens_a_second_on_an_h200():
     results, count = stored("packed_h200"), 0
     for heading, part in sections("packed_h200.md"):

@@ -84,3 +84,17 @@ def test_a_final_folder_is_evaluated_alone(runs, capsys):
         patch.chdir(config.parent)
         assert train_grpo.main(["--config", str(config), "--evaluate", str(runs["memhead"] / "final")]) == 0
     assert '"accuracy"' in capsys.readouterr().out
+
+
+def test_the_packed_step_by_name(runs, monkeypatch):
+    """On this backend the model is transformers' and the trainer TRL's: the packed step is the one of every loader."""
+    folder = runs["memhead"].parents[1]
+    monkeypatch.chdir(folder)
+    words = ["--config", str(folder / "run.yaml"), "step.impl=packed", "run.name=packed"]
+    assert train_grpo.main(words) == 0
+    packed = folder / "runs" / "packed"
+    assert json.loads((packed / "environment.json").read_text())["step"]["impl"] == "packed"
+    for a, b in zip(lines(runs["memhead"]), lines(packed), strict=True):
+        assert a.get("reward") == b.get("reward")
+        assert a.get("loss", 0.0) == pytest.approx(b.get("loss", 0.0), abs=1e-5)
+    assert all(line["tokens"] for line in lines(packed)[1:])
