@@ -145,7 +145,7 @@ def measure_packed(
     trainer = packed_gpu.make_trainer(kind, model, toy, shape, budget=budget or 0, epsilon_high=0.2)
     model.for_training(use_gradient_checkpointing=getattr(model, "_unsloth_gradient_checkpointing", True))
     fed = rollouts(shape, model.config.vocab_size, zeros, trainer.accelerator.device, fresh)
-    row = described(shape, zeros) | {"step": "packed", "budget": budget or "slots", "scoring": 0.0}
+    row = described(shape, zeros) | {"scoring": 0.0, "scoring_forwards": {}}
 
     def one() -> float:
         loss = packed_gpu.window(trainer)
@@ -191,7 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         lines.append(
             f"{start} {row['seconds']:.3f} | {kinds(row.get('forwards'))} | {row['scoring']:.3f} |"
-            f" {kinds(row.get('scoring_forwards', {}))} | {row['peak_mib'] / 1024:.1f} |"
+            f" {kinds(row.get('scoring_forwards'))} | {row['peak_mib'] / 1024:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -241,10 +241,11 @@ def main(argv: list[str] | None = None) -> Path:
         if time.time() > until:
             break
         row: dict[str, Any] = {"model": "toy" if options.toy else options.model}
-        row |= {"checkpointing": options.checkpointing, "fresh": options.fresh}
+        row |= {"step": step, "checkpointing": options.checkpointing, "fresh": options.fresh}
         given = (shape, zeros, options.rounds, options.fresh)
         try:
             if step == "packed":
+                row["budget"] = options.budget or "slots"
                 with head.install("memhead"):
                     row |= measure_packed(trainer.model, *given, toy=options.toy, budget=options.budget)
             else:

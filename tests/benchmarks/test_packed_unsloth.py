@@ -34,11 +34,13 @@ def test_forwards_are_counted_by_what_is_in_their_rows(gradient):
 
 def test_the_table_shows_what_was_given():
     both = ROW | {"forwards": {"shared": 3}, "scoring_forwards": {"shared": 3, "packed": 1}}
-    shown = packed_unsloth.table([both, {"model": "m", "shape": "s", "error": "out of memory"}]).splitlines()
+    ours = {"step": "packed", "budget": 9166, "model": "m", "shape": "s", "error": "out of memory"}
+    shown = packed_unsloth.table([both, ours]).splitlines()
     assert shown[2] == (
-        "| m | s | 25% | 1.000 | each prompt once | 0.500 | packed, prompts repeated: 1; each prompt once: 3 | 2.0 |"
+        "| m | s | own | 25% | 1.000 | each prompt once | 0.500 |"
+        " packed, prompts repeated: 1; each prompt once: 3 | 2.0 |"
     )
-    assert shown[3].startswith("| m | s | – | out of memory |")
+    assert shown[3].startswith("| m | s | packed, bins of 9166 | – | out of memory |")
 
 
 def test_rows_from_before_that_are_shown_as_not_recorded():

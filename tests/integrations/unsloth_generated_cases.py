@@ -386,10 +386,10 @@ def benchmarked(tmp_path, monkeypatch):
         take_shared_prompts(trainer.model)
         return trainer, *others
 
-    def run(shared):
+    def run(shared, *words):
         monkeypatch.setattr(prefix_grouper, "_ENABLED", shared)
         output = tmp_path / str(shared)
-        path = packed_unsloth.main(["--output", str(output), "--toy", "--rounds", "1"])
+        path = packed_unsloth.main(["--output", str(output), "--toy", "--rounds", "1", *words])
         return json.loads(path.read_text())["rows"]
 
     monkeypatch.setattr(packed_unsloth, "make_trainer", made)
@@ -408,3 +408,15 @@ def test_the_benchmark_of_its_step(benchmarked):
     for a, b in zip(shared, packed, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert 0 < abs(a["loss"]) < 0.1
+
+
+def test_the_benchmark_of_both_steps(benchmarked):
+    """One rollout after another, which hardly repeat a length: ours in few rows of shared prompts, without scoring."""
+    rows = benchmarked(True, "--steps", "own", "packed", "--fresh", "--zeros", "0.5", "--budget", "10000")
+    assert [row.get("error") for row in rows] == [None] * 4
+    for own, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert (own["step"], ours["step"], ours["budget"]) == ("own", "packed", 10000)
+        assert ours["forwards"] == {"shared": 1}
+        assert ours["scoring_forwards"] == {}
+        assert sum(own["forwards"].values()) == own["groups"]
+        assert ours["loss"] != own["loss"]  # by old log-probabilities of their own

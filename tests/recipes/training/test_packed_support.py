@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
@@ -15,6 +16,7 @@ from rollouts import SMALL, configurations, model_of
 
 from recipes.config.load import load_config
 from recipes.training.packed_support import ARCHITECTURES, why_not
+from recipes.training.packed_unsloth import why_not_unsloths
 
 
 def given(**changes: Any) -> dict[str, Any]:
@@ -110,3 +112,23 @@ def test_what_variable_length_attention_does_not_compute_is_named(model, reason)
     assert why_not(given(model=model), varlen=False) is None
     largest = a_model(transformers.LlamaConfig(**SMALL, head_dim=256))
     assert why_not(given(model=largest), varlen=True) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "reason"),
+    [
+        (a_model("llama"), {}, None),
+        (a_model("qwen3"), {}, None),
+        (a_model("mistral"), {}, "has no sliding window"),
+        (a_model("gemma2"), {}, "Unsloth's layers of gemma2"),
+        (a_model("granite"), {}, "Unsloth's layers of granite"),
+        (a_model("llama"), {"lora_dropout": 0.1}, "dropout"),
+        (a_model("llama", attention_dropout=0.1), {}, "dropout"),
+    ],
+)
+def test_what_is_packed_on_unsloths_layers(model, lora, reason):
+    """What rules packing out elsewhere does so here; and what Unsloth's attention over such rows has no place for."""
+    model.dtype, model.peft_config = torch.float32, {"default": LoraConfig(**lora)}
+    cpu = SimpleNamespace(n_gpu=1, device=torch.device("cpu"), bf16=False, fp16=False)
+    found = why_not_unsloths(given(model=model, args=cpu))
+    assert found is None if reason is None else reason in found
