@@ -8,6 +8,7 @@ which Unsloth's trainer has line for line and never calls: its own computes log-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -55,6 +56,12 @@ class PackedUnsloth(PackedStep):
         shape = len(batch.input_ids), batch.completion_width
         zeros = torch.zeros(shape, device=batch.input_ids.device, requires_grad=True)
         return Scores(zeros, zeros if entropy else None)
+
+    @contextmanager
+    def _without_gradient(self) -> Iterator[None]:
+        """Gradient checkpointing stays: turned off and on again, it would be transformers' in place of Unsloth's."""
+        with torch.no_grad():
+            yield
 
     def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
         """(B, K) by the model's padded forward: rows that begin together at once, without padding on their left.

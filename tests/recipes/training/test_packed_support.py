@@ -16,7 +16,7 @@ from rollouts import SMALL, configurations, model_of
 
 from recipes.config.load import load_config
 from recipes.training.packed_support import ARCHITECTURES, why_not
-from recipes.training.packed_unsloth import why_not_unsloths
+from recipes.training.packed_unsloth import PackedUnsloth, why_not_unsloths
 
 
 def given(**changes: Any) -> dict[str, Any]:
@@ -132,3 +132,11 @@ def test_what_is_packed_on_unsloths_layers(model, lora, reason):
     cpu = SimpleNamespace(n_gpu=1, device=torch.device("cpu"), bf16=False, fp16=False)
     found = why_not_unsloths(given(model=model, args=cpu))
     assert found is None if reason is None else reason in found
+
+
+def test_unsloths_gradient_checkpointing_is_left_alone():
+    """TRL turns a model's off for scoring, and transformers' on after it."""
+    trainer = SimpleNamespace(model=SimpleNamespace(is_gradient_checkpointing=True), args=None)
+    with PackedUnsloth._without_gradient(trainer):
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
