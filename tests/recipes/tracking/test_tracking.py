@@ -474,10 +474,15 @@ def test_a_bar_leaves_the_step_and_the_time_their_room(columns, last):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("llama3.1_8b_gsm8k", "Unsloth's"), ("llama3.2_1b_gsm8k", "packed")]
+    ("name", "words", "step"),
+    [
+        ("llama3.1_8b_gsm8k", [], "Unsloth's"),
+        ("llama3.1_8b_gsm8k", ["step.impl=packed"], "packed"),
+        ("llama3.2_1b_gsm8k", [], "packed"),
+    ],
 )
-def test_the_first_line_names_the_step_that_runs(without_unsloth, name, step):
-    line = opening(load_config(ROOT / "configs" / f"{name}.yaml"), "a card")
+def test_the_first_line_names_the_step_that_runs(without_unsloth, name, words, step):
+    line = opening(load_config(ROOT / "configs" / f"{name}.yaml", words), "a card")
     assert line.endswith(f" by GRPO; head memhead, step {step}, on a card")
 
 

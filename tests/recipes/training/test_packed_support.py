@@ -140,3 +140,14 @@ def test_unsloths_gradient_checkpointing_is_left_alone():
     with PackedUnsloth._without_gradient(trainer):
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("words", "packs"), [([], False), (["step.impl=packed"], True), (["step.impl=trl"], False)]
+)
+def test_under_unsloth_the_packed_step_is_asked_for_by_name(without_unsloth, tmp_path, words, packs):
+    """In the file that a run leaves, too: a rerun does what the run did."""
+    config = load_config(ROOT / "configs" / "llama3.1_8b_gsm8k.yaml", words)
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    for one in (config, load_config(tmp_path / "again.yaml")):
+        assert (one.packs, one.unsloths_step) == (packs, not packs)
