@@ -1,41 +1,53 @@
-"""Cases for test_unsloth.py: our packed row through the layers that Unsloth puts in Llama's place, on the CPU.
+"""Cases for test_unsloth.py: our packed row through the layers that Unsloth puts in transformers' place, on the CPU.
 
-TRITON_INTERPRET=1 runs Unsloth's Triton kernels. FlexAttention,
-to which its attention hands such rows, computes values on a CPU and no gradients; for those a dense mask by the same
-rule stands in. Last in its process, because transformers' Llama stays Unsloth's; the cases before it import unsloth.
+TRITON_INTERPRET=1 runs Unsloth's Triton kernels. FlexAttention, to which its attention hands such rows, computes values
+on a CPU and no gradients; for those a dense mask by the same rule stands in. Last in its process, because transformers'
+classes stay Unsloth's; the cases before it import unsloth.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 from trl.trainer.utils import add_fused_lm_head
 from unsloth.kernels import rope_embedding
-from unsloth.models import llama
+from unsloth.models import llama, mistral, qwen2, qwen3
 from unsloth.utils import attention_dispatch, prefix_grouper_kernel
 
 from memhead.integrations import trl as memhead_trl
 from recipes.training.packed_forward import only_states
-from recipes.training.packed_unsloth import PackedUnsloth
+from recipes.training.packed_unsloth import ARCHITECTURES, PackedUnsloth
 from recipes.training.packing import PaddedBatch, measure, pack
 
 GROUPS, SIZE, PROMPT, COMPLETION, HEAD_SIZE = 2, 3, 7, 6, 8
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=4 * HEAD_SIZE,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,  # far from uniform, so that a key too many shows
-    attn_implementation="sdpa",
-)
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 4 * HEAD_SIZE,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # far from uniform, so that a key too many shows
+    "attn_implementation": "sdpa",
+}
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+# Config, transformers' module, what Unsloth puts into it.
+FAMILIES = {
+    "llama": (LlamaConfig(**SHAPE), modeling_llama, llama.FastLlamaModel),
+    "mistral": (MistralConfig(**SHAPE, sliding_window=None), modeling_mistral, mistral.FastMistralModel),
+    "qwen2": (Qwen2Config(**SHAPE), modeling_qwen2, qwen2.FastQwen2Model),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=HEAD_SIZE), modeling_qwen3, qwen3.FastQwen3Model),
+}
 
 
 def padded_batch():
@@ -87,33 +99,45 @@ def dense(q, k, v, layout, scale=None):
 def rotary_table(self, length, device=None):
     """Unsloth's lies on a GPU."""
     frequencies = 10000.0 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
-    angles = torch.outer(torch.arange(CONFIG.max_position_embeddings).float(), frequencies).repeat(1, 2)
+    angles = torch.outer(torch.arange(SHAPE["max_position_embeddings"]).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
-def take_unsloths_layers(monkeypatch):
-    """Put Unsloth's code for Llama into transformers' classes, less what asks for a GPU."""
-    llama.FastLlamaModel.pre_patch()
-    monkeypatch.setattr(llama, "get_current_device", lambda: "cpu")
+def take_unsloths_layers(monkeypatch, modeling, fast):
+    """Put Unsloth's code into transformers' classes, less what asks for a GPU."""
+    own = sys.modules[fast.__module__]
+    fast.pre_patch()
+    for module in (llama, own):
+        if hasattr(module, "get_current_device"):
+            monkeypatch.setattr(module, "get_current_device", lambda: "cpu")
     monkeypatch.setattr(llama.LlamaRotaryEmbedding, "get_cached", rotary_table)
     monkeypatch.setattr(llama.LlamaRotaryEmbedding, "extend_rope_embedding", lambda *_, **__: None)
     monkeypatch.setattr(rope_embedding, "_eviction_hints_ok", lambda device: False)
-    assert modeling_llama.LlamaAttention.forward is llama.LlamaAttention_fast_forward
+    (attention,) = (kind for name, kind in vars(modeling).items() if name in ATTENTIONS)
+    assert attention.forward.__module__.startswith("unsloth.")
 
 
-def test_a_packed_row_through_unsloths_layers(monkeypatch):
+def test_of_every_family_that_is_packed():
+    assert set(FAMILIES) == ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_packed_row_through_unsloths_layers(monkeypatch, name):
     """Values by its FlexAttention, and gradients by the stand-in, equal full logits on padded rows."""
     torch.manual_seed(0)
-    plain, batch = LlamaForCausalLM(CONFIG), padded_batch()
+    config, modeling, fast = FAMILIES[name]
+    plain, batch = AutoModelForCausalLM.from_config(config), padded_batch()
     expected = full_logps(plain, batch)
     weights = torch.randn(expected.shape)
     (expected * weights).sum().backward()
     packed = pack(batch, measure(batch), range(GROUPS * SIZE), one_row=True)
     layout = PackedUnsloth.attention_arguments(None, packed, None)["prefix_seg_info"]
 
-    take_unsloths_layers(monkeypatch)
-    model = modeling_llama.LlamaForCausalLM(CONFIG)
+    take_unsloths_layers(monkeypatch, modeling, fast)
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(plain.state_dict())
+    for layer in model.model.layers:  # as Unsloth's loader does
+        layer.self_attn.rotary_emb = model.model.rotary_emb
     add_fused_lm_head(model)
     flex = functools.partial(prefix_grouper_kernel.flex_shared_prefix_attention, compiled=False)
     with memhead_trl.install() as handle:
