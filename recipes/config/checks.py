@@ -64,6 +64,9 @@ def check_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _check_ahead(model, grpo)
     if sections["head"].impl == "memhead" and model.loader != "unsloth":
         yield from _check_truncation(grpo)
+    step = sections["step"]
+    if model.loader == "unsloth" and step.impl == "packed" and "impl" in step.model_fields_set:
+        yield from _check_packed_by_unsloth(model, lora, grpo)
     yield from _check_steps(grpo)
     yield from _check_lengths(model, grpo)
     yield from _check_task_fits(sections)
@@ -138,6 +141,27 @@ def _check_unsloth(
             yield Problem(f"model.{key}", "is vLLM's", getattr(model, key), remedy)
     if grpo["use_vllm"]:
         yield Problem("grpo.use_vllm", "is model.fast_inference here", True, "set that in its place")
+
+
+def _check_packed_by_unsloth(
+    model: ModelConfig, lora: LoraSection | None, grpo: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What rules the packed step out on a model that Unsloth loads, as far as the keys show it."""
+    other, remedy = (
+        "such a model has transformers' layers",
+        "remove it: Unsloth's trainer has a step of its own",
+    )
+    if lora is None:
+        yield Problem("step.impl", f"{other} where every weight is trained", "packed", remedy)
+    if model.load_in_8bit:
+        yield Problem("step.impl", f"{other} in 8 bits", "packed", remedy)
+    truncates = grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]
+    if truncates and model.fast_inference and grpo["vllm_importance_sampling_correction"]:
+        message = (
+            "vLLM's log-probabilities are over the tokens that top_k, top_p and min_p leave, these over all"
+        )
+        key = "grpo.vllm_importance_sampling_correction"
+        yield Problem(key, message, True, "set it to false, or remove step.impl: packed")
 
 
 def _check_shared_weights(model: ModelConfig, lora: LoraSection | None) -> Iterator[Problem]:

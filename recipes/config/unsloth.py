@@ -16,6 +16,9 @@ from typing import Any
 
 MAX_SEQ_LENGTH = 2048  # Unsloth's own default
 _STANDBY = "UNSLOTH_VLLM_STANDBY"
+_OF_ITS_LOSS = (
+    "UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD", "UNSLOTH_GRPO_ZERO_VARIANCE_EXCLUDE", "UNSLOTH_GRPO_LOSS_AGGREGATION",
+)  # fmt: skip
 _failures: list[
     Exception
 ] = []  # of the first try: once half imported, Unsloth fails with messages that mislead
@@ -44,6 +47,12 @@ def import_unsloth(standby: bool = False) -> None:
     except Exception as error:
         _failures.append(error)
         raise
+
+
+def set_for_its_loss() -> list[str]:
+    """Environment variables that the loss of Unsloth's own step reads and TRL's does not, as they are set."""
+    values = {name: os.environ.get(name, "") for name in _OF_ITS_LOSS}
+    return [f"{name}={value}" for name, value in values.items() if value not in ("", "0")]
 
 
 def is_unsloths(grpo_config: type) -> bool:

@@ -47,11 +47,11 @@ def why_not(given: Mapping[str, Any], *, varlen: bool) -> str | None:
             for adapters that the trainer will put on.
         varlen: one row with variable-length attention; else one row per group with a dense mask.
     """
-    reasons = (_of_the_run(given), _of_the_model(given["model"], given.get("peft_config"), varlen))
-    return next(chain(*reasons), None)
+    return next(chain(of_the_run(given), of_the_model(given), _of_attention(given["model"], varlen)), None)
 
 
-def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
+def of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
+    """Reasons in how the trainer is made."""
     if (cards := given["args"].n_gpu) > 1:
         yield f"one process with {cards} GPUs would cut the packed row in pieces; show it one: CUDA_VISIBLE_DEVICES=0"
     yield from packed.by_embeddings(getattr(given["args"], "neftune_noise_alpha", None))
@@ -66,7 +66,9 @@ def _of_the_run(given: Mapping[str, Any]) -> Iterator[str]:
         yield "images take positions that a row of tokens does not show"
 
 
-def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
+def of_the_model(given: Mapping[str, Any]) -> Iterator[str]:
+    """Reasons in the model and its adapters, whoever computes its attention."""
+    model, lora = given["model"], given.get("peft_config")
     config = model.config
     text = config.get_text_config()
     if config.model_type not in ARCHITECTURES:
@@ -88,6 +90,10 @@ def _of_the_model(model: Any, lora: Any, varlen: bool) -> Iterator[str]:
                 yield f"{variant} has not been tested"
     if hasattr(text, "output_router_logits"):
         yield "a mixture of experts balances its load over the rows of a batch"
+
+
+def _of_attention(model: Any, varlen: bool) -> Iterator[str]:
+    text = model.config.get_text_config()
     implementation = text._attn_implementation
     if not varlen and implementation not in ("sdpa", "eager"):
         yield f"{implementation} takes no dense mask; set model.attn_implementation: sdpa"

@@ -1,12 +1,13 @@
 """The packed step on a model that Unsloth has loaded, in the trainer that it has put in TRL's place.
 
-Unsloth's layers take a row of many groups, each prompt once, and hand it to FlexAttention; told of the layout by
-``prefix_seg_info``, which Unsloth's own function makes. Sampling stays Unsloth's. The loss is TRL's ``_compute_loss``,
-which Unsloth's trainer has line for line and never calls: its own computes log-probabilities within.
+Unsloth's layers take all groups in one row, each prompt once, and compute its attention by FlexAttention;
+``prefix_seg_info``, made by Unsloth's own function, tells them the layout. Sampling stays Unsloth's. The loss is TRL's
+``_compute_loss``, which Unsloth's trainer has line for line and never calls: its own computes log-probabilities within.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from recipes.training.packed_forward import Scores, only_states
 from recipes.training.packed_step import PackedStep
-from recipes.training.packed_support import ruled_out
+from recipes.training.packed_support import of_the_model, of_the_run
 from recipes.training.packing import Packed, PaddedBatch
 
 # Whose attention Unsloth has written with a place for the layout, and whose layers have nothing that it leaves out.
@@ -26,7 +27,7 @@ ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 def why_not_unsloths(given: dict[str, Any]) -> str | None:
     """The reason not to pack on Unsloth's model, or None. given: what the trainer is made with."""
-    return next(chain(_of_its_layers(given["model"].config), filter(None, [ruled_out(given)])), None)
+    return next(chain(_of_its_layers(given["model"].config), of_the_run(given), of_the_model(given)), None)
 
 
 def _of_its_layers(config: Any) -> Iterator[str]:
@@ -52,19 +53,32 @@ class PackedUnsloth(PackedStep):
         return {"prefix_seg_info": build_seg_info_multigroup(packed.groups, packed.source.device)[0]}
 
     def score_nothing(self, model: Any, batch: PaddedBatch, *, entropy: bool) -> Scores:
-        """Zeros with a gradient path. Under Unsloth there is one process, so no other one waits."""
-        shape = len(batch.input_ids), batch.completion_width
-        zeros = torch.zeros(shape, device=batch.input_ids.device, requires_grad=True)
+        """Zeros with a path to every parameter. Under Unsloth there is one process, so no other one waits."""
+        trained = [p.sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
+        nothing = 0 * torch.stack(trained).sum()
+        zeros = nothing.expand(len(batch.input_ids), batch.completion_width)
         return Scores(zeros, zeros if entropy else None)
 
     @contextmanager
     def _without_gradient(self) -> Iterator[None]:
-        """Gradient checkpointing stays: turned off and on again, it would be transformers' in place of Unsloth's."""
+        """Gradient checkpointing stays on, as in Unsloth's own scoring: on again, it would be transformers'."""
         with torch.no_grad():
             yield
 
+    @contextmanager
+    def as_in_the_loss(self) -> Iterator[None]:
+        """For the start-up check: with Unsloth's gradient checkpointing, which waits for this call in a new trainer."""
+        # A pass with gradients before training makes Unsloth drop what was compiled, and warn of it.
+        warnings.filterwarnings("ignore", message="Unsloth: detected a manual forward")
+        kind = getattr(self.model, "_unsloth_gradient_checkpointing", self.args.gradient_checkpointing)
+        self.model.for_training(use_gradient_checkpointing=kind)
+        try:
+            yield
+        finally:
+            self.model.for_inference()
+
     def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
-        """(B, K) by the model's padded forward: rows that begin together at once, without padding on their left.
+        """(B, K) by the model's padded forward. Rows with equally long prompts go together, their left padding cut off.
 
         In training Unsloth's layers ignore a mask of padding: attention is causal, so what is on the right is not seen.
         """

@@ -73,7 +73,9 @@ class Packed:
     scores: Tensor  # (M,) its place in (B, K)
     tokens: int  # computed, padding of the grid not counted
     varlen: VarlenKeys | None  # for one long row
-    groups: list[tuple[int, list[int]]]  # tokens here of each prompt, and of each of its completions
+    groups: list[
+        tuple[int, list[int]]
+    ]  # of each: tokens of its prompt, and of its completions less their last
 
     def to(self, device: torch.device) -> Packed:
         """The same with its tensors on ``device``."""

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from recipes.config.load import RunConfig
 from recipes.config.schema import ModelConfig
-from recipes.config.unsloth import import_unsloth
+from recipes.config.unsloth import import_unsloth, set_for_its_loss
 from recipes.machine import why_no_gpu
 from recipes.models.checkpoint import read_object
 from recipes.models.saved import without_weights
@@ -165,6 +165,11 @@ def _unsloth(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         cause = f" ({error.__context__})" if error.__context__ is not None else ""
         yield Problem("model.loader", f"Unsloth does not start here: {error}{cause}", "unsloth", remedy)
         return
+    if not config.unsloths_step:
+        for variable in set_for_its_loss():
+            yield Problem(
+                "", f"{variable} changes the loss of Unsloth's own step alone; unset it, or step.impl: packed"
+            )
     if config.head.impl != "trl":
         from memhead.integrations.unsloth import refuse_bypasses
 

@@ -10,7 +10,8 @@ depends on the precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,9 +80,7 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return logps.detach().double(), torch.cat([g.detach().double().flatten() for g in flat])
 
-    was_training = model.training
-    model.train()  # as in the loss: with gradient checkpointing, if there is any
-    try:
+    with getattr(trainer, "as_in_the_loss", partial(_as_in_the_loss, model))():
         everything = slice(0, len(mask))
         theirs = getattr(trainer, "padded_logps", partial(_trls_logps, trainer))
         packed = result(getattr(trainer, "packed_logps", theirs), batch, everything)
@@ -89,8 +88,6 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
             padded = result(theirs, batch, everything)
             rows = range(len(batch.input_ids))
             alone = [result(theirs, _row(batch, i), slice(i, i + 1)) for i in rows]
-    finally:
-        model.train(was_training)
     logps = torch.zeros_like(padded[0])
     for i, (found, _) in enumerate(alone):
         logps[i, : found.shape[1]] = found[0]
@@ -107,6 +104,17 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         "allowed": allowed,
         "passed": all(ours[name] <= allowed[name] for name in ours),  # a NaN is not
     }
+
+
+@contextmanager
+def _as_in_the_loss(model: Any) -> Iterator[None]:
+    """In training: with gradient checkpointing, if there is any."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _gradients(trainer: Any, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:

@@ -27,8 +27,8 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     Args:
         given: what a guarded GRPOTrainer of TRL takes.
 
-    Raises ConfigError where packing was asked for by name and the start-up check finds it off, and where Unsloth's
-    model rules it out: then it has been asked for by name.
+    Raises ConfigError where packing was asked for by name and the start-up check finds it off or, under Unsloth, the
+    model rules it out.
     """
     import trl
 
@@ -36,7 +36,7 @@ def trainer_with_step(session: Session, given: dict[str, Any]) -> Any:
     if config.unsloths_step:
         _keep(session, {"impl": "unsloth"})
         return guarded(trl.GRPOTrainer)(**given)
-    if is_unsloths(trl.GRPOConfig):
+    if config.model.loader == "unsloth" and is_unsloths(trl.GRPOConfig):  # not on its CPU backend
         return _on_unsloths_model(session, given)
     trainer_class = measured(
         supported(trl.GRPOTrainer, truncation_of(config)), config.tracking.mismatch_every

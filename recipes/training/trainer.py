@@ -28,7 +28,7 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
     if config.model.loader == "unsloth":
         from memhead.integrations import unsloth
 
-        # The packed step's entropies are TRL's slot's, which memhead has taken.
+        # Only Unsloth's own step computes entropies past memhead.
         options = {"args": arguments} if config.unsloths_step else {}
         return unsloth.install(
             config.head.impl, chunk=config.head.chunk, backend=config.head.backend, **options

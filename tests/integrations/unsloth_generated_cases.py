@@ -228,6 +228,9 @@ def on_full_logits(trainer_class):
 NO_PADDING = {"generation_kwargs": {"suppress_tokens": [0]}}
 
 
+ENDLESS = {"generation_kwargs": {"suppress_tokens": [1]}, "beta": 0.0}
+
+
 @pytest.mark.parametrize(
     ("fields", "by"),
     [
@@ -236,6 +239,11 @@ NO_PADDING = {"generation_kwargs": {"suppress_tokens": [0]}}
         ({"num_iterations": 1, "beta": 0.0}, "full logits"),
         ({"gradient_accumulation_steps": 2, "loss_type": "grpo"}, "full logits"),
         ({"entropy_coef": 0.1, "temperature": 0.7, "epsilon": 0.02}, "full logits"),
+        # Nothing to score: the weights decay all the same.
+        (
+            {"mask_truncated_completions": True, "optim": "adamw_torch", "weight_decay": 1.0, **ENDLESS},
+            "full logits",
+        ),
     ],
     ids=str,
 )
@@ -254,10 +262,50 @@ def test_packed_steps_on_unsloths_model(config, tmp_path, monkeypatch, fields, b
         assert a.get("reward") == b.get("reward")
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-        assert b["entropy"] > 0.5
+        assert b["entropy"] > 0.5 or "mask_truncated_completions" in fields
     for name, value in expected.adapters.items():
         torch.testing.assert_close(ours.adapters[name], value, rtol=0.0, atol=1e-6)
     assert ours.calls > 0
+
+
+def test_the_check_meets_the_model_as_the_loss_does(config, tmp_path):
+    """With gradient checkpointing, which Unsloth's trainer turns off when it is made, until it trains."""
+    config, seen = given(config, config.grpo_given | {"max_steps": 1}), {"check": [], "loss": []}
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"gradient_checkpointing": True})}
+    )
+    stage = ["check"]
+
+    def note(module, arguments):
+        if torch.is_grad_enabled():
+            seen[stage[0]].append((module.training, module.gradient_checkpointing))
+
+    def prepare(model):
+        take_shared_prompts(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.get_base_model().model.layers[0].register_forward_pre_hook(note)
+
+    train(
+        packed_by_name(config), tmp_path, "memhead", lambda *_: stage.append(stage.pop() and "loss"), prepare
+    )
+    assert set(seen["check"]) == set(seen["loss"]) == {(True, True)}
+
+
+def test_another_loader_keeps_its_step_beside_unsloths_classes(config, tmp_path):
+    """As in a notebook that has imported Unsloth."""
+    model = config.model.model_copy(update={"loader": "transformers"})
+    step = config.step.model_copy(update={"impl": "trl"})
+    config = config.model_copy(update={"model": model, "step": step})
+    folder = RunFolder.create(tmp_path, "other")
+    arguments = config.grpo_config(folder.path / "checkpoints")
+    loaded = AutoModelForCausalLM.from_pretrained(model.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model.name)
+    session = Session(
+        config, config.make_task(), Rewards([evens], [1.0]), folder, arguments, loaded, tokenizer
+    )
+    make_trainer(session)
+    assert folder.read_json("environment.json")["step"] == {"impl": "trl"}
 
 
 def test_a_model_that_ignores_the_layout_is_refused(config, tmp_path):
@@ -419,4 +467,3 @@ def test_the_benchmark_of_both_steps(benchmarked):
         assert ours["forwards"] == {"shared": 1}
         assert ours["scoring_forwards"] == {}
         assert sum(own["forwards"].values()) == own["groups"]
-        assert ours["loss"] != own["loss"]  # by old log-probabilities of their own
