@@ -425,6 +425,20 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
         install_head(bypassing, bypassing.grpo_config("unused"))
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD", "1"), ("UNSLOTH_GRPO_LOSS_AGGREGATION", "prompt")],
+)
+def test_what_only_unsloths_loss_reads_is_refused_beside_the_packed_step(
+    config, monkeypatch, variable, value
+):
+    monkeypatch.setenv(variable, value)
+    machine = Machine(cuda=False, bfloat16=True, packages=frozenset({"unsloth"}))
+    assert not list(missing(config, machine))
+    (problem,) = missing(packed_by_name(config), machine)
+    assert f"{variable}={value} changes the loss" in problem.line("")
+
+
 @pytest.fixture
 def benchmarked(tmp_path, monkeypatch):
     """The rows of benchmarks.packed_unsloth at toy size, with and without Unsloth's shared prompts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,11 +147,16 @@ def test_a_packed_row_through_unsloths_layers(monkeypatch, name):
         with torch.no_grad():
             found = packed_logps(model, batch, packed, layout)
         torch.testing.assert_close(found, expected.detach(), rtol=0.0, atol=1e-5)
+        # What the start-up check compares with.
+        with torch.no_grad():
+            padded = PackedUnsloth.padded_logps(SimpleNamespace(_causal_model=lambda m: m), model, batch)
+        padded *= batch.attention_mask[:, PROMPT:]
+        torch.testing.assert_close(padded, expected.detach(), rtol=0.0, atol=1e-5)
         with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
             packed_logps(model, batch, packed, layout)
 
         monkeypatch.setattr(attention_dispatch, "_flex_shared_prefix_attention", dense)
         (packed_logps(model, batch, packed, layout) * weights).sum().backward()
-    assert handle.calls == 2
+    assert handle.calls == 2 + GROUPS
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name

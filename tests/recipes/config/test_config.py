@@ -664,7 +664,7 @@ def test_trl_defaults_pass_our_checks(good):
 
 
 UNSLOTH = ["model.loader=unsloth", "model.name=some/model"]
-VLLM = "model.fast_inference=true"
+VLLM, PACKED = "model.fast_inference=true", "step.impl=packed"
 
 
 @pytest.mark.parametrize(
@@ -684,6 +684,9 @@ VLLM = "model.fast_inference=true"
             ["run.warm_start={steps: 5}", "grpo.beta=0.1"],
             "run.warm_start: Unsloth's KL is to the model before it",
         ),
+        ([PACKED, "lora=null"], "step.impl: such a model has transformers' layers where every weight is"),
+        ([PACKED, "model.load_in_8bit=true"], "step.impl: such a model has transformers' layers in 8 bits"),
+        ([PACKED, VLLM, "grpo.top_p=0.9"], "grpo.vllm_importance_sampling_correction: vLLM's log-prob"),
     ],
     ids=str,
 )
@@ -692,6 +695,13 @@ def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
     error = error_of(good, *given, *overrides)
     assert len(error.lines) == 1
     assert expected in error.lines[0]
+
+
+def test_what_rules_packing_out_is_no_mistake_without_it(good, without_unsloth):
+    for words in (["lora=null"], ["lora.r=4", VLLM, "grpo.top_p=0.9"]):
+        assert not load_config(good, [*UNSLOTH, *words]).packs
+    uncorrected = "grpo.vllm_importance_sampling_correction=false"
+    assert load_config(good, [*UNSLOTH, "lora.r=4", VLLM, PACKED, "grpo.top_p=0.9", uncorrected]).packs
 
 
 def test_a_warm_start_without_kl_is_unsloths_too(good, without_unsloth):
