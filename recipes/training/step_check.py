@@ -10,8 +10,7 @@ depends on the precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from memhead.shortage import is_out_of_memory
 from recipes.models.compiled import plain_layers
+from recipes.models.mode import in_training_mode
 from recipes.training.packed_support import half_precision
 from recipes.training.packing import PaddedBatch
 
@@ -80,7 +80,7 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return logps.detach().double(), torch.cat([g.detach().double().flatten() for g in flat])
 
-    with getattr(trainer, "as_in_the_loss", partial(_as_in_the_loss, model))():
+    with getattr(trainer, "as_in_the_loss", partial(in_training_mode, model))():
         everything = slice(0, len(mask))
         theirs = getattr(trainer, "padded_logps", partial(_trls_logps, trainer))
         packed = result(getattr(trainer, "packed_logps", theirs), batch, everything)
@@ -104,17 +104,6 @@ def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         "allowed": allowed,
         "passed": all(ours[name] <= allowed[name] for name in ours),  # a NaN is not
     }
-
-
-@contextmanager
-def _as_in_the_loss(model: Any) -> Iterator[None]:
-    """In training: with gradient checkpointing, if there is any."""
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _gradients(trainer: Any, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
