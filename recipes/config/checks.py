@@ -147,18 +147,16 @@ def _check_packed_by_unsloth(
     model: ModelConfig, lora: LoraSection | None, grpo: Mapping[str, Any]
 ) -> Iterator[Problem]:
     """What rules the packed step out on a model that Unsloth loads, as far as the keys show it."""
-    other, remedy = (
-        "such a model has transformers' layers",
-        "remove it: Unsloth's trainer has a step of its own",
-    )
+    remedy = "remove it: Unsloth's trainer has a step of its own"
+    layers = "in layers of transformers, which know no packed rows of its kind"
     if lora is None:
-        yield Problem("step.impl", f"{other} where every weight is trained", "packed", remedy)
+        yield Problem("step.impl", f"Unsloth trains every weight {layers}", "packed", remedy)
     if model.load_in_8bit:
-        yield Problem("step.impl", f"{other} in 8 bits", "packed", remedy)
+        yield Problem("step.impl", f"Unsloth keeps 8-bit weights {layers}", "packed", remedy)
     truncates = grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]
     if truncates and model.fast_inference and grpo["vllm_importance_sampling_correction"]:
         message = (
-            "vLLM's log-probabilities are over the tokens that top_k, top_p and min_p leave, these over all"
+            "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the trainer's over all"
         )
         key = "grpo.vllm_importance_sampling_correction"
         yield Problem(key, message, True, "set it to false, or remove step.impl: packed")

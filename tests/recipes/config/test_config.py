@@ -684,8 +684,11 @@ VLLM, PACKED = "model.fast_inference=true", "step.impl=packed"
             ["run.warm_start={steps: 5}", "grpo.beta=0.1"],
             "run.warm_start: Unsloth's KL is to the model before it",
         ),
-        ([PACKED, "lora=null"], "step.impl: such a model has transformers' layers where every weight is"),
-        ([PACKED, "model.load_in_8bit=true"], "step.impl: such a model has transformers' layers in 8 bits"),
+        ([PACKED, "lora=null"], "step.impl: Unsloth trains every weight in layers of transformers"),
+        (
+            [PACKED, "model.load_in_8bit=true"],
+            "step.impl: Unsloth keeps 8-bit weights in layers of transformers",
+        ),
         ([PACKED, VLLM, "grpo.top_p=0.9"], "grpo.vllm_importance_sampling_correction: vLLM's log-prob"),
     ],
     ids=str,
