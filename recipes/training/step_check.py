@@ -44,18 +44,19 @@ def try_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:
         return {"passed": False, "error": str(error).strip() or type(error).__name__}
 
 
-def objection(found: dict[str, Any], place: object) -> str | None:
+def objection(found: dict[str, Any], place: object, way: str = "TRL's padded way") -> str | None:
     """Why the packed step is not to be trusted with this model, or None.
 
     Args:
         found: by :func:`try_step`.
         place: where the reader finds it.
+        way: what the packed step was compared with.
     """
     if found["passed"]:
         return None
     if "error" in found:
         return f"it does not run on this model: {found['error'].splitlines()[0]}"
-    return f"it disagrees with TRL's padded way on this model; {place} has the figures"
+    return f"it disagrees with {way} on this model; {place} has the figures"
 
 
 def check_step(trainer: Any, prompts: list[list[int]]) -> dict[str, Any]:

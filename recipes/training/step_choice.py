@@ -139,7 +139,8 @@ def _check(session: Session, trainer: Any) -> str | None:
     )
     found, name = try_step(trainer, prompts), "head_check.json"
     path = session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": found})
-    return objection(found, path)
+    way = "Unsloth's padded forward" if is_unsloths(type(session.arguments)) else "TRL's padded way"
+    return objection(found, path, way)
 
 
 def _fall_back(session: Session, reason: str) -> None:

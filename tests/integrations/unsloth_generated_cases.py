@@ -309,7 +309,7 @@ def test_another_loader_keeps_its_step_beside_unsloths_classes(config, tmp_path)
 
 
 def test_a_model_that_ignores_the_layout_is_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match="disagrees with TRL's padded way"):
+    with pytest.raises(ConfigError, match="disagrees with Unsloth's padded forward"):
         train(packed_by_name(config), tmp_path, "memhead")
 
 
