@@ -74,5 +74,8 @@ def stopped_in_a_line(main: Callable[[_Arguments], int]) -> Callable[[_Arguments
 def leave(status: int) -> NoReturn:
     """Ends the process. Everything is said and written: one more Ctrl-C ends nothing sooner."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Python marks a Ctrl-C that passed through an exec, as of a dataclass; under -m it then ends by that signal,
+    # whatever became of it. The next exec takes the mark away.
+    exec("")
     leave_the_others(status)
     sys.exit(status)

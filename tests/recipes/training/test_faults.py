@@ -544,8 +544,20 @@ def test_ctrl_c_while_the_run_is_still_imported_is_a_line(tmp_path, seconds):
         _, errors = run.communicate(timeout=60)
     finally:
         run.kill()
-    assert run.returncode == 130
-    assert errors.strip() == "Stopped; the same command begins again."
+    assert (errors.strip(), run.returncode) == ("Stopped; the same command begins again.", 130)
+
+
+def test_a_ctrl_c_within_an_exec_leaves_the_status(tmp_path):
+    """As while a dataclass is made. Under -m Python ended by the signal: -2 in the place of 130."""
+    text = (
+        "from recipes.stops import leave, stopped_in_a_line\n"
+        "leave(stopped_in_a_line(lambda _: exec('raise KeyboardInterrupt'))([]))\n"
+    )
+    (tmp_path / "cut_off.py").write_text(text)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ready.ROOT)])}
+    run = ready.anew("-m", "cut_off", env=env)
+    _, errors = run.communicate(timeout=60)
+    assert (errors.strip(), run.returncode) == ("Stopped; the same command begins again.", 130)
 
 
 # Files that are damaged while a run is at work
