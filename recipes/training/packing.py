@@ -73,9 +73,7 @@ class Packed:
     scores: Tensor  # (M,) its place in (B, K)
     tokens: int  # computed, padding of the grid not counted
     varlen: VarlenKeys | None  # for one long row
-    groups: list[
-        tuple[int, list[int]]
-    ]  # of each: tokens of its prompt, and of its completions less their last
+    groups: list[tuple[int, list[int]]]  # of that row: tokens here of each prompt and its completions
 
     def to(self, device: torch.device) -> Packed:
         """The same with its tensors on ``device``."""
@@ -173,7 +171,7 @@ def pack(batch: PaddedBatch, lengths: Lengths, rows: Sequence[int], *, one_row: 
         varlen=_varlen(length, slot, number, segment_group, prompt, slot[prompt_segment])
         if one_row
         else None,
-        groups=_of_groups(prompt, own - 1, group),
+        groups=_of_groups(prompt, own - 1, group) if one_row else [],
     )
 
 

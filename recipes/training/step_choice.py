@@ -85,7 +85,7 @@ def _on_unsloths_model(session: Session, given: dict[str, Any]) -> Any:
     reason = why_not_unsloths(given)
     if reason is None:
         trainer = guarded(packed_unsloth(trl.GRPOTrainer))(**given, token_budget=budget)
-        reason = _check(session, trainer)
+        reason = _check(session, trainer, "Unsloth's padded forward")
     if reason is not None:
         raise ConfigError(
             [Problem("step.impl", reason, "packed", "remove it: Unsloth has a step of its own")]
@@ -128,8 +128,11 @@ def planned_budget(config: RunConfig, planned: Plan | None, device: torch.device
     return token_budget(config, planned.setting, smallest(min(total, free + ours)))
 
 
-def _check(session: Session, trainer: Any) -> str | None:
-    """Why the packed step is not to be trusted with this model, or None; the figures go to head_check.json."""
+def _check(session: Session, trainer: Any, way: str = "TRL's padded way") -> str | None:
+    """Why the packed step is not to be trusted with this model, or None; the figures go to head_check.json.
+
+    way: what it is compared with, in words.
+    """
     from recipes.training.step_check import PROMPTS, objection, try_step
 
     prompts = token_ids(
@@ -139,7 +142,6 @@ def _check(session: Session, trainer: Any) -> str | None:
     )
     found, name = try_step(trainer, prompts), "head_check.json"
     path = session.folder.write_json(name, (session.folder.read_json(name) or {}) | {"step": found})
-    way = "Unsloth's padded forward" if is_unsloths(type(session.arguments)) else "TRL's padded way"
     return objection(found, path, way)
 
 

@@ -28,11 +28,11 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
     if config.model.loader == "unsloth":
         from memhead.integrations import unsloth
 
-        # Only Unsloth's own step computes entropies past memhead.
-        options = {"args": arguments} if config.unsloths_step else {}
-        return unsloth.install(
-            config.head.impl, chunk=config.head.chunk, backend=config.head.backend, **options
-        )
+        head = config.head
+        looked_at = (
+            arguments if config.unsloths_step else None
+        )  # no other step computes entropies past memhead
+        return unsloth.install(head.impl, args=looked_at, chunk=head.chunk, backend=head.backend)
     from memhead.integrations import trl
 
     head = config.head

@@ -226,8 +226,6 @@ def on_full_logits(trainer_class):
 
 # Unsloth's trainer leaves sampled tokens out of its loss that are the padding's; TRL's does not.
 NO_PADDING = {"generation_kwargs": {"suppress_tokens": [0]}}
-
-
 ENDLESS = {"generation_kwargs": {"suppress_tokens": [1]}, "beta": 0.0}
 
 
@@ -254,7 +252,6 @@ def test_packed_steps_on_unsloths_model(config, tmp_path, monkeypatch, fields, b
     ours = train(packed, tmp_path / "ours", "memhead", prepare=take_shared_prompts)
     if by == "full logits":
         monkeypatch.setattr(trl, "GRPOTrainer", on_full_logits(trl.GRPOTrainer))
-    # Without the check of what would bypass a head: nothing of it is asked for.
     expected = train(config, tmp_path / "expected", "trl")
     steps = [run.folder.read_json("environment.json")["step"]["impl"] for run in (ours, expected)]
     assert steps == ["packed", "unsloth"]
