@@ -36,8 +36,11 @@ def coin(completions: list[Any], **_: Any) -> list[float]:
     return [float(zlib.crc32(text_of(completion).encode()) % 2) for completion in completions]
 
 
-def make_model(place: Path, toy: bool, name: str = "llama-8b") -> None:
-    """Random weights in bfloat16, a tokenizer with as many entries as the model has, questions in GSM8K's form."""
+def make_model(place: Path, toy: bool, name: str = "llama-8b", ends: float = 0.0) -> None:
+    """Random weights in bfloat16, a tokenizer with as many entries as the model has, questions in GSM8K's form.
+
+    ends: as in `end_with`; 0 leaves the weights alone, and completions as long as they may be.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from recipes.models.tokenizers import bpe_tokenizer
@@ -54,10 +57,36 @@ def make_model(place: Path, toy: bool, name: str = "llama-8b") -> None:
     fill(place / "tokenizer.json", shape["vocab_size"])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    if ends:
+        end_with(model, ends)
     model.save_pretrained(place)
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the commands have the card to themselves
+
+
+@torch.no_grad()
+def end_with(model: Any, probability: float, end: int = 1) -> None:
+    """Let the model end its text after each token with about this probability, so that lengths differ.
+
+    The head's row for the token `end` (the tokenizer's `<eos>`) is laid along the mean last hidden state, which a
+    component common to all embeddings keeps away from 0, and is as long as makes the probability's mean what is asked.
+    """
+    model.get_input_embeddings().weight += 0.02
+    size, device = model.config.vocab_size, model.device
+    ids = torch.randint(size, (4, 64), generator=torch.Generator().manual_seed(0)).to(device)
+    hidden = model.model(ids).last_hidden_state.flatten(0, 1).float()  # (N, H)
+    head = model.get_output_embeddings().weight
+    others = torch.cat([rows @ head.float().T for rows in hidden.split(32)])  # (N, V)
+    others[:, end] = -torch.inf
+    others = others.logsumexp(-1)  # (N,)
+    along = hidden.mean(0) / hidden.mean(0).square().sum()  # (H,): a logit of about 1
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        length = (low + high) / 2
+        mean = torch.sigmoid(length * (hidden @ along) - others).mean()
+        low, high = (length, high) if mean < probability else (low, length)
+    head[end] = (low * along).to(head.dtype)
 
 
 def fill(path: Path, size: int) -> None:
@@ -108,8 +137,13 @@ def figures(run: RunFolder) -> dict[str, Any]:
         phase: [planned / MIB, measured[phase] / MIB if phase in measured else None]
         for phase, planned in plan["phases"].items()
     }
-    steps = [line["time"] for line in run.metrics.read() if "time" in line]
-    return {"memory_mib": memory, "figure": plan.get("measured_figure"), "step_seconds": steps}
+    lines = [line for line in run.metrics.read() if "time" in line]
+    return {
+        "memory_mib": memory,
+        "figure": plan.get("measured_figure"),
+        "step_seconds": [line["time"] for line in lines],
+        "mean_length": [line.get("completion_length") for line in lines],
+    }
 
 
 def table(record: dict[str, Any]) -> str:
@@ -126,9 +160,12 @@ def table(record: dict[str, Any]) -> str:
                 ["–", "–"] if measured is None else [f"{measured / 1024:.2f}", f"{measured / planned:.2f}"]
             )
             lines.append(f"| {phase} | {planned / 1024:.2f} | {' | '.join(cells)} |")
-        for number, seconds in enumerate(record["step_seconds"], 1):
+        for number, (seconds, length) in enumerate(
+            zip(record["step_seconds"], record["mean_length"], strict=True), 1
+        ):
             phases = ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items())
-            lines.append(f"\nstep {number}: {phases}")
+            long = "" if length is None else f"; completions {length:.0f} tokens long"
+            lines.append(f"\nstep {number}: {phases}{long}")
     return "\n".join(lines) + "\n"
 
 
@@ -146,12 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--evaluated", type=int, default=16, help="problems of an evaluation")
     parser.add_argument("--limit", type=float, default=540, help="seconds in all")
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--ends", type=float, default=0.0, help="probability that a completion ends with a token")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(argv)
     until = time.time() + options.limit
     root = options.output.resolve()
     if not (root / "model").is_dir():
-        make_model(root / "model", options.toy)
+        make_model(root / "model", options.toy, ends=options.ends)
     record: dict[str, Any] = {
         "config": options.config,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -59,6 +59,7 @@ def test_what_went_wrong_is_in_the_table():
         "torch": "t",
         "commands": found,
         "step_seconds": [{"forward": 1.5}],
+        "mean_length": [93.4],
     }
     record["memory_mib"] = {"generation": [2048.0, 1024.0], "scoring": [1024.0, None]}
     lines = table(record).splitlines()
@@ -67,4 +68,4 @@ def test_what_went_wrong_is_in_the_table():
     assert "| export | status 2 | 1 |" in lines
     assert "| generation | 2.00 | 1.00 | 0.50 |" in lines
     assert "| scoring | 1.00 | – | – |" in lines
-    assert "step 1: forward 1.50" in lines
+    assert "step 1: forward 1.50; completions 93 tokens long" in lines
