@@ -61,7 +61,7 @@ def commands(root: Path) -> list[Command]:
 
     lora = [*train, "configs/llama3.2_1b_gsm8k.yaml", *gsm8k, *bonus]
     flagship = [*train, "configs/llama3.1_8b_gsm8k.yaml", *gsm8k, "model.max_seq_length=512"]
-    sixteen = as_in("llama3.1_8b_gsm8k_16bit", *gsm8k, "model.max_seq_length=512")
+    sixteen = as_in("llama3.1_8b_gsm8k_16bit", *gsm8k, *bonus, "model.max_seq_length=512")
     count = [*train, "configs/smollm2_135m_char_count.yaml", *small, *bonus, "task.train_size=64", "task.held_out=8",
              "run.warm_start.steps=2", "run.warm_start.batch_size=8", "run.evaluation.batch_size=8"]  # fmt: skip
     vllm = ["grpo.use_vllm=true", "grpo.vllm_gpu_memory_utilization=0.2", "grpo.vllm_max_model_length=512"]

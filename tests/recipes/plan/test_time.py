@@ -91,7 +91,7 @@ def test_a_step_under_unsloth_and_vllm(without_unsloth, place, name):
     run = json.loads((RESULTS / "flagship_h100.json").read_text())["runs"][place]
     assert Path(run["config"]).stem == name
     seconds = run["steps"][2]["time"]
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "configs" / f"{name}.yaml", ["step.impl=trl"])
     planned = plan_time(config, Setting.of(config, device=True), H100, (108, 768)).phases
     assert planned["generation"] == pytest.approx(seconds["generation"], rel=WITHIN)
     assert planned["forward and backward"] == pytest.approx(
@@ -240,6 +240,8 @@ ROLLOUT = {
     [
         ("llama3.1_8b_gsm8k", [], "H200", (108, 768), ("generation",), "10.0"),
         ("llama3.1_8b_gsm8k_16bit", [], "H200", (108, 768), ("generation",), "6.0"),
+        ("llama3.1_8b_gsm8k_16bit", [], "H200", (108, 768), ("forward and backward",), "5.7"),
+        ("llama3.1_8b_gsm8k_16bit", [], "H200", (108, 206), ("forward and backward",), "1.6"),
         ("llama3.1_8b_gsm8k_packed", [], "H200", (108, 768), (), "10.8"),
         ("llama3.1_8b_gsm8k_packed", [], "H200", (108, 768), ("generation",), "10.1"),
         ("llama3.1_8b_long", LONG, "H200", (108, 8192), (), "81"),
