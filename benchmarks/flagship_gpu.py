@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--evaluated", type=int, default=16, help="problems of an evaluation")
     parser.add_argument("--limit", type=float, default=540, help="seconds in all")
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--ends", type=float, default=0.0, help="probability that a completion ends with a token")
+    parser.add_argument(
+        "--ends", type=float, default=0.0, help="probability that a completion ends with a token"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(argv)
     until = time.time() + options.limit

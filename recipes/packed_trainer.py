@@ -7,11 +7,14 @@
 It is TRL's trainer until train() is called: by then the model is as it will be trained, adapters included, and whole,
 since accelerate shards it later. There the packed step is put before the script's own class if it is exact, so that
 what a subclass overrides stays; else nothing is changed, and a warning says why.
+
+Where Unsloth was imported first, "TRL's trainer" is the one that Unsloth has put in its place, here and below.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -23,17 +26,23 @@ from trl import GRPOTrainer
 
 from memhead.integrations import trl as memhead_trl
 from memhead.shortage import is_out_of_memory
+from recipes.config.unsloth import is_unsloths, set_for_its_loss
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
 from recipes.training.generation_batches import taken
 from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
+from recipes.training.packed_unsloth import PackedUnsloth, reads_vllms_logps_over_a_part, why_not_unsloths
 from recipes.training.planned_bins import bins_of
 from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
 _TRL = Path(str(trl.__file__)).parent
+_FILE = sys.modules[
+    GRPOTrainer.__module__
+].__file__  # of the trainer: TRL's, or the one that Unsloth has written
+_BY_UNSLOTH = is_unsloths(trl.GRPOConfig)
 # What it does in their place, or with other inputs than TRL's.
 _REPLACED = ("_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies")
 _SAMPLED = "_generate_and_score_completions"
@@ -85,7 +94,7 @@ class PackedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"token_budget={token_budget!r} is not a number of tokens")
         # Before TRL looks at the adapters: LoRA on the head is then allowed.
         if memhead_trl.installed() is None:
-            memhead_trl.install()
+            _install_head()
         super().__init__(*args, **kwargs)
         self.why_not_packed: str | None = None
         self.step_check: dict[str, Any] | None = None
@@ -98,11 +107,14 @@ class PackedGRPOTrainer(GRPOTrainer):
         if not self._chosen:
             self._choose_step()
             self._chosen = True
+        elif isinstance(self, PackedStep):
+            self.begin_window()  # Unsloth puts this method, as it was found, on the trainer: past PackedStep's own
         return super().train(*args, **kwargs)
 
     def _choose_step(self) -> None:
         plain = type(self)
-        reason = first(next(_of_the_script(self), None) or ruled_out(_made_with(self)))
+        rules = why_not_unsloths if _BY_UNSLOTH else ruled_out
+        reason = first(next(_of_the_script(self), None) or rules(_made_with(self)))
         if reason is None:
             _put_before(self, self._wanted_budget)
             reason = "it was not tried to the end"
@@ -119,14 +131,15 @@ class PackedGRPOTrainer(GRPOTrainer):
         if self._require_packed:
             raise ValueError(f"the packed step would not be exact: {reason}")
         if is_main():
-            said = f"the packed step would not be exact, so TRL's step is used: {reason}"
+            said = f"the packed step would not be exact, so {_whose()} step is used: {reason}"
             warnings.warn(said, stacklevel=3)  # where train() is called
 
     def _disagreement(self) -> str | None:
         """Why the packed step is not to be trusted with this model, or None, by a few prompts of the data set."""
         prompts = [row["prompt"] for row in islice(self.train_dataset, PROMPTS)]
         self.step_check = try_step(self, self._tokenize_prompts(prompts)[0])
-        return objection(self.step_check, "trainer.step_check")
+        way = "Unsloth's padded forward" if _BY_UNSLOTH else "TRL's padded way"
+        return objection(self.step_check, "trainer.step_check", way)
 
 
 class _InScript(PackedStep):
@@ -181,11 +194,26 @@ class _InScript(PackedStep):
         super()._append(mode, {name: x for name, x in metrics.items() if not name.startswith(PREFIXES)})
 
 
+def _whose() -> str:
+    return "Unsloth's" if _BY_UNSLOTH else "TRL's"
+
+
+def _install_head() -> None:
+    """For TRL's trainers and, where there are such, Unsloth's. Raises ValueError for a variable that bypasses it."""
+    if not _BY_UNSLOTH:
+        memhead_trl.install()
+        return
+    from memhead.integrations import unsloth as memhead_unsloth
+
+    memhead_unsloth.install()
+
+
 def _put_before(trainer: Any, budget: int | None) -> None:
     """Let the trainer go on with the packed step, under the name that its class has."""
     script = type(trainer)
+    parts = (_InScript, PackedUnsloth, script) if _BY_UNSLOTH else (_InScript, script)
     names = {"_script": script, "__module__": script.__module__, "__qualname__": script.__qualname__}
-    trainer.__class__ = type(script.__name__, (_InScript, script), names)
+    trainer.__class__ = type(script.__name__, parts, names)
     trainer.begin_packing(budget)
 
 
@@ -205,8 +233,7 @@ def _made_with(trainer: Any) -> dict[str, Any]:
 def _of_the_script(trainer: Any) -> Iterator[str]:
     """Reasons against the packed step that a run's configuration does not let arise."""
     kind = type(trainer)
-    if not GRPOTrainer.__module__.startswith("trl."):
-        yield "Unsloth has put its own trainer in TRL's place, whose step is its own"
+    yield from _of_unsloth(trainer)
     if not trl.__version__.startswith(TESTED):
         yield f"it goes around methods of TRL {TESTED}x, and this is {trl.__version__}"
     for name in _REPLACED:
@@ -215,9 +242,9 @@ def _of_the_script(trainer: Any) -> Iterator[str]:
     step = inspect.unwrap(kind.training_step)
     if _is_own(kind, "training_step") and (asked := _INPUTS.intersection(step.__code__.co_names)):
         yield f"{kind.__name__} has a training_step of its own that calls {' and '.join(sorted(asked))} itself"
-    ours = {name for cls in (_InScript, PackedStep, PackedForward) for name in vars(cls)}
+    ours = {name for cls in (_InScript, PackedUnsloth, PackedStep, PackedForward) for name in vars(cls)}
     for name in sorted(ours.intersection(dir(GRPOTrainer), vars(trainer))):
-        if not name.startswith("__"):
+        if not name.startswith("__") and not _is_the_trainers(vars(trainer)[name]):
             yield f"{name} has been set on the trainer, which the packed step would go around"
     theirs = set(dir(kind)).union(vars(trainer)).difference(dir(GRPOTrainer))
     for name in sorted(theirs.intersection(ours | _STATE)):
@@ -227,8 +254,28 @@ def _of_the_script(trainer: Any) -> Iterator[str]:
             yield f"{name} {what}"
 
 
+def _of_unsloth(trainer: Any) -> Iterator[str]:
+    """Reasons where Unsloth's classes are in this process."""
+    loaded = hasattr(trainer.model, "for_training")  # by FastLanguageModel
+    if loaded and not _BY_UNSLOTH and is_unsloths(trl.GRPOConfig):
+        yield "recipes.packed_trainer was imported before Unsloth, so that this is not Unsloth's trainer: import it after"
+    if not _BY_UNSLOTH:
+        return
+    if not loaded:
+        yield "Unsloth's trainer has a model that Unsloth has not loaded"
+    for variable in set_for_its_loss():
+        yield f"{variable} changes the loss of Unsloth's own step alone"
+    if reads_vllms_logps_over_a_part(trainer):
+        yield "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the packed step's over all"
+
+
 def _is_own(kind: Any, method: str) -> bool:
     """Whether a class overrides this method of TRL's trainer, or a script has put its own into TRL's class."""
     found, trls = getattr(kind, method), getattr(GRPOTrainer, method)
-    code = getattr(trls, "__code__", None)
-    return found is not trls or code is None or Path(code.co_filename).parts[: len(_TRL.parts)] != _TRL.parts
+    return found is not trls or not _is_the_trainers(trls)
+
+
+def _is_the_trainers(method: Any) -> bool:
+    """Whether it is written in TRL, or in the file of the trainer that Unsloth has written."""
+    code = getattr(method, "__code__", None)
+    return code is not None and (code.co_filename == _FILE or Path(code.co_filename).is_relative_to(_TRL))

@@ -154,12 +154,11 @@ def _check_packed_by_unsloth(
     if model.load_in_8bit:
         yield Problem("step.impl", f"Unsloth keeps 8-bit weights {layers}", "packed", remedy)
     truncates = grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]
-    if truncates and model.fast_inference and grpo["vllm_importance_sampling_correction"]:
-        message = (
-            "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the trainer's over all"
-        )
-        key = "grpo.vllm_importance_sampling_correction"
-        yield Problem(key, message, True, "set it to false, or remove step.impl: packed")
+    message = "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the trainer's over all"
+    for key, off in (("vllm_importance_sampling_correction", "false"), ("off_policy_mask_threshold", "null")):
+        if truncates and model.fast_inference and grpo[key] not in (False, None):
+            remedy = f"set it to {off}, or remove step.impl: packed"
+            yield Problem(f"grpo.{key}", message, grpo[key], remedy)
 
 
 def _check_shared_weights(model: ModelConfig, lora: LoraSection | None) -> Iterator[Problem]:

@@ -173,10 +173,14 @@ class PackedStep(PackedForward):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's method. One that failed may have left a window half done, with what was measured of it."""
+        """TRL's method."""
+        self.begin_window()
+        return super().train(*args, **kwargs)
+
+    def begin_window(self) -> None:
+        """Forget what a training that failed may have left: a window half done, and what was measured of it."""
         self._place, self._scores = 0, None
         self._meter, self._entropy, self._gap = StepMeter(), EntropyMeter(), SamplingGap()
-        return super().train(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """TRL's method, which also keeps track of where an accumulation window begins and ends."""

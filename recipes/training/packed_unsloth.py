@@ -37,6 +37,14 @@ def _of_its_layers(config: Any) -> Iterator[str]:
         yield "Unsloth's attention over packed rows has no sliding window"
 
 
+def reads_vllms_logps_over_a_part(trainer: Any) -> bool:
+    """Whether the loss compares its log-probabilities with vLLM's, which are over what truncation leaves."""
+    from unsloth_zoo.rl_replacements import grpo_sampling_support
+
+    read = trainer.vllm_importance_sampling_correction or trainer.off_policy_mask_threshold is not None
+    return bool(trainer.use_vllm and read and grpo_sampling_support(trainer) is not None)
+
+
 class PackedUnsloth(PackedStep):
     """To be put before Unsloth's trainer: :func:`packed_unsloth`. Its arguments are PackedForward's."""
 
@@ -71,11 +79,13 @@ class PackedUnsloth(PackedStep):
         # A pass with gradients before training makes Unsloth drop what was compiled, and warn of it.
         warnings.filterwarnings("ignore", message="Unsloth: detected a manual forward")
         kind = getattr(self.model, "_unsloth_gradient_checkpointing", self.args.gradient_checkpointing)
+        was_training = self.model.training  # within train(), of a script
         self.model.for_training(use_gradient_checkpointing=kind)
         try:
             yield
         finally:
-            self.model.for_inference()
+            if not was_training:
+                self.model.for_inference()
 
     def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
         """(B, K) by the model's padded forward. Rows with equally long prompts go together, their left padding cut off.

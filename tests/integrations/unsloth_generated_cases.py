@@ -424,7 +424,11 @@ def test_a_bypassing_option_is_refused_before_anything_is_loaded(config):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD", "1"), ("UNSLOTH_GRPO_LOSS_AGGREGATION", "prompt")],
+    [
+        ("UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD", "1"),
+        ("UNSLOTH_GRPO_LOSS_AGGREGATION", "prompt"),
+        ("UNSLOTH_GRPO_VLLM_IS_CLIP", "_2"),
+    ],
 )
 def test_what_only_unsloths_loss_reads_is_refused_beside_the_packed_step(
     config, monkeypatch, variable, value

@@ -665,6 +665,7 @@ def test_trl_defaults_pass_our_checks(good):
 
 UNSLOTH = ["model.loader=unsloth", "model.name=some/model"]
 VLLM, PACKED = "model.fast_inference=true", "step.impl=packed"
+UNCORRECTED = "grpo.vllm_importance_sampling_correction=false"
 
 
 @pytest.mark.parametrize(
@@ -690,6 +691,10 @@ VLLM, PACKED = "model.fast_inference=true", "step.impl=packed"
             "step.impl: Unsloth keeps 8-bit weights in layers of transformers",
         ),
         ([PACKED, VLLM, "grpo.top_p=0.9"], "grpo.vllm_importance_sampling_correction: vLLM's log-prob"),
+        (
+            [PACKED, VLLM, "grpo.top_k=9", UNCORRECTED, "grpo.off_policy_mask_threshold=0.5"],
+            "grpo.off_policy_mask_threshold: vLLM's log-prob",
+        ),
     ],
     ids=str,
 )
@@ -703,8 +708,7 @@ def test_mistakes_with_unsloth(good, without_unsloth, overrides, expected):
 def test_what_rules_packing_out_is_no_mistake_without_it(good, without_unsloth):
     for words in (["lora=null"], ["lora.r=4", VLLM, "grpo.top_p=0.9"]):
         assert not load_config(good, [*UNSLOTH, *words]).packs
-    uncorrected = "grpo.vllm_importance_sampling_correction=false"
-    assert load_config(good, [*UNSLOTH, "lora.r=4", VLLM, PACKED, "grpo.top_p=0.9", uncorrected]).packs
+    assert load_config(good, [*UNSLOTH, "lora.r=4", VLLM, PACKED, "grpo.top_p=0.9", UNCORRECTED]).packs
 
 
 def test_a_warm_start_without_kl_is_unsloths_too(good, without_unsloth):
