@@ -195,6 +195,9 @@ def test_the_packed_step_on_unsloths_model():
             *(f"{row['first_seconds']:.0f}" for row in (ours, own)),
         ]  # fmt: skip
     assert (len(exact), len(layers), len(beside)) == (3, 6, 2)
+    (row,) = results["unsloths_model_of_commit_6b49f40"]
+    figures = f"{row['seconds']:.3f} s and {row['peak_mib'] / 1024:.1f} GiB at GSM8K's lengths"
+    assert f"{figures}, {row['first_seconds']:.0f} s in the first window" in part
 
 
 def test_real_tokens_a_second_on_an_h200():
@@ -234,6 +237,89 @@ def test_real_tokens_a_second_on_an_h200():
             assert cells["of the matrix rate: TRL's, packed, compiled"] == shares
             count += 1
     assert count == 8
+
+
+WHOLE = {  # a table's name of a run -> the JSON's
+    "4-bit, packed, full length": "four",
+    "16-bit, packed, full length": "sixteen",
+    "16-bit, packed, lengths by chance": "sixteen_packed",
+    "16-bit, Unsloth's own, the same": "sixteen_own",
+    "4-bit, packed, lengths by chance": "four_packed",
+    "4-bit, Unsloth's own, the same": "four_own",
+}
+
+
+def packed_whole():
+    """The tables of the packed step in Unsloth's configurations, and its runs by name."""
+    heading = "## The packed step in Unsloth's configurations, whole"
+    (part,) = (part for line, part in sections("flagship_h100.md") if line == heading)
+    return list(tables(part)), {row["run"]: row for row in stored("flagship_h100")["runs"] if "run" in row}
+
+
+def loss_and_all(row, step):
+    """Seconds of a step's forward and backward, and of all its phases."""
+    seconds = row["step_seconds"][step]
+    return seconds["forward"] + seconds["backward"], sum(seconds.values())
+
+
+def test_unsloths_configurations_with_the_packed_step_how_they_ended():
+    (commands, *_), runs = packed_whole()
+    shown, name = {}, ""
+    for cells in commands:
+        name = WHOLE[cells["run"]] if cells["run"] else name
+        ended = {"well": 0, "its time was over": None}[cells["ended"].split(":")[0]]
+        shown.setdefault(name, []).append((ended, cells["seconds"]))
+    for name, row in runs.items():
+        found = [(command["status"], f"{command['seconds']:.0f}") for command in row["commands"].values()]
+        assert shown[name] == found, name
+    assert shown.keys() == runs.keys() == set(WHOLE.values())
+
+
+def test_unsloths_configurations_with_the_packed_step_at_full_length():
+    (_, shown, *_), runs = packed_whole()
+    for cells, (name, step) in zip(
+        shown, [(n, i) for n in ("four", "sixteen") for i in range(3)], strict=True
+    ):
+        seconds = runs[name]["step_seconds"][step]
+        phases = [seconds[phase] for phase in ("generation", "forward", "backward", "optimizer", "other")]
+        figures = [f"{value:.2f}" for value in (*phases, *loss_and_all(runs[name], step))]
+        assert list(cells.values())[1:] == [str(step + 1), *figures]
+        assert runs[name]["figures_of_steps"][step]["lengths"] == [768.0] * 3
+
+
+def test_unsloths_configurations_with_the_packed_step_beside_its_own():
+    """Ratios stand where the two computed the same or nearly, and neither compiled."""
+    (_, _, shown, *_), runs = packed_whole()
+    steps = [(name, i) for name in ("sixteen", "four") for i in range(4)]
+    for cells, (name, step) in zip(shown, steps, strict=True):
+        pair = [runs[f"{name}_{which}"] for which in ("packed", "own")]
+        packed, own = (row["figures_of_steps"][step] for row in pair)
+        (loss, whole), (own_loss, own_whole) = (loss_and_all(row, step) for row in pair)
+        alike = (name, step) in {("sixteen", 1), ("sixteen", 2), ("four", 2)}
+        assert own["real"] == pytest.approx(packed["real"], rel=0.011) or not alike
+        generation = ", ".join(f"{row['step_seconds'][step]['generation']:.2f}" for row in pair)
+        assert list(cells.values()) == [
+            {"sixteen": "16 bits", "four": "4 bits"}[name], str(step + 1),
+            ", ".join(f"{row['lengths'][1]:.1f}" for row in (packed, own)),
+            f"{packed['computed']:,.0f} of {packed['real']:,.0f}", generation,
+            f"{loss:.2f}, {own_loss:.2f}", f"{loss / own_loss:.2f}" if alike else "–",
+            f"{whole:.2f}, {own_whole:.2f}", f"{whole / own_whole:.2f}" if alike else "–",
+        ]  # fmt: skip
+
+
+def test_unsloths_configurations_with_the_packed_step_memory_and_check():
+    (_, _, _, memory, checks), runs = packed_whole()
+    for cells in memory:
+        for phase, (planned, measured) in runs[WHOLE[cells["run"]]]["memory_mib"].items():
+            ratio = "–" if measured is None else f"{measured / 1024:.2f}: {measured / planned:.2f}"
+            assert cells[phase] == f"{planned / 1024:.2f}, {ratio}", cells
+    for cells in checks:
+        check = runs[WHOLE[cells["run"].removesuffix(" (resumed)")]]["step_check"]
+        ways = [check[way] for way in ("packed", "row_by_row", "allowed")]
+        figures = [f"{way[error]:.4f}" for error in ("gradient_error", "logprob_error") for way in ways]
+        assert list(cells.values())[1:] == figures
+        assert check["passed"]
+    assert (len(memory), len(checks)) == (6, 4)
 
 
 BITS = {"16 bits": None, "4 bits": 4}
