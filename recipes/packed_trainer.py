@@ -258,7 +258,7 @@ def _of_unsloth(trainer: Any) -> Iterator[str]:
     """Reasons where Unsloth's classes are in this process."""
     loaded = hasattr(trainer.model, "for_training")  # by FastLanguageModel
     if loaded and not _BY_UNSLOTH and is_unsloths(trl.GRPOConfig):
-        yield "recipes.packed_trainer was imported before Unsloth, so that this is not Unsloth's trainer: import it after"
+        yield "recipes.packed_trainer was imported before Unsloth, so this is not Unsloth's trainer; import it after"
     if not _BY_UNSLOTH:
         return
     if not loaded:

@@ -79,6 +79,8 @@ def setting_of(trainer: Any, prompt: int) -> Setting:
     """
     arguments, model, head = trainer.args, trainer.model, memhead_trl.installed()
     assert head is not None
+    # What Unsloth notes on its model: "unsloth" where layer inputs go to the main memory.
+    checkpointing = getattr(model, "_unsloth_gradient_checkpointing", arguments.gradient_checkpointing)
     base, trained = without_adapters(model), Trained.counted(model)
     shape = _shape(base)
     return Setting(
@@ -92,8 +94,8 @@ def setting_of(trainer: Any, prompt: int) -> Setting:
         prompt=prompt,
         completion=arguments.max_completion_length,
         generations=trainer.num_generations,
-        checkpointing=arguments.gradient_checkpointing,
-        offloaded=False,
+        checkpointing=bool(checkpointing),
+        offloaded=checkpointing == "unsloth",
         reference=trainer.ref_model is not None,
         head=head.impl,
         chunk_rows=head.chunk,

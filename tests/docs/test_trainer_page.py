@@ -19,7 +19,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_the_script_runs(place):
-    (script,) = blocks(ROOT / "docs" / "trainer.md", "python")
+    script, _ = blocks(ROOT / "docs" / "trainer.md", "python")
     assert len(script.splitlines()) <= 30
     changed = {
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"model"',
@@ -38,3 +38,11 @@ def test_the_script_runs(place):
     for step in steps:
         assert 0 < step["step/tokens_computed"] < step["step/tokens_real"]
     assert (place / "short-answers" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_the_lines_of_an_unsloth_notebook_import_what_is_there():
+    """Unsloth's cases run the trainer (tests/integrations/unsloth_script_cases.py)."""
+    _, notebook = blocks(ROOT / "docs" / "trainer.md", "python")
+    first, *others = notebook.splitlines()
+    assert first.startswith("from unsloth import FastLanguageModel")  # else what follows has TRL's trainer
+    exec("\n".join(others), {})

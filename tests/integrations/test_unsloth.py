@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
     [
         (("unsloth_cases.py", "unsloth_run_cases.py"), {}),
         (
-            ("unsloth_generated_cases.py", "unsloth_layers_cases.py"),
+            ("unsloth_generated_cases.py", "unsloth_script_cases.py", "unsloth_layers_cases.py"),
             {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1", "TRITON_INTERPRET": "1"},
         ),
     ],

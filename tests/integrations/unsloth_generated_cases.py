@@ -82,6 +82,16 @@ def given(config, fields):
     return config.model_copy(update={"grpo": grpo, "grpo_given": fields})
 
 
+def loaded(config):
+    """transformers' model with adapters, and what FastLanguageModel leaves on it."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    model = get_peft_model(model, config.lora.peft_config())
+    model.for_training = functools.partial(FastBaseModel.for_training, model)
+    model.for_inference = functools.partial(FastBaseModel.for_inference, model)
+    model._unsloth_user_float32 = True  # float32 was asked for
+    return model
+
+
 def train(config, folder, impl, watch=lambda trainer, handle: None, prepare=lambda model: None):
     """The configuration's ten steps through the generated trainer: its run folder, its adapters, the calls.
 
@@ -92,12 +102,7 @@ def train(config, folder, impl, watch=lambda trainer, handle: None, prepare=lamb
     arguments = config.grpo_config(folder.path / "checkpoints")
     with install_head(config, arguments) as handle:
         set_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
-        model = get_peft_model(model, config.lora.peft_config())
-        # What FastLanguageModel leaves on a model, and its mark for float32 that was asked for.
-        model.for_training = functools.partial(FastBaseModel.for_training, model)
-        model.for_inference = functools.partial(FastBaseModel.for_inference, model)
-        model._unsloth_user_float32 = True
+        model = loaded(config)
         prepare(model)
         tokenizer = AutoTokenizer.from_pretrained(config.model.name)
         rewards = Rewards([evens], [1.0])

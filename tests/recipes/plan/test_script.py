@@ -311,6 +311,18 @@ def test_what_cannot_be_counted_is_no_end_of_a_script(trainer, monkeypatch, part
     )
 
 
+@pytest.mark.parametrize(
+    ("noted", "checkpointing", "offloaded"),
+    [("unsloth", True, True), (True, True, False), (False, False, False)],
+)
+def test_the_gradient_checkpointing_that_unsloth_notes_on_its_model(trainer, noted, checkpointing, offloaded):
+    """Whatever the GRPOConfig says; a run's, which asks for "unsloth", counts the same."""
+    trainer.args.gradient_checkpointing = not checkpointing
+    trainer.model._unsloth_gradient_checkpointing = noted
+    found = setting_of(trainer, PROMPT)
+    assert (found.checkpointing, found.offloaded) == (checkpointing, offloaded)
+
+
 def test_a_static_cache_stays_unless_vllm_samples(trainer):
     trainer.args.cache_implementation = "static"
     assert setting_of(trainer, PROMPT).kept_cache

@@ -768,9 +768,3 @@ def test_what_one_process_finds_all_do(tmp_path):
     assert all(one["why"].startswith("it disagrees with TRL's padded way") for one in found)
     assert [len(one["said"]) for one in found] == [1, 0]  # the main process speaks
     assert "step/left_out" not in found[0]["steps"][0]
-
-
-def test_unsloths_trainer_is_not_packed(tmp_path, monkeypatch):
-    trainer = made(PackedGRPOTrainer, tmp_path)
-    monkeypatch.setattr(packed_trainer.GRPOTrainer, "__module__", "UnslothGRPOTrainer")
-    assert next(packed_trainer._of_the_script(trainer)).startswith("Unsloth has put its own trainer")
