@@ -30,6 +30,7 @@ from recipes.config.unsloth import is_unsloths, set_for_its_loss
 from recipes.processes import first, is_main
 from recipes.tracking.ratios import PREFIXES
 from recipes.training.generation_batches import taken
+from recipes.training.importance import Correction
 from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_support import ruled_out
@@ -38,7 +39,7 @@ from recipes.training.planned_bins import bins_of
 from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
-_TRL = Path(str(trl.__file__)).parent
+_PACKAGES = [Path(str(package.__file__)).parent for package in (trl, sys.modules.get("unsloth")) if package]
 _FILE = sys.modules[
     GRPOTrainer.__module__
 ].__file__  # of the trainer: TRL's, or the one that Unsloth has written
@@ -132,7 +133,8 @@ class PackedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"the packed step would not be exact: {reason}")
         if is_main():
             said = f"the packed step would not be exact, so {_whose()} step is used: {reason}"
-            warnings.warn(said, stacklevel=3)  # where train() is called
+            # Where train() is called, which Unsloth has wrapped.
+            warnings.warn(said, stacklevel=4 if _BY_UNSLOTH else 3)
 
     def _disagreement(self) -> str | None:
         """Why the packed step is not to be trusted with this model, or None, by a few prompts of the data set."""
@@ -265,6 +267,9 @@ def _of_unsloth(trainer: Any) -> Iterator[str]:
         yield "Unsloth's trainer has a model that Unsloth has not loaded"
     for variable in set_for_its_loss():
         yield f"{variable} changes the loss of Unsloth's own step alone"
+    if _is_own(type(trainer), _SAMPLED) and Correction.of(trainer) is not None:
+        name = type(trainer).__name__
+        yield f"{name} has a {_SAMPLED} of its own, which finds no importance ratio: Unsloth forms it in its own loss"
     if reads_vllms_logps_over_a_part(trainer):
         yield "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the packed step's over all"
 
@@ -276,6 +281,7 @@ def _is_own(kind: Any, method: str) -> bool:
 
 
 def _is_the_trainers(method: Any) -> bool:
-    """Whether it is written in TRL, or in the file of the trainer that Unsloth has written."""
-    code = getattr(method, "__code__", None)
-    return code is not None and (code.co_filename == _FILE or Path(code.co_filename).is_relative_to(_TRL))
+    """Whether it is written in TRL, in Unsloth, which wraps some, or in the file that Unsloth has written."""
+    if (code := getattr(method, "__code__", None)) is None:
+        return False
+    return code.co_filename == _FILE or any(Path(code.co_filename).is_relative_to(at) for at in _PACKAGES)

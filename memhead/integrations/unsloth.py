@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +35,7 @@ NEUTRAL = {
     "support_top_p": (1.0, None),
     "support_min_p": (0.0, None),
     "support_excluded_ids": (None,),
+    "support_triton_sampler": (False, None),
     "fp32_lm_head": (True, False, None),
 }
 # Options of the run under which the generated trainer computes entropies, or scores, past the scorer.
@@ -93,7 +95,7 @@ def install(
         hidden_states: Tensor, lm_head: Tensor, index: Tensor, *further: Any, **options: Any
     ) -> Tensor:
         handle.count(index.numel())
-        if impl == "trl":
+        if impl == "trl" or _truncates(options):
             return original(hidden_states, lm_head, index, *further, **options)
         return _score(
             hidden_states, lm_head, index, *further, impl=impl, tile=chunk, backend=backend, **options
@@ -179,6 +181,18 @@ def _score(
             chunk=tile,
             backend=backend,
         ).logprobs
+
+
+def _truncates(options: dict[str, Any]) -> bool:
+    """Whether Unsloth scores over the tokens that vLLM's truncated sampling has left, which its own head does."""
+    if not any(
+        name.startswith("support_") and not _is_neutral(name, value) for name, value in options.items()
+    ):
+        return False
+    warnings.warn(
+        "Unsloth scores over what top_k, top_p or min_p leave: by its own head, not by memhead", stacklevel=3
+    )
+    return True
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -156,7 +156,7 @@ def _check_packed_by_unsloth(
     truncates = grpo["top_k"] or grpo["top_p"] < 1.0 or grpo["min_p"]
     message = "vLLM's log-probabilities are over what top_k, top_p and min_p leave, the trainer's over all"
     for key, off in (("vllm_importance_sampling_correction", "false"), ("off_policy_mask_threshold", "null")):
-        if truncates and model.fast_inference and grpo[key] not in (False, None):
+        if truncates and model.fast_inference and not (grpo[key] is None or grpo[key] is False):
             remedy = f"set it to {off}, or remove step.impl: packed"
             yield Problem(f"grpo.{key}", message, grpo[key], remedy)
 

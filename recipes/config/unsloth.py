@@ -21,6 +21,7 @@ _OF_ITS_LOSS = (
     "UNSLOTH_GRPO_VLLM_IS_MODE", "UNSLOTH_GRPO_VLLM_IS_CLIP", "UNSLOTH_GRPO_ROLLOUT_RS",
     "UNSLOTH_GRPO_TRUNCATED_SUPPORT",
 )  # fmt: skip
+_OFF = ("", "0", "false", "no", "off")
 _failures: list[
     Exception
 ] = []  # of the first try: once half imported, Unsloth fails with messages that mislead
@@ -54,7 +55,7 @@ def import_unsloth(standby: bool = False) -> None:
 def set_for_its_loss() -> list[str]:
     """Environment variables that the loss of Unsloth's own step reads and TRL's does not, as they are set."""
     values = {name: os.environ.get(name, "") for name in _OF_ITS_LOSS}
-    return [f"{name}={value}" for name, value in values.items() if value not in ("", "0")]
+    return [f"{name}={value}" for name, value in values.items() if value.lower() not in _OFF]
 
 
 def is_unsloths(grpo_config: type) -> bool:

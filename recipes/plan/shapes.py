@@ -305,6 +305,8 @@ def _cache_layers(model: PreTrainedModel) -> tuple[CacheLayer, ...] | None:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    if _by_unsloth(model):
+        return _cache_of_formula(cache.layers, _layer_shape(model.config.get_text_config()))
     tokens = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
     try:
         with torch.no_grad():
@@ -312,6 +314,19 @@ def _cache_layers(model: PreTrainedModel) -> tuple[CacheLayer, ...] | None:
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
     return tuple(_cache_layer(layer) for layer in cache.layers)
+
+
+def _by_unsloth(model: PreTrainedModel) -> bool:
+    """Whether Unsloth's code stands in these classes: on the meta device its kernels would read at address 0."""
+    kinds = {type(module) for module in model.modules()}
+    return any((getattr(kind.forward, "__module__", "") or "").startswith("unsloth") for kind in kinds)
+
+
+def _cache_of_formula(layers: list[Any], shape: LayerShape | None) -> tuple[CacheLayer, ...] | None:
+    """Of layers like a Llama's, not run: keys and values of every head, within the window that the cache will keep."""
+    if shape is None:
+        return None
+    return tuple(replace(_cache_layer(layer), width=2 * shape.kv_width) for layer in layers)
 
 
 def _cache_layer(layer: Any) -> CacheLayer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -84,7 +84,9 @@ class PackedUnsloth(PackedStep):
         try:
             yield
         finally:
-            if not was_training:
+            if was_training:
+                _forget_compiled()
+            else:
                 self.model.for_inference()
 
     def padded_logps(self, model: Any, batch: PaddedBatch) -> Tensor:
@@ -111,6 +113,15 @@ class PackedUnsloth(PackedStep):
         """TRL's, in place of Unsloth's."""
         loss: Tensor = self._compute_loss(model, inputs)
         return loss
+
+
+def _forget_compiled() -> None:
+    """As Unsloth does when train() begins after a pass with gradients; one within train() it does not see."""
+    from unsloth_zoo.gradient_checkpointing import reset_unsloth_gradient_checkpointing_buffers
+
+    torch._dynamo.reset()
+    with suppress(NameError):  # there are none where nothing has been offloaded
+        reset_unsloth_gradient_checkpointing_buffers()
 
 
 def packed_unsloth(trainer_class: type) -> type:

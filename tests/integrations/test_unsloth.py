@@ -48,7 +48,9 @@ def test_unsloth(cases, variables, tmp_path):
         ROOT / "pyproject.toml",
     ]
     # Unsloth writes its compiled cache into the working folder.
-    paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(ROOT), str(HERE), str(HERE.parent / "recipes"), os.environ.get("PYTHONPATH", "")]
+    )
     quiet = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *map(str, options), *(str(HERE / name) for name in cases)],

@@ -136,13 +136,27 @@ def test_scorer_equals_unsloths(options, dtypes):
         )
 
 
+def test_scorer_refuses_by_name():
+    with memhead_unsloth.install(), pytest.raises(TypeError, match="unheard_of"):
+        getattr(rl_replacements, memhead_unsloth.SCORER)(*draw(torch.float32, torch.float32), unheard_of=3)
+
+
 @pytest.mark.parametrize(
-    "bad", [{"support_top_k": 5}, {"support_excluded_ids": torch.ones(1)}, {"unheard_of": 3}]
+    "options",
+    [{"support_top_k": 5}, {"support_min_p": 0.1}, {"support_excluded_ids": torch.tensor([3, 7])}],
+    ids=str,
 )
-def test_scorer_refuses_by_name(bad):
-    (name,) = bad
-    with memhead_unsloth.install(), pytest.raises(TypeError, match=name):
-        getattr(rl_replacements, memhead_unsloth.SCORER)(*draw(torch.float32, torch.float32), **bad)
+def test_over_what_truncation_leaves_unsloths_own_head_scores(options):
+    """As without memhead, and says so; it is counted."""
+    given = draw(torch.float32, torch.float32)
+    expected = getattr(rl_replacements, memhead_unsloth.SCORER)(*given, **options)
+    with (
+        memhead_unsloth.install() as handle,
+        pytest.warns(UserWarning, match="by its own head, not by memhead"),
+    ):
+        found = getattr(rl_replacements, memhead_unsloth.SCORER)(*given, **options)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+    assert handle.calls == 1
 
 
 def test_uninstall_restores():

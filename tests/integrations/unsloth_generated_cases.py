@@ -443,6 +443,8 @@ def test_what_only_unsloths_loss_reads_is_refused_beside_the_packed_step(
     assert not list(missing(config, machine))
     (problem,) = missing(packed_by_name(config), machine)
     assert f"{variable}={value} changes the loss" in problem.line("")
+    monkeypatch.setenv(variable, "off")
+    assert not list(missing(packed_by_name(config), machine))
 
 
 @pytest.fixture

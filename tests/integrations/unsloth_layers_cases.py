@@ -25,6 +25,7 @@ from unsloth.models import llama, mistral, qwen2, qwen3
 from unsloth.utils import attention_dispatch, prefix_grouper_kernel
 
 from memhead.integrations import trl as memhead_trl
+from recipes.plan.shapes import CacheLayer, sizes
 from recipes.training.packed_forward import only_states
 from recipes.training.packed_unsloth import ARCHITECTURES, PackedUnsloth
 from recipes.training.packing import PaddedBatch, measure, pack
@@ -160,3 +161,18 @@ def test_a_packed_row_through_unsloths_layers(monkeypatch, name):
     assert handle.calls == 2 + GROUPS
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_models_sizes_are_counted_without_unsloths_kernels(monkeypatch, name):
+    """After the others: the classes stay Unsloth's. From the meta device its kernels would read at a GPU's address 0."""
+    config, modeling, fast = FAMILIES[name]
+    take_unsloths_layers(monkeypatch, modeling, fast)
+
+    def run(*_, **__):
+        raise AssertionError("a model on the meta device is run")
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", run)
+    shape, _ = sizes(config, None)
+    assert shape.cache == (CacheLayer(width=2 * SHAPE["num_key_value_heads"] * HEAD_SIZE),)
+    assert shape.layer is not None

@@ -5,24 +5,43 @@ As in unsloth_generated_cases.py, whose stand-ins these are: transformers' model
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
+import vllm_colocated
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from unsloth_files import write_files
 from unsloth_generated_cases import evens, generated, loaded, take_shared_prompts
+from unsloth_zoo import gradient_checkpointing
 
 from memhead.integrations import trl as memhead_trl
 from recipes.config.load import load_config
 from recipes.training import step_check
+from recipes.training.packed_forward import PackedForward
 from recipes.training.packed_step import PackedStep
 from recipes.training.packed_unsloth import PackedUnsloth, reads_vllms_logps_over_a_part
 
 assert generated  # a fixture, for every case here
+
+
+def another_copy():
+    """recipes.packed_trainer, imported once more, by another name."""
+    place = importlib.util.find_spec("recipes.packed_trainer")
+    copy = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location("another_copy", place.origin)
+    )
+    copy.__spec__.loader.exec_module(copy)
+    return copy
+
+
+EARLY = another_copy()  # Unsloth's trainer is put in TRL's place when the first case runs
 
 
 class CallsOfTheHead(TrainerCallback):
@@ -147,8 +166,11 @@ def test_evaluation_is_unsloths(config, module, tmp_path):
 def test_a_model_that_ignores_the_layout_takes_unsloths_step(config, module, tmp_path):
     trainer, calls = script(module.PackedGRPOTrainer, config, tmp_path, prepare=lambda model: None), []
     trainer.add_callback(CallsOfTheHead(calls))
-    with pytest.warns(UserWarning, match="so Unsloth's step is used: it disagrees with Unsloth's padded"):
+    with pytest.warns(
+        UserWarning, match="so Unsloth's step is used: it disagrees with Unsloth's padded"
+    ) as said:
         trainer.train()
+    assert [w.filename for w in said if "step is used" in str(w.message)] == [__file__]
     assert trainer.why_not_packed.startswith("it disagrees with Unsloth's padded forward on this model")
     assert not trainer.step_check["passed"]
     assert type(trainer) is module.PackedGRPOTrainer
@@ -215,13 +237,119 @@ def test_a_subclass_keeps_what_is_its_own(config, module, tmp_path):
     assert calls == ["step", "rewards"] * 2
 
 
-def test_imported_before_unsloth(config, module, tmp_path, monkeypatch):
-    """Then the module has TRL's trainer, whatever stands in its place since."""
-    trainer = script(module.PackedGRPOTrainer, config, tmp_path)
-    monkeypatch.setattr(module, "_BY_UNSLOTH", False)
-    assert next(module._of_the_script(trainer)).startswith(
-        "recipes.packed_trainer was imported before Unsloth"
+def test_imported_before_unsloth(config, tmp_path):
+    """Then it is TRL's trainer, and TRL's step."""
+    trainer = script(EARLY.PackedGRPOTrainer, config, tmp_path, max_steps=1)
+    assert not isinstance(trainer, trl.GRPOTrainer)
+    said = "so TRL's step is used: recipes.packed_trainer was imported before Unsloth"
+    with pytest.warns(UserWarning, match=said):
+        trainer.train()
+    assert len(steps(trainer)) == 1
+
+
+def test_passes_that_the_loss_repeats_are_left_out(config, module, tmp_path, monkeypatch):
+    """Unsloth's wrappers around two methods are not the script's own."""
+    kind, passes, score = module.PackedGRPOTrainer, [], PackedForward._score
+    assert not module._is_own(kind, "_generate_and_score_completions")
+    assert not module._is_own(kind, "training_step")
+    trainer = script(kind, config, tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer._choose_step()
+
+    def counted(self, model, batch, lengths, rows, **options):
+        passes.append((torch.is_grad_enabled(), len(rows)))
+        return score(self, model, batch, lengths, rows, **options)
+
+    monkeypatch.setattr(PackedForward, "_score", counted)
+    trainer._chosen = True
+    trainer.train()
+    assert sum(rows for gradient, rows in passes if gradient) == 4 * 8
+    assert not [rows for gradient, rows in passes if not gradient]
+
+
+def no_padding(filters):
+    """vLLM's stand-in that never samples the padding's token, and takes Unsloth's ways to say "not at all"."""
+
+    def made(wanted):
+        own = filters(replace(wanted, top_k=max(0, wanted.top_k or 0), min_p=wanted.min_p or 0.0))
+
+        def filtered(ids, logits):
+            logits = logits.clone()
+            logits[:, 0] = -torch.inf
+            return own(ids, logits)
+
+        return filtered
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vllm_importance_sampling_correction": False},
+        {"vllm_importance_sampling_correction": True},
+        {
+            "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
+            "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
+        },
+        {"vllm_importance_sampling_correction": True, "num_iterations": 2, "beta": 0.04},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_where_vllm_samples_the_losses_are_unsloths(config, module, tmp_path, monkeypatch, settings):
+    """By an engine that differs from the policy; Unsloth forms its ratio in its own loss, where this does not go."""
+    monkeypatch.setattr(vllm_colocated, "_filters", no_padding(vllm_colocated._filters))
+    found = []
+    for kind, prepare in (
+        (module.PackedGRPOTrainer, take_shared_prompts),
+        (trl.GRPOTrainer, lambda model: None),
+    ):
+        with vllm_colocated.vllm_stand_in() as engines:
+            trainer = script(
+                kind, config, tmp_path, prepare=prepare, use_vllm=True, vllm_mode="colocate",
+                **{"generation_kwargs": None} | settings,
+            )  # fmt: skip
+            engines[0].base.model.norm.register_forward_hook(lambda module, given, out: 1.05 * out)
+            trainer.train()
+        found.append(trainer)
+        memhead_trl.installed() and memhead_trl.installed().uninstall()
+    assert found[0].why_not_packed is None
+    the_same(*found)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_sampling_of_the_scripts_own_gets_no_importance_ratio(
+    config, module, tmp_path, monkeypatch, corrected
+):
+    monkeypatch.setattr(vllm_colocated, "_filters", no_padding(vllm_colocated._filters))
+
+    class Mine(module.PackedGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return super()._generate_and_score_completions(inputs)
+
+    said = "Mine has a _generate_and_score_completions of its own, which finds no importance ratio"
+    with vllm_colocated.vllm_stand_in():
+        trainer = script(
+            Mine, config, tmp_path, max_steps=1, use_vllm=True, vllm_mode="colocate", generation_kwargs=None,
+            vllm_importance_sampling_correction=corrected,
+        )  # fmt: skip
+        with pytest.warns(UserWarning, match=said) if corrected else nullcontext():
+            trainer.train()
+    assert (trainer.why_not_packed is None) is not corrected
+    assert len(steps(trainer)) == 1
+
+
+def test_what_the_check_has_compiled_is_dropped(config, module, tmp_path, monkeypatch):
+    """As Unsloth drops it where it sees a pass with gradients before train()."""
+    done = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("compiled"))
+    monkeypatch.setattr(
+        gradient_checkpointing, "reset_unsloth_gradient_checkpointing_buffers", lambda: done.append("buffers")
     )
+    trainer = script(module.PackedGRPOTrainer, config, tmp_path, max_steps=1)
+    choose = trainer._choose_step
+    trainer._choose_step = lambda: (choose(), done.append("chosen"))
+    trainer.train()
+    assert done[:3] == ["compiled", "buffers", "chosen"]
 
 
 def test_a_second_training_begins_a_new_window(config, module, tmp_path):

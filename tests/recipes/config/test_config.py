@@ -692,7 +692,7 @@ UNCORRECTED = "grpo.vllm_importance_sampling_correction=false"
         ),
         ([PACKED, VLLM, "grpo.top_p=0.9"], "grpo.vllm_importance_sampling_correction: vLLM's log-prob"),
         (
-            [PACKED, VLLM, "grpo.top_k=9", UNCORRECTED, "grpo.off_policy_mask_threshold=0.5"],
+            [PACKED, VLLM, "grpo.top_k=9", UNCORRECTED, "grpo.off_policy_mask_threshold=0.0"],
             "grpo.off_policy_mask_threshold: vLLM's log-prob",
         ),
     ],
