@@ -165,7 +165,7 @@ def test_a_packed_row_through_unsloths_layers(monkeypatch, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_models_sizes_are_counted_without_unsloths_kernels(monkeypatch, name):
-    """After the others: the classes stay Unsloth's. From the meta device its kernels would read at a GPU's address 0."""
+    """After the others, for the classes stay Unsloth's, whose kernels would read a meta tensor at address 0."""
     config, modeling, fast = FAMILIES[name]
     take_unsloths_layers(monkeypatch, modeling, fast)
 
