@@ -40,9 +40,8 @@ from recipes.training.step_check import PROMPTS, objection, try_step
 
 TESTED = "1.15."  # of TRL, whose methods the packed step goes around
 _PACKAGES = [Path(str(package.__file__)).parent for package in (trl, sys.modules.get("unsloth")) if package]
-_FILE = sys.modules[
-    GRPOTrainer.__module__
-].__file__  # of the trainer: TRL's, or the one that Unsloth has written
+# Of the trainer: TRL's, or the one that Unsloth has written.
+_FILE = sys.modules[GRPOTrainer.__module__].__file__
 _BY_UNSLOTH = is_unsloths(trl.GRPOConfig)
 # What it does in their place, or with other inputs than TRL's.
 _REPLACED = ("_prepare_inputs", "_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies")
@@ -132,7 +131,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         if self._require_packed:
             raise ValueError(f"the packed step would not be exact: {reason}")
         if is_main():
-            said = f"the packed step would not be exact, so {_whose()} step is used: {reason}"
+            whose = "Unsloth's" if _BY_UNSLOTH else "TRL's"
+            said = f"the packed step would not be exact, so {whose} step is used: {reason}"
             # Where train() is called, which Unsloth has wrapped.
             warnings.warn(said, stacklevel=4 if _BY_UNSLOTH else 3)
 
@@ -194,10 +194,6 @@ class _InScript(PackedStep):
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         """Without the histograms of ratios, which are for a run's report: a dozen figures more in the script's log."""
         super()._append(mode, {name: x for name, x in metrics.items() if not name.startswith(PREFIXES)})
-
-
-def _whose() -> str:
-    return "Unsloth's" if _BY_UNSLOTH else "TRL's"
 
 
 def _install_head() -> None:

@@ -58,7 +58,7 @@ def install(
 
     Args:
         impl: "memhead"; "full" for plain full logits with autograd, to compare with; "trl" for
-            Unsloth's own head, only counted.
+            Unsloth's own head, only counted, which also scores where vLLM's truncation counts: a warning says so.
         args: the run's GRPOConfig, if its options are to be checked for what would bypass memhead.
         chunk: see :func:`memhead.linear_logprobs`.
         backend: see :func:`memhead.linear_logprobs`.
