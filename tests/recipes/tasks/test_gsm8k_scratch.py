@@ -1,10 +1,11 @@
 """GSM8K from nothing: the tokenizer, and a whole run with adapters – interrupted, resumed, evaluated, exported."""
 
-import inspect
 import json
 import os
 import random
 import signal
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def test_every_prompt_is_rendered_as_training_renders_it(command, monkeypatch):
     render = PreTrainedTokenizerBase.apply_chat_template
 
     def recorded(self, *arguments, **options):
-        on_the_way = {frame.function for frame in inspect.stack()}
+        on_the_way = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._getframe())}
         for place in ("collate", "complete", "check_head", "_tokenize_prompts"):
             if place in on_the_way:
                 told.setdefault(place, set()).add(options.get("terse"))
