@@ -69,17 +69,18 @@ def make_model(place: Path, toy: bool, name: str = "llama-8b", ends: float = 0.0
 def end_with(model: Any, probability: float, end: int = 1) -> None:
     """Let the model end its text after each token with about this probability, so that lengths differ.
 
+    model: a causal language model whose head is not its embedding; both are changed in place.
+
     The head's row for the token `end` (the tokenizer's `<eos>`) is laid along the mean last hidden state, which a
     component common to all embeddings keeps away from 0, and is as long as makes the probability's mean what is asked.
     """
     model.get_input_embeddings().weight += 0.02
-    size, device = model.config.vocab_size, model.device
-    ids = torch.randint(size, (4, 64), generator=torch.Generator().manual_seed(0)).to(device)
-    hidden = model.model(ids).last_hidden_state.flatten(0, 1).float()  # (N, H)
-    head = model.get_output_embeddings().weight
-    others = torch.cat([rows @ head.float().T for rows in hidden.split(32)])  # (N, V)
-    others[:, end] = -torch.inf
-    others = others.logsumexp(-1)  # (N,)
+    ids = torch.randint(model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    hidden = model.model(ids.to(model.device)).last_hidden_state.flatten(0, 1).float()  # (N, H)
+    head = model.get_output_embeddings().weight  # (V, H)
+    logits = hidden @ head.float().T  # (N, V)
+    logits[:, end] = -torch.inf
+    others = logits.logsumexp(-1)  # (N,)
     along = hidden.mean(0) / hidden.mean(0).square().sum()  # (H,): a logit of about 1
     low, high = 0.0, 100.0
     for _ in range(40):

@@ -29,9 +29,8 @@ def install_head(config: RunConfig, arguments: Any) -> Handle:
         from memhead.integrations import unsloth
 
         head = config.head
-        looked_at = (
-            arguments if config.unsloths_step else None
-        )  # no other step computes entropies past memhead
+        # No other step computes entropies past memhead.
+        looked_at = arguments if config.unsloths_step else None
         return unsloth.install(head.impl, args=looked_at, chunk=head.chunk, backend=head.backend)
     from memhead.integrations import trl
 

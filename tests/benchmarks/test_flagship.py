@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.flagship_gpu import coin, commands, make_model, table
 from recipes.config.load import load_config
@@ -24,6 +25,17 @@ def test_the_tokenizer_reads_whatever_the_model_can_say(place):
     text = "Ann has 17 nuts"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # fillers are never written
     assert "Filler" in tokenizer.decode([599])
+
+
+def test_a_model_that_ends_its_texts(tmp_path):
+    """After each token with about the probability that was asked for; left alone, one in 600."""
+    make_model(tmp_path / "ends", toy=True, ends=0.02)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "ends", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ends")
+    ids = torch.randint(found.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        ends = found(ids).logits.softmax(-1)[..., tokenizer.eos_token_id]
+    assert 0.01 < ends.mean() < 0.04
 
 
 def test_a_group_differs_by_its_texts():

@@ -305,6 +305,12 @@ def test_unsloths_configurations_with_the_packed_step_beside_its_own():
             f"{loss:.2f}, {own_loss:.2f}", f"{loss / own_loss:.2f}" if alike else "–",
             f"{whole:.2f}, {own_whole:.2f}", f"{whole / own_whole:.2f}" if alike else "–",
         ]  # fmt: skip
+        if (name, step) == ("sixteen", 2):  # told of elsewhere: nothing left out, nothing compiled
+            told = f"{loss / own_loss:.2f}, and {whole / own_whole:.2f} of the whole step"
+            assert told in (ROOT / "README.md").read_text()
+            own_told = f"where Unsloth's own step took {own_loss:.1f}"
+            told = f"took {loss:.1f} s {own_told}, the whole step {whole:.1f} and {own_whole:.1f}"
+            assert told in (ROOT / "docs" / "loaders.md").read_text()
 
 
 def test_unsloths_configurations_with_the_packed_step_memory_and_check():
